@@ -1,0 +1,32 @@
+# Every target does its own set-up: a fresh clone, Python >= 3.10, make and a package registry are all it takes.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+
+.PHONY: demo test lint audit bench clean
+
+# The stamp is newer than setup.py and the pins, or the environment is brought up to date.
+# torch comes first and alone: a resolver that sees it installed leaves its accelerator packages alone.
+$(VENV)/.ready: setup.py constraints.txt
+	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 10) else f"internlm3 needs Python 3.10 or newer; this is {v.major}.{v.minor}. Name another: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	touch $@
+
+demo: $(VENV)/.ready
+	$(BIN)/internlm3 demo $(ARGS)
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy kernels runtime
+
+test: lint
+	$(BIN)/pytest -n 2 --dist worksteal $(ARGS)
+
+bench: $(VENV)/.ready
+	$(BIN)/python bench/standin.py $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -1,0 +1,37 @@
+"""InternLM3 at the lowest latency one GPU allows: hand-written Triton kernels under a thin runtime.
+
+Names are imported on first use, so that `import internlm3` and `internlm3 --help` answer at once.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from .runtime.config import InternLM3Config as InternLM3Config
+    from .runtime.llm import LLM as LLM
+    from .runtime.model import InternLM3ForCausalLM as InternLM3ForCausalLM
+    from .runtime.model import InternLM3Model as InternLM3Model
+    from .runtime.sampling import SamplingParams as SamplingParams
+    from .runtime.tokenizer import InternLM3Tokenizer as InternLM3Tokenizer
+
+_HOME = {
+    "InternLM3Config": "config",
+    "InternLM3ForCausalLM": "model",
+    "InternLM3Model": "model",
+    "InternLM3Tokenizer": "tokenizer",
+    "LLM": "llm",
+    "SamplingParams": "sampling",
+}
+__all__ = ["__version__", *_HOME]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'internlm3' has no attribute {name!r}; it has {', '.join(_HOME)}")
+    return getattr(importlib.import_module(f".runtime.{_HOME[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

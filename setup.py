@@ -1,0 +1,55 @@
+"""Packaging: the repository root is the import package `internlm3` (so `kernels` and `runtime` never land top-level)."""
+
+from pathlib import Path
+
+from setuptools import setup
+from setuptools.command.build_py import build_py
+
+
+class BuildPackageOnly(build_py):
+    """The root doubles as the package, so this very file would be packed as `internlm3.setup`: leave it out."""
+
+    def find_package_modules(self, package, package_dir):
+        return [module for module in super().find_package_modules(package, package_dir) if module[1] != "setup"]
+
+
+setup(
+    name="internlm3",
+    version="0.1.0",
+    description="InternLM3 at the lowest latency one GPU allows: Triton kernels and a thin runtime",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    package_dir={"internlm3": "."},
+    packages=["internlm3", "internlm3.kernels", "internlm3.runtime"],
+    package_data={"internlm3": ["py.typed"]},
+    cmdclass={"build_py": BuildPackageOnly},
+    install_requires=[
+        "torch>=2.11",
+        "triton>=3.6; sys_platform == 'linux'",
+        "sentencepiece>=0.2",
+        "safetensors>=0.5",
+        "huggingface_hub>=1.0",
+        "jinja2>=3.1",
+        "tqdm>=4.60",
+    ],
+    extras_require={
+        # `internlm3 demo` converts a small GGUF model into InternLM3's format.
+        "demo": ["gguf>=0.17", "protobuf>=5"],
+        # transformers is the oracle of the tests and a peer of the benches, never a dependency of the runtime.
+        "test": [
+            "gguf>=0.17",
+            "protobuf>=5",
+            "transformers>=5.23",
+            "pytest",
+            "pytest-benchmark",
+            "pytest-xdist",
+            "hypothesis",
+            "ruff",
+            "mypy",
+        ],
+    },
+    entry_points={"console_scripts": ["internlm3 = internlm3.runtime.cli:main"]},
+)
