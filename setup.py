@@ -1,4 +1,4 @@
-"""Packaging: the repository root is the import package `internlm3` (so `kernels` and `runtime` never land top-level)."""
+"""The repository root is the import package `internlm3`, so `kernels` and `runtime` never land top-level."""
 
 from pathlib import Path
 

@@ -1,0 +1,201 @@
+"""Every op in the plainest PyTorch: its meaning, and the backend of a machine without an accelerator.
+
+The order of rounding is part of an op's meaning and follows InternLM3's published implementation: what is computed in
+float32 and what is cast to the activation dtype, and when, is written out here.
+
+Shapes use one letter per axis:
+    R rows (tokens of one launch)       C hidden size            I intermediate size     V vocabulary
+    B sequences, T tokens of each       H query heads            K key/value heads       D head dimension
+    P pages, S tokens in a page         N pages a sequence may hold
+
+The paged cache of one layer is two tensors [P, K, S, D]. `block_table` [B, N] int32 names the pages of each sequence
+in order; `seq_lens` [B] int32 counts the tokens a sequence holds *including* those of this launch, so query token t
+of sequence b stands at position seq_lens[b] - T + t. Sequences with seq_lens[b] == 0 are idle: nothing is read or
+written for them.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Up to this many rows a linear layer streams its weights once, whatever the number of rows.
+SKINNY_ROWS = 16
+
+
+def embed(token_ids: Tensor, table: Tensor) -> Tensor:
+    """Rows of the embedding table. token_ids [R] int64, table [V, C] -> [R, C]."""
+    return F.embedding(token_ids, table)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x * rsqrt(mean(x^2) + eps) in float32, cast to x's dtype, then times weight in that dtype. [..., C] -> [..., C].
+
+    Zhang and Sennrich 2019 (RMSNorm). Casting before the weight multiplies is InternLM3's order; F.rms_norm multiplies
+    in float32, which is the same only where the dtype is float32.
+    """
+    if x.dtype == torch.float32:
+        return F.rms_norm(x, weight.shape, weight, eps)
+    return F.rms_norm(x.float(), weight.shape, None, eps).to(x.dtype) * weight
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The residual sum (rounded to the dtype) and its norm: (rms_norm(x + residual), x + residual). All [R, C]."""
+    total = residual + x
+    return rms_norm(total, weight, eps), total
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x @ weight^T (+ bias), accumulated in float32. x [..., C], weight [O, C], bias [O] -> [..., O].
+
+    Few rows of a 16-bit dtype on a CPU are computed as weight @ x^T, with at least two columns: that order streams the
+    weights once at full bandwidth, and gives a row the same bits whatever rows ride along.
+    """
+    rows = x.shape[:-1].numel()
+    if x.is_cpu and x.dtype != torch.float32 and rows <= SKINNY_ROWS:
+        columns = x.reshape(rows, -1)
+        if rows == 1:
+            columns = columns.expand(2, -1)
+        y = torch.mm(weight, columns.t()).t()[:rows].reshape(*x.shape[:-1], -1)
+        return y if bias is None else y + bias
+    return F.linear(x, weight, bias)
+
+
+def linear_add(x: Tensor, weight: Tensor, residual: Tensor, bias: Tensor | None = None) -> Tensor:
+    """residual + linear(x), the product rounded to the dtype before the sum. [R, C], [O, C], [R, O] -> [R, O]."""
+    return residual + linear(x, weight, bias)
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up, silu rounded to the dtype first. gate_up [..., 2I], gate in front -> [..., I]. Shazeer 2020."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def rms_norm_linear(x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """linear(rms_norm(x)). x [R, C], norm [C], weight [O, C] -> [R, O]."""
+    return linear(rms_norm(x, norm, eps), weight, bias)
+
+
+def rms_norm_swiglu(x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """swiglu(linear(rms_norm(x))), the first half of an MLP. weight [2I, C], gate rows in front -> [R, I]."""
+    return swiglu(linear(rms_norm(x, norm, eps), weight, bias))
+
+
+def rope_cos_sin(positions: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of position * frequency, float32. positions [T] int, inv_freq [D/2] float32 -> two [T, D/2].
+
+    The angle is the float32 product; its cosine and sine are exact to float32 however large it is.
+    """
+    angles = positions.to(torch.float32)[:, None] * inv_freq
+    return angles.cos(), angles.sin()
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Half-rotation (NeoX layout) of each head. x [..., T, heads, D], cos and sin [..., T, D/2] -> like x.
+
+    x * cos + rotate_half(x) * sin, with cos, sin and every product rounded to x's dtype. Su et al. 2021.
+    """
+    cos = torch.cat((cos, cos), dim=-1).to(x.dtype).unsqueeze(-2)
+    sin = torch.cat((-sin, sin), dim=-1).to(x.dtype).unsqueeze(-2)
+    half = x.shape[-1] // 2
+    # (-sin, sin) on the swapped halves is rotate_half without its negation.
+    return x * cos + x.roll(half, dims=-1) * sin
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Causal attention of one sequence's last T tokens over all its L. q [T, H, D], k and v [L, K, D] -> [T, H, D].
+
+    Query head h reads key/value head h // (H / K). Scores and softmax in float32. Vaswani et al. 2017, Ainslie et al.
+    2023 (grouped queries).
+    """
+    tokens, heads, dim = q.shape
+    length, kv_heads = k.shape[:2]
+    group = heads // kv_heads
+    k, v = k.transpose(0, 1), v.transpose(0, 1)
+    if tokens == 1:
+        # The heads of a group share their keys, so they stand as query tokens and nothing is repeated.
+        folded = q.view(kv_heads, group, dim)
+        return F.scaled_dot_product_attention(folded[None], k[None], v[None], scale=scale).reshape(1, heads, dim)
+    mask = None
+    if length > tokens:
+        mask = torch.ones(tokens, length, dtype=torch.bool, device=q.device).tril(length - tokens)
+    out = F.scaled_dot_product_attention(
+        q.transpose(0, 1)[None],
+        k.repeat_interleave(group, dim=0)[None],
+        v.repeat_interleave(group, dim=0)[None],
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=scale,
+    )
+    return out[0].transpose(0, 1)
+
+
+def rope_and_cache(
+    qkv: Tensor,
+    inv_freq: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+) -> Tensor:
+    """Rotate q and k, write k and v into their pages, return q.
+
+    qkv [B*T, (H + 2K) * D], q heads in front, then k, then v; inv_freq [B, D/2] float32, a row per sequence (dynamic NTK
+    fixes a sequence's frequencies when it begins) -> q [B*T, H, D]. Rows at negative positions, all rows of an idle
+    sequence among them, write nothing; their q is zero.
+    """
+    sequences, kv_heads, dim = block_table.shape[0], k_cache.shape[1], k_cache.shape[3]
+    page_size = k_cache.shape[2]
+    tokens = qkv.shape[0] // sequences
+    heads = qkv.shape[1] // dim
+    q, k, v = qkv.view(sequences, tokens, heads, dim).split((heads - 2 * kv_heads, kv_heads, kv_heads), dim=2)
+    rotated_q = torch.empty_like(q)
+    for b, length in enumerate(seq_lens.tolist()):
+        first = max(tokens - length, 0)
+        if first == tokens:
+            rotated_q[b] = 0
+            continue
+        positions = torch.arange(length - tokens + first, length, device=qkv.device)
+        cos, sin = rope_cos_sin(positions, inv_freq[b])
+        rotated_q[b, :first] = 0
+        rotated_q[b, first:] = rotary(q[b, first:], cos, sin)
+        pages = block_table[b, positions // page_size].long()
+        k_cache[pages, :, positions % page_size] = rotary(k[b, first:], cos, sin)
+        v_cache[pages, :, positions % page_size] = v[b, first:]
+    return rotated_q.view(sequences * tokens, -1, dim)
+
+
+def rms_norm_qkv_rope_cache(
+    x: Tensor,
+    norm: Tensor,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor | None,
+    inv_freq: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+) -> Tensor:
+    """rope_and_cache(linear(rms_norm(x))), a block up to its attention. weight [(H + 2K) * D, C] -> q [R, H, D]."""
+    qkv = linear(rms_norm(x, norm, eps), weight, bias)
+    return rope_and_cache(qkv, inv_freq, k_cache, v_cache, block_table, seq_lens)
+
+
+def paged_attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seq_lens: Tensor, scale: float
+) -> Tensor:
+    """Causal attention of each sequence's last T tokens over its pages. q [B*T, H, D] -> [B*T, H*D], idle rows zero."""
+    sequences = block_table.shape[0]
+    page_size = k_cache.shape[2]
+    out = torch.zeros_like(q).view(sequences, -1, *q.shape[1:])
+    tokens = out.shape[1]
+    for b, length in enumerate(seq_lens.tolist()):
+        live = min(tokens, length)
+        if live == 0:
+            continue
+        pages = block_table[b, : -(-length // page_size)].long()
+        k = k_cache[pages].transpose(1, 2).flatten(0, 1)[:length]
+        v = v_cache[pages].transpose(1, 2).flatten(0, 1)[:length]
+        out[b, tokens - live :] = attention(q.view(out.shape)[b, tokens - live :], k, v, scale)
+    return out.view(sequences * tokens, -1)
