@@ -1,0 +1,91 @@
+"""Added tokens: strings with ids of their own beside (or over) SentencePiece's pieces, such as `<|im_start|>`."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class AddedToken:
+    """One entry of tokenizer_config.json's added_tokens_decoder.
+
+    `lstrip`/`rstrip` swallow the white space before/after the token in a text; `single_word` asks for a space or the
+    text's border on both sides; `special` tokens are left out by `decode(skip_special_tokens=True)`. `normalized` is
+    kept for the file only: a text is split before SentencePiece normalises it.
+    """
+
+    content: str
+    lstrip: bool = False
+    rstrip: bool = False
+    single_word: bool = False
+    normalized: bool = False
+    special: bool = True
+
+    @classmethod
+    def parse(cls, value: Any, where: str) -> "AddedToken":
+        """From a string, or from a dict with `content` and flags. `where` names the place for the error."""
+        if isinstance(value, cls):
+            return value
+        fields = {"content": value} if isinstance(value, str) else value
+        if not isinstance(fields, dict) or not isinstance(fields.get("content"), str) or not fields["content"]:
+            raise ValueError(f"{where}: a token is a non-empty string or a dict with its 'content', not {value!r}")
+        flags = {name: fields[name] for name in cls.__dataclass_fields__ if name != "content" and name in fields}
+        for name, flag in flags.items():
+            if not isinstance(flag, bool):
+                raise ValueError(f"{where}: {name!r} must be true or false, not {flag!r}")
+        return cls(fields["content"], **flags)
+
+
+class AddedTokens:
+    """The added tokens of a vocabulary: lookup both ways, and the splitting of a text at them."""
+
+    def __init__(self) -> None:
+        self.by_id: dict[int, AddedToken] = {}
+        self.ids: dict[str, int] = {}
+        self._pattern: re.Pattern[str] | None = None
+
+    def add(self, id: int, token: AddedToken) -> None:
+        replaced = self.by_id.get(id)
+        if replaced is not None:
+            del self.ids[replaced.content]
+        self.by_id[id] = token
+        self.ids[token.content] = id
+        self._pattern = None
+
+    def split(self, text: str) -> Iterator[str | int]:
+        """The text's segments in order: an added token as its id, everything between two of them as a string.
+
+        The leftmost token wins, and the longest of those that start there.
+        """
+        start, strip_left = 0, False
+        for match in self._regex().finditer(text):
+            id = self.ids[match.group()]
+            token = self.by_id[id]
+            if token.single_word and not _stands_alone(text, match):
+                continue
+            before = text[start : match.start()]
+            before = before.lstrip() if strip_left else before
+            before = before.rstrip() if token.lstrip else before
+            if before:
+                yield before
+            yield id
+            start, strip_left = match.end(), token.rstrip
+        rest = text[start:].lstrip() if strip_left else text[start:]
+        if rest:
+            yield rest
+
+    def _regex(self) -> re.Pattern[str]:
+        if self._pattern is None:
+            longest_first = sorted(self.ids, key=len, reverse=True)
+            self._pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        return self._pattern
+
+    def to_json(self) -> dict[str, dict[str, Any]]:
+        """As in tokenizer_config.json: {"128131": {"content": "<|im_end|>", "lstrip": false, ...}}."""
+        return {str(id): asdict(token) for id, token in sorted(self.by_id.items())}
+
+
+def _stands_alone(text: str, match: re.Match[str]) -> bool:
+    start, end = match.span()
+    return (start == 0 or text[start - 1] == " ") and (end == len(text) or text[end] == " ")

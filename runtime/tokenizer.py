@@ -1,0 +1,389 @@
+"""InternLM3's tokenizer, with transformers' names: SentencePiece and added tokens, and no code of a checkpoint."""
+
+import operator
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from . import chat_template as chat
+from .added_tokens import AddedToken
+from .batch_encoding import BatchEncoding, check_side, frame, pad, padding_strategy, to_tensor, truncation_strategy
+from .keywords import nearest, reject_unknown
+from .tokenizer_files import (
+    CONFIG_FILE,
+    NAMED_TOKENS,
+    NO_LIMIT,
+    SETTINGS,
+    SPECIAL_TOKENS_FILE,
+    VOCAB_FILE,
+    complete_settings,
+    load_sentencepiece,
+    read_config,
+    write,
+    write_json,
+)
+from .vocabulary import Vocabulary
+
+# transformers' clean-up of spaces before English punctuation, for checkpoints that ask for it.
+_CLEAN_UPS = ((" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"),
+              (" n't", "n't"), (" 'm", "'m"), (" 's", "'s"), (" 've", "'ve"), (" 're", "'re"))  # fmt: skip
+
+
+class InternLM3Tokenizer:
+    """Text to ids and back.
+
+    Args:
+        vocab_file: the SentencePiece model, `tokenizer.model`.
+        settings: keys of tokenizer_config.json: bos_token, eos_token, unk_token, pad_token, additional_special_tokens,
+            added_tokens_decoder, add_bos_token, add_eos_token, add_prefix_space (concerns decoding only),
+            clean_up_tokenization_spaces, padding_side, truncation_side, model_max_length, chat_template.
+
+    Raises:
+        FileNotFoundError: no such vocab_file.
+        TypeError: an unknown setting; the message names the nearest known one.
+        ValueError: a vocab_file that is no SentencePiece model, or a setting of a wrong kind.
+    """
+
+    def __init__(self, vocab_file: str | Path, **settings: Any) -> None:
+        reject_unknown("InternLM3Tokenizer", settings, SETTINGS)
+        settings = complete_settings(settings)
+        self.add_bos_token: bool = settings["add_bos_token"]
+        self.add_eos_token: bool = settings["add_eos_token"]
+        self.add_prefix_space: bool = settings["add_prefix_space"]
+        self.clean_up_tokenization_spaces: bool = settings["clean_up_tokenization_spaces"]
+        self.padding_side: str = settings["padding_side"]
+        self.truncation_side: str = settings["truncation_side"]
+        self.model_max_length: int = settings["model_max_length"]
+        self.chat_template: str = settings["chat_template"] or chat.PUBLISHED_TEMPLATE
+        self._extra_config: dict[str, Any] = {}
+
+        self._vocabulary = Vocabulary(load_sentencepiece(Path(vocab_file)), settings["added_tokens_decoder"])
+        self.bos_token, self.eos_token, self.unk_token, self.pad_token = (
+            None if settings[name] is None else self._vocabulary.add(AddedToken.parse(settings[name], name))
+            for name in NAMED_TOKENS
+        )
+        self.additional_special_tokens = [
+            self._vocabulary.add(AddedToken.parse(token, "additional_special_tokens"))
+            for token in settings["additional_special_tokens"]
+        ]
+
+    # Files
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        id_or_path: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        token: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+        **overrides: Any,
+    ) -> "InternLM3Tokenizer":
+        """From a folder or a hub id. `overrides` are settings of the constructor that win over the files'.
+
+        A config's `auto_map` (remote code) is ignored: nothing of a checkpoint is ever executed.
+        """
+        reject_unknown("InternLM3Tokenizer.from_pretrained", overrides, SETTINGS)
+        directory = Path(id_or_path)
+        if not directory.is_dir():
+            from .checkpoint import locate
+
+            hub = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+            directory = locate(id_or_path, weights=False, **hub)
+        config = read_config(directory)
+        settings = {name: config.pop(name) for name in SETTINGS if name in config}
+        try:
+            tokenizer = cls(directory / VOCAB_FILE, **{**settings, **overrides})
+        except ValueError as error:
+            raise ValueError(f"tokenizer of {directory}: {error}") from error
+        tokenizer._extra_config = config
+        return tokenizer
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> tuple[str, ...]:
+        """Writes tokenizer.model, tokenizer_config.json and special_tokens_map.json; returns their paths.
+
+        Each file appears whole or not at all.
+        """
+        special = {**self.special_tokens_map, "additional_special_tokens": self.additional_special_tokens}
+        config = {
+            "tokenizer_class": "InternLM3Tokenizer",
+            **self._extra_config,
+            **{name: getattr(self, name) for name in SETTINGS if name != "added_tokens_decoder"},
+            "added_tokens_decoder": self._vocabulary.added.to_json(),
+        }
+        return (
+            *self.save_vocabulary(directory),
+            write_json(Path(directory) / CONFIG_FILE, config),
+            write_json(Path(directory) / SPECIAL_TOKENS_FILE, special),
+        )
+
+    def save_vocabulary(self, directory: str | os.PathLike[str], filename_prefix: str | None = None) -> tuple[str]:
+        """Writes the SentencePiece model as `[<prefix>-]tokenizer.model`; returns its path."""
+        name = f"{filename_prefix}-{VOCAB_FILE}" if filename_prefix else VOCAB_FILE
+        return (write(Path(directory) / name, self._vocabulary.sp_model.serialized_model_proto()),)
+
+    # Vocabulary
+
+    @property
+    def vocab_size(self) -> int:
+        """SentencePiece's pieces, without added tokens."""
+        return self._vocabulary.pieces
+
+    def __len__(self) -> int:
+        """One more than the largest id."""
+        return len(self._vocabulary)
+
+    def get_vocab(self) -> dict[str, int]:
+        return self._vocabulary.ids()
+
+    @property
+    def added_tokens_decoder(self) -> dict[int, AddedToken]:
+        return dict(sorted(self._vocabulary.added.by_id.items()))
+
+    @property
+    def added_tokens_encoder(self) -> dict[str, int]:
+        return dict(self._vocabulary.added.ids)
+
+    def add_tokens(self, tokens: str | AddedToken | Sequence[str | AddedToken], special_tokens: bool = False) -> int:
+        """Adds tokens behind the last id; known ones keep theirs. Returns how many are new."""
+        before = len(self)
+        for token in [tokens] if isinstance(tokens, (str, AddedToken)) else tokens:
+            self._vocabulary.add(AddedToken(token, special=special_tokens) if isinstance(token, str) else token)
+        return len(self) - before
+
+    bos_token_id = property(lambda self: self._named_id("bos_token"))
+    eos_token_id = property(lambda self: self._named_id("eos_token"))
+    unk_token_id = property(lambda self: self._named_id("unk_token"))
+    pad_token_id = property(lambda self: self._named_id("pad_token"))
+
+    def _named_id(self, name: str) -> int | None:
+        token = getattr(self, name)
+        return None if token is None else self.convert_tokens_to_ids(token)
+
+    @property
+    def eos_ids(self) -> list[int]:
+        """Every id that ends an answer: eos_token's and, where the checkpoint has it, `<|im_end|>`'s."""
+        return sorted({self.eos_token_id, self._vocabulary.added.ids.get("<|im_end|>")} - {None})
+
+    @property
+    def special_tokens_map(self) -> dict[str, str]:
+        return {name: getattr(self, name) for name in NAMED_TOKENS if getattr(self, name) is not None}
+
+    @property
+    def all_special_ids(self) -> list[int]:
+        named = {self.convert_tokens_to_ids(token) for token in self.special_tokens_map.values()}
+        additional = {self.convert_tokens_to_ids(token) for token in self.additional_special_tokens}
+        return sorted(named | additional | {id for id, token in self._vocabulary.added.by_id.items() if token.special})
+
+    @property
+    def all_special_tokens(self) -> list[str]:
+        return self.convert_ids_to_tokens(self.all_special_ids)
+
+    # Text to ids
+
+    def tokenize(self, text: str) -> list[str]:
+        """The pieces of a text, without the tokens that frame it (bos, eos)."""
+        return self._vocabulary.tokenize(text)
+
+    def convert_tokens_to_ids(self, tokens: Any) -> Any:
+        """The id of a token, or the ids of a list; added tokens win over pieces, and unknown ones are unk."""
+        if not isinstance(tokens, str):
+            return [self.convert_tokens_to_ids(token) for token in tokens]
+        return self._vocabulary.id(tokens)
+
+    def encode(self, text: str, text_pair: str | None = None, **options: Any) -> Any:
+        """`input_ids` of one text; `options` are those of calling the tokenizer."""
+        return self(text, text_pair, **options)["input_ids"]
+
+    def __call__(
+        self,
+        text: str | Sequence[str],
+        text_pair: str | Sequence[str] | None = None,
+        *,
+        add_special_tokens: bool = True,
+        padding: bool | str = False,
+        truncation: bool | str = False,
+        max_length: int | None = None,
+        padding_side: str | None = None,
+        return_tensors: str | None = None,
+        return_attention_mask: bool = True,
+        return_token_type_ids: bool = False,
+        **unknown: Any,
+    ) -> BatchEncoding:
+        """Encodes a text or a list of texts (each with its pair, if given).
+
+        Args:
+            add_special_tokens: frame each text with bos (and eos), as `add_bos_token` and `add_eos_token` say.
+            padding: True or "longest", "max_length", or False.
+            truncation: True or "longest_first", "only_first", "only_second", or False.
+            max_length: tokens per row, frame included; None: the checkpoint's model_max_length.
+            return_tensors: "pt" for int64 tensors [rows, length], also for one text; None for lists.
+
+        Raises:
+            TypeError: a text that is no string, or an unknown keyword.
+            ValueError: options that contradict each other, padding without a pad token, rows of different lengths
+                with return_tensors, text that is not valid Unicode.
+        """
+        reject_unknown("calling InternLM3Tokenizer", unknown, InternLM3Tokenizer.__call__.__kwdefaults__ or ())
+        if return_tensors not in (None, "pt"):
+            raise ValueError(f"return_tensors must be 'pt' or None, not {return_tensors!r}")
+        pads, cuts = padding_strategy(padding), truncation_strategy(truncation)
+        limit = self._limit(pads, cuts, max_length)
+        side = check_side("padding_side", self.padding_side if padding_side is None else padding_side)
+        if pads and self.pad_token_id is None:
+            raise ValueError("padding needs a pad token and this tokenizer has none: set tokenizer.pad_token first")
+
+        bos = [self.bos_token_id] if add_special_tokens and self.add_bos_token else []
+        eos = [self.eos_token_id] if add_special_tokens and self.add_eos_token else []
+        rows, types = [], []
+        for first, second in _pairs(text, text_pair):
+            second_ids = None if second is None else self._vocabulary.encode(second)
+            row, type_ids = frame(
+                self._vocabulary.encode(first), second_ids, bos, eos, limit, cuts, self.truncation_side
+            )
+            rows.append(row)
+            types.append(type_ids)
+        masks = [[1] * len(row) for row in rows]
+        if pads:
+            length = limit if pads == "max_length" else None
+            rows = pad(rows, length, self.pad_token_id, side)
+            masks, types = pad(masks, length, 0, side), pad(types, length, 0, side)
+        output = {"input_ids": rows}
+        if return_token_type_ids:
+            output["token_type_ids"] = types
+        if return_attention_mask:
+            output["attention_mask"] = masks
+        if return_tensors == "pt":
+            return BatchEncoding({name: to_tensor(value) for name, value in output.items()})
+        return BatchEncoding({name: value[0] for name, value in output.items()} if isinstance(text, str) else output)
+
+    def _limit(self, padding: str | None, truncation: str | None, max_length: int | None) -> int:
+        if max_length is None:
+            if self.model_max_length >= NO_LIMIT and (truncation or padding == "max_length"):
+                raise ValueError("truncation and padding='max_length' need max_length: this tokenizer has no limit")
+            return self.model_max_length
+        if not isinstance(max_length, int) or max_length < 1:
+            raise ValueError(f"max_length must be a whole number of at least 1, not {max_length!r}")
+        if not truncation and padding != "max_length":
+            raise ValueError("max_length does nothing without truncation=True or padding='max_length'")
+        return max_length
+
+    # Ids to text
+
+    def convert_ids_to_tokens(self, ids: Any, skip_special_tokens: bool = False) -> Any:
+        """The token of an id, or the tokens of several; an id that nothing is known of (an unused row) is ""."""
+        if isinstance(ids, int):
+            return self._vocabulary.token(*_as_ids(ids))
+        skipped = set(self.all_special_ids) if skip_special_tokens else ()
+        return [self._vocabulary.token(id) for id in _as_ids(ids) if id not in skipped]
+
+    def convert_tokens_to_string(self, tokens: Iterable[str]) -> str:
+        """Joins tokens: added tokens as they are, the runs of pieces between them as SentencePiece decodes them."""
+        return self._vocabulary.text(tokens, self.add_prefix_space)
+
+    def decode(
+        self, ids: Any, skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool | None = None
+    ) -> str:
+        """The text of a sequence of ids (a list, a 1-D tensor or array, or one id).
+
+        Raises:
+            TypeError: ids that are no whole numbers. ValueError: a negative one, or more than one sequence.
+        """
+        text = self.convert_tokens_to_string(self.convert_ids_to_tokens(_as_ids(ids), skip_special_tokens))
+        if self.clean_up_tokenization_spaces if clean_up_tokenization_spaces is None else clean_up_tokenization_spaces:
+            for spaced, clean in _CLEAN_UPS:
+                text = text.replace(spaced, clean)
+        return text
+
+    def batch_decode(self, sequences: Iterable[Any], **options: Any) -> list[str]:
+        """`decode` of every sequence: of a list of lists or tensors, or of each row of a 2-D tensor."""
+        return [self.decode(ids, **options) for ids in sequences]
+
+    # Chat
+
+    def apply_chat_template(
+        self,
+        conversation: Sequence[Any],
+        *,
+        tools: list[dict[str, Any]] | None = None,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
+        tokenize: bool = True,
+        padding: bool | str = False,
+        truncation: bool | str = False,
+        max_length: int | None = None,
+        return_tensors: str | None = None,
+        return_dict: bool = False,
+        **variables: Any,
+    ) -> Any:
+        """The prompt of a conversation (a list of messages), or of each in a list of conversations.
+
+        Args:
+            tools: JSON schemas for the template's `tools`; InternLM3's published template reads none.
+            chat_template: instead of the checkpoint's.
+            add_generation_prompt: end with the header of an assistant's message.
+            continue_final_message: end inside the last message, for the model to go on with it.
+            return_dict: a BatchEncoding instead of the ids alone.
+            variables: further names for the template.
+
+        Returns:
+            text with tokenize=False; else ids: a list, or int64 [rows, length] with return_tensors="pt".
+
+        Raises:
+            ValueError: wrong messages, or a template that fails; see chat_template.render.
+            TypeError: a keyword that the template does not read and that looks like a misspelt one.
+        """
+        template = self.chat_template if chat_template is None else chat_template
+        known = InternLM3Tokenizer.apply_chat_template.__kwdefaults__ or {}
+        stray = variables.keys() - chat.template_variables(template)
+        reject_unknown("apply_chat_template", {name for name in stray if nearest(name, known)}, known)
+        batched = isinstance(conversation, (list, tuple)) and isinstance(next(iter(conversation), None), (list, tuple))
+        prompts = [
+            chat.render(
+                template,
+                messages,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                **{**self.special_tokens_map, "tools": tools, **variables},
+            )
+            for messages in (conversation if batched else [conversation])
+        ]
+        if not tokenize:
+            return prompts if batched else prompts[0]
+        encoding = self(
+            prompts if batched else prompts[0],
+            add_special_tokens=False,
+            padding=padding,
+            truncation=truncation,
+            max_length=max_length,
+            return_tensors=return_tensors,
+        )
+        return encoding if return_dict else encoding["input_ids"]
+
+
+def _pairs(text: Any, text_pair: Any) -> list[tuple[str, str | None]]:
+    if isinstance(text, str):
+        return [(text, text_pair)]
+    if not isinstance(text, (list, tuple)):
+        raise TypeError(f"text must be a string or a list of strings, not {type(text).__name__}")
+    if text_pair is None:
+        return [(first, None) for first in text]
+    if not isinstance(text_pair, (list, tuple)) or len(text_pair) != len(text):
+        raise ValueError("text_pair must be like text: a string with a string, a list with a list of its length")
+    return list(zip(text, text_pair, strict=True))
+
+
+def _as_ids(ids: Any) -> list[int]:
+    """A list of Python ints from a list, a tensor, an array or one id."""
+    ids = ids.tolist() if hasattr(ids, "tolist") else ids
+    try:
+        ids = [operator.index(ids)] if not isinstance(ids, Iterable) else [operator.index(id) for id in ids]
+    except TypeError:
+        raise TypeError(f"ids must be whole numbers in one flat sequence (for several, use batch_decode), "
+                        f"not {ids!r:.80}") from None  # fmt: skip
+    if ids and min(ids) < 0:
+        raise ValueError(f"an id cannot be negative: {min(ids)}")
+    return ids
