@@ -1,0 +1,49 @@
+"""What every launcher shares: programmatic dependent launch, decided in one place, and the checks of its arguments."""
+
+from functools import lru_cache
+
+import torch
+import triton
+from torch import Tensor
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# The interpreter runs kernels in numpy, on tensors of any device.
+INTERPRETED = triton.knobs.runtime.interpret
+
+
+@lru_cache
+def pdl(device: torch.device) -> dict[str, bool]:
+    """Launch options of programmatic dependent launch: `kernel[grid](..., **pdl(x.device))`.
+
+    With it a kernel starts while its predecessor drains. The kernel's part, under `if PDL:`, is to call
+    `gdc_launch_dependents()` first, then load its weights, and `gdc_wait()` before it reads what a predecessor wrote
+    and before any write. CUDA has it from compute capability 9.0.
+    """
+    if INTERPRETED or torch.version.hip or torch.cuda.get_device_capability(device) < (9, 0):
+        return {"PDL": False}
+    return {"PDL": True, "launch_pdl": True}
+
+
+def check_activation(name: str, x: Tensor, *shape: int) -> None:
+    """Raise unless x may lead a launch: as `check` says, of a dtype that kernels know, on the current accelerator."""
+    if x.dtype not in DTYPES:
+        raise TypeError(f"{name} is {x.dtype}; kernels take {', '.join(str(dtype) for dtype in DTYPES)}")
+    if not INTERPRETED and (x.device.type != "cuda" or x.device.index != torch.cuda.current_device()):
+        raise ValueError(
+            f"{name} is on {x.device}; kernels run on the current accelerator: move it there, "
+            "or launch inside `with torch.cuda.device(...)`"
+        )
+    check(name, x, x.dtype, x.device, *shape)
+
+
+def check(name: str, x: Tensor, dtype: torch.dtype, device: torch.device, *shape: int) -> None:
+    """Raise unless x has this dtype, device and shape (-1 stands for any size) and a contiguous last dimension."""
+    if x.dtype != dtype:
+        raise TypeError(f"{name} is {x.dtype}, must be {dtype}")
+    if x.device != device:
+        raise ValueError(f"{name} is on {x.device}, must be on {device}")
+    if x.dim() != len(shape) or any(want not in (-1, size) for want, size in zip(shape, x.shape, strict=True)):
+        wanted = ", ".join("any" if size == -1 else str(size) for size in shape)
+        raise ValueError(f"{name} has shape {list(x.shape)}, must have [{wanted}]")
+    if x.stride(-1) != 1 and x.shape[-1] > 1:
+        raise ValueError(f"{name} has strides {x.stride()}; its last dimension must be contiguous")
