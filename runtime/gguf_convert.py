@@ -1,0 +1,243 @@
+"""A small Llama-like model from one GGUF file, rewritten as an InternLM3 checkpoint: what a folder from the hub holds.
+
+Only what the stand-in model needs: architecture "llama", tied embeddings, a byte-level BPE vocabulary. Needs the
+packages of the extra `demo` (gguf, protobuf), which is why nothing imports this module until a conversion starts.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import torch
+from gguf import GGUFReader
+from safetensors.torch import save
+from sentencepiece import sentencepiece_model_pb2 as spm
+from tqdm import tqdm
+
+MAX_SHARD_BYTES = 128 * 2**20
+VOCAB_MULTIPLE = 128  # InternLM3's embedding is padded to it as well
+
+# The GGUF's names of a layer's tensors and InternLM3's.
+LAYER_TENSORS = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+
+def convert(source: Path, folder: Path, *, sampling: dict[str, Any], progress: bool) -> None:
+    """Writes config.json, weights, tokenizer and generation_config.json of the GGUF `source` into the empty `folder`.
+
+    `sampling` goes into generation_config.json. Raises OSError when a file cannot be written (the folder is then
+    incomplete: the caller discards it).
+    """
+    reader = GGUFReader(source)
+    field = {name: value.contents() for name, value in reader.fields.items()}
+    proto, rows = sentencepiece_model(
+        field["tokenizer.ggml.tokens"], field["tokenizer.ggml.token_type"], field["tokenizer.ggml.merges"]
+    )
+    config = _config(field, vocab_size=-(-len(rows) // VOCAB_MULTIPLE) * VOCAB_MULTIPLE)
+    ids = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    (folder / "tokenizer.model").write_bytes(proto.SerializeToString())
+    _write_json(folder / "config.json", config)
+    _write_json(folder / "generation_config.json", {**ids, **sampling})
+    _write_tokenizer_config(folder, proto, ids, field["tokenizer.chat_template"], config["max_position_embeddings"])
+    _write_weights(folder, _tensors(reader, config, rows), progress)
+
+
+def _config(field: dict[str, Any], vocab_size: int) -> dict[str, Any]:
+    hidden, heads = field["llama.embedding_length"], field["llama.attention.head_count"]
+    return {
+        "architectures": ["InternLM3ForCausalLM"],
+        "model_type": "internlm3",
+        "vocab_size": vocab_size,
+        "hidden_size": hidden,
+        "intermediate_size": field["llama.feed_forward_length"],
+        "num_hidden_layers": field["llama.block_count"],
+        "num_attention_heads": heads,
+        "num_key_value_heads": field["llama.attention.head_count_kv"],
+        "head_dim": hidden // heads,
+        "hidden_act": "silu",
+        "max_position_embeddings": field["llama.context_length"],
+        "rms_norm_eps": float(f"{field['llama.attention.layer_norm_rms_epsilon']:.6g}"),  # stored as a float32
+        "rope_theta": field["llama.rope.freq_base"],
+        "rope_scaling": None,
+        "qkv_bias": False,
+        "bias": False,
+        "attention_dropout": 0.0,
+        "initializer_range": 0.02,
+        "use_cache": True,
+        "tie_word_embeddings": False,
+        "bos_token_id": field["tokenizer.ggml.bos_token_id"],
+        "eos_token_id": field["tokenizer.ggml.eos_token_id"],
+        "pad_token_id": field["tokenizer.ggml.padding_token_id"],
+        "torch_dtype": "bfloat16",
+    }
+
+
+# ---------------------------------------------------------------------------------------------------- tokenizer
+
+
+def sentencepiece_model(tokens: list[str], types: list[int], merges: list[str]) -> tuple[Any, list[int | None]]:
+    """A byte-level BPE as a SentencePiece BPE with byte fallback: (ModelProto, the GGUF's row of each piece or None).
+
+    The pieces, in this order: the special tokens with the GGUF's ids, the 256 bytes, and every token that spells whole
+    characters, by priority of its merge. A token that holds part of a character has no spelling in SentencePiece: it
+    is left out, and such characters are written byte by byte.
+
+    Byte-level BPE cuts a text into words and runs of white space before it merges; SentencePiece merges across them.
+    Of "   word" the cut gives the last space to the word: pieces of white space come last here, so that the word takes
+    its space first. Within a word and within a run the order stays as it was. What differs still: the cut also parts
+    the last line break from a run ("\\n\\nword" has two tokens), SentencePiece cannot.
+    """
+    piece_type = spm.ModelProto.SentencePiece
+    byte_of = _byte_alphabet()
+    rank = {merge.replace(" ", ""): i for i, merge in enumerate(merges)}  # no token holds a space: byte 0x20 is "Ġ"
+    special = [i for i, type in enumerate(types) if type != gguf.TokenType.NORMAL]
+    spelled: dict[str, int] = {}
+    byte_row: dict[int, int] = {}
+    for i, token in enumerate(tokens):
+        if types[i] != gguf.TokenType.NORMAL:
+            continue
+        raw = bytes(byte_of[char] for char in token)
+        try:
+            text = raw.decode()
+        except UnicodeDecodeError:
+            text = ""
+        if text and text != "\0":  # SentencePiece keeps "\0" for itself
+            spelled[text] = i
+        elif len(raw) == 1:
+            byte_row[raw[0]] = i
+    # As in SentencePiece's own vocabularies, each character of a piece is a piece too (a handful like " Ö" are not).
+    spelled = {text: i for text, i in spelled.items() if all(char in spelled for char in text)}
+
+    def priority(text: str) -> tuple[bool, int]:
+        return len(text) > 1 and text.isspace(), rank.get(tokens[spelled[text]], -1)
+
+    proto = spm.ModelProto()
+    rows: list[int | None] = []
+
+    def add(piece: str, type: int, row: int | None, score: float = 0.0) -> None:
+        proto.pieces.add(piece=piece, type=type, score=score)
+        rows.append(row)
+
+    for i in special:
+        add(tokens[i], piece_type.CONTROL if i else piece_type.UNKNOWN, i)
+    for byte in range(256):
+        add(f"<0x{byte:02X}>", piece_type.BYTE, byte_row.get(byte))
+    for i, text in enumerate(sorted(spelled, key=priority)):
+        add(text.replace(" ", "\u2581"), piece_type.NORMAL, spelled[text], score=-i)
+
+    trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
+    trainer.model_type, trainer.byte_fallback, trainer.vocab_size = trainer.BPE, True, len(proto.pieces)
+    trainer.unk_id, trainer.bos_id, trainer.eos_id, trainer.pad_id = 0, 1, 2, -1
+    trainer.unk_piece, trainer.bos_piece, trainer.eos_piece = tokens[:3]
+    trainer.unk_surface = tokens[0]
+    normalizer.name = "identity"
+    normalizer.add_dummy_prefix = normalizer.remove_extra_whitespaces = False
+    normalizer.escape_whitespaces = True
+    return proto, rows
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's spelling of bytes: printable ones as themselves, the others as the characters from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
+
+
+def _write_tokenizer_config(folder: Path, proto: Any, ids: dict[str, int], chat_template: str, length: int) -> None:
+    special = [p.piece for p in proto.pieces if p.type in (p.UNKNOWN, p.CONTROL)]
+    names = {"unk_token": special[0]} | {name.removesuffix("_id"): special[id] for name, id in ids.items()}
+    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+    config = {
+        "tokenizer_class": "InternLM3Tokenizer",
+        "added_tokens_decoder": {str(i): {"content": piece, **flags} for i, piece in enumerate(special)},
+        **names,
+        "add_bos_token": False,
+        "add_eos_token": False,
+        "add_prefix_space": False,
+        "clean_up_tokenization_spaces": False,
+        "spaces_between_special_tokens": False,
+        "model_max_length": length,
+        "chat_template": chat_template,
+    }
+    _write_json(folder / "tokenizer_config.json", config)
+    _write_json(folder / "special_tokens_map.json", names)
+
+
+# ------------------------------------------------------------------------------------------------------ weights
+
+Tensors = dict[str, tuple[tuple[int, ...], Callable[[], torch.Tensor]]]  # name -> (shape, makes the bfloat16 tensor)
+
+
+def _tensors(reader: GGUFReader, config: dict[str, Any], rows: list[int | None]) -> Tensors:
+    """Every tensor of the checkpoint under InternLM3's name; none is dequantised before it is asked for."""
+    stored = {tensor.name: tensor for tensor in reader.tensors}
+    heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
+
+    def dense(name: str) -> torch.Tensor:
+        return torch.tensor(gguf.dequantize(stored[name].data, stored[name].tensor_type))
+
+    def weight(name: str) -> torch.Tensor:
+        value, part = dense(name), name.split(".")[-2]
+        return (unpermute(value, heads[part]) if part in heads else value).bfloat16()
+
+    def embedding() -> torch.Tensor:
+        # A row without a source stays out of reach: the mean row's logit is the mean logit.
+        value = dense("token_embd.weight")
+        padded = value.mean(0).repeat(config["vocab_size"], 1)
+        known = [i for i, row in enumerate(rows) if row is not None]
+        padded[known] = value[[rows[i] for i in known]]
+        return padded.bfloat16()
+
+    names = {"output_norm.weight": "model.norm.weight"}
+    for layer in range(config["num_hidden_layers"]):
+        names |= {f"blk.{layer}.{a}.weight": f"model.layers.{layer}.{b}.weight" for a, b in LAYER_TENSORS.items()}
+    if left := set(stored) - set(names) - {"token_embd.weight"}:
+        raise ValueError(f"The GGUF file holds tensors that InternLM3 has no place for: {sorted(left)}")
+    table = ((config["vocab_size"], config["hidden_size"]), embedding)
+    tensors: Tensors = {"model.embed_tokens.weight": table}
+    for source, target in names.items():
+        shape = tuple(int(size) for size in reversed(stored[source].shape))
+        tensors[target] = shape, lambda source=source: weight(source)  # type: ignore[misc]
+    return {**tensors, "lm_head.weight": table}
+
+
+def unpermute(weight: torch.Tensor, heads: int) -> torch.Tensor:
+    """Rows of a q or k projection, [heads * head_dim, in], from llama.cpp's order (the two of a rotated pair side by
+    side) to InternLM3's (first halves, then second halves of a head's pairs)."""
+    return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).reshape(weight.shape)
+
+
+def _write_weights(folder: Path, tensors: Tensors, progress: bool) -> None:
+    sizes = {name: 2 * torch.Size(shape).numel() for name, (shape, _) in tensors.items()}
+    shards: list[list[str]] = [[]]
+    for name in tensors:
+        if shards[-1] and sum(sizes[n] for n in shards[-1]) + sizes[name] > MAX_SHARD_BYTES:
+            shards.append([])
+        shards[-1].append(name)
+    weight_map = {}
+    with tqdm(total=len(tensors), desc="Converting weights", unit="tensor", disable=not progress) as bar:
+        for number, names in enumerate(shards, start=1):
+            file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+            shard = {}
+            for name in names:
+                shard[name] = tensors[name][1]()
+                weight_map[name] = file
+                bar.update()
+            (folder / file).write_bytes(save(shard, metadata={"format": "pt"}))
+    index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+    _write_json(folder / "model.safetensors.index.json", index)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
