@@ -1,0 +1,320 @@
+"""How the next token is chosen: `SamplingParams` is what a user asks for, `Sampler` the state of a batch of rows."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels import sampling_reference
+from .keywords import reject_unknown
+
+ALIASES = {
+    "max_new_tokens": "max_tokens",
+    "min_new_tokens": "min_tokens",
+    "temp": "temperature",
+    "repeat_penalty": "repetition_penalty",
+    "stop_words": "stop",
+    "stop_strings": "stop",
+    "random_seed": "seed",
+    "num_return_sequences": "n",
+}
+
+
+def _check_is(name: str, value: object, kind: type, wanted: str) -> None:
+    if not isinstance(value, kind):
+        raise ValueError(f"{name} must be {wanted}; got {value!r}")
+
+
+def _check_int(name: str, value: object, low: int, high: int | None = None) -> None:
+    wanted = f"an integer >= {low}" if high is None else f"an integer in [{low}, {high}]"
+    if not isinstance(value, int) or isinstance(value, bool) or value < low or (high is not None and value > high):
+        raise ValueError(f"{name} must be {wanted}; got {value!r}")
+
+
+def _check_float(name: str, value: object, range_: str, inside: Callable[[float], bool]) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or not inside(value):  # type: ignore[arg-type]
+        raise ValueError(f"{name} must be a number in {range_}; got {value!r}")
+
+
+def _as_tuple(name: str, values: object) -> tuple[Any, ...]:
+    if values is None:
+        return ()
+    if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable):
+        raise ValueError(f"{name} must be a sequence; got {values!r}")
+    return tuple(values)
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """What to generate for one prompt; names and meanings as in vLLM. Any bad value is a ValueError that names it.
+
+    n: how many answers. temperature: 0 is greedy, and the filters below are then ignored. top_k: 0 or -1 is off.
+    top_p, min_p, typical_p: 1, 0 and 1 are off. repetition_penalty: over prompt and answer, once per token, as in
+    transformers. presence_penalty, frequency_penalty: over the answer, as in OpenAI's API. logit_bias: by token id.
+    allowed_token_ids: only these may be chosen. seed: None draws one from torch's default generator.
+    max_tokens: None is until the context's end. min_tokens: no end of sequence and no stop token before.
+    stop, stop_token_ids: end the answer, besides the model's own ends. ignore_eos: the model's own ends do not count.
+    include_stop_str_in_output: the stop string stays in the text. logprobs: how many alternatives to report per token.
+    skip_special_tokens: they are left out of the text.
+    """
+
+    n: int = 1
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    typical_p: float = 1.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | None = None
+    allowed_token_ids: Sequence[int] | None = None
+    seed: int | None = None
+    max_tokens: int | None = None
+    min_tokens: int = 0
+    stop: str | Sequence[str] | None = None
+    stop_token_ids: Sequence[int] | None = None
+    ignore_eos: bool = False
+    include_stop_str_in_output: bool = False
+    logprobs: int | None = None
+    skip_special_tokens: bool = True
+
+    def __post_init__(self) -> None:
+        _check_int("n", self.n, 1)
+        _check_float("temperature", self.temperature, "[0, inf)", lambda t: t >= 0)
+        _check_int("top_k", self.top_k, -1)
+        _check_float("top_p", self.top_p, "(0, 1]", lambda p: 0 < p <= 1)
+        _check_float("min_p", self.min_p, "[0, 1]", lambda p: 0 <= p <= 1)
+        _check_float("typical_p", self.typical_p, "(0, 1]", lambda p: 0 < p <= 1)
+        _check_float("repetition_penalty", self.repetition_penalty, "(0, inf)", lambda p: p > 0)
+        _check_float("presence_penalty", self.presence_penalty, "[-2, 2]", lambda p: -2 <= p <= 2)
+        _check_float("frequency_penalty", self.frequency_penalty, "[-2, 2]", lambda p: -2 <= p <= 2)
+        if self.seed is not None:
+            _check_int("seed", self.seed, -(2**63), 2**63 - 1)
+        if self.max_tokens is not None:
+            _check_int("max_tokens", self.max_tokens, 1)
+        _check_int("min_tokens", self.min_tokens, 0)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise ValueError(f"min_tokens must be at most max_tokens = {self.max_tokens}; got {self.min_tokens}")
+        if self.logprobs is not None:
+            _check_int("logprobs", self.logprobs, 0)
+        for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False; got {getattr(self, name)!r}")
+        if self.logit_bias is not None:
+            _check_is("logit_bias", self.logit_bias, Mapping, "a mapping from token id to bias")
+            for token, bias in self.logit_bias.items():
+                _check_int("logit_bias: a token id", token, 0)
+                _check_float(f"logit_bias[{token}]", bias, "(-inf, inf)", lambda b: True)
+        # Frozen, yet stored in one form: a lone stop string as a tuple of one, every list as a tuple.
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else _as_tuple("stop", self.stop))
+        for text in self.stops:
+            if not isinstance(text, str) or not text:
+                raise ValueError(f"stop must be a string or strings of one character at least; got {text!r}")
+        for name in ("allowed_token_ids", "stop_token_ids"):
+            if (given := getattr(self, name)) is not None:
+                object.__setattr__(self, name, _as_tuple(name, given))
+                for token in getattr(self, name):
+                    _check_int(f"{name}: a token id", token, 0)
+        if self.allowed_token_ids is not None and not self.allowed_token_ids:
+            raise ValueError("allowed_token_ids must name one token at least, or be None for all; got none")
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The stop strings, none or more."""
+        return tuple(self.stop or ())
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+    @classmethod
+    def from_kwargs(cls, base: "SamplingParams | None" = None, **kwargs: Any) -> "SamplingParams":
+        """`base` (default: all defaults) with `kwargs` over it, which may use the names of other libraries (`ALIASES`).
+
+        `do_sample=False` means temperature 0, whatever temperature says; `do_sample=True` over a greedy base means
+        temperature 1. None for a setting that has no None of its own means its default. Raises TypeError for an unknown
+        keyword, ValueError for a bad value or for a name and its alias that differ.
+        """
+        defaults = {field.name: field.default for field in fields(cls)}
+        reject_unknown("sampling parameters", kwargs, [*defaults, *ALIASES, "do_sample"])
+        do_sample = kwargs.pop("do_sample", None)
+        given: dict[str, Any] = {}
+        origin: dict[str, str] = {}
+        for key, value in kwargs.items():
+            name = ALIASES.get(key, key)
+            if name in given and given[name] != value:
+                raise ValueError(
+                    f"{origin[name]}={given[name]!r} and {key}={value!r} name the same setting; give one of them"
+                )
+            given[name], origin[name] = value, key
+        given = {name: defaults[name] if value is None else value for name, value in given.items()}
+        base = base or cls()
+        if do_sample is not None:
+            _check_is("do_sample", do_sample, bool, "True, False or None")
+            if not do_sample:
+                given["temperature"] = 0.0
+            elif given.get("temperature") == 0:
+                raise ValueError("do_sample=True contradicts temperature=0, which is greedy; give one of them")
+            elif base.greedy:
+                given.setdefault("temperature", defaults["temperature"])
+        return replace(base, **given)
+
+    @classmethod
+    def from_generation_config(cls, config: Mapping[str, Any]) -> "SamplingParams":
+        """The settings of a checkpoint's generation_config.json; greedy unless it says `do_sample`, as in transformers.
+
+        What the file does not name is off. (transformers would put top_k = 50 there, which no model asked for.)
+        """
+        names = {field.name for field in fields(cls)} | set(ALIASES)
+        return cls.from_kwargs(
+            do_sample=bool(config.get("do_sample")), **{key: config[key] for key in config if key in names}
+        )
+
+    def check_vocab(self, vocab_size: int) -> None:
+        """Raises ValueError if a token id of these parameters is not below `vocab_size`."""
+        for name in ("logit_bias", "allowed_token_ids", "stop_token_ids"):
+            for token in getattr(self, name) or ():
+                _check_int(f"{name}: a token id", token, 0, vocab_size - 1)
+
+
+# InternLM3's README: the settings it recommends for chat, and those for its deep-thinking mode.
+RECOMMENDED = SamplingParams(temperature=1.0, top_p=0.8, top_k=40, repetition_penalty=1.005, max_tokens=1024)
+RECOMMENDED_THINKING = replace(RECOMMENDED, max_tokens=8192)
+
+
+class Sampler:
+    """Chooses one token for each row of a batch, step by step.
+
+    A row is `(params, prompt_ids, stream)`; `stream` counts the answers to a prompt. A stage that no row needs is off.
+    The result of a row depends on that row alone. The random number of a token is keyed by the seed, the stream and the
+    token's place in its sequence, so that a text taken up again at any point goes on as it would have.
+    `sample` is the op of the backend; `eos_token_ids` are the ends that `min_tokens` holds back.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[tuple[SamplingParams, Sequence[int], int]],
+        *,
+        vocab_size: int,
+        device: torch.device | str = "cpu",
+        eos_token_ids: Iterable[int] = (),
+        sample: Callable[..., tuple[Tensor, Tensor]] = sampling_reference.sample,
+    ) -> None:
+        self._sample = sample
+        self._vocab_size = vocab_size
+        self._device = torch.device(device)
+        self._steps = 0
+        params = [row[0] for row in rows]
+        for p in params:
+            p.check_vocab(vocab_size)
+        self._per_row: dict[str, Tensor] = {
+            "seed": self._integers([_draw_seed() if p.seed is None else p.seed for p in params]),
+            "stream": self._integers([stream for _, _, stream in rows]),
+            "position": self._integers([len(prompt_ids) for _, prompt_ids, _ in rows]),
+        }
+        sampled = [p for p in params if not p.greedy]
+        if sampled:
+            self._per_row["temperature"] = self._floats([p.temperature for p in params])
+        if any(p.top_k > 0 for p in sampled):
+            self._per_row["top_k"] = self._integers([max(p.top_k, 0) for p in params])
+        for name, off, users in (
+            ("top_p", 1, sampled),
+            ("min_p", 0, sampled),
+            ("typical_p", 1, sampled),
+            ("repetition_penalty", 1, params),
+            ("presence_penalty", 0, params),
+            ("frequency_penalty", 0, params),
+        ):
+            if any(getattr(p, name) != off for p in users):
+                self._per_row[name] = self._floats([getattr(p, name) for p in params])
+        if "repetition_penalty" in self._per_row:
+            self._per_row["prompt_counts"] = torch.stack([self._count(prompt_ids) for _, prompt_ids, _ in rows])
+        if self._per_row.keys() & {"repetition_penalty", "presence_penalty", "frequency_penalty"}:
+            self._per_row["output_counts"] = torch.stack([self._count(()) for _ in rows])
+        if any(p.logit_bias for p in params):
+            bias = torch.zeros(len(rows), vocab_size)
+            for row, p in enumerate(params):
+                for token, value in (p.logit_bias or {}).items():
+                    bias[row, token] = value
+            self._per_row["logit_bias"] = bias.to(self._device)
+        self._masks = [_TokenMask(p, tuple(eos_token_ids), vocab_size) for p in params]
+
+    def __call__(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """`logits` [B, V] -> the next tokens, int64 [B], and their log-probabilities (plain softmax), float32 [B]."""
+        per_row = self._per_row
+        if any(self._steps in mask.changes for mask in self._masks):
+            self._set_allowed()
+        token, logprob = self._sample(logits, **{"temperature": None, **per_row})
+        if "output_counts" in per_row:
+            per_row["output_counts"].scatter_add_(1, token[:, None], torch.ones_like(token, dtype=torch.int32)[:, None])
+        per_row["position"] += 1
+        self._steps += 1
+        return token, logprob
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Goes on with these rows only, in this order."""
+        index = self._integers(list(rows))
+        self._per_row = {name: values[index] for name, values in self._per_row.items()}
+        self._masks = [self._masks[row] for row in rows]
+
+    def _set_allowed(self) -> None:
+        words = [mask.words(self._steps) for mask in self._masks]
+        self._per_row.pop("allowed", None)
+        if any(word is not None for word in words):
+            everything = torch.full((-(-self._vocab_size // 32),), -1, dtype=torch.int32)
+            self._per_row["allowed"] = torch.stack([everything if word is None else word for word in words]).to(
+                self._device
+            )
+
+    def _integers(self, values: Sequence[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self._device)
+
+    def _floats(self, values: Sequence[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float32, device=self._device)
+
+    def _count(self, token_ids: Sequence[int]) -> Tensor:
+        counts = torch.bincount(torch.tensor(list(token_ids), dtype=torch.int64), minlength=self._vocab_size)
+        return counts.to(self._device, torch.int32)
+
+
+class _TokenMask:
+    """The tokens one row may choose from: its allowed ones, less the ends of text until it has `min_tokens`."""
+
+    def __init__(self, params: SamplingParams, eos_token_ids: tuple[int, ...], vocab_size: int) -> None:
+        ends = [*(() if params.ignore_eos else eos_token_ids), *(params.stop_token_ids or ())]
+        self.min_tokens = params.min_tokens if ends else 0
+        self.changes = {0, self.min_tokens}  # the steps at which `words` may differ from the step before
+        allowed = torch.zeros(-(-vocab_size // 32) * 32, dtype=torch.bool)
+        allowed[list(params.allowed_token_ids) if params.allowed_token_ids is not None else slice(vocab_size)] = True
+        self.late = _bit_words(allowed) if params.allowed_token_ids is not None else None
+        if self.min_tokens:
+            allowed[ends] = False
+            if not allowed.any():
+                raise ValueError(
+                    f"min_tokens={params.min_tokens} holds back every token of allowed_token_ids="
+                    f"{list(params.allowed_token_ids or ())}; allow one that does not end the text, or set min_tokens=0"
+                )
+            self.early = _bit_words(allowed)
+
+    def words(self, step: int) -> Tensor | None:
+        """int32 [ceil(V / 32)], a bit for each allowed token; None if all are allowed."""
+        return self.early if step < self.min_tokens else self.late
+
+
+def top_logprobs(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` likeliest tokens of each row of `logits` [B, V]: ids, int64, and log-probabilities, float32."""
+    logprobs, token_ids = logits.float().log_softmax(-1).topk(min(count, logits.shape[-1]))
+    return token_ids, logprobs
+
+
+def _bit_words(mask: Tensor) -> Tensor:
+    return (mask.view(-1, 32).long() << torch.arange(32)).sum(-1).to(torch.int32)
+
+
+def _draw_seed() -> int:
+    return int(torch.randint(-(2**63), 2**63 - 1, ()))
