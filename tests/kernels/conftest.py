@@ -24,3 +24,12 @@ if not torch.cuda.is_available():
         return convert(data, source, target, rounding_mode)
 
     interpreter._convert_float = convert_and_round
+
+    create_dot = interpreter.InterpreterBuilder.create_dot
+
+    def widen_and_dot(self, a, b, *rest):
+        """The interpreter keeps bfloat16 as uint16 and would multiply its bits as integers."""
+        a, b = (self.create_fp_ext(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
+        return create_dot(self, a, b, *rest)
+
+    interpreter.InterpreterBuilder.create_dot = widen_and_dot
