@@ -1,0 +1,145 @@
+"""Rotary embedding of q and k, and the write of k and v into their pages. Su et al. 2021, half-rotation (NeoX) layout.
+
+    q' = q * cos(a) + rotate_half(q) * sin(a),   a = position * inv_freq        [B*T, (H + 2K) * D] -> q [B*T, H, D]
+
+cos, sin and every product are rounded to the activation dtype, as InternLM3 does. Bytes at InternLM3-8B's shapes
+(H = 32, K = 2, D = 128, 16 bits): 9 KiB read and 9 KiB written per row. Operations: 6 per element, 64 angles per row.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import check, check_activation, pdl
+
+# Heads of one program, one warp: many programs hide latency where rows are few, angles are shared where rows are many.
+FEW_ROWS = 64
+HEADS_OF_FEW_ROWS = 4
+HEADS_OF_MANY_ROWS = 16
+
+
+@triton.jit
+def cos_sin(angle):
+    """Cosine and sine of a float32 tensor of angles up to 2^20 * pi / 2, within 2 float32 ulp.
+
+    tl.cos keeps tables in local memory for large angles, so: the nearest multiple of pi/2 is taken off in float64, its
+    constant in two parts (33 bits, so that 20 bits of quadrants multiply it exactly, and the rest: Cody and Waite
+    1980), and minimax polynomials, fitted on |r| <= pi/4, do the rest in float32.
+    """
+    wide = angle.to(tl.float64)
+    quadrant = tl.floor(wide * 0.6366197723675814 + 0.5)
+    r = ((wide - quadrant * 1.5707963267341256) - quadrant * 6.077100506506192e-11).to(tl.float32)
+    z = r * r
+    cos = 1.0 + z * (-0.5 + z * (4.16666468e-02 + z * (-1.38873645e-03 + z * 2.44380909e-05)))
+    sin = r + r * (z * (-1.66666549e-01 + z * (8.33217585e-03 + z * -1.95169774e-04)))
+    quadrant = quadrant.to(tl.int32)
+    swapped = quadrant % 2 != 0
+    cos, sin = tl.where(swapped, sin, cos), tl.where(swapped, cos, sin)
+    return tl.where((quadrant + 1) & 2 != 0, -cos, cos), tl.where(quadrant & 2 != 0, -sin, sin)
+
+
+@triton.jit
+def rotate(first, second, cos, sin, dtype: tl.constexpr):
+    """The rotated halves of heads, in float32 with every product rounded to dtype; so are cos and sin. float32 in."""
+    cos, sin = cos.to(dtype).to(tl.float32), sin.to(dtype).to(tl.float32)
+    rotated_first = (first * cos).to(dtype).to(tl.float32) - (second * sin).to(dtype).to(tl.float32)
+    rotated_second = (second * cos).to(dtype).to(tl.float32) + (first * sin).to(dtype).to(tl.float32)
+    return rotated_first, rotated_second
+
+
+@triton.jit
+def _rope_and_cache(
+    qkv_ptr, inv_freq_ptr, k_cache_ptr, v_cache_ptr, block_table_ptr, seq_lens_ptr, q_ptr,
+    qkv_stride, inv_freq_stride, k_page_stride, k_head_stride, k_token_stride,
+    v_page_stride, v_head_stride, v_token_stride, table_stride, tokens, pages, slots,
+    H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, S: tl.constexpr,
+    HEADS: tl.constexpr, HALF: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    row = tl.program_id(0).to(tl.int64)
+    head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
+    column = tl.arange(0, HALF)
+    dtype = q_ptr.dtype.element_ty
+    half: tl.constexpr = D // 2
+    inside = (column < half)[None, :]
+    is_q = (head < H) & inside
+    is_k = (head >= H) & (head < H + K) & inside
+    is_v = (head >= H + K) & (head < H + 2 * K) & inside
+    sequence = row // tokens
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    position = tl.load(seq_lens_ptr + sequence) - tokens + (row % tokens).to(tl.int32)
+    live = position >= 0
+    inv_freq = tl.load(inv_freq_ptr + sequence * inv_freq_stride + column, mask=column < half, other=0.0)
+    source = qkv_ptr + row * qkv_stride + head * D + column[None, :]
+    mask = (is_q | is_k | is_v) & live
+    first = tl.load(source, mask=mask, other=0.0)
+    second = tl.load(source + half, mask=mask, other=0.0)
+    cos, sin = cos_sin(position.to(tl.float32) * inv_freq)
+    rotated_first, rotated_second = rotate(
+        first.to(tl.float32), second.to(tl.float32), cos[None, :], sin[None, :], dtype
+    )  # fmt: skip
+    rotated_first, rotated_second = rotated_first.to(dtype), rotated_second.to(dtype)
+
+    q_target = q_ptr + (row * H + head) * D + column[None, :]
+    tl.store(q_target, rotated_first, mask=is_q)
+    tl.store(q_target + half, rotated_second, mask=is_q)
+
+    slot = position // S
+    live = live & (slot < slots)
+    page = tl.load(block_table_ptr + sequence * table_stride + slot, mask=live, other=0).to(tl.int64)
+    tl.device_assert((page >= 0) & (page < pages), "block_table names a page that the cache has not")
+    live = live & (page >= 0) & (page < pages)
+    k_target = k_cache_ptr + page * k_page_stride + (head - H) * k_head_stride + (position % S) * k_token_stride
+    tl.store(k_target + column[None, :], rotated_first, mask=is_k & live)
+    tl.store(k_target + half + column[None, :], rotated_second, mask=is_k & live)
+    v_target = v_cache_ptr + page * v_page_stride + (head - H - K) * v_head_stride + (position % S) * v_token_stride
+    tl.store(v_target + column[None, :], first, mask=is_v & live)
+    tl.store(v_target + half + column[None, :], second, mask=is_v & live)
+
+
+def rope_and_cache(
+    qkv: Tensor,
+    inv_freq: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+) -> Tensor:
+    """Rotate q and k, write k and v into their pages, return q [B*T, H, D], contiguous.
+
+    qkv [B*T, (H + 2K) * D]: q heads in front, then k, then v; inv_freq [B, D/2] float32; caches [P, K, S, D] of qkv's
+    dtype; block_table [B, N] int32; seq_lens [B] int32 with the tokens of this launch counted. Rows at negative
+    positions give zero and write nothing; nor is anything written through a page id outside the cache.
+
+    Raises TypeError for a dtype, ValueError for a shape, device or stride that the kernel cannot take.
+    """
+    check_activation("qkv", qkv, -1, -1)
+    rows, width = qkv.shape
+    device = qkv.device
+    check("k_cache", k_cache, qkv.dtype, device, -1, -1, -1, -1)
+    pages, kv_heads, page_size, dim = k_cache.shape
+    check("v_cache", v_cache, qkv.dtype, device, *k_cache.shape)
+    check("block_table", block_table, torch.int32, device, -1, -1)
+    sequences, slots = block_table.shape
+    check("seq_lens", seq_lens, torch.int32, device, sequences)
+    check("inv_freq", inv_freq, torch.float32, device, sequences, dim // 2)
+    if dim % 16:
+        raise ValueError(f"k_cache has head_dim {dim}, must be a multiple of 16")
+    heads = width // dim
+    if width % dim or heads <= 2 * kv_heads:
+        raise ValueError(f"qkv has {width} columns, must be (H + 2 * {kv_heads}) * {dim} for some H > 0 of query heads")
+    if sequences == 0 or rows % sequences:
+        raise ValueError(f"qkv has {rows} rows, must be a multiple of the {sequences} sequences in block_table")
+    q = torch.empty((rows, heads - 2 * kv_heads, dim), dtype=qkv.dtype, device=device)
+    group = HEADS_OF_FEW_ROWS if rows <= FEW_ROWS else HEADS_OF_MANY_ROWS
+    _rope_and_cache[(rows, triton.cdiv(heads, group))](
+        qkv, inv_freq, k_cache, v_cache, block_table, seq_lens, q,
+        qkv.stride(0), inv_freq.stride(0), *k_cache.stride()[:3], *v_cache.stride()[:3], block_table.stride(0),
+        rows // sequences, pages, slots,
+        H=heads - 2 * kv_heads, K=kv_heads, D=dim, S=page_size,
+        HEADS=group, HALF=triton.next_power_of_2(dim // 2), num_warps=1, **pdl(device),
+    )  # fmt: skip
+    return q

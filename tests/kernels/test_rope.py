@@ -1,0 +1,203 @@
+"""rope_and_cache against kernels.reference and float64, and the cosines behind it."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import triton
+import triton.language as tl
+from hypothesis import given
+from hypothesis import strategies as st
+from internlm3 import kernels
+from internlm3.kernels import reference
+from internlm3.kernels.rope import cos_sin
+
+from .support import DEVICE, assert_near, call, cases, dtypes, embedded, generator, normal, seeds
+
+# cos and sin, the products and their sum are rounded, half an ulp of the operands each; float32 adds 1.5 ulp of
+# its own cosine.
+ULPS = {torch.bfloat16: 1.1, torch.float16: 1.1, torch.float32: 3.0}
+
+
+@triton.jit
+def _cos_sin(angle_ptr, cos_ptr, sin_ptr, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    cos, sin = cos_sin(tl.load(angle_ptr + at))
+    tl.store(cos_ptr + at, cos)
+    tl.store(sin_ptr + at, sin)
+
+
+@cases(30)
+@given(seeds, st.sampled_from(["any", "positions", "quadrants"]))
+def test_cos_sin_are_exact_to_two_ulp(seed, kind):
+    """Any magnitude; positions up to a million; the float32 neighbours of multiples of pi/2, where sines vanish."""
+    rng = generator(seed)
+    uniform = torch.rand(4096, generator=rng, dtype=torch.float64)
+    if kind == "any":
+        angles = 10.0 ** (uniform * 14 - 8)
+    elif kind == "positions":
+        angles = torch.floor(uniform * 1e6)
+    else:
+        angles = torch.floor(uniform * 2**20) * (math.pi / 2)
+    angles = angles.float().to(DEVICE)
+    cos, sin = torch.empty_like(angles), torch.empty_like(angles)
+    _cos_sin[(1,)](angles, cos, sin, BLOCK=4096)
+    wide = angles.cpu().numpy().astype(np.longdouble)
+    for ours, exact in ((cos, np.cos(wide)), (sin, np.sin(wide))):
+        ulp = np.spacing(np.abs(exact).astype(np.float32))
+        assert (np.abs(ours.cpu().numpy() - exact) / ulp).max() <= 2
+
+
+class Case:
+    """A random launch: sequences of these lengths, on three pages each, which the table repeats to any length."""
+
+    def __init__(self, seed, dtype, lengths, tokens, heads, kv_heads, dim, page_size, padding=0, token_major=False):
+        rng = generator(seed)
+        sequences = len(lengths)
+        self.lengths, self.tokens, self.heads, self.kv_heads, self.dim = lengths, tokens, heads, kv_heads, dim
+        self.page_size = page_size
+        self.qkv = embedded(normal(rng, sequences * tokens, (heads + 2 * kv_heads) * dim, dtype=dtype), padding)
+        theta = 10.0 ** (4 + 5 * torch.rand(sequences, 1, generator=rng))
+        self.inv_freq = embedded((theta ** (-torch.arange(0, dim, 2) / dim)).to(DEVICE), padding)
+        pages = torch.randperm(3 * sequences + 1, generator=rng, dtype=torch.int32)[: 3 * sequences].view(-1, 3)
+        slots = max(max(lengths) - 1, 0) // page_size + 1
+        choice = torch.randint(3, (sequences, slots), generator=rng)
+        self.block_table = embedded(pages.gather(1, choice).to(DEVICE), padding)
+        self.seq_lens = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
+        inner = (page_size, kv_heads, dim) if token_major else (kv_heads, page_size, dim)
+        # k and v in one buffer. NaN fills it, as freed memory might: what the op does not write must keep its bits.
+        kv = embedded(torch.full((3 * sequences + 1, 2, *inner), torch.nan, dtype=dtype, device=DEVICE))
+        self.kv = kv.transpose(2, 3) if token_major else kv
+
+    def run(self, op):
+        """The op on a copy of the cache: q, k_cache, v_cache."""
+        kv = self.kv.clone()
+        args = (self.qkv, self.inv_freq, kv[:, 0], kv[:, 1], self.block_table, self.seq_lens)
+        q = call(op, *args, writes=args[2:4]) if op is kernels.rope_and_cache else op(*args)
+        return q, kv[:, 0], kv[:, 1]
+
+    def exact(self):
+        """float64: q, k and v of every row and the operands' size of q and k; the position of every row."""
+        x = self.qkv.double().view(len(self.lengths), self.tokens, -1, self.dim)
+        position = self.seq_lens[:, None] - self.tokens + torch.arange(self.tokens, device=DEVICE)
+        angle = (position[..., None].float() * self.inv_freq[:, None]).double()
+        cos, sin = angle.cos()[:, :, None], angle.sin()[:, :, None]
+        first, second = x.chunk(2, dim=-1)
+        turned = torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+        # The last term is the rounding of a cosine so small that the dtype holds it with fewer bits.
+        size = torch.cat(((first * cos).abs() + (second * sin).abs(), (second * cos).abs() + (first * sin).abs()), -1)
+        size = size + (first.abs() + second.abs()).repeat(1, 1, 1, 2) * torch.finfo(self.qkv.dtype).smallest_normal
+        live = (position >= 0)[..., None, None]
+        q, k, _ = (turned * live).split((self.heads, self.kv_heads, self.kv_heads), 2)
+        q_size, k_size, _ = (size * live).split((self.heads, self.kv_heads, self.kv_heads), 2)
+        return q.flatten(0, 1), k, x[:, :, self.heads + self.kv_heads :], q_size.flatten(0, 1), k_size, position
+
+
+def check_case(case):
+    q, k_cache, v_cache = case.run(kernels.rope_and_cache)
+    reference_q, reference_k, reference_v = case.run(reference.rope_and_cache)
+    exact_q, exact_k, exact_v, q_size, k_size, position = case.exact()
+    ulps = ULPS[case.qkv.dtype]
+    assert_near(exact_q, ulps, q_size, triton=q, reference=reference_q)
+    assert torch.equal(v_cache.nan_to_num(7.0), reference_v.nan_to_num(7.0))
+    written = torch.zeros(k_cache.shape[0], case.page_size, dtype=torch.bool, device=DEVICE)
+    for b, t in (position >= 0).nonzero().tolist():
+        slot = int(position[b, t])
+        page, offset = int(case.block_table[b, slot // case.page_size]), slot % case.page_size
+        written[page, offset] = True
+        found, expected = k_cache[page, :, offset], reference_k[page, :, offset]
+        assert_near(exact_k[b, t], ulps, k_size[b, t], triton=found, reference=expected)
+        assert torch.equal(v_cache[page, :, offset].double(), exact_v[b, t])
+    for cache in (k_cache, v_cache):
+        assert cache.isnan().all(-1).all(1).logical_xor(written).all(), "a token that is not of this launch was written"
+
+
+lengths_near_pages = st.sampled_from([0, 1, 2, 15, 16, 17, 31, 32, 33, 131072, 131073, 1_000_000])
+
+
+@cases(400)
+@given(
+    seeds,
+    dtypes,
+    st.lists(lengths_near_pages | st.integers(0, 3000), min_size=1, max_size=3),
+    st.integers(1, 5),
+    st.integers(1, 3),
+    st.sampled_from([1, 2, 3, 16]),
+    st.sampled_from([16, 48, 64, 80, 128]),
+    st.sampled_from([16, 32, 256]),
+    st.sampled_from([0, 8]),
+    st.booleans(),
+)
+def test_rope_and_cache(seed, dtype, lengths, tokens, kv_heads, group, dim, page_size, padding, token_major):
+    check_case(Case(seed, dtype, lengths, tokens, group * kv_heads, kv_heads, dim, page_size, padding, token_major))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(("lengths", "tokens"), [([131072], 1), ([100], 70), ([70, 3], 40), ([0, 0], 1)])
+def test_internlm3_shapes(dtype, lengths, tokens):
+    """One token, and the launch configuration of many rows, part of which stand before their sequence's beginning."""
+    check_case(Case(3, dtype, lengths, tokens, 32, 2, 128, 256))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_products_are_rounded_one_by_one(dtype):
+    """InternLM3's order of rounding, bit by bit: all but a few values, where a cosine's last float32 bit decides."""
+    case = Case(5, dtype, [40], 32, 4, 2, 128, 16)
+    q, k_cache, _ = case.run(kernels.rope_and_cache)
+    expected_q, expected_k, _ = case.run(reference.rope_and_cache)
+    assert (q != expected_q).float().mean() < 1e-3
+    assert (k_cache.nan_to_num(7.0) != expected_k.nan_to_num(7.0)).float().mean() < 1e-3
+
+
+def test_page_ids_outside_the_cache_write_nothing():
+    case = Case(9, torch.float32, [5, 6, 7], 2, 4, 2, 64, 16)
+    case.block_table[0] = -1
+    case.block_table[1] = case.kv.shape[0]
+    _, k_cache, v_cache = case.run(kernels.rope_and_cache)
+    mine = case.block_table[2, 0]
+    for cache in (k_cache, v_cache):
+        assert cache[mine, :, 5:7].isfinite().all()
+        assert cache.isfinite().sum() == cache[mine, :, 5:7].numel()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"qkv": torch.zeros(3, 128)}, ValueError, "qkv has 3 rows, must be a multiple of the 2 sequences"),
+        ({"qkv": torch.zeros(2, 120)}, ValueError, r"qkv has 120 columns, must be \(H \+ 2 \* 2\) \* 16"),
+        ({"qkv": torch.zeros(2, 64)}, ValueError, "qkv has 64 columns"),
+        ({"inv_freq": torch.zeros(2, 16)}, ValueError, r"inv_freq has shape \[2, 16\], must have \[2, 8\]"),
+        ({"inv_freq": torch.zeros(2, 8).double()}, TypeError, "inv_freq is torch.float64, must be torch.float32"),
+        ({"k_cache": torch.zeros(4, 2, 16, 16).half()}, TypeError, "k_cache is torch.float16, must be torch.float32"),
+        ({"v_cache": torch.zeros(4, 2, 8, 16)}, ValueError, "v_cache has shape"),
+        ({"k_cache": torch.zeros(4, 2, 16, 8), "v_cache": torch.zeros(4, 2, 16, 8)}, ValueError, "inv_freq has shape"),
+        ({"block_table": torch.zeros(2, 4).long()}, TypeError, "block_table is torch.int64, must be torch.int32"),
+        ({"seq_lens": torch.zeros(1).int()}, ValueError, r"seq_lens has shape \[1\], must have \[2\]"),
+    ],
+)
+def test_bad_input(change, error, message):
+    good = {
+        "qkv": torch.zeros(2, 128),
+        "inv_freq": torch.zeros(2, 8),
+        "k_cache": torch.zeros(4, 2, 16, 16),
+        "v_cache": torch.zeros(4, 2, 16, 16),
+        "block_table": torch.zeros(2, 4).int(),
+        "seq_lens": torch.zeros(2).int(),
+    }
+    args = {name: x.to(DEVICE) for name, x in {**good, **change}.items()}
+    with pytest.raises(error, match=message):
+        kernels.rope_and_cache(**args)
+
+
+def test_head_dim_must_divide_by_16():
+    caches = torch.zeros(2, 4, 2, 16, 24, device=DEVICE)
+    numbers = {"dtype": torch.int32, "device": DEVICE}
+    with pytest.raises(ValueError, match="head_dim 24, must be a multiple of 16"):
+        kernels.rope_and_cache(
+            torch.zeros(1, 120, device=DEVICE),
+            torch.zeros(1, 12, device=DEVICE),
+            *caches,
+            torch.zeros(1, 1, **numbers),
+            torch.zeros(1, **numbers),
+        )
