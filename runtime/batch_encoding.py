@@ -73,10 +73,10 @@ def _truncate(
     if excess <= 0:
         return first, second
     lengths = len(first), len(second or ())
-    if strategy == "only_first" or second is None:
-        cuts = (excess, 0)
-    elif strategy == "only_second":
+    if strategy == "only_second":
         cuts = (0, excess)
+    elif strategy == "only_first" or second is None:
+        cuts = (excess, 0)
     else:
         uneven = min(abs(lengths[0] - lengths[1]), excess)
         even = excess - uneven

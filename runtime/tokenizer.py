@@ -9,6 +9,7 @@ from typing import Any
 from . import chat_template as chat
 from .added_tokens import AddedToken
 from .batch_encoding import BatchEncoding, check_side, frame, pad, padding_strategy, to_tensor, truncation_strategy
+from .files import locate, write, write_json
 from .keywords import nearest, reject_unknown
 from .tokenizer_files import (
     CONFIG_FILE,
@@ -20,8 +21,6 @@ from .tokenizer_files import (
     complete_settings,
     load_sentencepiece,
     read_config,
-    write,
-    write_json,
 )
 from .vocabulary import Vocabulary
 
@@ -83,15 +82,18 @@ class InternLM3Tokenizer:
     ) -> "InternLM3Tokenizer":
         """From a folder or a hub id. `overrides` are settings of the constructor that win over the files'.
 
-        A config's `auto_map` (remote code) is ignored: nothing of a checkpoint is ever executed.
+        Nothing of a checkpoint is ever executed: a config's `auto_map` is ignored, and so is `trust_remote_code`.
         """
+        overrides.pop("trust_remote_code", None)
         reject_unknown("InternLM3Tokenizer.from_pretrained", overrides, SETTINGS)
-        directory = Path(id_or_path)
-        if not directory.is_dir():
-            from .checkpoint import locate
-
-            hub = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-            directory = locate(id_or_path, weights=False, **hub)
+        directory = locate(
+            id_or_path,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            weights=False,
+        )
         config = read_config(directory)
         settings = {name: config.pop(name) for name in SETTINGS if name in config}
         try:
@@ -113,16 +115,18 @@ class InternLM3Tokenizer:
             **{name: getattr(self, name) for name in SETTINGS if name != "added_tokens_decoder"},
             "added_tokens_decoder": self._vocabulary.added.to_json(),
         }
-        return (
-            *self.save_vocabulary(directory),
-            write_json(Path(directory) / CONFIG_FILE, config),
-            write_json(Path(directory) / SPECIAL_TOKENS_FILE, special),
-        )
+        paths = [Path(directory) / CONFIG_FILE, Path(directory) / SPECIAL_TOKENS_FILE]
+        vocabulary = self.save_vocabulary(directory)
+        for path, content in zip(paths, (config, special), strict=True):
+            write_json(path, content)
+        return (*vocabulary, *map(str, paths))
 
     def save_vocabulary(self, directory: str | os.PathLike[str], filename_prefix: str | None = None) -> tuple[str]:
         """Writes the SentencePiece model as `[<prefix>-]tokenizer.model`; returns its path."""
         name = f"{filename_prefix}-{VOCAB_FILE}" if filename_prefix else VOCAB_FILE
-        return (write(Path(directory) / name, self._vocabulary.sp_model.serialized_model_proto()),)
+        path = Path(directory) / name
+        write(path, self._vocabulary.sp_model.serialized_model_proto())
+        return (str(path),)
 
     # Vocabulary
 

@@ -1,7 +1,5 @@
-"""The files of a tokenizer and the settings in them: clear errors, and files that are written whole or not at all."""
+"""The files of a tokenizer and the settings in them, read with clear errors."""
 
-import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +7,7 @@ from typing import Any
 import sentencepiece
 
 from .batch_encoding import check_side
+from .files import read_json
 
 VOCAB_FILE = "tokenizer.model"
 CONFIG_FILE = "tokenizer_config.json"
@@ -49,7 +48,7 @@ def read_config(directory: Path) -> dict[str, Any]:
 
     `auto_map` (remote code) is left out: nothing of a checkpoint is ever executed.
     """
-    config = {**_read_json(directory / SPECIAL_TOKENS_FILE), **_read_json(directory / CONFIG_FILE)}
+    config = {**_read_optional(directory / SPECIAL_TOKENS_FILE), **_read_optional(directory / CONFIG_FILE)}
     config.pop("auto_map", None)
     for name in _UNSUPPORTED:
         if config.get(name):
@@ -85,67 +84,25 @@ def complete_settings(given: Mapping[str, Any]) -> dict[str, Any]:
     return {**settings, "model_max_length": int(limit), "additional_special_tokens": additional}
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> str:
-    return write(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
-
-
-def write(path: Path, content: bytes) -> str:
-    """Writes a file that is there whole or not at all; returns its path."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        draft.write_bytes(content)
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
-    return str(path)
-
-
 def load_sentencepiece(path: Path) -> sentencepiece.SentencePieceProcessor:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: a tokenizer needs its SentencePiece model")
-    data = path.read_bytes()
     processor = sentencepiece.SentencePieceProcessor()
     try:
-        processor.LoadFromSerializedProto(data)
+        processor.LoadFromSerializedProto(path.read_bytes())
     except RuntimeError as error:
         raise ValueError(f"{path} is no SentencePiece model, or it is damaged; fetch it again ({error})") from error
-    if not _has_normalizer(data):
-        raise ValueError(f"{path} is cut short: its normaliser settings are missing; fetch it again")
     return processor
 
 
-def _has_normalizer(proto: bytes) -> bool:
-    """Whether a ModelProto that parses holds field 3, normalizer_spec.
-
-    A file cut exactly between two pieces parses, and SentencePiece would silently take its default model and normaliser
-    for it. Fields come in order (1: pieces, 2: trainer_spec, 3: normalizer_spec), each as key, varint length, bytes.
-    """
-    position = 0
-    while position < len(proto) and proto[position] >> 3 < 3:
-        position, length, shift = position + 1, 0, 0
-        while proto[position] & 0x80:
-            length |= (proto[position] & 0x7F) << shift
-            position, shift = position + 1, shift + 7
-        position += 1 + (length | proto[position] << shift)
-    return position < len(proto)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, or {} where there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object, not a {type(content).__name__}")
-    return content
+def _read_optional(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}
 
 
 def _older_added_tokens(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     """added_tokens_decoder from the older added_tokens.json, {content: id}; named tokens among them are special."""
     special = [config.get(name) for name in NAMED_TOKENS] + list(config.get("additional_special_tokens") or ())
     contents = {token.get("content") if isinstance(token, dict) else token for token in special}
-    return {str(id): {"content": content, "special": content in contents} for content, id in _read_json(path).items()}
+    return {
+        str(id): {"content": content, "special": content in contents} for content, id in _read_optional(path).items()
+    }
