@@ -68,7 +68,7 @@ def _build(folder: Path, progress: bool) -> None:
         from .gguf_convert import convert
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"The stand-in model cannot be converted without the package {(error.name or '').split('.')[0]!r}. "
+            f"The stand-in model cannot be converted: {error}. "
             "Install what the demo needs: pip install 'internlm3[demo]'",
             name=error.name,
         ) from error
