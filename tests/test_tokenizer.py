@@ -320,7 +320,7 @@ def test_added_token_flags(plain, tmp_path, flag):
 
 def test_longest_added_token_wins_and_wins_over_pieces(plain, tmp_path):
     processor = sentencepiece.SentencePieceProcessor(model_file=str(plain / "tokenizer.model"))
-    piece = processor.encode("the", out_type=str)[0]
+    piece = next(piece for piece in processor.encode("look at the dog", out_type=str) if piece[0] == "▁" != piece)
     config = json.loads((plain / "tokenizer_config.json").read_text())
     added = config["added_tokens_decoder"]
     added |= {"800": {"content": "[A"}, "801": {"content": "[AB]"}, "802": {"content": piece, "special": False}}
@@ -329,7 +329,9 @@ def test_longest_added_token_wins_and_wins_over_pieces(plain, tmp_path):
     assert tokenizer.encode("[AB][A[AB", add_special_tokens=False)[:2] == [801, 800]
     assert tokenizer.convert_tokens_to_ids(piece) == 802
     assert tokenizer.encode(piece, add_special_tokens=False) == [802]
-    assert tokenizer.decode([802, 801], skip_special_tokens=True) == piece
+    assert 802 in tokenizer.encode("look at the dog")
+    assert tokenizer.encode("look at the dog") == oracle(directory).encode("look at the dog")
+    assert tokenizer.decode([1, 802, 801], skip_special_tokens=True) == piece.removeprefix("▁")
 
 
 def test_tokens_added_later(plain):
