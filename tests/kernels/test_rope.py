@@ -116,14 +116,14 @@ def check_case(case):
 lengths_near_pages = st.sampled_from([0, 1, 2, 15, 16, 17, 31, 32, 33, 131072, 131073, 1_000_000])
 
 
-@cases(400)
+@cases(250)
 @given(
     seeds,
     dtypes,
     st.lists(lengths_near_pages | st.integers(0, 3000), min_size=1, max_size=3),
-    st.integers(1, 5),
     st.integers(1, 3),
-    st.sampled_from([1, 2, 3, 16]),
+    st.integers(1, 2),
+    st.sampled_from([1, 2, 3, 5]),
     st.sampled_from([16, 48, 64, 80, 128]),
     st.sampled_from([16, 32, 256]),
     st.sampled_from([0, 8]),
@@ -133,10 +133,17 @@ def test_rope_and_cache(seed, dtype, lengths, tokens, kv_heads, group, dim, page
     check_case(Case(seed, dtype, lengths, tokens, group * kv_heads, kv_heads, dim, page_size, padding, token_major))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize(("lengths", "tokens"), [([131072], 1), ([100], 70), ([70, 3], 40), ([0, 0], 1)])
+@pytest.mark.parametrize(
+    ("dtype", "lengths", "tokens"),
+    [
+        (torch.bfloat16, [131072], 1),
+        (torch.float16, [0, 0], 1),
+        (torch.float32, [257], 2),
+        (torch.bfloat16, [70, 3], 33),
+    ],
+)
 def test_internlm3_shapes(dtype, lengths, tokens):
-    """One token, and the launch configuration of many rows, part of which stand before their sequence's beginning."""
+    """One token; idle sequences; a page's edge; many rows, part of which stand before their sequence's beginning."""
     check_case(Case(3, dtype, lengths, tokens, 32, 2, 128, 256))
 
 

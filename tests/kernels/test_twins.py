@@ -1,0 +1,48 @@
+"""Every op has, by the same name and signature, a Triton side, a reference side and a test."""
+
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from internlm3 import kernels
+from internlm3.kernels import reference
+
+# Parts of the plain path that runtime or other references call; on the Triton side they live inside kernels.
+REFERENCE_ONLY = {"attention", "rope_tables", "rotary"}
+
+
+def test_the_names_are_the_same():
+    functions = {name for name, _ in inspect.getmembers(reference, inspect.isfunction) if not name.startswith("_")}
+    assert functions - REFERENCE_ONLY == set(kernels.__all__)
+    assert functions >= REFERENCE_ONLY
+
+
+@pytest.mark.parametrize("name", kernels.__all__)
+def test_the_signatures_are_the_same(name):
+    triton, plain = (inspect.signature(getattr(side, name)).parameters.values() for side in (kernels, reference))
+    assert [(p.name, p.kind, p.default) for p in triton] == [(p.name, p.kind, p.default) for p in plain]
+
+
+@pytest.mark.parametrize("name", kernels.__all__)
+def test_the_op_is_tested(name):
+    tests = (path.read_text(encoding="utf-8") for path in Path(__file__).parent.glob("test_*.py"))
+    assert any(re.search(rf"\bkernels\.{name}\b", text) for text in tests), f"no file here calls kernels.{name}"
+
+
+def test_no_file_hides_an_op():
+    """Importing kernels/<op>.py would bind the module where the op should be."""
+    files = {path.stem for path in Path(reference.__file__).parent.glob("*.py")}
+    assert not files & set(kernels.__all__)
+
+
+def test_the_reference_needs_no_triton():
+    program = "import sys; from internlm3.kernels import reference; sys.exit('triton' in sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_unknown_ops_are_named():
+    with pytest.raises(AttributeError, match="no attribute 'conv'; its ops are add_rms_norm, embed"):
+        kernels.conv  # noqa: B018
