@@ -13,11 +13,14 @@ import gguf
 import torch
 from gguf import GGUFReader
 from safetensors.torch import save
-from sentencepiece import sentencepiece_model_pb2 as spm
+from sentencepiece import sentencepiece_model_pb2
 from tqdm import tqdm
 
 MAX_SHARD_BYTES = 128 * 2**20
 VOCAB_MULTIPLE = 128  # InternLM3's embedding is padded to it as well
+
+ModelProto: Any = sentencepiece_model_pb2.ModelProto  # type: ignore[attr-defined]  # made when it is imported
+SPACE = "\u2581"  # SentencePiece's sign for it
 
 # The GGUF's names of a layer's tensors and InternLM3's.
 LAYER_TENSORS = {
@@ -98,7 +101,7 @@ def sentencepiece_model(tokens: list[str], types: list[int], merges: list[str]) 
     its space first. Within a word and within a run the order stays as it was. What differs still: the cut also parts
     the last line break from a run ("\\n\\nword" has two tokens), SentencePiece cannot.
     """
-    piece_type = spm.ModelProto.SentencePiece
+    piece_type = ModelProto.SentencePiece
     byte_of = _byte_alphabet()
     rank = {merge.replace(" ", ""): i for i, merge in enumerate(merges)}  # no token holds a space: byte 0x20 is "Ġ"
     special = [i for i, type in enumerate(types) if type != gguf.TokenType.NORMAL]
@@ -112,7 +115,7 @@ def sentencepiece_model(tokens: list[str], types: list[int], merges: list[str]) 
             text = raw.decode()
         except UnicodeDecodeError:
             text = ""
-        if text and text != "\0":  # SentencePiece keeps "\0" for itself
+        if text and text != "\0" and SPACE not in text:  # both mean something else to SentencePiece
             spelled[text] = i
         elif len(raw) == 1:
             byte_row[raw[0]] = i
@@ -122,7 +125,7 @@ def sentencepiece_model(tokens: list[str], types: list[int], merges: list[str]) 
     def priority(text: str) -> tuple[bool, int]:
         return len(text) > 1 and text.isspace(), rank.get(tokens[spelled[text]], -1)
 
-    proto = spm.ModelProto()
+    proto = ModelProto()
     rows: list[int | None] = []
 
     def add(piece: str, type: int, row: int | None, score: float = 0.0) -> None:
@@ -134,7 +137,7 @@ def sentencepiece_model(tokens: list[str], types: list[int], merges: list[str]) 
     for byte in range(256):
         add(f"<0x{byte:02X}>", piece_type.BYTE, byte_row.get(byte))
     for i, text in enumerate(sorted(spelled, key=priority)):
-        add(text.replace(" ", "\u2581"), piece_type.NORMAL, spelled[text], score=-i)
+        add(text.replace(" ", SPACE), piece_type.NORMAL, spelled[text], score=-i)
 
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
     trainer.model_type, trainer.byte_fallback, trainer.vocab_size = trainer.BPE, True, len(proto.pieces)

@@ -160,6 +160,11 @@ def test_weights_and_logits_against_transformers_reading_the_gguf(registry: Path
         got, want = model(ours[some]).logits[..., ours], oracle(theirs[some]).logits[..., theirs]
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
+    mean = weights["model.embed_tokens.weight"].mean(0).bfloat16().float()
+    without_source = sorted({*range(model.config.vocab_size)} - {*ours.tolist()})
+    assert len(without_source) > 90
+    assert torch.equal(model.lm_head.weight[without_source], mean.expand(len(without_source), -1))
+
 
 @pytest.mark.parametrize(("heads", "head_dim"), [(9, 64), (3, 64), (2, 128), (1, 4)])
 def test_unpermute_undoes_llama_cpp(heads: int, head_dim: int) -> None:
@@ -312,6 +317,27 @@ def test_prose_is_cut_as_by_the_original() -> None:
     assert len(texts) > 1000
     same = sum([rows[i] for i in ours.encode(text)] == oracle.encode(text).ids for text in texts)
     assert same > 0.97 * len(texts), f"{same} of {len(texts)} paragraphs"
+
+
+def test_a_word_takes_its_space_before_the_run_does() -> None:
+    # "Ġ Ġ" comes first in the merges, but byte-level BPE cuts "  x" into " " and " x" before it merges.
+    tokens = ["<unk>", "<s>", "</s>", "Ġ", "a", "x", "ĠĠ", "ĠĠĠĠ", "Ġx"]
+    types = [3, 3, 3, *[1] * 6]
+    proto, _ = sentencepiece_model(tokens, types, ["Ġ Ġ", "ĠĠ ĠĠ", "Ġ x"])
+    processor = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
+    assert processor.encode("a  x    a      ", out_type=str) == ["a", "▁", "▁x", "▁▁▁▁", "a", "▁▁▁▁", "▁▁"]
+
+
+def test_parts_of_characters_are_written_byte_by_byte() -> None:
+    # "é" is whole, "Ã" alone is its first byte; " ö" is left out because "ö" has no piece of its own.
+    tokens = ["<unk>", "<s>", "</s>", "Ġ", "Ã", "©", "¶", "ĠÃ", "Ã©", "ĠÃ¶"]
+    types = [3, 3, 3, *[1] * 7]
+    proto, rows = sentencepiece_model(tokens, types, ["Ġ Ã", "Ã ©", "ĠÃ ¶"])
+    processor = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
+    ids = processor.encode("é ö")
+    assert [processor.id_to_piece(i) for i in ids] == ["é", "▁", "<0xC3>", "<0xB6>"]
+    assert [rows[i] for i in ids] == [8, 3, 4, 6]
+    assert processor.decode(ids) == "é ö"
 
 
 ODDITIES = [
