@@ -365,6 +365,8 @@ def test_ids_of_named_tokens_come_from_the_files(plain, tmp_path):
     assert tokenizer.eos_ids == [900]
     assert tokenizer.encode("<tool>", add_special_tokens=False) == [901]
     assert 901 not in tokenizer.all_special_ids
+    (older / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
+    assert InternLM3Tokenizer.from_pretrained(older).eos_ids == [2, 900]
 
 
 # Batches
