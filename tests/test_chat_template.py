@@ -148,6 +148,7 @@ def test_wrong_messages(messages, error):
         ("a\n{% include 'secrets' %}", 2, ""),
         ("\n{{ x | nofilter }}", 2, "nofilter"),
         ("a\n{{ raise_exception('only user and assistant') }}", 2, "only user and assistant"),
+        ("{% macro f() %}\n{{ raise_exception('deep') }}\n{% endmacro %}\n\n{{ f() }}", 2, "deep"),
         ("a\nb\n{{ messages[99].role }}", 3, "has no element 99"),
         ("{{ 1 + 'a' }}", 1, "unsupported operand"),
         ("\n{{ ''.__class__ }}", 2, "'__class__' of a str is not allowed"),
