@@ -86,12 +86,13 @@ SETTINGS = [
     {"top_k": 5000},
     {"top_p": 0.8},
     {"top_p": 1e-6},
+    {"top_p": 1e-12},
     {"top_p": 0.9999},
     {"min_p": 0.05},
     {"min_p": 1.0},
     {"typical_p": 0.9},
     {"typical_p": 0.2},
-    {"typical_p": 1e-6},
+    {"typical_p": 1e-12},
     {"top_k": 30, "typical_p": 0.6},
     {"top_p": 0.9, "min_p": 0.1},
     {"temperature": 1.0, "top_p": 0.8, "top_k": 40, "repetition_penalty": 1.005},
@@ -125,6 +126,19 @@ def test_top_p_keeps_a_tie_whole(top_p, seed):
     heavier = torch.stack([probability[logits[0] > value].sum() for value in logits[0]])
     kept = by_us(logits, ints(0), top_p=top_p)[0] > 0
     assert torch.equal(kept, heavier < top_p)
+
+
+def test_zero_ties_with_minus_zero():
+    assert by_us(floats(-0.0, 0.0, -0.0, -1.0)[None], ints(0), top_k=1)[0].tolist() == [1 / 3, 1 / 3, 1 / 3, 0]
+
+
+def test_weights_are_powers_of_two():
+    bits = -torch.rand(100_000, generator=torch.Generator().manual_seed(1)) * 16
+    exact = torch.exp2(bits.double() + sampling_reference.UNIT_BITS)
+    # 2e-7, the polynomial's share, plus one unit of the last place that the fraction loses for bits near 0.
+    torch.testing.assert_close(sampling_reference._weights(bits[None])[0].double(), exact, rtol=2.5e-7, atol=1)
+    edges = sampling_reference._weights(floats(0.0, -1e-30, -1.0, -40.0, -41.0, -1e30, -math.inf)[None])
+    assert edges[0].tolist() == [2**40, 2**40, 2**39, 1, 0, 0, 0]
 
 
 def test_bias_penalties_and_mask_by_hand():
@@ -260,7 +274,7 @@ def test_logprob_is_of_the_plain_softmax(dtype):
 
 # --- extremes -----------------------------------------------------------------------------------------------------
 
-NOTHING_KEPT = {"top_k": ints(1), "top_p": floats(1e-6), "min_p": floats(1.0), "typical_p": floats(1e-6)}
+NOTHING_KEPT = {"top_k": ints(1), "top_p": floats(1e-12), "min_p": floats(1.0), "typical_p": floats(1e-12)}
 BIG = torch.finfo(torch.float32).max
 
 
@@ -276,6 +290,7 @@ BIG = torch.finfo(torch.float32).max
         ([math.nan, 1e-40, math.nan], {1}),
         ([-0.0, 0.0, -math.inf], {0, 1}),
         ([7.0], {0}),
+        ([-math.inf] * 3, {0}),
     ],
 )
 def test_extreme_rows(row, possible, temperature):
@@ -349,7 +364,7 @@ def test_sampler_repeats_itself_and_its_streams_differ():
     params = SamplingParams(seed=5)
     rows = [(params, [1, 2], 0), (params, [1, 2], 1), (params, [1, 2], 0)]
     first, second, again = run(Sampler(rows, vocab_size=500), logits, 20)
-    assert first == again and first != second
+    assert first == again and first != second and len(set(first)) > 5
     assert [first] == run(Sampler(rows[:1], vocab_size=500), logits[:1], 20)
 
 
@@ -374,12 +389,14 @@ def test_sampler_continues_a_text_as_it_would_have_gone_on():
 
 
 def test_sampler_keeps_rows():
-    logits = random_logits(3, 400, 34)
     rows = [
         (SamplingParams(seed=1, frequency_penalty=1.0, top_k=20), [1], 0),
         (SamplingParams(temperature=0, min_tokens=4, logit_bias={2: 50.0}), [2, 3], 0),
         (SamplingParams(seed=3, allowed_token_ids=[7, 8, 9], typical_p=0.9), [5], 2),
+        (SamplingParams(seed=4, temperature=1.5), [6], 0),
     ]
+    logits = random_logits(4, 400, 34)
+    assert run(Sampler(rows[3:], vocab_size=400), logits[3:], 8) == run(Sampler(rows, vocab_size=400), logits, 8)[3:]
     whole = run(Sampler(rows, vocab_size=400, eos_token_ids=[2]), logits, 8)
     sampler = Sampler(rows, vocab_size=400, eos_token_ids=[2])
     run(sampler, logits, 3)
