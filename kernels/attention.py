@@ -1,0 +1,233 @@
+"""Paged flash-decoding attention: softmax(scale * q k^T) v of each sequence's last T tokens over its pages.
+
+Shapes (letters as in reference.py): q [B*T, H, D], caches [P, K, S, D] -> [B*T, H * D]. One kernel serves a decode
+step, the verification of drafted tokens and the chunks of a long prompt. A program owns a tile of query rows: the T
+tokens of the G = H / K query heads that share a key/value head, token-major, so that keys are read once for the group
+and even one token fills a tensor-core tile. It walks the keys in tiles of consecutive tokens:
+
+            tile of keys   0    1    2    3    4    5  ...
+            split          0    1    2    3    0    1  ...          (4 splits; the lengths live on the device)
+
+Tile j belongs to split j mod SPLITS, whatever the length. A split leaves its normalised sum and the logarithm of its
+weight in float32; `_combine` joins the splits in the order of their numbers. SPLITS and the tiles are functions of T,
+G, D and the dtype. So for given T, G and D the bits of a row depend on nothing but its query and the keys and values
+that it sees: not on the other sequences, nor the other rows of its tile, the page size, the order of the pages, or the
+width of the block table. Dao et al. 2022 (online softmax), Dao et al. 2023 (split keys), Kwon et al. 2023 (pages).
+
+At InternLM3-8B's shapes (48 layers, H 32, K 2, D 128, bfloat16) a token's keys and values are 1 KiB a layer, 48 KiB in
+all. One decode step of one sequence moves, and does, per layer:
+    1k tokens     1 MiB    16.8 MFLOP     0.35 us at 3.0 TB/s: latency, not bandwidth, is what it costs
+    32k tokens   32 MiB     537 MFLOP    11.2  us at 3.0 TB/s
+and 16.5 KB of float32 partial sums on top for each split at work, 1.06 MB with all 64, written and read once (in L2).
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import check, check_activation, pdl
+
+MAX_HEAD_DIM = 256
+# Programs that share a sequence's work on one key/value head: twice as many, with InternLM3-8B's two, fill 132 SMs.
+_PROGRAMS = 64
+# Rows in a tile -> keys in a tile, warps, stages. Chosen by compiling for sm_80 to sm_100, not yet by measuring: none
+# spills, and all fit the 99 KB of sm_86. Page numbers take a stage of their own: with five, two tiles are under way.
+_TILES = {16: (64, 4, 5), 32: (64, 4, 5), 64: (32, 4, 5), 128: (64, 8, 2)}
+
+
+class _Tiling(NamedTuple):
+    """How one launch is cut: a function of T, G, D and the dtype alone."""
+
+    rows: int
+    keys: int
+    dims: int
+    splits: int
+    warps: int
+    stages: int
+
+
+def _tiling(T: int, G: int, D: int, dtype: torch.dtype) -> _Tiling:
+    dims = triton.next_power_of_2(D)
+    rows = min(max(triton.next_power_of_2(T * G), 16), 128 if dims <= 128 else 64)
+    keys, warps, stages = _TILES[rows]
+    if dims > 128:
+        keys //= 2
+    if dtype == torch.float32:
+        # Not for speed: exact products have no tensor cores, and hold both factors in registers.
+        rows, keys, warps, stages = 16, 16, 4, 5
+    splits = max(_PROGRAMS // triton.next_power_of_2(triton.cdiv(T * G, rows)), 1)
+    return _Tiling(rows, keys, dims, splits, warps, stages)
+
+
+@triton.jit
+def _fold(
+    q, best, total, acc, k_ptr, v_ptr, pages_ptr, page_stride, slot_stride, positions, end, qk_scale, first, last, step,
+    P, S: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Fold key tiles first, first + step, ... < last into the running maximum, weight and weighted sum of each row.
+
+    The maximum is one of products before the scale, which is positive: scaling is then one operation with the shift.
+    """
+    dims = tl.arange(0, BD)
+    for tile in range(first, last, step):
+        tokens = tile * BN + tl.arange(0, BN)
+        there = tokens < end
+        page = tl.load(pages_ptr + tokens // S, mask=there, other=0)
+        tl.device_assert((page >= 0) & (page < P), "block_table names a page that the cache has not")
+        page = tl.minimum(tl.maximum(page, 0), P - 1)
+        cells = (page.to(tl.int64) * page_stride + tokens % S * slot_stride)[:, None] + dims[None, :]
+        # An unused slot may hold a NaN, and 0 * NaN is one: values are masked as well as keys.
+        mask = (there[:, None] if MASKED else True) & (dims[None, :] < D)
+        k = tl.load(k_ptr + cells, mask=mask, other=0.0)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+        if MASKED:
+            scores = tl.where(tokens[None, :] <= positions[:, None], scores, float("-inf"))
+        new_best = tl.maximum(best, tl.max(scores, 1))
+        # A row that has seen no key keeps -inf; subtracting 0 instead leaves its weights at 2^-inf = 0.
+        shift = tl.where(new_best == float("-inf"), 0.0, new_best * qk_scale)
+        weights = tl.exp2(scores * qk_scale - shift[:, None])
+        decay = tl.exp2(best * qk_scale - shift)
+        v = tl.load(v_ptr + cells, mask=mask, other=0.0)
+        total = total * decay + tl.sum(weights, 1)
+        acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
+        best = new_best
+    return best, total, acc
+
+
+@triton.jit(do_not_specialize=["T", "P", "N"])
+def _attend(
+    q_ptr, k_ptr, v_ptr, pages_ptr, lens_ptr, out_ptr, weight_ptr, q_row_stride, q_head_stride,
+    page_stride, head_stride, slot_stride, table_stride, qk_scale, T, P, N,
+    G: tl.constexpr, K: tl.constexpr, S: tl.constexpr, D: tl.constexpr,
+    SPLITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One tile of rows of one sequence and key/value head against one split of its keys. Grid (splits, tiles, B * K).
+
+    A lone split writes the output; one of many its partial sums [B*T, H, SPLITS, D] and log2 weights [B*T, H, SPLITS].
+    """
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    split, b, kv_head = tl.program_id(0), tl.program_id(2) // K, tl.program_id(2) % K
+    length = tl.load(lens_ptr + b)
+    # The last rows see the most keys: they begin first, so that none of them begins last.
+    first_row = (tl.num_programs(1) - 1 - tl.program_id(1)) * BM
+    last_row = tl.minimum(first_row + BM, T * G) - 1
+    # One past the last key that any row of the tile sees; none when all stand at negative positions.
+    end = tl.minimum(tl.maximum(length - T + last_row // G + 1, 0), N * S)
+    if (SPLITS > 1) & (split * BN >= end):
+        return
+
+    rows = first_row + tl.arange(0, BM)
+    dims = tl.arange(0, BD)
+    positions = length - T + rows // G
+    heads = kv_head * G + rows % G
+    q_rows = (b * T + rows // G).to(tl.int64)
+    mask = (rows <= last_row)[:, None] & (dims < D)[None, :]
+    q = tl.load(q_ptr + (q_rows * q_row_stride + heads * q_head_stride)[:, None] + dims[None, :], mask=mask, other=0.0)
+
+    best = tl.full((BM,), float("-inf"), tl.float32)
+    total = tl.zeros((BM,), tl.float32)
+    acc = tl.zeros((BM, BD), tl.float32)
+    k_ptr += kv_head.to(tl.int64) * head_stride
+    v_ptr += kv_head.to(tl.int64) * head_stride
+    pages_ptr += b.to(tl.int64) * table_stride
+    first = split
+    if BM == 128:
+        # A tall tile is bound by arithmetic, so the key tiles that all of its rows see go unmasked.
+        whole = tl.minimum(tl.maximum(length - T + first_row // G + 1, 0), end) // BN
+        best, total, acc = _fold(
+            q, best, total, acc, k_ptr, v_ptr, pages_ptr, page_stride, slot_stride, positions, end, qk_scale,
+            first, whole, SPLITS, P, S, D, BN, BD, False,
+        )  # fmt: skip
+        first += tl.cdiv(tl.maximum(whole - split, 0), SPLITS) * SPLITS
+    best, total, acc = _fold(
+        q, best, total, acc, k_ptr, v_ptr, pages_ptr, page_stride, slot_stride, positions, end, qk_scale,
+        first, tl.cdiv(end, BN), SPLITS, P, S, D, BN, BD, True,
+    )  # fmt: skip
+
+    acc /= tl.where(total > 0, total, 1.0)[:, None]
+    places = (q_rows * (K * G) + heads) * SPLITS + split
+    tl.store(out_ptr + places[:, None] * D + dims[None, :], acc.to(out_ptr.dtype.element_ty), mask=mask)
+    if SPLITS > 1:
+        tl.store(weight_ptr + places, best * qk_scale + tl.log2(total), mask=rows <= last_row)
+
+
+@triton.jit(do_not_specialize=["T"])
+def _combine(
+    partial_ptr, weight_ptr, lens_ptr, out_ptr, T,
+    H: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Join the splits that hold a key of this program's row and head. Grid (B*T, H)."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    row, head = tl.program_id(0), tl.program_id(1)
+    keys = tl.load(lens_ptr + row // T) - T + row % T + 1
+    splits = tl.arange(0, SPLITS)
+    dims = tl.arange(0, BD)
+    # The other splits wrote nothing: what they left is not to be read.
+    written = splits * BN < keys
+    places = (row * H + head).to(tl.int64) * SPLITS + splits
+    weights = tl.load(weight_ptr + places, mask=written, other=float("-inf"))
+    mask = written[:, None] & (dims < D)[None, :]
+    partial = tl.load(partial_ptr + places[:, None] * D + dims[None, :], mask=mask, other=0.0)
+    weights = tl.where(written, tl.exp2(weights - tl.max(weights, 0)), 0.0)
+    total = tl.sum(weights, 0)
+    out = tl.sum(partial * weights[:, None], 0) / tl.where(total > 0, total, 1.0)
+    tl.store(out_ptr + (row * H + head).to(tl.int64) * D + dims, out.to(out_ptr.dtype.element_ty), mask=dims < D)
+
+
+def paged_attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seq_lens: Tensor, scale: float
+) -> Tensor:
+    """Causal attention of each sequence's last T tokens over its pages. q [B*T, H, D] -> [B*T, H*D].
+
+    k_cache and v_cache [P, K, S, D] of q's dtype, laid out alike; block_table [B, N] and seq_lens [B] int32; D a
+    multiple of 16 up to 256. Rows at negative positions, all rows of an idle sequence among them, are zero. Slots past
+    a sequence's length may hold anything. Raises TypeError for a wrong dtype, ValueError for a wrong shape, stride or
+    device.
+    """
+    check_activation("q", q, -1, -1, -1)
+    (rows, H, D), device = q.shape, q.device
+    check("k_cache", k_cache, q.dtype, device, -1, -1, -1, D)
+    P, K, S, _ = k_cache.shape
+    check("v_cache", v_cache, q.dtype, device, P, K, S, D)
+    check("block_table", block_table, torch.int32, device, -1, -1)
+    B, N = block_table.shape
+    check("seq_lens", seq_lens, torch.int32, device, B)
+    if 0 in (q.numel(), k_cache.numel(), block_table.numel()):
+        shapes = f"{list(q.shape)}, {list(k_cache.shape)} and {list(block_table.shape)}"
+        raise ValueError(f"q, k_cache and block_table have shapes {shapes}; none may be empty")
+    if v_cache.stride() != k_cache.stride():
+        raise ValueError(f"v_cache has strides {v_cache.stride()}, must have those of k_cache, {k_cache.stride()}")
+    if D % 16 or D > MAX_HEAD_DIM:
+        raise ValueError(f"q has head_dim {D}, must be a multiple of 16 up to {MAX_HEAD_DIM}")
+    if H % K:
+        raise ValueError(f"q has {H} heads, must be a multiple of the {K} of k_cache")
+    if rows % B:
+        raise ValueError(f"q has {rows} rows, must be a multiple of the {B} sequences of block_table")
+    if not scale > 0:
+        raise ValueError(f"scale is {scale}, must be positive")
+
+    T, G = rows // B, H // K
+    BM, BN, BD, SPLITS, warps, stages = _tiling(T, G, D, q.dtype)
+    out = torch.empty((rows, H * D), dtype=q.dtype, device=device)
+    partial, weights = out, out
+    if SPLITS > 1:
+        partial = torch.empty((rows, H, SPLITS, D), dtype=torch.float32, device=device)
+        weights = torch.empty((rows, H, SPLITS), dtype=torch.float32, device=device)
+    # A split beyond the widest sequence has no tile.
+    grid = (min(SPLITS, triton.cdiv(N * S, BN)), triton.cdiv(T * G, BM), B * K)
+    _attend[grid](
+        q, k_cache, v_cache, block_table, seq_lens, partial, weights, q.stride(0), q.stride(1),
+        *k_cache.stride()[:3], block_table.stride(0), scale * math.log2(math.e), T, P, N,
+        G, K, S, D, SPLITS, BM, BN, BD, num_warps=warps, num_stages=stages, **pdl(device),
+    )  # fmt: skip
+    if SPLITS > 1:
+        _combine[(rows, H)](partial, weights, seq_lens, out, T, H, D, SPLITS, BN, BD, num_warps=4, **pdl(device))
+    return out
