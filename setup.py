@@ -32,7 +32,8 @@ setup(
         "sentencepiece>=0.2",
         "safetensors>=0.5",
         "huggingface_hub>=1.0",
-        "jinja2>=3.1",
+        "jinja2>=3.1.6",
+        "filelock>=3.12",
         "tqdm>=4.60",
     ],
     extras_require={

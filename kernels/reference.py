@@ -81,25 +81,25 @@ def rms_norm_swiglu(x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: T
     return swiglu(linear(rms_norm(x, norm, eps), weight, bias))
 
 
-def rope_cos_sin(positions: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of position * frequency, float32. positions [T] int, inv_freq [D/2] float32 -> two [T, D/2].
+def rope_tables(positions: Tensor, inv_freq: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Tables for `rotary`: cosines and signed sines of position * frequency.
 
-    The angle is the float32 product; its cosine and sine are exact to float32 however large it is.
+    positions [...] int, inv_freq [..., D/2] float32 -> two [..., D] of `dtype`. The angle is the float32 product; its
+    cosine and sine are exact to float32 however large it is, and then cast. The sine's first half carries rotate_half's
+    minus sign.
     """
-    angles = positions.to(torch.float32)[:, None] * inv_freq
-    return angles.cos(), angles.sin()
+    angles = positions.to(torch.float32).unsqueeze(-1) * inv_freq
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Half-rotation (NeoX layout) of each head. x [..., T, heads, D], cos and sin [..., T, D/2] -> like x.
+    """Half-rotation (NeoX layout) of every head: x * cos + rotate_half(x) * sin, each product rounded to x's dtype.
 
-    x * cos + rotate_half(x) * sin, with cos, sin and every product rounded to x's dtype. Su et al. 2021.
+    x [..., T, heads, D], tables [..., T, D] from `rope_tables` -> like x. Su et al. 2021.
     """
-    cos = torch.cat((cos, cos), dim=-1).to(x.dtype).unsqueeze(-2)
-    sin = torch.cat((-sin, sin), dim=-1).to(x.dtype).unsqueeze(-2)
-    half = x.shape[-1] // 2
-    # (-sin, sin) on the swapped halves is rotate_half without its negation.
-    return x * cos + x.roll(half, dims=-1) * sin
+    # Swapped halves times the signed sine are rotate_half(x) * sin.
+    return x * cos.unsqueeze(-2) + x.roll(x.shape[-1] // 2, dims=-1) * sin.unsqueeze(-2)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -140,8 +140,8 @@ def rope_and_cache(
 ) -> Tensor:
     """Rotate q and k, write k and v into their pages, return q.
 
-    qkv [B*T, (H + 2K) * D], q heads in front, then k, then v; inv_freq [B, D/2] float32, a row per sequence (dynamic NTK
-    fixes a sequence's frequencies when it begins) -> q [B*T, H, D]. Rows at negative positions, all rows of an idle
+    qkv [B*T, (H + 2K) * D], q heads in front, then k, then v; inv_freq [B, D/2] float32, a row per sequence (dynamic
+    NTK fixes a sequence's frequencies when it begins) -> q [B*T, H, D]. Rows at negative positions, all rows of an idle
     sequence among them, write nothing; their q is zero.
     """
     sequences, kv_heads, dim = block_table.shape[0], k_cache.shape[1], k_cache.shape[3]
@@ -156,7 +156,7 @@ def rope_and_cache(
             rotated_q[b] = 0
             continue
         positions = torch.arange(length - tokens + first, length, device=qkv.device)
-        cos, sin = rope_cos_sin(positions, inv_freq[b])
+        cos, sin = rope_tables(positions, inv_freq[b], qkv.dtype)
         rotated_q[b, :first] = 0
         rotated_q[b, first:] = rotary(q[b, first:], cos, sin)
         pages = block_table[b, positions // page_size].long()

@@ -28,6 +28,18 @@ FLOAT32_MAX = torch.finfo(torch.float32).max
 # 2^f on [0, 1], exact at both ends, relative error below 2e-7 in float32 (a minimax fit of degree 5).
 EXP2_COEFFICIENTS = (0.0018793186, 0.0089909956, 0.055818677, 0.24015927, 0.69315171, 1.0)
 
+# The arguments of the two halves of `sample`.
+PENALTIES = (
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "prompt_counts",
+    "output_counts",
+    "logit_bias",
+    "allowed",
+)
+FILTERS = ("top_k", "top_p", "min_p", "typical_p")
+
 PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 PHILOX_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 MASK32 = 0xFFFFFFFF

@@ -95,6 +95,8 @@ class SamplingParams:
         _check_float("frequency_penalty", self.frequency_penalty, "[-2, 2]", lambda p: -2 <= p <= 2)
         if self.seed is not None:
             _check_int("seed", self.seed, -(2**63), 2**63 - 1)
+        if self.n > 1 and self.temperature == 0:
+            raise ValueError(f"n must be 1 at temperature 0, where every answer would be the same; got {self.n}")
         if self.max_tokens is not None:
             _check_int("max_tokens", self.max_tokens, 1)
         _check_int("min_tokens", self.min_tokens, 0)
@@ -255,6 +257,20 @@ class Sampler:
         per_row["position"] += 1
         self._steps += 1
         return token, logprob
+
+    def scores(self, logits: Tensor) -> Tensor:
+        """The logits that the next call draws from: float32 [B, V], -inf where never chosen; greedy rows unfiltered."""
+        stages = self._per_row
+        if any(self._steps in mask.changes for mask in self._masks):
+            self._set_allowed()
+        penalties = {name: stages[name] for name in sampling_reference.PENALTIES if name in stages}
+        x = sampling_reference.penalize(logits, **penalties)
+        temperature = stages.get("temperature")
+        if temperature is None:
+            return x
+        filters = {name: stages[name] for name in sampling_reference.FILTERS if name in stages}
+        kept = sampling_reference.filter_logits(x, temperature=temperature, **filters)
+        return torch.where(temperature[:, None] == 0, x, kept)
 
     def keep(self, rows: Sequence[int]) -> None:
         """Goes on with these rows only, in this order."""

@@ -1,0 +1,274 @@
+"""InternLM3Config: what a checkpoint's config.json says, read, checked and written back."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .files import locate, read_json, write_json
+from .keywords import reject_unknown
+
+ROPE_TYPES = ("default", "dynamic")
+
+# Keys that change what the model computes and that this runtime does not implement.
+_UNSUPPORTED = ("quantization_config", "sliding_window")
+
+
+class InternLM3Config:
+    """The shape of an InternLM3 model.
+
+    Defaults are those of InternLM3's published configuration class; a checkpoint's own values always win. Keys that
+    this class does not know are kept as attributes and written back by `save_pretrained`.
+
+    Args:
+        vocab_size, hidden_size, intermediate_size, num_hidden_layers, num_attention_heads: sizes, positive integers.
+        num_key_value_heads: heads of keys and values, a divisor of num_attention_heads; None means as many.
+        head_dim: size of a head, even; None means hidden_size // num_attention_heads.
+        hidden_act: only "silu" exists.
+        max_position_embeddings: the trained window, in tokens.
+        rms_norm_eps: added to the mean square in RMSNorm.
+        rope_theta: base of the rotary frequencies.
+        rope_scaling: None or {"rope_type": "default"} or {"rope_type": "dynamic", "factor": float >= 1}; the old key
+            "type" and the newer `rope_parameters` (which carries rope_theta too) are read as well.
+        qkv_bias: a bias on the q, k and v projections.
+        bias: a bias on the o projection and on the MLP's three.
+        tie_word_embeddings: the head shares the embedding's weight.
+        bos_token_id, eos_token_id, pad_token_id: ids; eos may be a list.
+        dtype (or torch_dtype): the checkpoint's dtype by name, such as "bfloat16".
+
+    Raises:
+        ValueError: a value that no InternLM3 model can have; the message names the key.
+    """
+
+    model_type = "internlm3"
+
+    def __init__(
+        self,
+        vocab_size: int = 128512,
+        hidden_size: int = 4096,
+        intermediate_size: int = 11008,
+        num_hidden_layers: int = 32,
+        num_attention_heads: int = 32,
+        num_key_value_heads: int | None = 32,
+        hidden_act: str = "silu",
+        max_position_embeddings: int = 32768,
+        initializer_range: float = 0.02,
+        rms_norm_eps: float = 1e-6,
+        use_cache: bool = True,
+        pad_token_id: int | None = None,
+        bos_token_id: int | None = 1,
+        eos_token_id: int | list[int] | None = 2,
+        tie_word_embeddings: bool = False,
+        rope_theta: float = 10000.0,
+        rope_scaling: Mapping[str, Any] | None = None,
+        rope_parameters: Mapping[str, Any] | None = None,
+        qkv_bias: bool = False,
+        attention_dropout: float = 0.0,
+        bias: bool = False,
+        head_dim: int | None = None,
+        dtype: Any = None,
+        torch_dtype: Any = None,
+        **extra: Any,
+    ):
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.num_key_value_heads = num_attention_heads if num_key_value_heads is None else num_key_value_heads
+        self.hidden_act = hidden_act
+        self.max_position_embeddings = max_position_embeddings
+        self.initializer_range = initializer_range
+        self.rms_norm_eps = rms_norm_eps
+        self.use_cache = use_cache
+        self.pad_token_id = pad_token_id
+        self.bos_token_id = bos_token_id
+        self.eos_token_id = eos_token_id
+        self.tie_word_embeddings = tie_word_embeddings
+        self.rope_theta = rope_theta
+        self.rope_scaling: dict[str, Any] | None = None if rope_scaling is None else dict(rope_scaling)
+        self.qkv_bias = qkv_bias
+        self.attention_dropout = attention_dropout
+        self.bias = bias
+        self.dtype = _dtype_name(dtype if dtype is not None else torch_dtype)
+        self.extra = extra
+        if rope_parameters is not None:
+            self._read_rope_parameters(rope_parameters)
+        if self.rope_scaling is not None:
+            # Older checkpoints say "type"; the published one says "rope_type".
+            self.rope_scaling.setdefault("rope_type", self.rope_scaling.get("type", "default"))
+        self._check_sizes()
+        self.head_dim = hidden_size // num_attention_heads if head_dim is None else head_dim
+        self._check_heads(head_dim_given=head_dim is not None)
+        self._check_rope()
+        self._check_unsupported()
+
+    # ---------------------------------------------------------------- reading and writing
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        id_or_path: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        token: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+        **overrides: Any,
+    ) -> "InternLM3Config":
+        """Reads config.json of a local folder or of a hub repository. `overrides` replace single keys.
+
+        Raises:
+            FileNotFoundError: no such folder or repository, or it has no config.json.
+            ValueError: config.json is not valid JSON, is of another architecture, or holds an impossible value.
+            TypeError: an override that is no configuration key.
+        """
+        folder = locate(
+            id_or_path,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            weights=False,
+        )
+        reject_unknown("InternLM3Config.from_pretrained", overrides, cls().to_dict())
+        return cls.from_file(folder / "config.json", **overrides)
+
+    @classmethod
+    def from_file(cls, path: Path, **overrides: Any) -> "InternLM3Config":
+        """Reads one config.json. Raises as `from_pretrained` does."""
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing: the folder of a checkpoint holds a config.json")
+        values = read_json(path)
+        try:
+            return cls.from_dict({**values, **overrides})
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "InternLM3Config":
+        """The configuration of a config.json's contents. Raises ValueError for another model_type."""
+        model_type = values.get("model_type", cls.model_type)
+        if model_type != cls.model_type:
+            raise ValueError(
+                f"model_type is {model_type!r}, and this runtime runs {cls.model_type!r} checkpoints only "
+                f"(architectures: {values.get('architectures')})"
+            )
+        # Names of remote code stay unread: nothing that a checkpoint brings is ever executed.
+        ignored = ("model_type", "auto_map", "architectures", "transformers_version")
+        return cls(**{key: value for key, value in values.items() if key not in ignored})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The contents of config.json, in the published checkpoint's own keys."""
+        own = {key: value for key, value in vars(self).items() if key not in ("extra", "dtype")}
+        return {
+            "architectures": ["InternLM3ForCausalLM"],
+            "model_type": self.model_type,
+            **own,
+            "torch_dtype": self.dtype,
+            **self.extra,
+        }
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Writes config.json into `folder`, which is made where it does not exist."""
+        write_json(Path(folder) / "config.json", self.to_dict())
+
+    @property
+    def rope_parameters(self) -> dict[str, Any]:
+        """rope_theta and rope_scaling in one dictionary, the newer convention of transformers."""
+        return {"rope_type": "default", **(self.rope_scaling or {}), "rope_theta": self.rope_theta}
+
+    @property
+    def eos_token_ids(self) -> list[int]:
+        """eos_token_id as a list, empty where there is none."""
+        return _as_list(self.eos_token_id)
+
+    def __getattr__(self, name: str) -> Any:
+        # Only reached for names that are no attribute: those that a checkpoint carries beyond what is known.
+        extra = self.__dict__.get("extra", {})
+        if name in extra:
+            return extra[name]
+        raise AttributeError(f"InternLM3Config has no key {name!r}")
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, InternLM3Config) and self.to_dict() == other.to_dict()
+
+    def __repr__(self) -> str:
+        return f"InternLM3Config {json.dumps(self.to_dict(), indent=2)}"
+
+    # ---------------------------------------------------------------- checks
+
+    def _read_rope_parameters(self, parameters: Mapping[str, Any]) -> None:
+        values = dict(parameters)
+        self.rope_theta = values.pop("rope_theta", self.rope_theta)
+        self.rope_scaling = None if values.get("rope_type", "default") == "default" else values
+
+    def _check_sizes(self) -> None:
+        sizes = (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "max_position_embeddings",
+        )
+        for key in sizes:
+            value = getattr(self, key)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{key} must be a positive integer; it is {value!r}")
+        for key in ("rms_norm_eps", "rope_theta"):
+            value = getattr(self, key)
+            if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+                raise ValueError(f"{key} must be a positive number; it is {value!r}")
+        for key in ("qkv_bias", "bias", "tie_word_embeddings"):
+            if not isinstance(getattr(self, key), bool):
+                raise ValueError(f"{key} must be true or false; it is {getattr(self, key)!r}")
+        for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            for token in _as_list(getattr(self, key)):
+                if not isinstance(token, int) or not 0 <= token < self.vocab_size:
+                    raise ValueError(f"{key} is {token!r}, which is no id of a vocabulary of {self.vocab_size}")
+        if self.hidden_act != "silu":
+            raise ValueError(f"hidden_act is {self.hidden_act!r}; InternLM3's MLP knows 'silu' only")
+
+    def _check_heads(self, head_dim_given: bool) -> None:
+        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
+        if not head_dim_given and self.hidden_size % heads:
+            raise ValueError(
+                f"hidden_size ({self.hidden_size}) is not a multiple of num_attention_heads ({heads}): "
+                "mend one of them or give head_dim"
+            )
+        if heads % kv_heads:
+            raise ValueError(f"num_attention_heads ({heads}) is not a multiple of num_key_value_heads ({kv_heads})")
+        if not isinstance(self.head_dim, int) or self.head_dim < 4 or self.head_dim % 2:
+            raise ValueError(f"head_dim must be an even integer of at least 4; it is {self.head_dim!r}")
+
+    def _check_rope(self) -> None:
+        if self.rope_scaling is None:
+            return
+        rope_type = self.rope_scaling["rope_type"]
+        if rope_type not in ROPE_TYPES:
+            raise ValueError(
+                f"rope_scaling has rope_type {rope_type!r}; known are {', '.join(ROPE_TYPES)}. "
+                "Running it as another type would give wrong text."
+            )
+        factor = self.rope_scaling.get("factor")
+        if rope_type == "dynamic" and not (isinstance(factor, int | float) and factor >= 1):
+            raise ValueError(f"rope_scaling of type 'dynamic' needs a factor of at least 1; it is {factor!r}")
+
+    def _check_unsupported(self) -> None:
+        for key in _UNSUPPORTED:
+            if self.extra.get(key):
+                raise ValueError(f"{key} is {self.extra[key]!r}, which this runtime does not implement")
+
+
+def _as_list(ids: int | list[int] | None) -> list[int]:
+    if ids is None:
+        return []
+    return list(ids) if isinstance(ids, list | tuple) else [ids]
+
+
+def _dtype_name(dtype: Any) -> str | None:
+    """ "bfloat16" for "bfloat16", torch.bfloat16 and "torch.bfloat16"."""
+    return None if dtype is None else str(dtype).removeprefix("torch.")

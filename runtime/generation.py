@@ -1,0 +1,352 @@
+"""The plain decode loop, one token of every unfinished row a step, and transformers' `generate` on top of it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .cache import KVCache
+from .keywords import reject_unknown
+from .rope import inverse_frequencies
+from .sampling import Sampler, SamplingParams
+from .text import TextStream
+
+if TYPE_CHECKING:
+    from .model import InternLM3ForCausalLM
+
+# A longer prompt goes through the model in pieces of this many tokens, which bounds the memory for activations.
+PREFILL_CHUNK = 2048
+DEFAULT_MAX_LENGTH = 20  # transformers' own
+
+LogitsProcessor = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass
+class Row:
+    """One sequence: what was asked, and what has come of it so far.
+
+    finish_reason: None while it runs, "stop" (an end token or stop string), "length", or "abort".
+    stop_reason: the stop token or string that ended it, None for the model's own ends.
+    """
+
+    prompt_ids: list[int]
+    params: SamplingParams
+    max_tokens: int
+    stream: int = 0
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+    def finish(self, reason: str, stop_reason: int | str | None = None) -> None:
+        self.finish_reason, self.stop_reason = reason, stop_reason
+
+
+@dataclass
+class Step:
+    """One step's logits [B, V] and what `Sampler.scores` made of them, of the rows that were running."""
+
+    rows: list[Row]
+    logits: Tensor
+    scores: Tensor | None
+
+
+class Batch:
+    """Rows that are decoded together. A row's tokens do not depend on the others (see README, Reproducibility).
+
+    Rows leave the batch when they finish; a caller ends one early with `row.finish(...)`.
+    """
+
+    def __init__(
+        self,
+        model: InternLM3ForCausalLM,
+        rows: Sequence[Row],
+        eos_token_ids: Iterable[int],
+        logits_processor: Sequence[LogitsProcessor] = (),
+        keep_scores: bool = False,
+    ):
+        self._model = model
+        self._eos = frozenset(eos_token_ids)
+        self._logits_processor = logits_processor
+        self._keep_scores = keep_scores
+        self._cache: KVCache | None = None
+        self._sampler = Sampler(
+            [(row.params, row.prompt_ids, row.stream) for row in rows],
+            vocab_size=model.config.vocab_size,
+            device=model.device,
+            eos_token_ids=self._eos,
+        )
+        self.rows = list(rows)
+
+    @torch.inference_mode()
+    def step(self) -> Step:
+        """The next token of every row that is still running."""
+        logits = self._prefill() if self._cache is None else self._decode(self._cache)
+        if self._logits_processor:
+            history = _padded([row.prompt_ids + row.token_ids for row in self.rows]).to(logits.device)
+            for process in self._logits_processor:
+                logits = process(history, logits)
+        scores = self._sampler.scores(logits) if self._keep_scores else None
+        tokens, logprobs = self._sampler(logits)
+        step = Step(self.rows, logits, scores)
+        for row, token, logprob in zip(self.rows, tokens.tolist(), logprobs.tolist(), strict=True):
+            row.token_ids.append(token)
+            row.logprobs.append(logprob)
+            self._stop(row, token)
+        return step
+
+    def drop_finished(self) -> None:
+        """Frees what finished rows held."""
+        kept = [index for index, row in enumerate(self.rows) if row.finish_reason is None]
+        if len(kept) == len(self.rows):
+            return
+        self.rows = [self.rows[index] for index in kept]
+        if self.rows and self._cache is not None:
+            self._cache.keep(kept)
+            self._sampler.keep(kept)
+
+    def _stop(self, row: Row, token: int) -> None:
+        if token in (row.params.stop_token_ids or ()):
+            row.finish("stop", token)
+        elif token in self._eos and not row.params.ignore_eos:
+            row.finish("stop")
+        elif len(row.token_ids) >= row.max_tokens:
+            row.finish("length")
+
+    def _prefill(self) -> Tensor:
+        """Every prompt by itself, and each but once: a row's numbers are those that it would have alone."""
+        caches: dict[tuple[int, ...], tuple[KVCache, Tensor]] = {}
+        for row in self.rows:
+            prompt = tuple(row.prompt_ids)
+            if prompt not in caches:
+                caches[prompt] = self._prefill_one(torch.tensor([prompt], device=self._model.device))
+        of_rows = [caches[tuple(row.prompt_ids)] for row in self.rows]
+        self._cache = of_rows[0][0] if len(of_rows) == 1 else KVCache.join([cache for cache, _ in of_rows])
+        return torch.cat([logits for _, logits in of_rows])
+
+    def _prefill_one(self, ids: Tensor) -> tuple[KVCache, Tensor]:
+        model = self._model
+        cache = KVCache(model.config, 1, model.dtype, model.device)
+        # By the whole prompt's length, which the first chunk does not show.
+        cache.inv_freq = inverse_frequencies(model.config, ids.shape[1], model.device)[None]
+        for chunk in ids.split(PREFILL_CHUNK, dim=1):
+            logits = model(chunk, past_key_values=cache, logits_to_keep=1).logits
+        return cache, logits[:, -1]
+
+    def _decode(self, cache: KVCache) -> Tensor:
+        ids = torch.tensor([row.token_ids[-1:] for row in self.rows], device=self._model.device)
+        positions = torch.tensor([[length] for length in cache.lengths], device=self._model.device)
+        return self._model(ids, position_ids=positions, past_key_values=cache).logits[:, -1]
+
+
+@dataclass
+class GenerateOutput:
+    """What `generate` returns with return_dict_in_generate.
+
+    sequences: [B * n, T + longest] prompt and answer. logprobs: [B * n, longest] float32 log-probability of each
+    chosen token under the model's own softmax, 0 behind a row's end. logits, scores: a [B * n, V] float32 tensor for
+    each step, before and after penalties, temperature and filters; -inf for rows that had ended.
+    """
+
+    sequences: Tensor
+    logprobs: Tensor
+    scores: tuple[Tensor, ...] | None = None
+    logits: tuple[Tensor, ...] | None = None
+
+
+# Settings of transformers that this runtime has only one value of.
+_ONLY: dict[str, Any] = {"num_beams": 1, "use_cache": True, "num_beam_groups": 1, "early_stopping": False}
+_LENGTHS = ("max_length", "max_new_tokens", "min_length", "min_new_tokens")
+_SAMPLED_ONLY = ("temperature", "top_k", "top_p", "min_p", "typical_p", "seed")
+_SAMPLING = (
+    *_SAMPLED_ONLY,
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "logit_bias",
+    "stop_strings",
+    "num_return_sequences",
+)
+_TOKENS = ("eos_token_id", "pad_token_id")
+
+
+def generate(
+    self: InternLM3ForCausalLM,
+    input_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    *,
+    inputs: Tensor | None = None,
+    generation_config: Any = None,
+    logits_processor: Sequence[LogitsProcessor] | LogitsProcessor | None = None,
+    streamer: Any = None,
+    tokenizer: Any = None,
+    return_dict_in_generate: bool = False,
+    output_scores: bool = False,
+    output_logits: bool = False,
+    **kwargs: Any,
+) -> Tensor | GenerateOutput:
+    """Continues prompts; names and meanings are those of transformers' `generate`.
+
+    Settings come from the checkpoint's generation_config.json, then `generation_config` (a dictionary or an object with
+    to_dict), then keywords: do_sample (False: greedy), temperature, top_k, top_p, min_p, typical_p, repetition_penalty,
+    presence_penalty, frequency_penalty, logit_bias, seed, num_return_sequences, stop_strings (with tokenizer),
+    eos_token_id (one or a list), pad_token_id, max_new_tokens or max_length (20 in all where nothing is said),
+    min_new_tokens or min_length. Unlike there, a filter that nobody sets is off (top_k is not 50).
+
+    Args:
+        input_ids (or inputs): [B, T] integers, padded on either side.
+        attention_mask: [B, T], zero at padding.
+        logits_processor: callables (ids [B, L], logits [B, V]) -> logits, called before all other settings, on the rows
+            still running; ragged rows are padded on the left with 0.
+        streamer: an object with put(ids) and end(), given the prompt first and then every step's tokens.
+        output_scores, output_logits: keep them in the GenerateOutput that return_dict_in_generate asks for.
+
+    Returns:
+        [B * num_return_sequences, T + longest answer] ids, padded with pad_token_id; or a GenerateOutput.
+
+    Raises:
+        TypeError: an unknown keyword. ValueError: a bad or contradictory setting, an empty prompt, a bad id.
+    """
+    ids = inputs if input_ids is None else input_ids
+    if ids is None:
+        raise ValueError("generate needs input_ids: [B, T] integers")
+    options = _options(self, generation_config, kwargs)
+    eos = _ids(options.get("eos_token_id", self.config.eos_token_ids))
+    pad = options.get("pad_token_id", self.config.pad_token_id)
+    if pad is None:
+        pad = eos[0] if eos else 0
+    prompts = _prompts(ids, attention_mask, self.config.vocab_size, pad if pad not in eos else None)
+    params = _params(options, explicit=kwargs)
+    texts = params.stops
+    if texts and tokenizer is None:
+        raise ValueError("stop_strings needs tokenizer=, to see the text that the tokens spell")
+
+    rows = []
+    for prompt in prompts:
+        most, least = _lengths(options, ids.shape[1], len(prompt))
+        row_params = SamplingParams.from_kwargs(params, min_tokens=least)
+        rows += [Row(prompt, row_params, most, stream) for stream in range(params.n)]
+    processors = [logits_processor] if callable(logits_processor) else list(logits_processor or ())
+    batch = Batch(self, rows, eos, processors, keep_scores=output_scores)
+    spelled = {id(row): TextStream(tokenizer, texts, skip_special_tokens=False) for row in rows} if texts else {}
+    scores: list[Tensor] = []
+    logits: list[Tensor] = []
+    if streamer is not None:
+        streamer.put(ids.cpu())
+    while batch.rows:
+        step = batch.step()
+        for row in step.rows if texts else ():
+            spelled[id(row)].push(row.token_ids[-1])
+            if spelled[id(row)].stopped is not None:
+                row.finish("stop", spelled[id(row)].stopped)
+        if output_scores and step.scores is not None:
+            scores.append(_of_all(rows, step.rows, step.scores))
+        if output_logits:
+            logits.append(_of_all(rows, step.rows, step.logits.float()))
+        if streamer is not None:
+            running = {id(row) for row in step.rows}
+            streamer.put(torch.tensor([row.token_ids[-1] if id(row) in running else pad for row in rows]))
+        batch.drop_finished()
+    if streamer is not None:
+        streamer.end()
+
+    answers = _padded([row.token_ids for row in rows], pad, left=False)
+    sequences = torch.cat([ids.repeat_interleave(params.n, dim=0), answers.to(ids)], dim=1)
+    if not return_dict_in_generate:
+        return sequences
+    logprobs = torch.zeros(answers.shape)
+    for index, row in enumerate(rows):
+        logprobs[index, : len(row.logprobs)] = torch.tensor(row.logprobs)
+    return GenerateOutput(
+        sequences, logprobs, tuple(scores) if output_scores else None, tuple(logits) if output_logits else None
+    )
+
+
+def _options(model: InternLM3ForCausalLM, given: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The checkpoint's settings, under those of generation_config, under the keywords; None counts as not said."""
+    known = (*_LENGTHS, *_SAMPLING, *_TOKENS, "do_sample", *_ONLY)
+    reject_unknown("generate", kwargs, known)
+    config = given.to_dict() if hasattr(given, "to_dict") else dict(given or {})
+    options: dict[str, Any] = {}
+    for source in (model.generation_config, config, kwargs):
+        options |= {name: value for name, value in source.items() if value is not None and name in known}
+    for name, only in _ONLY.items():
+        if options.pop(name, only) != only:
+            raise ValueError(
+                f"{name} can only be {only} here: this runtime samples or is greedy, one token after the other"
+            )
+    return options
+
+
+def _params(options: Mapping[str, Any], explicit: Mapping[str, Any]) -> SamplingParams:
+    sampled = bool(options.get("do_sample", False))
+    idle = [name for name in _SAMPLED_ONLY if explicit.get(name) is not None]
+    if idle and not sampled:
+        warnings.warn(
+            f"{', '.join(idle)} have no effect: decoding is greedy until do_sample=True is given", stacklevel=3
+        )
+    settings = {name: options[name] for name in _SAMPLING if name in options}
+    return SamplingParams.from_kwargs(do_sample=sampled, **settings)
+
+
+def _lengths(options: Mapping[str, Any], columns: int, prompt: int) -> tuple[int, int]:
+    """The most and the least new tokens; max_length and min_length count the prompt's columns too, as elsewhere."""
+    if "max_new_tokens" in options:
+        most = options["max_new_tokens"]
+    else:
+        most = options.get("max_length", max(DEFAULT_MAX_LENGTH, columns + 1)) - columns
+        if most < 1:
+            raise ValueError(
+                f"the prompt has {columns} tokens and max_length is {options['max_length']}: "
+                "nothing would be generated; give max_new_tokens"
+            )
+    return most, options.get("min_new_tokens", max(0, options.get("min_length", 0) - columns))
+
+
+def _prompts(ids: Tensor, mask: Tensor | None, vocab_size: int, pad: int | None) -> list[list[int]]:
+    """Each row's real tokens. Without a mask, a padding id that is no end token marks padding, as in transformers."""
+    if ids.dim() != 2 or ids.is_floating_point() or ids.numel() == 0:
+        raise ValueError(f"input_ids must be integers [B, T] and not empty; it is {list(ids.shape)} of {ids.dtype}")
+    if mask is None:
+        mask = torch.ones_like(ids) if pad is None else ids != pad
+    if mask.shape != ids.shape:
+        raise ValueError(f"attention_mask has shape {list(mask.shape)}, and input_ids {list(ids.shape)}")
+    prompts = [row[real].tolist() for row, real in zip(ids, mask.to(ids.device).bool(), strict=True)]
+    for index, prompt in enumerate(prompts):
+        check_prompt(f"row {index} of input_ids", prompt, vocab_size)
+    return prompts
+
+
+def check_prompt(name: str, prompt: Sequence[int], vocab_size: int) -> None:
+    """Raises ValueError for an empty prompt, or one with an id that the model does not have."""
+    if not prompt:
+        raise ValueError(f"{name} is empty: give at least one token")
+    for token in prompt:
+        if not 0 <= token < vocab_size:
+            raise ValueError(f"{name} holds {token}, which is outside the vocabulary of {vocab_size}")
+
+
+def _padded(rows: Sequence[Sequence[int]], pad: int = 0, left: bool = True) -> Tensor:
+    """Ragged rows as one [B, L] int64 tensor."""
+    width = max(map(len, rows))
+    filled = [
+        [pad] * (width - len(row)) + list(row) if left else list(row) + [pad] * (width - len(row)) for row in rows
+    ]
+    return torch.tensor(filled, dtype=torch.int64)
+
+
+def _of_all(rows: Sequence[Row], running: Sequence[Row], values: Tensor) -> Tensor:
+    """[B * n, V] of the running rows' values; -inf for rows that have ended."""
+    full = values.new_full((len(rows), values.shape[1]), -torch.inf)
+    place = {id(row): index for index, row in enumerate(rows)}
+    full[[place[id(row)] for row in running]] = values
+    return full
+
+
+def _ids(value: int | Sequence[int]) -> list[int]:
+    return [value] if isinstance(value, int) else list(value)

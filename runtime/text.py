@@ -1,0 +1,104 @@
+"""From tokens to text as they come: whole characters at once, and nothing that may still become a stop string."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .tokenizer import InternLM3Tokenizer
+
+_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
+_WINDOW = 32
+
+
+class TextStream:
+    """The text of one answer, token by token. All that `push` and `flush` return together is what `decode` would give.
+
+    Args:
+        stops: strings that end the text; the earliest match wins.
+        include_stop: the stop string stays in the text.
+
+    Attributes:
+        stopped: the stop string that was met, None before.
+    """
+
+    def __init__(
+        self,
+        tokenizer: InternLM3Tokenizer,
+        stops: Sequence[str] = (),
+        include_stop: bool = False,
+        skip_special_tokens: bool = True,
+    ):
+        self.stopped: str | None = None
+        self._tokenizer = tokenizer
+        self._stops = tuple(stops)
+        self._include_stop = include_stop
+        self._skip = skip_special_tokens
+        # Tokens are decoded in a window whose first ones are told already, so that spaces at its borders come out.
+        self._window: list[int] = []
+        self._told = 0
+        self._bytes = b""
+        self._held = ""
+
+    def push(self, token_id: int) -> str:
+        """The text that this token completes; "" while a character or a possible stop string is unfinished."""
+        if self.stopped is not None:
+            return ""
+        self._window.append(token_id)
+        piece = self._tokenizer.convert_ids_to_tokens(token_id)
+        byte = _BYTE.fullmatch(piece or "")
+        self._bytes = self._bytes + bytes.fromhex(byte[1]) if byte else b""
+        if byte and _unfinished(self._bytes):
+            return ""
+        text = self._decode()
+        new, self._told = text[self._told :], len(text)
+        if len(self._window) >= _WINDOW and not byte and new:
+            # The last token told something, so it is no skipped one: decoding can begin with it as well.
+            self._window = [token_id]
+            self._told = len(self._decode())
+        return self._release(new)
+
+    def flush(self) -> str:
+        """What was held back, when no token follows: an unfinished character shows as U+FFFD."""
+        if self.stopped is not None:
+            return ""
+        text = self._release(self._decode()[self._told :])
+        self._told = len(self._decode())
+        rest, self._held = ("", "") if self.stopped is not None else (self._held, "")
+        return text + rest
+
+    def _decode(self) -> str:
+        return self._tokenizer.decode(self._window, skip_special_tokens=self._skip)
+
+    def _release(self, new: str) -> str:
+        """`new` behind what was held, up to a stop string or to what may become one."""
+        text = self._held + new
+        found = [(text.find(stop), stop) for stop in self._stops if stop in text]
+        if found:
+            at, self.stopped = min(found, key=lambda match: (match[0], -len(match[1])))
+            return text[: at + len(self.stopped)] if self._include_stop else text[:at]
+        hold = max((_overlap(text, stop) for stop in self._stops), default=0)
+        self._held = text[len(text) - hold :]
+        return text[: len(text) - hold]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """How long an end of `text` is a beginning of `stop`."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+def _unfinished(data: bytes) -> bool:
+    """Whether the last bytes begin a UTF-8 character that more bytes would complete."""
+    for size in range(1, min(4, len(data) + 1)):
+        lead = data[-size]
+        if lead >= 0xC0:
+            try:
+                data[-size:].decode()
+            except UnicodeDecodeError as error:
+                return error.reason == "unexpected end of data"
+            return False
+        if lead < 0x80:
+            return False
+    return False
