@@ -36,11 +36,13 @@ MAX_HEAD_DIM = 256
 _PROGRAMS = 64
 # Rows in a tile -> keys in a tile, warps, stages. Chosen by compiling for sm_80 to sm_100, not yet by measuring: none
 # spills, and all fit the 99 KB of sm_86. Page numbers take a stage of their own: with five, two tiles are under way.
-_TILES = {16: (64, 4, 5), 32: (64, 4, 5), 64: (32, 4, 5), 128: (64, 8, 2)}
+_TILES = {16: (64, 4, 5), 32: (64, 4, 5), 64: (32, 8, 5), 128: (32, 8, 5)}
+# Tensor cores that take both factors from shared memory, sm_90's and later, leave registers for more keys.
+_TALL_OF_SM90 = (64, 8, 2)
 
 
 class _Tiling(NamedTuple):
-    """How one launch is cut: a function of T, G, D and the dtype alone."""
+    """How one launch is cut: on one device a function of T, G, D and the dtype alone."""
 
     rows: int
     keys: int
@@ -50,10 +52,10 @@ class _Tiling(NamedTuple):
     stages: int
 
 
-def _tiling(T: int, G: int, D: int, dtype: torch.dtype) -> _Tiling:
+def _tiling(T: int, G: int, D: int, dtype: torch.dtype, sm90: bool) -> _Tiling:
     dims = triton.next_power_of_2(D)
     rows = min(max(triton.next_power_of_2(T * G), 16), 128 if dims <= 128 else 64)
-    keys, warps, stages = _TILES[rows]
+    keys, warps, stages = _TALL_OF_SM90 if rows == 128 and sm90 else _TILES[rows]
     if dims > 128:
         keys //= 2
     if dtype == torch.float32:
@@ -215,7 +217,8 @@ def paged_attention(
         raise ValueError(f"scale is {scale}, must be positive")
 
     T, G = rows // B, H // K
-    BM, BN, BD, SPLITS, warps, stages = _tiling(T, G, D, q.dtype)
+    options = pdl(device)
+    BM, BN, BD, SPLITS, warps, stages = _tiling(T, G, D, q.dtype, sm90=options["PDL"])
     out = torch.empty((rows, H * D), dtype=q.dtype, device=device)
     partial, weights = out, out
     if SPLITS > 1:
@@ -226,8 +229,8 @@ def paged_attention(
     _attend[grid](
         q, k_cache, v_cache, block_table, seq_lens, partial, weights, q.stride(0), q.stride(1),
         *k_cache.stride()[:3], block_table.stride(0), scale * math.log2(math.e), T, P, N,
-        G, K, S, D, SPLITS, BM, BN, BD, num_warps=warps, num_stages=stages, **pdl(device),
+        G, K, S, D, SPLITS, BM, BN, BD, num_warps=warps, num_stages=stages, **options,
     )  # fmt: skip
     if SPLITS > 1:
-        _combine[(rows, H)](partial, weights, seq_lens, out, T, H, D, SPLITS, BN, BD, num_warps=4, **pdl(device))
+        _combine[(rows, H)](partial, weights, seq_lens, out, T, H, D, SPLITS, BN, BD, num_warps=4, **options)
     return out
