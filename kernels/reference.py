@@ -55,7 +55,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         columns = x.reshape(rows, -1)
         if rows == 1:
             columns = columns.expand(2, -1)
-        y = torch.mm(weight, columns.t()).t()[:rows].reshape(*x.shape[:-1], -1)
+        y = torch.mm(weight, columns.t()).t()[:rows].contiguous().view(*x.shape[:-1], -1)
         return y if bias is None else y + bias
     return F.linear(x, weight, bias)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from .cache import KVCache
 from .keywords import reject_unknown
 from .rope import inverse_frequencies
-from .sampling import Sampler, SamplingParams
+from .sampling import Sampler, SamplingParams, top_logprobs
 from .text import TextStream
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ class Row:
     stream: int = 0
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    top_logprobs: list[dict[int, float]] = field(default_factory=list)
     finish_reason: str | None = None
     stop_reason: int | str | None = None
 
@@ -94,6 +95,7 @@ class Batch:
         scores = self._sampler.scores(logits) if self._keep_scores else None
         tokens, logprobs = self._sampler(logits)
         step = Step(self.rows, logits, scores)
+        self._note_alternatives(logits)
         for row, token, logprob in zip(self.rows, tokens.tolist(), logprobs.tolist(), strict=True):
             row.token_ids.append(token)
             row.logprobs.append(logprob)
@@ -109,6 +111,12 @@ class Batch:
         if self.rows and self._cache is not None:
             self._cache.keep(kept)
             self._sampler.keep(kept)
+
+    def _note_alternatives(self, logits: Tensor) -> None:
+        for index, row in enumerate(self.rows):
+            if row.params.logprobs:
+                ids, logprobs = top_logprobs(logits[index : index + 1], row.params.logprobs)
+                row.top_logprobs.append(dict(zip(ids[0].tolist(), logprobs[0].tolist(), strict=True)))
 
     def _stop(self, row: Row, token: int) -> None:
         if token in (row.params.stop_token_ids or ()):

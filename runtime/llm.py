@@ -1,0 +1,359 @@
+"""LLM: a checkpoint, its tokenizer and the decode loop behind three verbs: generate, chat and stream."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from .config import InternLM3Config
+from .files import locate
+from .generation import Batch, Row, check_prompt
+from .model import InternLM3ForCausalLM
+from .prompts import THINKING_SYSTEM_PROMPT
+from .sampling import RECOMMENDED_THINKING, SamplingParams
+from .text import TextStream
+from .tokenizer import InternLM3Tokenizer
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What one step adds to a streamed answer.
+
+    text: whole characters only, possibly none. token_ids: the ids behind this step. finish_reason: None until the last
+    chunk, then "stop" or "length". stop_reason: the stop string or stop token id that ended it, None for the model's
+    own ends. prompt_tokens, decode_tokens: counts so far. prompt_tps, decode_tps: tokens per second of prefill (its
+    time ends with the first token) and of the tokens after the first (0.0 while there are none). peak_memory:
+    gigabytes, of the GPU or of the process.
+    """
+
+    text: str
+    token_ids: list[int]
+    logprobs: list[float]
+    finish_reason: str | None
+    stop_reason: int | str | None
+    prompt_tokens: int
+    decode_tokens: int
+    prompt_tps: float
+    decode_tps: float
+    peak_memory: float
+
+
+@dataclass(frozen=True)
+class CompletionOutput:
+    """One answer. logprobs: of each chosen token; top_logprobs: {id: log-probability} for each, where asked for."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    logprobs: list[float]
+    top_logprobs: list[dict[int, float]] | None
+    finish_reason: str | None
+    stop_reason: int | str | None
+
+    @property
+    def cumulative_logprob(self) -> float:
+        return sum(self.logprobs)
+
+
+@dataclass(frozen=True)
+class RequestOutput:
+    """The answers to one prompt, and the sampling parameters that were applied."""
+
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    sampling_params: SamplingParams
+
+    @property
+    def text(self) -> str:
+        """The first answer's text."""
+        return self.outputs[0].text
+
+
+class LLM:
+    """A model that answers.
+
+    Settings of the checkpoint's generation_config.json are the defaults of every call: see `default_params`. Ends of
+    text are the tokenizer's, <|im_end|> and generation_config's; a call's `stop` adds to them.
+
+    Args:
+        model: a folder, or a hub repository "owner/name".
+        dtype: "auto" (as the checkpoint says), "bfloat16", "float16" or "float32".
+        device: "auto" (the GPU if there is one), "cpu", "cuda" or "cuda:N".
+        max_seq_len: prompt and answer together, in tokens; by default the trained window. Beyond the window only with
+            dynamic NTK in the checkpoint.
+        max_batch_size: prompts that are decoded together; more wait for their turn.
+        revision, token, cache_dir, local_files_only: as in huggingface_hub.
+        progress: show progress bars of download and load.
+
+    Raises:
+        FileNotFoundError, ValueError, MemoryError: as InternLM3ForCausalLM.from_pretrained.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str],
+        *,
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device = "auto",
+        max_seq_len: int | None = None,
+        max_batch_size: int = 16,
+        revision: str | None = None,
+        token: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+        progress: bool = True,
+    ):
+        if max_batch_size < 1:
+            raise ValueError(f"max_batch_size must be at least 1; it is {max_batch_size}")
+        folder = locate(model, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
+        # What is small and may be wrong comes before the weights.
+        self.config = InternLM3Config.from_file(folder / "config.json")
+        self.max_seq_len = _check_window(self.config, max_seq_len)
+        self.max_batch_size = max_batch_size
+        self.tokenizer = InternLM3Tokenizer.from_pretrained(folder)
+        if len(self.tokenizer) > self.config.vocab_size:
+            raise ValueError(
+                f"{folder}: the tokenizer has {len(self.tokenizer)} tokens and the model's vocabulary "
+                f"{self.config.vocab_size}; they belong to different checkpoints"
+            )
+        self.model = InternLM3ForCausalLM.from_pretrained(folder, dtype=dtype, device=device, progress=progress)
+        generation_config = self.model.generation_config
+        self.default_params = SamplingParams.from_generation_config(generation_config)
+        ends = generation_config.get("eos_token_id") or []
+        ends = {*([ends] if isinstance(ends, int) else ends), *self.config.eos_token_ids, *self.tokenizer.eos_ids}
+        self.eos_token_ids = sorted(ends)
+
+    # ---------------------------------------------------------------- the three verbs
+
+    def generate(
+        self,
+        prompts: Any,
+        sampling_params: SamplingParams | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Continues a text (or a list of token ids), or each in a list: a RequestOutput, or a list of them in order.
+
+        `sampling_params` replaces the checkpoint's defaults; keywords (SamplingParams' names and their aliases) go over
+        either. Raises ValueError for an empty or too long prompt or a bad setting, TypeError for an unknown keyword.
+        """
+        single = isinstance(prompts, str) or (bool(prompts) and isinstance(prompts[0], int))
+        params = self._params(sampling_params, kwargs)
+        encoded = [self._encode(prompt) for prompt in ([prompts] if single else prompts)]
+        outputs = self._answer(encoded, params)
+        return outputs[0] if single else outputs
+
+    def chat(
+        self,
+        messages: Any,
+        sampling_params: SamplingParams | None = None,
+        *,
+        thinking: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Answers a conversation ([{"role": ..., "content": ...}, ...], or one user message as a string), or several.
+
+        thinking: InternLM3's deep-thinking mode, which is its published system prompt (behind the conversation's own,
+            if it has one) with its recommended settings and room for 8192 tokens.
+
+        Returns and raises as `generate`.
+        """
+        single = isinstance(messages, str) or (bool(messages) and isinstance(messages[0], Mapping))
+        params = self._params(sampling_params, kwargs, thinking)
+        conversations = [messages] if single else messages
+        outputs = self._answer([self._render(conversation, thinking) for conversation in conversations], params)
+        return outputs[0] if single else outputs
+
+    def stream(
+        self,
+        prompt: Any,
+        sampling_params: SamplingParams | None = None,
+        *,
+        thinking: bool = False,
+        **kwargs: Any,
+    ) -> Iterator[Chunk]:
+        """As `generate` (for a text or ids) or `chat` (for messages), giving the answer as it comes.
+
+        Closing the iterator stops generation at once, and so does Ctrl-C.
+        """
+        params = self._params(sampling_params, kwargs, thinking)
+        if params.n != 1:
+            raise ValueError(f"stream gives one answer; n is {params.n}")
+        is_chat = thinking or (not isinstance(prompt, str) and bool(prompt) and isinstance(prompt[0], Mapping))
+        _, ids = self._render(prompt, thinking) if is_chat else self._encode(prompt)
+        return self._chunks(self._rows([ids], params)[0])
+
+    # ---------------------------------------------------------------- prompts and settings
+
+    def _params(self, params: SamplingParams | None, kwargs: dict[str, Any], thinking: bool = False) -> SamplingParams:
+        base = params or (RECOMMENDED_THINKING if thinking else self.default_params)
+        merged = SamplingParams.from_kwargs(base, **kwargs)
+        idle = [name for name in ("top_k", "top_p", "min_p", "typical_p") if kwargs.get(name) is not None]
+        if merged.greedy and idle:
+            warnings.warn(f"{', '.join(idle)} have no effect at temperature 0, which is greedy", stacklevel=3)
+        # A stop string that is a special token never shows in the text: it is met as a token.
+        added = self.tokenizer.added_tokens_encoder
+        tokens = [added[stop] for stop in merged.stops if stop in added]
+        if tokens:
+            merged = replace(merged, stop_token_ids=[*(merged.stop_token_ids or ()), *tokens])
+        merged.check_vocab(self.config.vocab_size)
+        return merged
+
+    def _encode(self, prompt: Any) -> tuple[str | None, list[int]]:
+        if isinstance(prompt, str):
+            if not prompt:
+                raise ValueError("the prompt is empty: give at least one character")
+            return prompt, self.tokenizer.encode(prompt)
+        if not isinstance(prompt, Sequence) or not all(isinstance(token, int) for token in prompt):
+            raise TypeError(f"a prompt must be a string or a list of token ids, not {prompt!r:.60}")
+        return None, list(prompt)
+
+    def _render(self, messages: Any, thinking: bool) -> tuple[str | None, list[int]]:
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
+        if thinking:
+            own = messages[0]["content"] if messages and messages[0].get("role") == "system" else ""
+            rest = messages[1:] if own else messages
+            messages = [{"role": "system", "content": own + THINKING_SYSTEM_PROMPT}, *rest]
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return text, self.tokenizer.encode(text, add_special_tokens=False)
+
+    def _rows(self, prompts: Sequence[list[int]], params: SamplingParams) -> list[Row]:
+        rows = []
+        for index, prompt in enumerate(prompts):
+            name = f"prompt {index}" if len(prompts) > 1 else "the prompt"
+            check_prompt(name, prompt, self.config.vocab_size)
+            room = self.max_seq_len - len(prompt)
+            if room < 1:
+                raise ValueError(
+                    f"{name} has {len(prompt)} tokens, and max_seq_len is {self.max_seq_len}: "
+                    "shorten it, or load the model with a larger max_seq_len"
+                )
+            limit = min(params.max_tokens or room, room)
+            rows += [Row(prompt, params, limit, stream) for stream in range(params.n)]
+        return rows
+
+    # ---------------------------------------------------------------- the loop
+
+    def _answer(self, prompts: Sequence[tuple[str | None, list[int]]], params: SamplingParams) -> list[RequestOutput]:
+        rows = self._rows([ids for _, ids in prompts], params)
+        texts: list[str] = []
+        for start in range(0, len(rows), self.max_batch_size):
+            texts += self._run(rows[start : start + self.max_batch_size])
+        answers = [
+            CompletionOutput(
+                row.stream,
+                text,
+                row.token_ids,
+                row.logprobs,
+                row.top_logprobs if params.logprobs else None,
+                row.finish_reason,
+                row.stop_reason,
+            )
+            for row, text in zip(rows, texts, strict=True)
+        ]
+        return [
+            RequestOutput(text, ids, answers[index * params.n : (index + 1) * params.n], params)
+            for index, (text, ids) in enumerate(prompts)
+        ]
+
+    def _run(self, rows: list[Row]) -> list[str]:
+        """The whole text of each row's answer."""
+        batch = Batch(self.model, rows, self.eos_token_ids)
+        writers = [self._writer(row) for row in rows]
+        texts = [""] * len(rows)
+        running = list(range(len(rows)))
+        while running:
+            batch.step()
+            for index in running:
+                texts[index] += writers[index].write()
+            running = [index for index in running if rows[index].finish_reason is None]
+            batch.drop_finished()
+        return texts
+
+    def _chunks(self, row: Row) -> Iterator[Chunk]:
+        batch = Batch(self.model, [row], self.eos_token_ids)
+        writer = self._writer(row)
+        if self.model.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.model.device)
+        begin = first = time.perf_counter()
+        while row.finish_reason is None:
+            batch.step()
+            text = writer.write()
+            now = time.perf_counter()
+            decoded = len(row.token_ids)
+            if decoded == 1:
+                first = now
+            yield Chunk(
+                text,
+                row.token_ids[-1:],
+                row.logprobs[-1:],
+                row.finish_reason,
+                row.stop_reason,
+                len(row.prompt_ids),
+                decoded,
+                len(row.prompt_ids) / (first - begin),
+                (decoded - 1) / (now - first) if decoded > 1 else 0.0,
+                peak_memory(self.model.device),
+            )
+
+    def _writer(self, row: Row) -> _Writer:
+        params = row.params
+        stream = TextStream(self.tokenizer, params.stops, params.include_stop_str_in_output, params.skip_special_tokens)
+        return _Writer(row, stream)
+
+
+@dataclass
+class _Writer:
+    """Turns a row's newest token into text, and ends the row at a stop string."""
+
+    row: Row
+    stream: TextStream
+
+    def write(self) -> str:
+        row = self.row
+        ended_by_token = row.finish_reason == "stop"
+        # The token that ends a text is no part of it, unless it was asked for.
+        text = (
+            "" if ended_by_token and not row.params.include_stop_str_in_output else self.stream.push(row.token_ids[-1])
+        )
+        if self.stream.stopped is not None:
+            row.finish("stop", self.stream.stopped)
+        elif row.finish_reason is not None:
+            text += self.stream.flush()
+            if self.stream.stopped is not None:
+                row.finish("stop", self.stream.stopped)
+        return text
+
+
+def peak_memory(device: torch.device) -> float:
+    """The most memory held so far, in gigabytes: PyTorch's on a GPU, else the process's resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    import resource
+
+    # Kilobytes on Linux, bytes on macOS.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def _check_window(config: InternLM3Config, wanted: int | None) -> int:
+    window = config.max_position_embeddings
+    if wanted is None:
+        return window
+    if wanted < 1:
+        raise ValueError(f"max_seq_len must be at least 1; it is {wanted}")
+    dynamic = config.rope_scaling is not None and config.rope_scaling["rope_type"] == "dynamic"
+    if wanted > window and not dynamic:
+        raise ValueError(
+            f"max_seq_len is {wanted}, and the model was trained for {window} (max_position_embeddings) "
+            "with no dynamic NTK to go further"
+        )
+    return wanted
