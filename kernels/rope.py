@@ -72,32 +72,30 @@ def _rope_and_cache(
         tl.extra.cuda.gdc_wait()
     position = tl.load(seq_lens_ptr + sequence) - tokens + (row % tokens).to(tl.int32)
     live = position >= 0
+    slot = position // S
+    placed = live & (slot < slots)
+    page = tl.load(block_table_ptr + sequence * table_stride + slot, mask=placed, other=0).to(tl.int64)
+    tl.device_assert((page >= 0) & (page < pages), "block_table names a page that the cache has not")
+    placed = placed & (page >= 0) & (page < pages)
     inv_freq = tl.load(inv_freq_ptr + sequence * inv_freq_stride + column, mask=column < half, other=0.0)
     source = qkv_ptr + row * qkv_stride + head * D + column[None, :]
     mask = (is_q | is_k | is_v) & live
     first = tl.load(source, mask=mask, other=0.0)
     second = tl.load(source + half, mask=mask, other=0.0)
     cos, sin = cos_sin(position.to(tl.float32) * inv_freq)
-    rotated_first, rotated_second = rotate(
-        first.to(tl.float32), second.to(tl.float32), cos[None, :], sin[None, :], dtype
-    )  # fmt: skip
+    cos, sin = cos[None, :], sin[None, :]
+    rotated_first, rotated_second = rotate(first.to(tl.float32), second.to(tl.float32), cos, sin, dtype)
     rotated_first, rotated_second = rotated_first.to(dtype), rotated_second.to(dtype)
 
     q_target = q_ptr + (row * H + head) * D + column[None, :]
     tl.store(q_target, rotated_first, mask=is_q)
     tl.store(q_target + half, rotated_second, mask=is_q)
-
-    slot = position // S
-    live = live & (slot < slots)
-    page = tl.load(block_table_ptr + sequence * table_stride + slot, mask=live, other=0).to(tl.int64)
-    tl.device_assert((page >= 0) & (page < pages), "block_table names a page that the cache has not")
-    live = live & (page >= 0) & (page < pages)
     k_target = k_cache_ptr + page * k_page_stride + (head - H) * k_head_stride + (position % S) * k_token_stride
-    tl.store(k_target + column[None, :], rotated_first, mask=is_k & live)
-    tl.store(k_target + half + column[None, :], rotated_second, mask=is_k & live)
+    tl.store(k_target + column[None, :], rotated_first, mask=is_k & placed)
+    tl.store(k_target + half + column[None, :], rotated_second, mask=is_k & placed)
     v_target = v_cache_ptr + page * v_page_stride + (head - H - K) * v_head_stride + (position % S) * v_token_stride
-    tl.store(v_target + column[None, :], first, mask=is_v & live)
-    tl.store(v_target + half + column[None, :], second, mask=is_v & live)
+    tl.store(v_target + column[None, :], first, mask=is_v & placed)
+    tl.store(v_target + half + column[None, :], second, mask=is_v & placed)
 
 
 def rope_and_cache(

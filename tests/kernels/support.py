@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-GUARD = 128  # elements on either side of a poisoned tensor; keeps 16-byte alignment
+GUARD = 4096  # elements on either side of a poisoned tensor: more than a block overruns; keeps 16-byte alignment
 
 dtypes = st.sampled_from([torch.bfloat16, torch.float16, torch.float32])
 seeds = st.integers(0, 2**32 - 1)
@@ -74,20 +74,29 @@ def poisoned_outputs() -> Iterator[None]:
 
     with mock.patch.object(torch, "empty", empty), mock.patch.object(torch, "empty_like", empty_like):
         yield
-    for memory in memories:
-        for guard in (memory[:GUARD], memory[-GUARD:]):
-            assert (guard.view(torch.uint8) == 0xFF).all(), "the kernel wrote outside its output"
+    assert all(guarded(memory) for memory in memories), "the kernel wrote outside its output"
+
+
+def guarded(x: Tensor) -> bool:
+    """Whether x's memory begins and ends with whole guards."""
+    memory = torch.tensor([], dtype=x.dtype, device=x.device).set_(x.untyped_storage())
+    return all(bool((guard.view(torch.uint8) == 0xFF).all()) for guard in (memory[:GUARD], memory[-GUARD:]))
 
 
 def call(op: Callable[..., Any], *args: Any, writes: Sequence[Tensor] = ()) -> Any:
-    """op(*args) with poisoned outputs; fails where it changed an argument that is not among `writes`."""
+    """op(*args) with poisoned outputs; fails where it changed an argument that is not among `writes`.
+
+    Nor may it write beside one of these, where they were made by `embedded`.
+    """
     kept = [x for x in args if isinstance(x, Tensor) and not any(x is written for written in writes)]
     before = [x.clone() for x in kept]
+    within = [x for x in writes if guarded(x)]
     # The interpreter is numpy, which warns where a GPU quietly overflows.
     with poisoned_outputs(), np.errstate(all="ignore"):
         result = op(*args)
     for x, copy in zip(kept, before, strict=True):
         assert torch.equal(x.view(torch.uint8), copy.view(torch.uint8)), "the kernel changed an input"
+    assert all(guarded(x) for x in within), "the kernel wrote outside its argument"
     return result
 
 
