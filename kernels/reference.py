@@ -30,12 +30,11 @@ def embed(token_ids: Tensor, table: Tensor) -> Tensor:
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x * rsqrt(mean(x^2) + eps) in float32, cast to x's dtype, then times weight in that dtype. [..., C] -> [..., C].
 
-    Zhang and Sennrich 2019 (RMSNorm). Casting before the weight multiplies is InternLM3's order; F.rms_norm multiplies
-    in float32, which is the same only where the dtype is float32.
+    Zhang and Sennrich 2019 (RMSNorm). Casting before the weight multiplies is InternLM3's order; F.rms_norm with a
+    weight would multiply in float32.
     """
-    if x.dtype == torch.float32:
-        return F.rms_norm(x, weight.shape, weight, eps)
-    return F.rms_norm(x.float(), weight.shape, None, eps).to(x.dtype) * weight
+    # Without a weight F.rms_norm computes in float32 and casts its result, for every dtype.
+    return F.rms_norm(x, x.shape[-1:], None, eps) * weight
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -50,11 +49,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Few rows of a 16-bit dtype on a CPU are computed as weight @ x^T, with at least two columns: that order streams the
     weights once at full bandwidth, and gives a row the same bits whatever rows ride along.
     """
-    rows = x.shape[:-1].numel()
+    size = x.shape[-1]
+    rows = x.numel() // size
     if x.is_cpu and x.dtype != torch.float32 and rows <= SKINNY_ROWS:
-        columns = x.reshape(rows, -1)
+        columns = x.reshape(rows, size)
         if rows == 1:
-            columns = columns.expand(2, -1)
+            columns = columns.expand(2, size)
         y = torch.mm(weight, columns.t()).t()[:rows].contiguous().view(*x.shape[:-1], -1)
         return y if bias is None else y + bias
     return F.linear(x, weight, bias)

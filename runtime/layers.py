@@ -8,6 +8,15 @@ from torch import Tensor, nn
 from ..kernels import reference as ops
 
 
+class Embedding(nn.Module):
+    def __init__(self, rows: int, size: int, **factory: Any):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(rows, size, **factory), requires_grad=False)
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        return ops.embed(token_ids, self.weight)
+
+
 class RMSNorm(nn.Module):
     def __init__(self, size: int, eps: float, **factory: Any):
         super().__init__()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ from .cache import KVCache
 from .checkpoint import load_pretrained, save_pretrained
 from .config import InternLM3Config
 from .generation import generate
-from .layers import Linear, RMSNorm, StackedLinear
+from .layers import Embedding, Linear, RMSNorm, StackedLinear
 from .rope import inverse_frequencies
 
 
@@ -73,8 +73,8 @@ class Attention(nn.Module):
         qk = ops.rotary(qkv[:, :, : self.heads + self.kv_heads], rows.cos, rows.sin)
         q, k, v = qk[:, :, : self.heads], qk[:, :, self.heads :], qkv[:, :, self.heads + self.kv_heads :]
         # Each sequence on its own, over exactly its own tokens: no padding enters, and no row sees another's length.
-        out = torch.stack([self._attend(b, q[b], k[b], v[b], rows.live[b], cache) for b in range(batch)])
-        return self.o_proj(out.view(batch, tokens, -1))
+        out = [self._attend(b, q[b], k[b], v[b], rows.live[b], cache) for b in range(batch)]
+        return self.o_proj(torch.stack(out).view(batch, tokens, -1))
 
     def _attend(self, row: int, q: Tensor, k: Tensor, v: Tensor, live: Tensor | None, cache: KVCache | None) -> Tensor:
         if live is not None:
@@ -126,8 +126,7 @@ class InternLM3Model(nn.Module):
     def __init__(self, config: InternLM3Config, **factory: Any):
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, **factory)
-        self.embed_tokens.weight.requires_grad_(False)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, **factory)
         self.layers = nn.ModuleList(Block(config, layer, **factory) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, **factory)
         _initialise(self, config)
@@ -214,7 +213,7 @@ class InternLM3Model(nn.Module):
         if input_ids is None or inputs_embeds is not None:
             raise ValueError("give either input_ids or inputs_embeds, and not both")
         check_ids("input_ids", input_ids, self.config.vocab_size)
-        return ops.embed(input_ids.to(self.device), self.embed_tokens.weight)
+        return self.embed_tokens(input_ids.to(self.device))
 
     def _inv_freq(self, positions: Tensor, cache: KVCache | None) -> Tensor:
         """[B, 1, D/2]: what the cache fixed when its rows began, or else by the length that each row has here."""
@@ -247,7 +246,7 @@ class InternLM3ForCausalLM(nn.Module):
     def tie_weights(self) -> None:
         """Makes the head use the embedding's weight where the configuration says so."""
         if self.config.tie_word_embeddings:
-            self.lm_head.weight = cast(nn.Parameter, self.model.embed_tokens.weight)
+            self.lm_head.weight = self.model.embed_tokens.weight
 
     @classmethod
     def from_pretrained(cls, id_or_path: str | os.PathLike[str], **kwargs: Any) -> InternLM3ForCausalLM:
