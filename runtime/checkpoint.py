@@ -85,7 +85,7 @@ def load_pretrained(
     kept = wanted or DTYPES.get(config.dtype or "") or _common_dtype(shards)
     _check_memory(skeleton, kept, where)
 
-    model = skeleton.to(kept).to_empty(device=where)
+    model = _materialise(skeleton, kept, where)
     model.tie_weights()
     weights = model.state_dict()
     bar = tqdm(total=len(shapes), desc="Loading weights", unit="tensor", disable=None if progress else True)
@@ -170,6 +170,15 @@ def _resolve_dtype(wanted: str | torch.dtype | None) -> torch.dtype | None:
     if name not in DTYPES:
         raise ValueError(f"dtype {wanted!r} is not supported; give 'auto', {', '.join(map(repr, DTYPES))}")
     return DTYPES[name]
+
+
+def _materialise(model: InternLM3ForCausalLM, dtype: torch.dtype, device: torch.device) -> InternLM3ForCausalLM:
+    """Gives a model on the meta device memory, unset. (`to_empty` would do, and imports half a second of sympy.)"""
+    for module in model.modules():
+        for name, weight in module.named_parameters(recurse=False):
+            empty = torch.empty(weight.shape, dtype=dtype, device=device)
+            setattr(module, name, torch.nn.Parameter(empty, requires_grad=False))
+    return model
 
 
 # -------------------------------------------------------------------- reading
