@@ -1,0 +1,231 @@
+"""paged_attention against kernels.reference and a float64 softmax written out here; what its bits depend on."""
+
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from internlm3 import kernels
+from internlm3.kernels import attention, reference
+
+from .support import (
+    DEVICE,
+    PagedCache,
+    assert_near,
+    call,
+    cases,
+    dtypes,
+    embedded,
+    generator,
+    normal,
+    paged_cache,
+    seeds,
+)
+
+# The weights of a row are rounded to the dtype before they meet the values (half an ulp each), and so is the result.
+# The rest is float32's running sums and exponentials, in any order; where the dtype is float32 it is all.
+ULPS = {torch.bfloat16: 1.1, torch.float16: 1.2, torch.float32: 8.0}
+
+
+def exact(q, cache: PagedCache, scale):
+    """float64: the attention, and the size of what each element sums, with what the float32 of the scores may shift."""
+    sequences = len(cache.seq_lens)
+    _, kv_heads, page_size, dim = cache.k_cache.shape
+    wide = q.double().view(sequences, -1, kv_heads, q.shape[1] // kv_heads, dim)
+    out, size = torch.zeros_like(wide), torch.zeros_like(wide)
+    for b, length in enumerate(cache.seq_lens.tolist()):
+        slots = [(int(cache.block_table[b, p // page_size]), p % page_size) for p in range(length)]
+        if not slots:
+            continue
+        k, v = (torch.stack([x[page, :, slot] for page, slot in slots]).double() for x in cache[:2])
+        for t in range(max(wide.shape[1] - length, 0), wide.shape[1]):
+            seen = length - wide.shape[1] + t + 1
+            scores = torch.einsum("kgd,nkd->kgn", wide[b, t], k[:seen]) * scale
+            weights = scores.softmax(-1)
+            out[b, t] = torch.einsum("kgn,nkd->kgd", weights, v[:seen])
+            reach = torch.einsum("kgd,nkd->kgn", wide[b, t].abs(), k[:seen].abs()).amax(-1, keepdim=True) * scale
+            blur = 1 + reach * torch.finfo(torch.float32).eps / torch.finfo(q.dtype).eps
+            size[b, t] = torch.einsum("kgn,nkd->kgd", weights, v[:seen].abs()) * blur
+    return out.view(len(q), -1), size.view(len(q), -1)
+
+
+def check_case(q, cache: PagedCache, scale, programs=64):
+    """Any number of programs may share the work: it decides whether and how splits wrap around."""
+    with mock.patch.object(attention, "_PROGRAMS", programs):
+        out = call(kernels.paged_attention, q, *cache, scale)
+    expected = reference.paged_attention(q, *cache, scale)
+    truth, size = exact(q, cache, scale)
+    assert_near(truth, ULPS[q.dtype], size, triton=out, reference=expected)
+    return out
+
+
+@st.composite
+def launches(draw, tokens, most_rows):
+    """q, a cache and a scale. Lengths stand around pages and tiles.
+
+    At most so many rows of q times heads, float32 a quarter, its tiles being smaller: an interpreted program takes
+    milliseconds.
+    """
+    dtype, rng = draw(dtypes), generator(draw(seeds))
+    page_size = draw(st.sampled_from([16, 32, 48, 64, 256]))
+    dim = draw(st.sampled_from([16, 32, 64, 80, 128]))
+    most = most_rows // (4 if dtype == torch.float32 else 1)
+    tokens = draw(tokens)
+    group = draw(st.sampled_from([g for g in (1, 3, 4, 16) if tokens * g <= most] or [1]))
+    kv_heads = draw(st.integers(1, min(max(most // (tokens * group), 1), 3)))
+    near = [0, 1, page_size - 1, page_size, page_size + 1, 2 * page_size, 63, 64, 65, 129]
+    most_sequences = min(max(most // (tokens * group * kv_heads), 1), 4)
+    lengths = draw(st.lists(st.sampled_from(near) | st.integers(0, 150), min_size=1, max_size=most_sequences))
+    spread, padding = draw(st.sampled_from([0.0, 1e-8, 1.0, 1.0, 30.0])), draw(st.sampled_from([0, 8]))
+    q = embedded(normal(rng, len(lengths) * tokens, group * kv_heads, dim, dtype=dtype, scale=spread), padding)
+    k_cache, v_cache, table, seq_lens = paged_cache(rng, lengths, kv_heads, dim, page_size, dtype)
+    if draw(st.booleans()):
+        k_cache, v_cache = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (k_cache, v_cache))
+    if draw(st.booleans()):
+        for x in (k_cache, v_cache):
+            x.masked_fill_(x.isnan(), -torch.inf)
+    cache = PagedCache(k_cache, v_cache, embedded(table, padding), seq_lens)
+    return q, cache, draw(st.sampled_from([dim**-0.5, 0.3]))
+
+
+@cases(240)
+@given(launches(st.integers(1, 16), 48), st.sampled_from([1, 4, 64]))
+def test_few_tokens(launch, programs):
+    check_case(*launch, programs)
+
+
+@cases(60)
+@given(launches(st.integers(17, 70), 1120))
+def test_long_queries(launch):
+    check_case(*launch, programs=1)
+
+
+@cases(20)
+@given(launches(st.integers(17, 40), 100))
+def test_long_queries_in_splits(launch):
+    check_case(*launch, programs=8)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(("lengths", "tokens", "programs"), [([300, 0], 1, 64), ([37], 4, 64), ([90], 24, 1)])
+def test_internlm3_shapes(dtype, lengths, tokens, programs):
+    rng = generator(1)
+    q = normal(rng, len(lengths) * tokens, 32, 128, dtype=dtype)
+    check_case(q, paged_cache(rng, lengths, 2, 128, 256, dtype), 128**-0.5, programs)
+
+
+@pytest.mark.parametrize("length", [4096, 4097, 8200])
+def test_more_tiles_than_splits(length):
+    rng = generator(2)
+    check_case(normal(rng, 1, 2, 16, dtype=torch.bfloat16), paged_cache(rng, [length], 1, 16, 64, torch.bfloat16), 0.25)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("score", [-1e4, 1e4])
+def test_one_key_dominates(dtype, score):
+    """One score of +-1e4 among zeros: the value of that key alone, or the mean of all others."""
+    rng = generator(3)
+    for place in (0, 17, 63, 64, 129):
+        cache = paged_cache(rng, [130], 1, 32, 16, dtype)
+        page, slot = int(cache.block_table[0, place // 16]), place % 16
+        cache.k_cache[cache.block_table[0, :9].long()] = 0
+        cache.k_cache[page, 0, slot, 0] = 100
+        q = torch.zeros(1, 3, 32, dtype=dtype, device=DEVICE)
+        q[..., 0] = score / 100
+        out = check_case(q, cache, 1.0)
+        if score > 0:
+            assert torch.equal(out.view(3, 32), cache.v_cache[page, 0, slot].expand(3, 32))
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1.0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_huge_keys(dtype, scale):
+    """Products of up to 1e7, both signs: they overflow fp16 and every exponential that is taken without the maximum."""
+    rng = generator(4)
+    cache = paged_cache(rng, [100, 7], 2, 64, 32, dtype)
+    cache.k_cache.mul_(1e3)
+    check_case(normal(rng, 6, 8, 64, dtype=dtype, scale=1e3), cache, scale)
+
+
+def test_idle_sequences_are_zero_whatever_the_table_names():
+    cache = paged_cache(generator(5), [0, 0, 0], 2, 32, 16, torch.float16)
+    cache.block_table.fill_(-1)
+    for tokens in (1, 5, 70):
+        q = torch.full((3 * tokens, 4, 32), torch.nan, dtype=torch.float16, device=DEVICE)
+        assert call(kernels.paged_attention, q, *cache, 1.0).eq(0).all()
+
+
+@cases(30)
+@given(seeds, dtypes, st.sampled_from([(1, 1), (1, 16), (2, 4), (4, 16), (5, 16)]), st.integers(5, 150))
+def test_bits_depend_on_the_row_alone(seed, dtype, tokens_and_group, length):
+    """Not on other sequences, other queries, the page size, the order of pages, the table's width, or its place."""
+    tokens, group = tokens_and_group
+    rng = generator(seed)
+    q = normal(rng, tokens, group, 32, dtype=dtype)
+    alone = paged_cache(rng, [length], 1, 32, 16, dtype)
+    k, v = (x[alone.block_table[0, : -(-length // 16)].long()].transpose(1, 2).flatten(0, 1) for x in alone[:2])
+    expected = call(kernels.paged_attention, q, *alone, 0.3)
+
+    crowd = paged_cache(rng, [length + 70, length, 0, length - 1], 1, 32, 48, dtype)
+    for b in (1, 3):
+        for p in range(int(crowd.seq_lens[b])):
+            page = int(crowd.block_table[b, p // 48])
+            crowd.k_cache[page, :, p % 48], crowd.v_cache[page, :, p % 48] = k[p], v[p]
+    others = normal(rng, 4, tokens, group, 32, dtype=dtype)
+    others[1, -1] = q[-1]
+    others[3, -1] = q[-2] if tokens > 1 else 0
+    found = call(kernels.paged_attention, others.flatten(0, 1), *crowd, 0.3).view(4, tokens, -1)
+    assert torch.equal(found[1, -1], expected[-1])
+    if tokens > 1:
+        assert torch.equal(found[3, -1], expected[-2]), "the last but one of a launch, as the last of another"
+
+
+def test_page_ids_outside_the_cache_do_no_harm():
+    rng = generator(6)
+    cache = paged_cache(rng, [20, 20, 20], 2, 32, 16, torch.float32)
+    q = normal(rng, 3, 4, 32, dtype=torch.float32)
+    expected = reference.paged_attention(q, *cache, 1.0)
+    cache.block_table[0], cache.block_table[2] = -(2**31), 2**31 - 1
+    torch.testing.assert_close(call(kernels.paged_attention, q, *cache, 1.0)[1], expected[1])
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"q": torch.zeros(2, 64)}, ValueError, r"q has shape \[2, 64\]"),
+        ({"q": torch.zeros(2, 4, 16).double()}, TypeError, "q is torch.float64; kernels take"),
+        ({"q": torch.zeros(3, 4, 16)}, ValueError, "q has 3 rows, must be a multiple of the 2 sequences"),
+        ({"q": torch.zeros(2, 3, 16)}, ValueError, "q has 3 heads, must be a multiple of the 2 of k_cache"),
+        ({"q": torch.zeros(2, 4, 32)}, ValueError, r"k_cache has shape \[4, 2, 16, 16\], must have .* 32\]"),
+        ({"q": torch.zeros(0, 4, 16)}, ValueError, "none may be empty"),
+        ({"q": torch.zeros(2, 16, 4).mT}, ValueError, "q has strides .* last dimension must be contiguous"),
+        ({"k_cache": torch.zeros(4, 2, 16, 16).half()}, TypeError, "k_cache is torch.float16, must be torch.float32"),
+        ({"v_cache": torch.zeros(4, 2, 8, 16)}, ValueError, r"v_cache has shape \[4, 2, 8, 16\]"),
+        ({"v_cache": torch.zeros(4, 16, 2, 16).transpose(1, 2)}, ValueError, "must have those of k_cache"),
+        ({"block_table": torch.zeros(2, 3).long()}, TypeError, "block_table is torch.int64, must be torch.int32"),
+        ({"block_table": torch.zeros(2, 0).int()}, ValueError, "none may be empty"),
+        ({"seq_lens": torch.zeros(3).int()}, ValueError, r"seq_lens has shape \[3\], must have \[2\]"),
+        ({"scale": -1.0}, ValueError, "scale is -1.0, must be positive"),
+    ],
+)
+def test_bad_input(change, error, message):
+    good = {
+        "q": torch.zeros(2, 4, 16),
+        "k_cache": torch.zeros(4, 2, 16, 16),
+        "v_cache": torch.zeros(4, 2, 16, 16),
+        "block_table": torch.zeros(2, 3).int(),
+        "seq_lens": torch.zeros(2).int(),
+        "scale": 1.0,
+    }
+    args = {name: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for name, x in {**good, **change}.items()}
+    with pytest.raises(error, match=message):
+        kernels.paged_attention(**args)
+
+
+@pytest.mark.parametrize("dim", [24, 272])
+def test_head_dim_must_divide_by_16_up_to_256(dim):
+    ids = torch.zeros(1, 1, dtype=torch.int32, device=DEVICE)
+    cache = torch.zeros(1, 1, 16, dim, device=DEVICE)
+    with pytest.raises(ValueError, match=f"q has head_dim {dim}, must be a multiple of 16 up to 256"):
+        kernels.paged_attention(torch.zeros(1, 1, dim, device=DEVICE), cache, cache, ids, ids[0], 1.0)
