@@ -1,5 +1,6 @@
 """The parameters of a block, each beside the op that uses them."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -38,33 +39,41 @@ class Linear(nn.Module):
 
 
 class StackedLinear(Linear):
-    """Projections of one input as one matrix, so that one product streams all their weights.
-
-    Outside it still looks like a checkpoint: `state_dict` shows every part under its own name, beside this module's, as
-    a view of the stack (writing into it writes the weights), and `load_state_dict` takes the parts.
-    """
+    """Projections of one input as one matrix, so that one product streams all their weights. `parts`: name -> size."""
 
     def __init__(self, inputs: int, parts: dict[str, int], bias: bool, **factory: Any):
         super().__init__(inputs, sum(parts.values()), bias, **factory)
         self.parts = parts
+
+
+class PartNames(nn.Module):
+    """A module whose StackedLinears look like a checkpoint from outside.
+
+    `state_dict` shows every part under its own name, as a view of the stack (writing into it writes the weights), and
+    `load_state_dict` takes the parts.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
         self.register_state_dict_post_hook(_split)
         self.register_load_state_dict_pre_hook(_stack)
 
 
-def _split(module: StackedLinear, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
-    for kind in ("weight", "bias"):
-        if (stack := state.pop(prefix + kind, None)) is not None:
-            for name, part in zip(module.parts, stack.split(list(module.parts.values())), strict=True):
-                state[f"{_parent(prefix)}{name}.{kind}"] = part
+def _split(module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
+    for stack, parts in _stacks(module, prefix):
+        if stack in state:
+            state.update(zip(parts, state.pop(stack).split(list(parts.values())), strict=True))
 
 
-def _stack(module: StackedLinear, state: dict[str, Any], prefix: str, *_unused: Any) -> None:
-    for kind in ("weight", "bias"):
-        names = [f"{_parent(prefix)}{name}.{kind}" for name in module.parts]
-        if all(name in state for name in names):
-            state[prefix + kind] = torch.cat([state.pop(name) for name in names])
+def _stack(module: nn.Module, state: dict[str, Any], prefix: str, *_unused: Any) -> None:
+    for stack, parts in _stacks(module, prefix):
+        if all(part in state for part in parts):
+            state[stack] = torch.cat([state.pop(part) for part in parts])
 
 
-def _parent(prefix: str) -> str:
-    """ "model.layers.0.mlp." of "model.layers.0.mlp.gate_up_proj."."""
-    return prefix[: prefix.rstrip(".").rfind(".") + 1]
+def _stacks(module: nn.Module, prefix: str) -> Iterator[tuple[str, dict[str, int]]]:
+    """The full name of each stack, and its parts' full names with their sizes."""
+    for name, child in module.named_children():
+        if isinstance(child, StackedLinear):
+            for kind in ("weight", "bias"):
+                yield f"{prefix}{name}.{kind}", {f"{prefix}{part}.{kind}": size for part, size in child.parts.items()}

@@ -19,7 +19,7 @@ from .cache import KVCache
 from .checkpoint import load_pretrained, save_pretrained
 from .config import InternLM3Config
 from .generation import generate
-from .layers import Embedding, Linear, RMSNorm, StackedLinear
+from .layers import Embedding, Linear, PartNames, RMSNorm, StackedLinear
 from .rope import inverse_frequencies
 
 
@@ -54,7 +54,7 @@ class Rows:
     live: list[Tensor | None]
 
 
-class Attention(nn.Module):
+class Attention(PartNames):
     """Grouped-query attention with rotary positions."""
 
     def __init__(self, config: InternLM3Config, layer: int, **factory: Any):
@@ -87,7 +87,7 @@ class Attention(nn.Module):
         return ops.attention(q, k, v, self.head_dim**-0.5)
 
 
-class MLP(nn.Module):
+class MLP(PartNames):
     """down(silu(gate(x)) * up(x))."""
 
     def __init__(self, config: InternLM3Config, **factory: Any):
@@ -205,10 +205,9 @@ class InternLM3Model(nn.Module):
 
     def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         if inputs_embeds is not None and input_ids is None:
-            if inputs_embeds.dim() != 3 or inputs_embeds.shape[2] != self.config.hidden_size:
-                raise ValueError(
-                    f"inputs_embeds has shape {list(inputs_embeds.shape)}, must be [B, T, {self.config.hidden_size}]"
-                )
+            size = self.config.hidden_size
+            if inputs_embeds.dim() != 3 or inputs_embeds.shape[2] != size or inputs_embeds.numel() == 0:
+                raise ValueError(f"inputs_embeds has shape {list(inputs_embeds.shape)}, must be [B, T, {size}], filled")
             return inputs_embeds.to(self.device, self.dtype)
         if input_ids is None or inputs_embeds is not None:
             raise ValueError("give either input_ids or inputs_embeds, and not both")
@@ -293,6 +292,7 @@ class InternLM3ForCausalLM(nn.Module):
                     f"labels has shape {list(labels.shape)} and logits_to_keep is {logits_to_keep}: "
                     f"a loss needs labels {list(x.shape[:2])} and all logits"
                 )
+            check_ids("labels", labels.masked_fill(labels == -100, 0), self.config.vocab_size)
             targets = labels[:, 1:].to(logits.device)
             loss = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), targets.flatten())
         return CausalLMOutput(logits, loss, out.past_key_values, out.hidden_states)
