@@ -11,18 +11,32 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from .runtime.config import InternLM3Config as InternLM3Config
     from .runtime.llm import LLM as LLM
+    from .runtime.llm import Chunk as Chunk
+    from .runtime.llm import CompletionOutput as CompletionOutput
+    from .runtime.llm import RequestOutput as RequestOutput
     from .runtime.model import InternLM3ForCausalLM as InternLM3ForCausalLM
     from .runtime.model import InternLM3Model as InternLM3Model
+    from .runtime.prompts import SYSTEM_PROMPT as SYSTEM_PROMPT
+    from .runtime.prompts import THINKING_SYSTEM_PROMPT as THINKING_SYSTEM_PROMPT
+    from .runtime.sampling import RECOMMENDED as RECOMMENDED
+    from .runtime.sampling import RECOMMENDED_THINKING as RECOMMENDED_THINKING
     from .runtime.sampling import SamplingParams as SamplingParams
     from .runtime.tokenizer import InternLM3Tokenizer as InternLM3Tokenizer
 
 _HOME = {
+    "Chunk": "llm",
+    "CompletionOutput": "llm",
     "InternLM3Config": "config",
     "InternLM3ForCausalLM": "model",
     "InternLM3Model": "model",
     "InternLM3Tokenizer": "tokenizer",
     "LLM": "llm",
+    "RECOMMENDED": "sampling",
+    "RECOMMENDED_THINKING": "sampling",
+    "RequestOutput": "llm",
+    "SYSTEM_PROMPT": "prompts",
     "SamplingParams": "sampling",
+    "THINKING_SYSTEM_PROMPT": "prompts",
 }
 __all__ = ["__version__", *_HOME]
 

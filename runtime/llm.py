@@ -6,15 +6,19 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from .chat_template import check_messages
+from .checkpoint import GENERATION_CONFIG, read_generation_config
 from .config import InternLM3Config
 from .files import locate
 from .generation import Batch, Row, check_prompt
+from .keywords import reject_unknown
 from .model import InternLM3ForCausalLM
 from .prompts import THINKING_SYSTEM_PROMPT
 from .sampling import RECOMMENDED_THINKING, SamplingParams
@@ -26,16 +30,17 @@ from .tokenizer import InternLM3Tokenizer
 class Chunk:
     """What one step adds to a streamed answer.
 
-    text: whole characters only, possibly none. token_ids: the ids behind this step. finish_reason: None until the last
-    chunk, then "stop" or "length". stop_reason: the stop string or stop token id that ended it, None for the model's
-    own ends. prompt_tokens, decode_tokens: counts so far. prompt_tps, decode_tps: tokens per second of prefill (its
-    time ends with the first token) and of the tokens after the first (0.0 while there are none). peak_memory:
-    gigabytes, of the GPU or of the process.
+    text: whole characters only, possibly none. token_ids: the ids behind this step; logprobs and top_logprobs: theirs,
+    as in CompletionOutput. finish_reason: None until the last chunk, then "stop" or "length". stop_reason: the stop
+    string or stop token id that ended it, None for the model's own ends. prompt_tokens, decode_tokens: counts so far.
+    prompt_tps, decode_tps: tokens per second of prefill (its time ends with the first token) and of the tokens after
+    the first (0.0 while there are none). peak_memory: gigabytes, of the GPU or of the process.
     """
 
     text: str
     token_ids: list[int]
     logprobs: list[float]
+    top_logprobs: list[dict[int, float]] | None
     finish_reason: str | None
     stop_reason: int | str | None
     prompt_tokens: int
@@ -94,7 +99,7 @@ class LLM:
         progress: show progress bars of download and load.
 
     Raises:
-        FileNotFoundError, ValueError, MemoryError: as InternLM3ForCausalLM.from_pretrained.
+        FileNotFoundError, ValueError, MemoryError, TypeError: as InternLM3ForCausalLM.from_pretrained.
     """
 
     def __init__(
@@ -110,9 +115,12 @@ class LLM:
         cache_dir: str | os.PathLike[str] | None = None,
         local_files_only: bool = False,
         progress: bool = True,
+        **unknown: Any,
     ):
-        if max_batch_size < 1:
-            raise ValueError(f"max_batch_size must be at least 1; it is {max_batch_size}")
+        # Remote code is never run, so its switch means nothing here and may stay in people's calls.
+        unknown.pop("trust_remote_code", None)
+        reject_unknown("LLM", unknown, LLM.__init__.__kwdefaults__ or ())
+        _check_count("max_batch_size", max_batch_size)
         folder = locate(model, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
         # What is small and may be wrong comes before the weights.
         self.config = InternLM3Config.from_file(folder / "config.json")
@@ -124,30 +132,22 @@ class LLM:
                 f"{folder}: the tokenizer has {len(self.tokenizer)} tokens and the model's vocabulary "
                 f"{self.config.vocab_size}; they belong to different checkpoints"
             )
+        self.default_params, ends = _generation_defaults(folder, self.config.vocab_size)
+        self.eos_token_ids = sorted({*ends, *self.config.eos_token_ids, *self.tokenizer.eos_ids})
         self.model = InternLM3ForCausalLM.from_pretrained(folder, dtype=dtype, device=device, progress=progress)
-        generation_config = self.model.generation_config
-        self.default_params = SamplingParams.from_generation_config(generation_config)
-        ends = generation_config.get("eos_token_id") or []
-        ends = {*([ends] if isinstance(ends, int) else ends), *self.config.eos_token_ids, *self.tokenizer.eos_ids}
-        self.eos_token_ids = sorted(ends)
 
     # ---------------------------------------------------------------- the three verbs
 
-    def generate(
-        self,
-        prompts: Any,
-        sampling_params: SamplingParams | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Continues a text (or a list of token ids), or each in a list: a RequestOutput, or a list of them in order.
+    def generate(self, prompts: Any, sampling_params: SamplingParams | None = None, **kwargs: Any) -> Any:
+        """Continues a text or a sequence of token ids, or each in a list: a RequestOutput, or a list of them in order.
 
-        `sampling_params` replaces the checkpoint's defaults; keywords (SamplingParams' names and their aliases) go over
-        either. Raises ValueError for an empty or too long prompt or a bad setting, TypeError for an unknown keyword.
+        Ids may be a list of integers, or a tensor or array: [T], or [B, T] for several. `sampling_params` replaces the
+        checkpoint's defaults; keywords (SamplingParams' names and their aliases) go over either. Raises ValueError for
+        an empty or too long prompt or a bad setting, TypeError for an unknown keyword or what is no prompt.
         """
-        single = isinstance(prompts, str) or (bool(prompts) and isinstance(prompts[0], int))
         params = self._params(sampling_params, kwargs)
-        encoded = [self._encode(prompt) for prompt in ([prompts] if single else prompts)]
-        outputs = self._answer(encoded, params)
+        several, single = _prompts(prompts)
+        outputs = self._answer([self._encode(prompt) for prompt in several], params)
         return outputs[0] if single else outputs
 
     def chat(
@@ -156,19 +156,26 @@ class LLM:
         sampling_params: SamplingParams | None = None,
         *,
         thinking: bool = False,
+        stream: bool = False,
         **kwargs: Any,
     ) -> Any:
         """Answers a conversation ([{"role": ..., "content": ...}, ...], or one user message as a string), or several.
 
         thinking: InternLM3's deep-thinking mode, which is its published system prompt (behind the conversation's own,
             if it has one) with its recommended settings and room for 8192 tokens.
+        stream: gives the answer as it comes, as `stream` does.
 
         Returns and raises as `generate`.
         """
-        single = isinstance(messages, str) or (bool(messages) and isinstance(messages[0], Mapping))
-        params = self._params(sampling_params, kwargs, thinking)
-        conversations = [messages] if single else messages
-        outputs = self._answer([self._render(conversation, thinking) for conversation in conversations], params)
+        several = isinstance(messages, Sequence) and bool(messages) and isinstance(messages[0], (str, list, tuple))
+        single = isinstance(messages, str) or not several
+        conversations = [_conversation(each, thinking) for each in ([messages] if single else messages)]
+        if stream:
+            if not single:
+                raise ValueError(f"stream answers one conversation; there are {len(conversations)}")
+            return self.stream(conversations[0], sampling_params or _preset(thinking), **kwargs)
+        params = self._params(sampling_params or _preset(thinking), kwargs)
+        outputs = self._answer([self._render(conversation) for conversation in conversations], params)
         return outputs[0] if single else outputs
 
     def stream(
@@ -183,18 +190,24 @@ class LLM:
 
         Closing the iterator stops generation at once, and so does Ctrl-C.
         """
-        params = self._params(sampling_params, kwargs, thinking)
+        params = self._params(sampling_params or _preset(thinking), kwargs)
         if params.n != 1:
             raise ValueError(f"stream gives one answer; n is {params.n}")
-        is_chat = thinking or (not isinstance(prompt, str) and bool(prompt) and isinstance(prompt[0], Mapping))
-        _, ids = self._render(prompt, thinking) if is_chat else self._encode(prompt)
+        if thinking or (isinstance(prompt, (list, tuple)) and prompt and isinstance(prompt[0], Mapping)):
+            _, ids = self._render(_conversation(prompt, thinking))
+        else:
+            several, _ = _prompts(prompt)
+            if len(several) != 1:
+                raise ValueError(f"stream answers one prompt; there are {len(several)}")
+            _, ids = self._encode(several[0])
         return self._chunks(self._rows([ids], params)[0])
 
     # ---------------------------------------------------------------- prompts and settings
 
-    def _params(self, params: SamplingParams | None, kwargs: dict[str, Any], thinking: bool = False) -> SamplingParams:
-        base = params or (RECOMMENDED_THINKING if thinking else self.default_params)
-        merged = SamplingParams.from_kwargs(base, **kwargs)
+    def _params(self, params: SamplingParams | None, kwargs: dict[str, Any]) -> SamplingParams:
+        if params is not None and not isinstance(params, SamplingParams):
+            raise TypeError(f"sampling_params must be one SamplingParams, not {params!r:.60}; or give keywords")
+        merged = SamplingParams.from_kwargs(self.default_params if params is None else params, **kwargs)
         idle = [name for name in ("top_k", "top_p", "min_p", "typical_p") if kwargs.get(name) is not None]
         if merged.greedy and idle:
             warnings.warn(f"{', '.join(idle)} have no effect at temperature 0, which is greedy", stacklevel=3)
@@ -208,20 +221,12 @@ class LLM:
 
     def _encode(self, prompt: Any) -> tuple[str | None, list[int]]:
         if isinstance(prompt, str):
-            if not prompt:
-                raise ValueError("the prompt is empty: give at least one character")
-            return prompt, self.tokenizer.encode(prompt)
+            return prompt, self.tokenizer.encode(prompt) if prompt else []
         if not isinstance(prompt, Sequence) or not all(isinstance(token, int) for token in prompt):
-            raise TypeError(f"a prompt must be a string or a list of token ids, not {prompt!r:.60}")
+            raise TypeError(f"a prompt must be a string or token ids (messages go to chat), not {prompt!r:.60}")
         return None, list(prompt)
 
-    def _render(self, messages: Any, thinking: bool) -> tuple[str | None, list[int]]:
-        if isinstance(messages, str):
-            messages = [{"role": "user", "content": messages}]
-        if thinking:
-            own = messages[0]["content"] if messages and messages[0].get("role") == "system" else ""
-            rest = messages[1:] if own else messages
-            messages = [{"role": "system", "content": own + THINKING_SYSTEM_PROMPT}, *rest]
+    def _render(self, messages: list[dict[str, Any]]) -> tuple[str | None, list[int]]:
         text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return text, self.tokenizer.encode(text, add_special_tokens=False)
 
@@ -295,6 +300,7 @@ class LLM:
                 text,
                 row.token_ids[-1:],
                 row.logprobs[-1:],
+                row.top_logprobs[-1:] if row.params.logprobs else None,
                 row.finish_reason,
                 row.stop_reason,
                 len(row.prompt_ids),
@@ -307,7 +313,7 @@ class LLM:
     def _writer(self, row: Row) -> _Writer:
         params = row.params
         stream = TextStream(self.tokenizer, params.stops, params.include_stop_str_in_output, params.skip_special_tokens)
-        return _Writer(row, stream)
+        return _Writer(row, stream, self.tokenizer)
 
 
 @dataclass
@@ -316,6 +322,7 @@ class _Writer:
 
     row: Row
     stream: TextStream
+    tokenizer: InternLM3Tokenizer
 
     def write(self) -> str:
         row = self.row
@@ -324,6 +331,8 @@ class _Writer:
         text = (
             "" if ended_by_token and not row.params.include_stop_str_in_output else self.stream.push(row.token_ids[-1])
         )
+        if isinstance(row.stop_reason, int) and (token := self.tokenizer.convert_ids_to_tokens(row.stop_reason)):
+            row.stop_reason = token if token in row.params.stops else row.stop_reason
         if self.stream.stopped is not None:
             row.finish("stop", self.stream.stopped)
         elif row.finish_reason is not None:
@@ -344,12 +353,55 @@ def peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
+def _prompts(given: Any) -> tuple[list[Any], bool]:
+    """The prompts as a list, and whether it was one alone. Ids in a tensor or an array become lists of integers."""
+    if isinstance(given, str):
+        return [given], True
+    given = given.tolist() if hasattr(given, "tolist") else given
+    if isinstance(given, Mapping) or not isinstance(given, Iterable):
+        raise TypeError(f"prompts must be a string, token ids, or a list of them, not {given!r:.60}")
+    listed = [each.tolist() if hasattr(each, "tolist") else each for each in given]
+    single = bool(listed) and isinstance(listed[0], int)
+    return ([listed] if single else listed), single
+
+
+def _conversation(messages: Any, thinking: bool) -> list[dict[str, Any]]:
+    """Checked messages, in thinking mode with its system prompt behind the conversation's own."""
+    messages = check_messages([{"role": "user", "content": messages}] if isinstance(messages, str) else messages)
+    if not thinking:
+        return messages
+    own, rest = (messages[0]["content"], messages[1:]) if messages[0]["role"] == "system" else ("", messages)
+    return [{"role": "system", "content": own + THINKING_SYSTEM_PROMPT}, *rest]
+
+
+def _preset(thinking: bool) -> SamplingParams | None:
+    return RECOMMENDED_THINKING if thinking else None
+
+
+def _generation_defaults(folder: Path, vocab_size: int) -> tuple[SamplingParams, list[int]]:
+    """What generation_config.json says: the settings, and the ends of text."""
+    values = read_generation_config(folder)
+    ends = values.get("eos_token_id")
+    ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
+    try:
+        for token in ends:
+            if not isinstance(token, int) or not 0 <= token < vocab_size:
+                raise ValueError(f"eos_token_id is {token!r}, which is no id of a vocabulary of {vocab_size}")
+        return SamplingParams.from_generation_config(values), ends
+    except ValueError as error:
+        raise ValueError(f"{folder / GENERATION_CONFIG}: {error}") from None
+
+
+def _check_count(name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} must be an integer of at least 1; it is {value!r}")
+
+
 def _check_window(config: InternLM3Config, wanted: int | None) -> int:
     window = config.max_position_embeddings
     if wanted is None:
         return window
-    if wanted < 1:
-        raise ValueError(f"max_seq_len must be at least 1; it is {wanted}")
+    _check_count("max_seq_len", wanted)
     dynamic = config.rope_scaling is not None and config.rope_scaling["rope_type"] == "dynamic"
     if wanted > window and not dynamic:
         raise ValueError(
