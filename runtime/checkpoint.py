@@ -6,6 +6,7 @@ import os
 import pickle
 import zipfile
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from .model import InternLM3ForCausalLM
 
 GENERATION_CONFIG = "generation_config.json"
+INDEX = "model.safetensors.index.json"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _FORMAT_NAMES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Buffers that some tools save although they follow from the configuration.
@@ -71,8 +73,8 @@ def load_pretrained(
         known = load_pretrained.__kwdefaults__ or {}
         # Remote code is never run, so its switch means nothing here and may stay in people's calls.
         reject_unknown("from_pretrained", [name for name in unknown if name != "trust_remote_code"], known)
-    where = resolve_device(device if device is not None else device_map)
-    wanted = _resolve_dtype(dtype if dtype is not None else torch_dtype)
+    where = resolve_device(_agreed(device=device, device_map=device_map))
+    wanted = _agreed(dtype=_resolve_dtype(dtype), torch_dtype=_resolve_dtype(torch_dtype))
     folder = locate(id_or_path, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
     config = config or InternLM3Config.from_file(folder / "config.json")
     generation_config = read_generation_config(folder)
@@ -103,7 +105,11 @@ def save_pretrained(
 ) -> None:
     """Writes config.json, generation_config.json and safetensors shards with their index, in the hub's format.
 
-    Each file appears whole or not at all, and the index last. Raises ValueError for a max_shard_size that is no size.
+    All files are written before the first of them takes its place: after an error the folder is as it was. Shards that
+    an earlier save left, and that this one does not name, are removed.
+
+    Raises:
+        ValueError: a max_shard_size that is no size. OSError: the disk is full, or the folder cannot be written.
     """
     folder = Path(folder)
     weights = {name: weight.detach() for name, weight in model.state_dict().items()}
@@ -116,18 +122,26 @@ def save_pretrained(
         else [f"model-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)]
     )
     model.config.dtype = str(model.dtype).removeprefix("torch.")
-    for name, group in zip(names, groups, strict=True):
-        with whole(folder / name) as draft:
-            save_file({key: weights[key].contiguous() for key in group}, draft, metadata={"format": "pt"})
+    notes = {"config.json": model.config.to_dict()}
     if model.generation_config:
-        write_json(folder / GENERATION_CONFIG, model.generation_config)
-    model.config.save_pretrained(folder)
+        notes[GENERATION_CONFIG] = model.generation_config
     if len(groups) > 1:
         total = sum(weight.nbytes for weight in weights.values())
         weight_map = {key: name for name, group in zip(names, groups, strict=True) for key in group}
-        write_json(
-            folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
-        )
+        notes[INDEX] = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    try:
+        with ExitStack() as drafts:
+            for name, content in notes.items():
+                write_json(drafts.enter_context(whole(folder / name)), content)
+            for name, group in zip(names, groups, strict=True):
+                draft = drafts.enter_context(whole(folder / name))
+                save_file({key: weights[key].contiguous() for key in group}, draft, metadata={"format": "pt"})
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"the model was not saved into {folder}, which is as it was ({error})") from error
+    for pattern in ("model.safetensors", "model-?????-of-?????.safetensors", INDEX):
+        for path in folder.glob(pattern):
+            if path.name not in (*names, *notes):
+                path.unlink()
 
 
 def read_generation_config(folder: Path) -> dict[str, Any]:
@@ -147,7 +161,7 @@ def resolve_device(wanted: str | torch.device | Mapping[str, Any] | None) -> tor
         return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     try:
         device = torch.device(wanted)  # type: ignore[arg-type]
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         raise ValueError(f"device {wanted!r} is no device; give 'auto', 'cpu', 'cuda' or 'cuda:N'") from None
     if device.type == "cuda":
         count = torch.cuda.device_count()
@@ -157,6 +171,15 @@ def resolve_device(wanted: str | torch.device | Mapping[str, Any] | None) -> tor
     if device.type != "cpu":
         raise ValueError(f"device {wanted!r} is not supported; give 'auto', 'cpu' or 'cuda'")
     return device
+
+
+def _agreed(**spellings: Any) -> Any:
+    """The value given under one of two names, None where neither is. Raises ValueError where both are and differ."""
+    given = {name: value for name, value in spellings.items() if value is not None}
+    value = next(iter(given.values()), None)
+    if any(other != value for other in given.values()):
+        raise ValueError(f"{' and '.join(f'{name}={other!r}' for name, other in given.items())}: give one of them")
+    return value
 
 
 def _resolve_dtype(wanted: str | torch.dtype | None) -> torch.dtype | None:
@@ -195,10 +218,10 @@ def _check_shards(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[P
             if name in origin:
                 raise ValueError(f"{path} and {origin[name]} both hold {name!r}: one of them is stale; remove it")
             origin[name] = path
-    for name, file in weight_map.items():
-        if name not in origin or origin[name].name != file:
-            held = origin[name].name if name in origin else "no file"
-            raise ValueError(f"{index} says that {name!r} lies in {file}, but {held} holds it; fetch both again")
+    for name in {**weight_map, **origin} if index else ():
+        said, held = weight_map.get(name, "no file"), origin[name].name if name in origin else "no file"
+        if said != held:
+            raise ValueError(f"{index} says that {name!r} lies in {said}, but {held} holds it; fetch both again")
 
     expected = set(shapes)
     extra = {name for name in origin if not name.endswith(_DERIVED)} - expected - {"lm_head.weight"}
@@ -224,21 +247,22 @@ def _check_shards(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[P
 def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str], Path | None]:
     """The weight files, and what the index says of them where there is one."""
     for single, index_name in (
-        ("model.safetensors", "model.safetensors.index.json"),
+        ("model.safetensors", INDEX),
         ("pytorch_model.bin", "pytorch_model.bin.index.json"),
     ):
         index = folder / index_name
         if index.is_file():
             weight_map = read_json(index).get("weight_map")
-            if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+            if not isinstance(weight_map, dict) or not weight_map:
                 raise ValueError(f"{index} has no weight_map of names to files; fetch it again")
-            files = [folder / file for file in sorted(set(weight_map.values()))]
-            for path in files:
-                if path.parent != folder:
-                    raise ValueError(f"{index} names {path.name!r} outside its own folder")
+            for file in weight_map.values():
+                if not isinstance(file, str) or file in ("", "..") or Path(file).name != file:
+                    raise ValueError(f"{index} names {file!r}, which is no file of its own folder; fetch it again")
+            paths = [folder / file for file in sorted(set(weight_map.values()))]
+            for path in paths:
                 if not path.is_file():
                     raise FileNotFoundError(f"{path} is missing, and {index} names it; fetch the checkpoint again")
-            return files, weight_map, index
+            return paths, weight_map, index
         if (folder / single).is_file():
             return [folder / single], {}, None
     raise FileNotFoundError(
@@ -334,7 +358,7 @@ def _parse_size(size: int | str) -> int:
             value = int(float(size[:-2]) * units[size[-2:].upper()])
         else:
             value = int(size)
-    except ValueError:
+    except (ValueError, TypeError, OverflowError):
         value = 0
     if value <= 0:
         raise ValueError(f"max_shard_size is {size!r}; give bytes, or a text such as '500MB' or '5GB'")

@@ -1,0 +1,540 @@
+"""Checkpoints: what is saved is what is loaded, in bounded memory, and damage is met with a sentence that names it."""
+
+import json
+import os
+import pickle
+import resource
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from internlm3 import InternLM3Config, InternLM3ForCausalLM, InternLM3Model
+from internlm3.runtime import checkpoint
+from safetensors.torch import load_file, save_file
+
+SHAPE = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "pad_token_id": 2,
+}
+IDS = torch.tensor([[1, 5, 9, 33, 63, 0, 12]])
+INDEX = "model.safetensors.index.json"
+
+
+def make(seed=0, dtype=torch.float32, **shape):
+    torch.manual_seed(seed)
+    return InternLM3ForCausalLM(InternLM3Config(**{**SHAPE, "initializer_range": 0.3, **shape}), dtype=dtype).eval()
+
+
+def load(folder, **options):
+    return InternLM3ForCausalLM.from_pretrained(folder, **{"device": "cpu", "progress": False, **options})
+
+
+def same(one, two):
+    ours, theirs = one.state_dict(), two.state_dict()
+    return list(ours) == list(theirs) and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.fixture
+def sharded(tmp_path):
+    """A folder with a model in several shards."""
+    make().save_pretrained(tmp_path, max_shard_size=20000)
+    assert len(shards(tmp_path)) > 2
+    return tmp_path
+
+
+def shards(folder):
+    return sorted(folder.glob("model-*.safetensors"))
+
+
+def holder(folder, name):
+    """The shard that holds a tensor."""
+    return folder / json.loads((folder / INDEX).read_text())["weight_map"][name]
+
+
+def change(path, edit):
+    """Rewrites a JSON or a safetensors file as `edit` leaves its contents."""
+    content = json.loads(path.read_text()) if path.suffix == ".json" else load_file(path)
+    edit(content)
+    path.write_text(json.dumps(content)) if path.suffix == ".json" else save_file(content, path)
+
+
+@pytest.fixture
+def nothing_is_allocated(monkeypatch):
+    """Fails a test whose error comes only after memory for the weights was taken."""
+
+    def taken(*_args, **_kwargs):
+        raise AssertionError("memory for the weights was taken before the check")
+
+    monkeypatch.setattr(checkpoint, "_materialise", taken)
+
+
+def refused(folder, error, *words, **options):
+    """The message of the error that loading gives; it holds every one of `words`."""
+    with pytest.raises(error) as caught:
+        load(folder, **options)
+    for word in words:
+        assert str(word) in str(caught.value)
+    assert len(str(caught.value)) < 600
+    return str(caught.value)
+
+
+# -------------------------------------------------------------------- round trips
+
+
+@pytest.mark.parametrize("limit", ["5GB", "20KB", 20000, 1], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [{}, {"tie_word_embeddings": True}, {"qkv_bias": True, "bias": True}], ids=str)
+def test_saved_is_loaded(tmp_path, limit, dtype, shape):
+    model = make(dtype=dtype, **shape)
+    model.generation_config = {"eos_token_id": [2, 7], "do_sample": True}
+    model.save_pretrained(tmp_path / "new" / "folder", max_shard_size=limit)
+    again = load(tmp_path / "new" / "folder")
+    assert same(model, again) and again.dtype == dtype
+    assert again.config == model.config and again.generation_config == model.generation_config
+    assert not again.training and not any(parameter.requires_grad for parameter in again.parameters())
+    assert (again.lm_head.weight is again.model.embed_tokens.weight) == bool(shape.get("tie_word_embeddings"))
+    assert (limit == "5GB") != (tmp_path / "new" / "folder" / INDEX).is_file()
+    torch.testing.assert_close(again(IDS).logits, model(IDS).logits, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("limit", ["5GB", "20KB"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_transformers_loads_what_is_saved_and_the_reverse(tmp_path, limit, tied):
+    model = make(tie_word_embeddings=tied)
+    model.save_pretrained(tmp_path / "ours", max_shard_size=limit)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float32)
+    torch.testing.assert_close(theirs(IDS).logits, model(IDS).logits, rtol=1e-4, atol=1e-5)
+    theirs.save_pretrained(tmp_path / "theirs", max_shard_size=limit)
+    assert same(model, load(tmp_path / "theirs"))
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("parts", [1, 3])
+def test_bin_files(tmp_path, parts, zipped):
+    model = make()
+    model.config.save_pretrained(tmp_path)
+    weights = {name: weight.clone() for name, weight in model.state_dict().items()}
+    names = list(weights)
+    files = ["pytorch_model.bin"] if parts == 1 else [f"pytorch_model-{i:05d}-of-00003.bin" for i in range(1, 4)]
+    for index, file in enumerate(files):
+        group = {name: weights[name] for name in names[index::parts]}
+        torch.save(group, tmp_path / file, _use_new_zipfile_serialization=zipped)
+    if parts > 1:
+        weight_map = {name: files[i % parts] for i, name in enumerate(names)}
+        (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    assert same(model, load(tmp_path))
+
+
+def test_saving_again_leaves_nothing_stale(tmp_path):
+    """The last save wins, whatever lay there: fewer shards, more shards, or one file."""
+    for seed, limit in enumerate(["20KB", "5GB", 1, "40KB", "20KB", "5GB"]):
+        model = make(seed)
+        model.save_pretrained(tmp_path, max_shard_size=limit)
+        assert same(model, load(tmp_path)), (seed, limit)
+        expected = {*json.loads((tmp_path / INDEX).read_text())["weight_map"].values()} if limit != "5GB" else None
+        assert {path.name for path in tmp_path.glob("*.safetensors")} == (expected or {"model.safetensors"})
+
+
+def test_dtype_forms(tmp_path):
+    make(dtype=torch.float16).save_pretrained(tmp_path)
+    assert load(tmp_path).dtype == load(tmp_path, dtype="auto").dtype == torch.float16
+    for options in (
+        {"dtype": "bfloat16"},
+        {"dtype": torch.bfloat16},
+        {"torch_dtype": "bfloat16"},
+        {"torch_dtype": torch.bfloat16},
+        {"dtype": "bf16"},
+        {"dtype": "torch.bfloat16"},
+    ):
+        assert load(tmp_path, **options).dtype == torch.bfloat16
+    wide = load(tmp_path, dtype="float32")
+    assert torch.equal(wide.lm_head.weight, load(tmp_path).lm_head.weight.float())
+    for bad in ("int8", torch.int8, "float8", torch.float64):
+        refused(tmp_path, ValueError, "dtype", bad, dtype=bad)
+    refused(tmp_path, ValueError, "dtype", "torch_dtype", dtype="float32", torch_dtype="bfloat16")
+
+
+def test_dtype_where_the_config_says_none(tmp_path):
+    """It is that of the weights, whatever a derived buffer beside them is."""
+    make(dtype=torch.bfloat16).save_pretrained(tmp_path)
+    change(tmp_path / "config.json", lambda config: config.update(torch_dtype=None))
+    buffer = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    change(tmp_path / "model.safetensors", lambda weights: weights.update(buffer))
+    assert load(tmp_path).dtype == torch.bfloat16
+
+
+def test_device_forms(tmp_path):
+    make().save_pretrained(tmp_path)
+    for options in (
+        {"device_map": "cpu"},
+        {"device_map": {"": "cpu"}},
+        {"device_map": {"model": "cpu", "lm_head": torch.device("cpu")}},
+        {"device": torch.device("cpu")},
+        {"device": "cpu"},
+        {"device": None, "device_map": "cpu"},
+    ):
+        assert load(tmp_path, **{"device": None, **options}).device.type == "cpu"
+    expected = "cuda" if torch.cuda.is_available() else "cpu"
+    assert load(tmp_path, device=None).device.type == load(tmp_path, device="auto").device.type == expected
+    refused(tmp_path, ValueError, "cpu", "cuda:0", device=None, device_map={"a": "cpu", "b": "cuda:0"})
+    for bad in ("banana", "cuda:99", "mps", "balanced", ["cpu"], -1):
+        refused(tmp_path, ValueError, bad if isinstance(bad, str) else "device", device=bad)
+    refused(tmp_path, ValueError, "device", "device_map", device="cpu", device_map="cuda")
+
+
+def test_the_decoder_alone(tmp_path):
+    model = make()
+    model.save_pretrained(tmp_path)
+    decoder = InternLM3Model.from_pretrained(str(tmp_path), device="cpu", progress=False)
+    assert torch.equal(decoder(IDS).last_hidden_state, model.model(IDS).last_hidden_state)
+
+
+def test_a_configuration_of_ones_own(tmp_path):
+    make().save_pretrained(tmp_path)
+    config = InternLM3Config.from_pretrained(tmp_path, rope_theta=500.0)
+    assert load(tmp_path, config=config).config.rope_theta == 500.0
+
+
+def test_derived_buffers_are_ignored(tmp_path):
+    model = make()
+    model.save_pretrained(tmp_path)
+    extra = {f"model.layers.0.self_attn.rotary_emb.{name}": torch.ones(4) for name in ("inv_freq", "cos_cached")}
+    change(tmp_path / "model.safetensors", lambda weights: weights.update(extra))
+    assert same(model, load(tmp_path))
+
+
+def test_a_tied_head_that_was_saved_too(tmp_path):
+    model = make(tie_word_embeddings=True)
+    model.save_pretrained(tmp_path)
+    head = {"lm_head.weight": model.lm_head.weight.clone()}
+    change(tmp_path / "model.safetensors", lambda weights: weights.update(head))
+    assert same(model, load(tmp_path))
+
+
+# -------------------------------------------------------------------- memory
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from Linux's /proc")
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_peak_memory_is_the_model_and_a_shard(tmp_path, kind):
+    """300 MB in six shards. Two copies of the model at once, as a naive loader makes them, would be 600 MB."""
+    model = make(
+        vocab_size=8192, hidden_size=1024, intermediate_size=3072, num_hidden_layers=4, num_attention_heads=16,
+        num_key_value_heads=16, head_dim=64,
+    )  # fmt: skip
+    model.save_pretrained(tmp_path, max_shard_size="50MB")
+    files = shards(tmp_path)
+    if kind == "bin":
+        for path in files:
+            torch.save(load_file(path), path.with_suffix(".bin"))
+            path.unlink()
+        index = json.loads((tmp_path / INDEX).read_text())
+        index["weight_map"] = {name: file.replace("safetensors", "bin") for name, file in index["weight_map"].items()}
+        (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+        (tmp_path / INDEX).unlink()
+        files = [path.with_suffix(".bin") for path in files]
+    make().save_pretrained(tmp_path / "tiny")
+    script = textwrap.dedent("""
+        import re, sys, torch
+        from internlm3 import InternLM3ForCausalLM
+        def peak():
+            return int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
+        InternLM3ForCausalLM.from_pretrained(sys.argv[1] + "/tiny", device="cpu", progress=False)
+        before = peak()
+        model = InternLM3ForCausalLM.from_pretrained(sys.argv[1], device="cpu", progress=False)
+        print(peak() - before, float(sum(p.double().sum() for p in model.parameters())))
+    """)
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True)
+    grown, total = map(float, done.stdout.split())
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    largest = max(path.stat().st_size for path in files)
+    assert size > 250e6 and len(files) >= 5
+    assert grown < size + largest + 8e6  # 8 MB for what any load adds: buffers, pages of code touched first
+    assert total == pytest.approx(float(sum(parameter.double().sum() for parameter in model.parameters())))
+
+
+# -------------------------------------------------------------------- damage
+
+
+@pytest.mark.usefixtures("nothing_is_allocated")
+class TestDamage:
+    """Each gives one clear error before memory for the weights is taken."""
+
+    def test_no_such_folder(self, tmp_path):
+        refused(tmp_path / "nowhere", FileNotFoundError, "nowhere")
+        refused(str(tmp_path / "a" / "b" / "c"), FileNotFoundError, "a/b/c")
+
+    def test_a_file_for_a_folder(self, sharded):
+        refused(sharded / "config.json", NotADirectoryError, "config.json", "folder")
+
+    def test_no_config(self, sharded):
+        (sharded / "config.json").unlink()
+        refused(sharded, FileNotFoundError, sharded / "config.json")
+
+    def test_no_weights(self, tmp_path):
+        make().config.save_pretrained(tmp_path)
+        refused(tmp_path, FileNotFoundError, tmp_path, "model.safetensors")
+
+    @pytest.mark.parametrize("file", ["config.json", "generation_config.json", INDEX])
+    @pytest.mark.parametrize("content", [b"{", b"[]", b"\xff\xfe", b"", b"null"])
+    def test_broken_json(self, sharded, file, content):
+        (sharded / file).write_bytes(content)
+        refused(sharded, ValueError, sharded / file)
+
+    def test_missing_shard(self, sharded):
+        shards(sharded)[1].unlink()
+        refused(sharded, FileNotFoundError, shards(sharded)[0].parent / "model-00002", INDEX)
+
+    @pytest.mark.parametrize("left", [0, 4, 8, 100, 0.5, -1])
+    def test_truncated_shard(self, sharded, left):
+        path = shards(sharded)[1]
+        content = path.read_bytes()
+        path.write_bytes(content[: int(len(content) * left) if isinstance(left, float) else left])
+        refused(sharded, ValueError, path, "truncated")
+
+    def test_a_shard_of_garbage(self, sharded):
+        path = shards(sharded)[0]
+        path.write_bytes(os.urandom(4096))
+        refused(sharded, ValueError, path)
+
+    def test_a_web_page_for_a_shard(self, sharded):
+        path = shards(sharded)[0]
+        path.write_text("<html>Access denied</html>")
+        refused(sharded, ValueError, path)
+
+    def test_a_git_lfs_pointer_for_a_shard(self, sharded):
+        path = shards(sharded)[0]
+        path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 5\n")
+        refused(sharded, ValueError, path)
+
+    def test_index_names_another_shard(self, sharded):
+        change(
+            sharded / INDEX,
+            lambda index: index["weight_map"].update({"model.norm.weight": shards(sharded)[0].name}),
+        )
+        refused(sharded, ValueError, INDEX, "model.norm.weight", shards(sharded)[0].name)
+
+    def test_index_names_a_tensor_that_no_shard_has(self, sharded):
+        change(sharded / INDEX, lambda index: index["weight_map"].update({"model.more": shards(sharded)[0].name}))
+        refused(sharded, ValueError, INDEX, "model.more")
+
+    def test_shard_has_a_tensor_that_the_index_lacks(self, sharded):
+        change(sharded / INDEX, lambda index: index["weight_map"].pop("model.norm.weight"))
+        refused(sharded, ValueError, INDEX, "model.norm.weight")
+
+    @pytest.mark.parametrize("content", [{}, {"weight_map": []}, {"weight_map": {}}])
+    def test_index_without_a_map(self, sharded, content):
+        (sharded / INDEX).write_text(json.dumps(content))
+        refused(sharded, ValueError, INDEX, "weight_map")
+
+    @pytest.mark.parametrize(
+        "name",
+        ["../evil.safetensors", "/etc/passwd", "sub/../../evil.safetensors", "sub/evil.safetensors", "..", "", 1],
+    )
+    def test_index_leads_out_of_the_folder(self, sharded, name):
+        target = sharded.parent / "evil.safetensors"
+        target.write_bytes(shards(sharded)[0].read_bytes())
+        change(sharded / INDEX, lambda index: index["weight_map"].update({"model.norm.weight": name}))
+        refused(sharded, ValueError, INDEX, repr(name), "folder")
+
+    def test_one_tensor_in_two_shards(self, sharded):
+        first, last = shards(sharded)[0], holder(sharded, "model.norm.weight")
+        assert first != last
+        change(first, lambda weights: weights.update({"model.norm.weight": torch.ones(32)}))
+        refused(sharded, ValueError, first, last, "model.norm.weight")
+
+    def test_missing_tensor(self, tmp_path):
+        make().save_pretrained(tmp_path)
+        change(tmp_path / "model.safetensors", lambda weights: weights.pop("model.layers.1.mlp.up_proj.weight"))
+        refused(tmp_path, ValueError, tmp_path, "model.layers.1.mlp.up_proj.weight", "missing")
+
+    def test_missing_head(self, tmp_path):
+        make(tie_word_embeddings=True).save_pretrained(tmp_path)
+        change(tmp_path / "config.json", lambda config: config.update(tie_word_embeddings=False))
+        refused(tmp_path, ValueError, "lm_head.weight", "missing")
+
+    def test_unexpected_tensor(self, tmp_path):
+        make().save_pretrained(tmp_path)
+        change(tmp_path / "model.safetensors", lambda weights: weights.update({"model.extra.weight": torch.ones(2)}))
+        refused(tmp_path, ValueError, tmp_path / "model.safetensors", "model.extra.weight", "unexpected")
+
+    def test_biases_that_the_config_does_not_know(self, tmp_path):
+        make(qkv_bias=True).save_pretrained(tmp_path)
+        change(tmp_path / "config.json", lambda config: config.update(qkv_bias=False))
+        refused(tmp_path, ValueError, "model.layers.0.self_attn.k_proj.bias", "unexpected", "more")
+
+    @pytest.mark.parametrize("shape", [(33,), (32, 1), (), (1, 32)])
+    def test_wrong_shape(self, sharded, shape):
+        path = holder(sharded, "model.norm.weight")
+        change(path, lambda weights: weights.update({"model.norm.weight": torch.ones(shape)}))
+        refused(sharded, ValueError, path, "model.norm.weight", list(shape), [32])
+
+    @pytest.mark.parametrize("key", ["vocab_size", "hidden_size", "intermediate_size", "head_dim"])
+    def test_config_of_another_size(self, sharded, key):
+        change(sharded / "config.json", lambda config: config.update({key: config[key] * 2}))
+        refused(sharded, ValueError, sharded, "has shape")
+
+    @pytest.mark.parametrize(
+        "dtype", [torch.int8, torch.int32, torch.int64, torch.bool, torch.float64, torch.float8_e4m3fn], ids=str
+    )
+    def test_wrong_dtype(self, sharded, dtype):
+        path = holder(sharded, "model.norm.weight")
+        change(path, lambda weights: weights.update({"model.norm.weight": torch.ones(32).to(dtype)}))
+        refused(sharded, ValueError, path, "model.norm.weight", "float32")
+
+    @pytest.mark.parametrize("protocol", [0, 2, 4])
+    def test_a_pickle_that_runs_code(self, tmp_path, protocol):
+        """Unpickling these would make a file: they are refused and it is not made."""
+        marker = tmp_path / "marker"
+
+        class Trap:
+            def __reduce__(self):
+                return (os.system, (f"touch {marker}",))
+
+        make().config.save_pretrained(tmp_path)
+        path = tmp_path / "pytorch_model.bin"
+        for write in (
+            lambda: path.write_bytes(pickle.dumps(Trap(), protocol)),
+            lambda: torch.save({"model.norm.weight": torch.ones(32), "x": Trap()}, path),
+            lambda: torch.save(Trap(), path, _use_new_zipfile_serialization=False),
+        ):
+            write()
+            refused(tmp_path, ValueError, path, "not read")
+            assert not marker.exists()
+        pickle.loads(pickle.dumps(Trap(), protocol))
+        assert marker.exists()  # the trap was a real one
+
+    @pytest.mark.parametrize("content", [[torch.ones(2)], {"a": 1}, torch.ones(2), {"a": {"b": torch.ones(1)}}])
+    def test_a_bin_of_something_else(self, tmp_path, content):
+        make().config.save_pretrained(tmp_path)
+        torch.save(content, tmp_path / "pytorch_model.bin")
+        refused(tmp_path, ValueError, tmp_path / "pytorch_model.bin", "dictionary of tensors")
+
+    @pytest.mark.parametrize("left", [0, 10, 1000, -100])
+    def test_a_truncated_bin(self, tmp_path, left):
+        make().config.save_pretrained(tmp_path)
+        path = tmp_path / "pytorch_model.bin"
+        torch.save(make().state_dict(), path)
+        path.write_bytes(path.read_bytes()[:left])
+        refused(tmp_path, ValueError, path)
+
+    def test_a_quantised_checkpoint(self, sharded):
+        settings = {"quant_method": "awq", "bits": 4}
+        change(sharded / "config.json", lambda config: config.update(quantization_config=settings))
+        refused(sharded, ValueError, sharded / "config.json", "quantization_config", "awq")
+
+    def test_another_model(self, sharded):
+        change(sharded / "config.json", lambda config: config.update(model_type="gpt2", architectures=["GPT2"]))
+        refused(sharded, ValueError, sharded / "config.json", "model_type", "gpt2")
+
+    def test_unknown_keyword(self, sharded):
+        message = refused(sharded, TypeError, "devcie", devcie="cpu")
+        assert "did you mean 'device'" in message
+
+    @pytest.mark.parametrize("offline", [True, False])
+    def test_no_network_and_nothing_cached(self, tmp_path, monkeypatch, offline):
+        if offline:
+            monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        options = {"cache_dir": tmp_path, "local_files_only": not offline}
+        refused("nobody/nothing", FileNotFoundError, "nobody/nothing", **options)
+        refused("nobody/nothing", FileNotFoundError, "some-branch", revision="some-branch", **options)
+
+    def test_no_network_in_a_fresh_process(self, tmp_path):
+        script = "from internlm3 import InternLM3ForCausalLM as M; M.from_pretrained('nobody/nothing')"
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+        last = done.stderr.strip().splitlines()[-1]
+        assert last.startswith("FileNotFoundError") and "nobody/nothing" in last
+
+
+def test_remote_code_is_never_run(sharded):
+    """A repository that wants its own code: the code lies there, and the model loads without it."""
+    code = "open({!r}, 'w')\n".format(str(sharded / "marker"))
+    for name in ("modeling_internlm3", "configuration_internlm3"):
+        (sharded / f"{name}.py").write_text(code)
+    auto_map = {
+        "AutoConfig": "configuration_internlm3.InternLM3Config",
+        "AutoModelForCausalLM": "modeling_internlm3.InternLM3ForCausalLM",
+    }
+    change(sharded / "config.json", lambda config: config.update(auto_map=auto_map))
+    assert same(make(), load(sharded)) and same(make(), load(sharded, trust_remote_code=True))
+    assert not (sharded / "marker").exists()
+    load(sharded).save_pretrained(sharded / "again")
+    assert "auto_map" not in json.loads((sharded / "again" / "config.json").read_text())
+
+
+def test_a_cached_snapshot_needs_no_network(tmp_path):
+    model = make()
+    snapshot = tmp_path / "models--nobody--something" / "snapshots" / ("0" * 40)
+    model.save_pretrained(snapshot)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("0" * 40)
+    assert same(model, load("nobody/something", cache_dir=tmp_path, local_files_only=True))
+
+
+# -------------------------------------------------------------------- a full disk
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize("before", [None, "5GB", "20KB"])
+@pytest.mark.parametrize("limit", ["5GB", 20000])
+def test_disk_full(tmp_path, before, limit):
+    """No file may grow beyond 24 kB, in the system's own hands: nothing new stays, and what was there still loads."""
+    if before:
+        make(1).save_pretrained(tmp_path, max_shard_size=before)
+    old = contents(tmp_path)
+    model = make(2, vocab_size=512)  # its embedding alone is 64 kB
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (24000, hard))
+    try:
+        with pytest.raises(OSError, match="not saved") as caught:
+            model.save_pretrained(tmp_path, max_shard_size=limit)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert str(tmp_path) in str(caught.value)
+    assert contents(tmp_path) == old
+
+
+@pytest.mark.parametrize("failing", range(7))
+def test_disk_full_at_any_file(tmp_path, monkeypatch, failing):
+    """The disk fills up while the n-th file is written: a folder that held a checkpoint holds it still."""
+    make(1).save_pretrained(tmp_path, max_shard_size=20000)
+    old, calls = contents(tmp_path), []
+
+    def full(write):
+        def wrapped(*args, **kwargs):
+            calls.append(args)
+            if len(calls) == failing + 1:
+                raise OSError(28, "No space left on device")
+            return write(*args, **kwargs)
+
+        return wrapped
+
+    model = make(2)
+    model.generation_config = {"do_sample": True}
+    monkeypatch.setattr(checkpoint, "save_file", full(checkpoint.save_file))
+    monkeypatch.setattr(Path, "write_bytes", full(Path.write_bytes))
+    with pytest.raises(OSError, match="No space left"):
+        model.save_pretrained(tmp_path, max_shard_size=20000)
+    monkeypatch.undo()
+    assert contents(tmp_path) == old
+
+
+@pytest.mark.parametrize("size", [0, -1, "5XB", "", "MB", "-5GB", "nan", "infGB", None, [1]])
+def test_a_shard_size_that_is_none(tmp_path, size):
+    with pytest.raises(ValueError, match="max_shard_size"):
+        make().save_pretrained(tmp_path, max_shard_size=size)
+    assert not any(tmp_path.iterdir())
