@@ -24,6 +24,7 @@ from torch import Tensor
 UNIT_BITS = 40  # weight of the best token: 2^40, so that 2^17 tokens add up to less than 2^63
 SHARE_BITS = 31  # fractions of a mass (top-p, the random number) are multiples of 2^-31
 FLOAT32_MAX = torch.finfo(torch.float32).max
+LOG2_E = 1 / math.log(2)
 
 # 2^f on [0, 1], exact at both ends, relative error below 2e-7 in float32 (a minimax fit of degree 5).
 EXP2_COEFFICIENTS = (0.0018793186, 0.0089909956, 0.055818677, 0.24015927, 0.69315171, 1.0)
@@ -117,6 +118,7 @@ def penalize(
     x = logits.float()
     if logit_bias is not None:
         x = x + logit_bias
+    check_counts(repetition_penalty, presence_penalty, frequency_penalty, prompt_counts, output_counts)
     if repetition_penalty is not None:
         penalty = repetition_penalty[:, None]
         penalized = x.clamp(min=0) / penalty + x.clamp(max=0) * penalty  # one of the two is 0
@@ -168,13 +170,26 @@ def philox(seed: Tensor, stream: Tensor, position: Tensor) -> Tensor:
     return torch.stack((even[0], odd[0], even[1], odd[1]))
 
 
+def check_counts(
+    repetition_penalty: Tensor | None,
+    presence_penalty: Tensor | None,
+    frequency_penalty: Tensor | None,
+    prompt_counts: Tensor | None,
+    output_counts: Tensor | None,
+) -> None:
+    """Raises ValueError where a penalty lacks the counts that it goes by."""
+    if repetition_penalty is not None and prompt_counts is None and output_counts is None:
+        raise ValueError("repetition_penalty needs prompt_counts or output_counts; pass at least one of them")
+    if output_counts is None:
+        for name, penalty in (("presence_penalty", presence_penalty), ("frequency_penalty", frequency_penalty)):
+            if penalty is not None:
+                raise ValueError(f"{name} needs output_counts, how often each token stands in the generated text")
+
+
 def _seen(prompt_counts: Tensor | None, output_counts: Tensor | None) -> Tensor:
-    if prompt_counts is None or output_counts is None:
-        counts = output_counts if prompt_counts is None else prompt_counts
-        if counts is None:
-            raise ValueError("repetition_penalty needs prompt_counts or output_counts; pass at least one of them")
-        return counts > 0
-    return (prompt_counts > 0) | (output_counts > 0)
+    """bool [B, V]: the token stands in one of the texts that are counted."""
+    first, *rest = [counts > 0 for counts in (prompt_counts, output_counts) if counts is not None]
+    return first | rest[0] if rest else first
 
 
 def _kept_weights(
@@ -187,7 +202,7 @@ def _kept_weights(
 ) -> Tensor:
     """Integer weights [B, V], 0 for the tokens that the filters drop; each filter sees what the one before it kept."""
     best = x.amax(-1, keepdim=True).clamp(min=-FLOAT32_MAX)  # finite, so that -inf - best is -inf in a row of -inf
-    sharpness = (1 / math.log(2) / temperature).clamp(max=FLOAT32_MAX)[:, None]  # temperature 0 keeps the maxima only
+    sharpness = (temperature.reciprocal() * LOG2_E).clamp(max=FLOAT32_MAX)[:, None]  # temperature 0 keeps maxima only
     scaled = (x - best) * sharpness
     weights = _weights(scaled)
     keys = _order_keys(x) if top_k is not None or top_p is not None else None
