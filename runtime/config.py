@@ -1,6 +1,7 @@
 """InternLM3Config: what a checkpoint's config.json says, read, checked and written back."""
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -87,17 +88,18 @@ class InternLM3Config:
         self.eos_token_id = eos_token_id
         self.tie_word_embeddings = tie_word_embeddings
         self.rope_theta = rope_theta
-        self.rope_scaling: dict[str, Any] | None = None if rope_scaling is None else dict(rope_scaling)
+        self.rope_scaling = _settings("rope_scaling", rope_scaling)
         self.qkv_bias = qkv_bias
         self.attention_dropout = attention_dropout
         self.bias = bias
         self.dtype = _dtype_name(dtype if dtype is not None else torch_dtype)
         self.extra = extra
-        if rope_parameters is not None:
-            self._read_rope_parameters(rope_parameters)
+        if (parameters := _settings("rope_parameters", rope_parameters)) is not None:
+            self.rope_theta = parameters.pop("rope_theta", rope_theta)
+            self.rope_scaling = None if parameters.get("rope_type", "default") == "default" else parameters
         if self.rope_scaling is not None:
             # Older checkpoints say "type"; the published one says "rope_type".
-            self.rope_scaling.setdefault("rope_type", self.rope_scaling.get("type", "default"))
+            self.rope_scaling.setdefault("rope_type", self.rope_scaling.get("type"))
         self._check_sizes()
         self.head_dim = hidden_size // num_attention_heads if head_dim is None else head_dim
         self._check_heads(head_dim_given=head_dim is not None)
@@ -199,11 +201,6 @@ class InternLM3Config:
 
     # ---------------------------------------------------------------- checks
 
-    def _read_rope_parameters(self, parameters: Mapping[str, Any]) -> None:
-        values = dict(parameters)
-        self.rope_theta = values.pop("rope_theta", self.rope_theta)
-        self.rope_scaling = None if values.get("rope_type", "default") == "default" else values
-
     def _check_sizes(self) -> None:
         sizes = (
             "vocab_size",
@@ -220,14 +217,14 @@ class InternLM3Config:
                 raise ValueError(f"{key} must be a positive integer; it is {value!r}")
         for key in ("rms_norm_eps", "rope_theta"):
             value = getattr(self, key)
-            if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+            if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
                 raise ValueError(f"{key} must be a positive number; it is {value!r}")
         for key in ("qkv_bias", "bias", "tie_word_embeddings"):
             if not isinstance(getattr(self, key), bool):
                 raise ValueError(f"{key} must be true or false; it is {getattr(self, key)!r}")
         for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
             for token in _as_list(getattr(self, key)):
-                if not isinstance(token, int) or not 0 <= token < self.vocab_size:
+                if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < self.vocab_size:
                     raise ValueError(f"{key} is {token!r}, which is no id of a vocabulary of {self.vocab_size}")
         if self.hidden_act != "silu":
             raise ValueError(f"hidden_act is {self.hidden_act!r}; InternLM3's MLP knows 'silu' only")
@@ -254,13 +251,19 @@ class InternLM3Config:
                 "Running it as another type would give wrong text."
             )
         factor = self.rope_scaling.get("factor")
-        if rope_type == "dynamic" and not (isinstance(factor, int | float) and factor >= 1):
+        if rope_type == "dynamic" and not (isinstance(factor, int | float) and 1 <= factor < math.inf):
             raise ValueError(f"rope_scaling of type 'dynamic' needs a factor of at least 1; it is {factor!r}")
 
     def _check_unsupported(self) -> None:
         for key in _UNSUPPORTED:
             if self.extra.get(key):
                 raise ValueError(f"{key} is {self.extra[key]!r}, which this runtime does not implement")
+
+
+def _settings(key: str, value: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    if value is not None and not isinstance(value, Mapping):
+        raise ValueError(f"{key} must be an object such as {{'rope_type': 'dynamic', 'factor': 6.0}}; it is {value!r}")
+    return None if value is None else dict(value)
 
 
 def _as_list(ids: int | list[int] | None) -> list[int]:
