@@ -12,6 +12,8 @@ The paged cache of one layer is two tensors [P, K, S, D]. `block_table` [B, N] i
 in order; `seq_lens` [B] int32 counts the tokens a sequence holds *including* those of this launch, so query token t
 of sequence b stands at position seq_lens[b] - T + t. Sequences with seq_lens[b] == 0 are idle: nothing is read or
 written for them.
+
+`batch_invariant` asks a linear op to give one row the very bits it has among up to 16. It changes nothing here.
 """
 
 import torch
@@ -43,7 +45,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     return rms_norm(total, weight, eps), total
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, batch_invariant: bool = False) -> Tensor:
     """x @ weight^T (+ bias), accumulated in float32. x [..., C], weight [O, C], bias [O] -> [..., O].
 
     Few rows of a 16-bit dtype on a CPU are computed as weight @ x^T, with at least two columns: that order streams the
@@ -60,7 +62,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
-def linear_add(x: Tensor, weight: Tensor, residual: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear_add(
+    x: Tensor, weight: Tensor, residual: Tensor, bias: Tensor | None = None, *, batch_invariant: bool = False
+) -> Tensor:
     """residual + linear(x), the product rounded to the dtype before the sum. [R, C], [O, C], [R, O] -> [R, O]."""
     return residual + linear(x, weight, bias)
 
@@ -71,12 +75,16 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-def rms_norm_linear(x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def rms_norm_linear(
+    x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None, *, batch_invariant: bool = False
+) -> Tensor:
     """linear(rms_norm(x)). x [R, C], norm [C], weight [O, C] -> [R, O]."""
     return linear(rms_norm(x, norm, eps), weight, bias)
 
 
-def rms_norm_swiglu(x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def rms_norm_swiglu(
+    x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None, *, batch_invariant: bool = False
+) -> Tensor:
     """swiglu(linear(rms_norm(x))), the first half of an MLP. weight [2I, C], gate rows in front -> [R, I]."""
     return swiglu(linear(rms_norm(x, norm, eps), weight, bias))
 
@@ -176,6 +184,8 @@ def rms_norm_qkv_rope_cache(
     v_cache: Tensor,
     block_table: Tensor,
     seq_lens: Tensor,
+    *,
+    batch_invariant: bool = False,
 ) -> Tensor:
     """rope_and_cache(linear(rms_norm(x))), a block up to its attention. weight [(H + 2K) * D, C] -> q [R, H, D]."""
     qkv = linear(rms_norm(x, norm, eps), weight, bias)
