@@ -1,0 +1,312 @@
+"""The linear layers against kernels.reference and float64: one row, 2 to 16 rows, and more."""
+
+import functools
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from internlm3 import kernels
+from internlm3.kernels import reference
+
+from .support import DEVICE, assert_near, call, cases, dtypes, embedded, generator, normal, scales, seeds
+from .test_rope import ULPS
+from .test_rope import Case as RopeCase
+
+EPS = 1e-5
+# Below, at and beyond the chunks that a program reads at once, whole and not; multiples of 8 for 16-byte rows.
+widths = st.sampled_from([8, 64, 200, 576, 1536, 2048, 2056, 4104]) | st.integers(1, 80).map(lambda n: 8 * n)
+# One row is a path of its own, with few outputs, since the interpreter takes long for each program of two; 2 to 16 rows
+# are another, by 32 outputs; from 17 on no kernel of ours multiplies.
+one_row = st.tuples(st.just(1), widths, st.integers(1, 7))
+rows = st.tuples(st.integers(1, 18), widths, st.sampled_from([1, 2, 31, 32, 33]) | st.integers(1, 70))
+few_rows = st.tuples(st.integers(1, 16), widths, st.integers(1, 34))
+paddings = st.sampled_from([0, 8])
+
+
+def product(x, weight, bias=None, normed=False):
+    """x @ weight^T + bias in float64, and what its own errors scale with: to be multiplied by the dtype's eps.
+
+    Those are: float32 sums, within 4 float32 ulp of the sum of magnitudes; where x is a norm's result, an element that
+    is rounded the other way because rsqrt's last bit decides a tie: two ulp of the largest term are room for several.
+    """
+    terms = x.double()[:, None] * weight.double()
+    exact, addends = terms.sum(-1), terms.abs().sum(-1)
+    largest = 2 * terms.abs().amax(-1) if normed else 0.0
+    unbiased = 0.0
+    if bias is not None:
+        # The reference rounds before the bias is added.
+        exact, addends, unbiased = exact + bias.double(), addends + bias.double().abs(), exact.abs()
+    size = 4 * torch.finfo(torch.float32).eps / torch.finfo(x.dtype).eps * addends + largest + unbiased
+    return exact, size
+
+
+class Case:
+    """Random inputs in poisoned memory, with gaps of `padding` between the rows of matrices."""
+
+    def __init__(self, seed, dtype, rows, width, outputs, scale=1.0, padding=0, biased=False):
+        rng = generator(seed)
+        # See `run`: beyond 16 rows the product is torch's own.
+        padding = padding if rows <= reference.SKINNY_ROWS else 0
+        self.x = embedded(normal(rng, rows, width, dtype=dtype, scale=scale), padding)
+        self.weight = embedded(normal(rng, outputs, width, dtype=dtype, scale=2 * width**-0.5), padding)
+        self.bias = embedded(normal(rng, outputs, dtype=dtype)) if biased else None
+        self.norm = embedded(normal(rng, width, dtype=dtype))
+        self.residual = embedded(normal(rng, rows, outputs, dtype=dtype, scale=scale), padding)
+
+    def normed(self):
+        return reference.rms_norm(self.x, self.norm, EPS)
+
+
+def draw(*extra):
+    """Cases for every path of a linear layer."""
+    return given(seeds, dtypes, one_row | rows, scales, paddings, st.booleans(), *extra)
+
+
+def run(op, *args, **options):
+    """The op by both modules. The reference gets a weight without gaps between its rows: torch's bfloat16 torch.mm on a
+    CPU multiplies what lies in a gap by zero, which is a NaN here."""
+    result = call(functools.partial(getattr(kernels, op), **options), *args)
+    expected = getattr(reference, op)(*(arg.contiguous() if isinstance(arg, torch.Tensor) else arg for arg in args))
+    return {"triton": result, "reference": expected}
+
+
+@cases(150)
+@draw(st.booleans())
+def test_linear(seed, dtype, shape, scale, padding, biased, batch_invariant):
+    case = Case(seed, dtype, *shape, scale, padding, biased)
+    args = (case.x, case.weight, case.bias)
+    exact, size = product(*args)
+    assert_near(exact, 1.0, size, **run("linear", *args, batch_invariant=batch_invariant))
+
+
+@cases(150)
+@draw(st.booleans())
+def test_linear_add(seed, dtype, shape, scale, padding, biased, batch_invariant):
+    case = Case(seed, dtype, *shape, scale, padding, biased)
+    exact, size = product(case.x, case.weight, case.bias)
+    results = run("linear_add", case.x, case.weight, case.residual, case.bias, batch_invariant=batch_invariant)
+    assert_near(exact + case.residual.double(), 1.0, size + exact.abs(), **results)
+
+
+@cases(150)
+@draw(st.booleans())
+def test_rms_norm_linear(seed, dtype, shape, scale, padding, biased, batch_invariant):
+    case = Case(seed, dtype, *shape, scale, padding, biased)
+    exact, size = product(case.normed(), case.weight, case.bias, normed=True)
+    results = run("rms_norm_linear", case.x, case.norm, EPS, case.weight, case.bias, batch_invariant=batch_invariant)
+    assert_near(exact, 1.0, size, **results)
+
+
+@cases(150)
+@draw(st.booleans())
+def test_rms_norm_swiglu(seed, dtype, shape, scale, padding, biased, batch_invariant):
+    rows, width, outputs = shape
+    case = Case(seed, dtype, rows, width, 2 * outputs, scale, padding, biased)
+    exact, size = product(case.normed(), case.weight, case.bias, normed=True)
+    gate, up = exact.chunk(2, -1)
+    gate_size, up_size = (exact.abs() + size).chunk(2, -1)
+    silu = gate * gate.sigmoid()
+    # silu's slope is at most 1.1; three ulp are float32's own, of exp and the division.
+    size = (1.1 * gate_size + 3 * silu.abs()) * up.abs() + silu.abs() * up_size
+    results = run("rms_norm_swiglu", case.x, case.norm, EPS, case.weight, case.bias, batch_invariant=batch_invariant)
+    assert_near(silu * up, 1.0, size, **results)
+
+
+def check_qkv(seed, dtype, width, padding, biased, batch_invariant, rope):
+    """rms_norm_qkv_rope_cache at the shapes of a RopeCase, whose qkv becomes what norm and weight make of x."""
+    rows, outputs = rope.qkv.shape
+    case = Case(seed, dtype, rows, width, outputs, 1.0, padding, biased)
+    qkv, size = product(case.normed(), case.weight, case.bias, normed=True)
+    rope.qkv = qkv
+    exact_q, exact_k, exact_v, *_, position = rope.exact()
+    rope.qkv = qkv.abs() + size  # What the operands of the rotation and the product's own error come to.
+    _, _, v_size, q_size, k_size, _ = rope.exact()
+
+    results = {}
+    for name, module in (("triton", kernels), ("reference", reference)):
+        kv = rope.kv.clone()
+        kv = kv.transpose(2, 3) if rope.token_major else kv
+        cache = (rope.inv_freq, kv[:, 0], kv[:, 1], rope.block_table, rope.seq_lens)
+        if module is kernels:
+            op = functools.partial(kernels.rms_norm_qkv_rope_cache, batch_invariant=batch_invariant)
+            q = call(op, case.x, case.norm, EPS, case.weight, case.bias, *cache, writes=cache[1:3])
+        else:
+            weight = case.weight.contiguous()
+            q = reference.rms_norm_qkv_rope_cache(case.x, case.norm, EPS, weight, case.bias, *cache)
+        results[name] = q, kv
+
+    assert_near(exact_q, ULPS[dtype], q_size, **{name: q for name, (q, _) in results.items()})
+    written = torch.zeros(rope.kv.shape[0], rope.page_size, dtype=torch.bool, device=DEVICE)
+    for b, t in (position >= 0).nonzero().tolist():
+        slot = int(position[b, t])
+        page, offset = int(rope.block_table[b, slot // rope.page_size]), slot % rope.page_size
+        written[page, offset] = True
+        found = {name: kv[page, :, :, offset] for name, (_, kv) in results.items()}
+        exact, error = torch.stack((exact_k[b, t], exact_v[b, t])), torch.stack((k_size[b, t], v_size[b, t]))
+        assert_near(exact, ULPS[dtype], error, **found)
+    untouched = results["triton"][1].isnan().all(-1)
+    assert (untouched != written[:, None, None]).all(), "a token that is not of this launch was written"
+
+
+@cases(120)
+@given(
+    seeds,
+    dtypes,
+    st.lists(st.sampled_from([0, 1, 15, 16, 17, 131073]) | st.integers(0, 300), min_size=1, max_size=4),
+    st.integers(1, 5),
+    st.sampled_from([(1, 1, 16), (3, 1, 32), (2, 2, 48), (6, 2, 16), (16, 1, 16), (4, 2, 64), (2, 1, 80), (2, 1, 128)]),
+    st.sampled_from([16, 64]),
+    st.sampled_from([8, 64, 200]),
+    paddings,
+    st.booleans(),
+    st.booleans(),
+)
+def test_qkv(seed, dtype, lengths, tokens, heads, page_size, width, padding, biased, token_major):
+    """Several rows: decode batches, and verification of `tokens` drafted tokens. Beyond 16 rows the ops alone."""
+    rope = RopeCase(seed, dtype, lengths, tokens, *heads, page_size, padding, token_major)
+    check_qkv(seed, dtype, width, padding, biased, True, rope)
+
+
+@cases(40)
+@given(seeds, dtypes, st.sampled_from([0, 1, 16, 17, 300, 131073]), st.integers(1, 2), paddings, st.booleans())
+def test_qkv_of_one_row(seed, dtype, length, heads, padding, biased):
+    check_qkv(seed, dtype, 200, padding, biased, False, RopeCase(seed, dtype, [length], 1, heads, 1, 16, 16, padding))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_qkv_of_one_row_and_wide_heads(dtype):
+    check_qkv(23, dtype, 576, 0, False, False, RopeCase(23, dtype, [77], 1, 1, 1, 128, 64))
+
+
+@cases(40)
+@given(seeds, dtypes, few_rows, st.integers(0, 15), scales)
+def test_a_row_has_the_same_bits_in_any_company(seed, dtype, shape, other, scale):
+    """A row alone and the same row among others, at any place, give the same bits."""
+    rows, width, outputs = shape
+    case = Case(seed, dtype, rows, width, 2 * outputs, scale, biased=True)
+    row = other % rows
+    alone, residual = case.x[row : row + 1], case.residual[row : row + 1]
+    ops = [
+        lambda x, _: kernels.linear(x, case.weight, case.bias, batch_invariant=True),
+        lambda x, r: kernels.linear_add(x, case.weight, r, case.bias, batch_invariant=True),
+        lambda x, _: kernels.rms_norm_linear(x, case.norm, EPS, case.weight, batch_invariant=True),
+        lambda x, _: kernels.rms_norm_swiglu(x, case.norm, EPS, case.weight, batch_invariant=True),
+    ]
+    for op in ops:
+        assert torch.equal(op(case.x, case.residual)[row], op(alone, residual)[0])
+
+
+@pytest.mark.parametrize("batch_invariant", [False, True])
+def test_qkv_has_the_same_bits_in_any_company(batch_invariant):
+    """Two sequences with two tokens each, and the second alone: the same q, and the same bits in the cache."""
+    rope = RopeCase(11, torch.bfloat16, [40, 23], 2, 4, 2, 64, 16)
+    case = Case(11, torch.bfloat16, 4, 200, 8 * 64)
+    together, apart = rope.kv.clone(), rope.kv.clone()
+    weights = (case.norm, EPS, case.weight, None)
+    options = {"batch_invariant": batch_invariant}
+    q = kernels.rms_norm_qkv_rope_cache(
+        case.x, *weights, rope.inv_freq, *together.unbind(1), rope.block_table, rope.seq_lens, **options
+    )
+    q_alone = kernels.rms_norm_qkv_rope_cache(
+        case.x[2:], *weights, rope.inv_freq[1:], *apart.unbind(1), rope.block_table[1:], rope.seq_lens[1:], **options
+    )
+    assert torch.equal(q[2:], q_alone)
+    mine = ~apart.isnan()
+    assert mine.sum() == 2 * 2 * 2 * 64
+    assert torch.equal(together[mine], apart[mine])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("rows", "width"), [(1, 10240), (1, 20488), (2, 10240)])
+def test_long_rows(dtype, rows, width):
+    """A down projection's rows, and rows that are too long for the registers of the single-row path."""
+    case = Case(13, dtype, rows, width, 3)
+    exact, size = product(case.x, case.weight)
+    assert_near(
+        exact + case.residual.double(), 1.0, size + exact.abs(), **run("linear_add", case.x, case.weight, case.residual)
+    )
+
+
+def test_any_leading_dimensions():
+    case = Case(17, torch.float32, 6, 64, 5)
+    y = kernels.linear(case.x, case.weight)
+    assert torch.equal(kernels.linear(case.x.view(2, 3, 64), case.weight), y.view(2, 3, 5))
+    assert torch.equal(kernels.linear(case.x[0], case.weight), kernels.linear(case.x[:1], case.weight)[0])
+    assert kernels.linear(case.x[:0], case.weight).shape == (0, 5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [1, 4])
+def test_roundings_in_the_reference_order(dtype, rows):
+    """Bit by bit, but for a few values where the order of a float32 sum decides a tie."""
+    case = Case(19, dtype, rows, 576, 64)
+    args = (case.x, case.norm, EPS, case.weight)
+    for op in ("rms_norm_linear", "rms_norm_swiglu"):
+        results = run(op, *args)
+        assert (results["triton"] != results["reference"]).float().mean() < 0.03, op
+    results = run("linear_add", case.x, case.weight, case.residual)
+    assert (results["triton"] != results["reference"]).float().mean() < 0.03
+
+
+@pytest.mark.parametrize("rows", [1, 3, 17])
+@pytest.mark.parametrize(
+    ("op", "change", "error", "message"),
+    [
+        ("linear", {"x": torch.zeros(1, 16).int()}, TypeError, "x is torch.int32"),
+        ("linear", {"weight": torch.zeros(4, 16).half()}, TypeError, "weight is torch.float16, must be torch.float32"),
+        ("linear", {"weight": torch.zeros(4, 8)}, ValueError, r"weight has shape \[4, 8\], must have \[any, 16\]"),
+        ("linear", {"weight": torch.zeros(4, 16, device="meta")}, ValueError, "weight is on meta"),
+        ("linear", {"weight": torch.zeros(16, 4).t()}, ValueError, "last dimension must be contiguous"),
+        ("linear", {"weight": torch.zeros(4, 17)[:, 1:]}, ValueError, "weight's rows begin 68 bytes apart"),
+        ("linear", {"weight": torch.zeros(65)[1:].view(4, 16)}, ValueError, "multiples of 16: copy or pad it"),
+        ("linear", {"bias": torch.zeros(5)}, ValueError, r"bias has shape \[5\], must have \[4\]"),
+        ("linear_add", {"residual": torch.zeros(2, 4)}, ValueError, "residual has shape"),
+        ("linear_add", {"x": torch.zeros(16)}, ValueError, r"x has shape \[16\], must have \[any, any\]"),
+        ("rms_norm_linear", {"norm": torch.zeros(8)}, ValueError, r"norm has shape \[8\], must have \[16\]"),
+        ("rms_norm_swiglu", {"weight": torch.zeros(5, 16)}, ValueError, "weight has 5 rows"),
+    ],
+)
+def test_bad_input(rows, op, change, error, message):
+    good = {"x": torch.zeros(rows, 16), "weight": torch.zeros(4, 16)}
+    if op == "linear_add":
+        good["residual"] = torch.zeros(rows, 4)
+    if op.startswith("rms_norm"):
+        good |= {"norm": torch.zeros(16), "eps": EPS}
+    args = {**good, **change}
+    args = {n: x.to(DEVICE) if isinstance(x, torch.Tensor) and not x.is_meta else x for n, x in args.items()}
+    if "weight" in change and change["weight"].stride(0) == 17:
+        args["weight"] = torch.zeros(4, 17, device=DEVICE)[:, 1:]
+    with pytest.raises(error, match=message):
+        getattr(kernels, op)(**args)
+
+
+@pytest.mark.parametrize("rows", [2, 18])
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"x": torch.zeros(3, 16)}, ValueError, "3 rows, must .* a multiple of the 2 sequences"),
+        ({"weight": torch.zeros(120, 16)}, ValueError, r"weight has 120 rows, must have \(H \+ 2 \* 2\) \* 16"),
+        ({"weight": torch.zeros(64, 16)}, ValueError, "weight has 64 rows"),
+        ({"inv_freq": torch.zeros(2, 16)}, ValueError, r"inv_freq has shape \[2, 16\], must have \[2, 8\]"),
+        ({"inv_freq": torch.zeros(2, 8).double()}, TypeError, "inv_freq is torch.float64, must be torch.float32"),
+        ({"k_cache": torch.zeros(4, 2, 16, 16).half()}, TypeError, "k_cache is torch.float16, must be torch.float32"),
+        ({"v_cache": torch.zeros(4, 2, 8, 16)}, ValueError, "v_cache has shape"),
+        ({"block_table": torch.zeros(2, 4).long()}, TypeError, "block_table is torch.int64, must be torch.int32"),
+        ({"seq_lens": torch.zeros(1).int()}, ValueError, r"seq_lens has shape \[1\], must have \[2\]"),
+    ],
+)
+def test_bad_cache(rows, change, error, message):
+    good = {
+        "x": torch.zeros(rows, 16),
+        "norm": torch.zeros(16),
+        "weight": torch.zeros(128, 16),
+        "inv_freq": torch.zeros(2, 8),
+        "k_cache": torch.zeros(4, 2, 16, 16),
+        "v_cache": torch.zeros(4, 2, 16, 16),
+        "block_table": torch.zeros(2, 4).int(),
+        "seq_lens": torch.zeros(2).int(),
+    }
+    args = {name: x.to(DEVICE) for name, x in {**good, **change}.items()}
+    with pytest.raises(error, match=message):
+        kernels.rms_norm_qkv_rope_cache(**args, eps=EPS, bias=None)
