@@ -367,6 +367,8 @@ def _prompts(given: Any) -> tuple[list[Any], bool]:
 
 def _conversation(messages: Any, thinking: bool) -> list[dict[str, Any]]:
     """Checked messages, in thinking mode with its system prompt behind the conversation's own."""
+    if messages == "":
+        raise ValueError("the message is empty: give at least one character")
     messages = check_messages([{"role": "user", "content": messages}] if isinstance(messages, str) else messages)
     if not thinking:
         return messages
