@@ -11,11 +11,11 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from .runtime.config import InternLM3Config as InternLM3Config
     from .runtime.llm import LLM as LLM
-    from .runtime.llm import Chunk as Chunk
-    from .runtime.llm import CompletionOutput as CompletionOutput
-    from .runtime.llm import RequestOutput as RequestOutput
     from .runtime.model import InternLM3ForCausalLM as InternLM3ForCausalLM
     from .runtime.model import InternLM3Model as InternLM3Model
+    from .runtime.outputs import Chunk as Chunk
+    from .runtime.outputs import CompletionOutput as CompletionOutput
+    from .runtime.outputs import RequestOutput as RequestOutput
     from .runtime.prompts import SYSTEM_PROMPT as SYSTEM_PROMPT
     from .runtime.prompts import THINKING_SYSTEM_PROMPT as THINKING_SYSTEM_PROMPT
     from .runtime.sampling import RECOMMENDED as RECOMMENDED
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from .runtime.tokenizer import InternLM3Tokenizer as InternLM3Tokenizer
 
 _HOME = {
-    "Chunk": "llm",
-    "CompletionOutput": "llm",
+    "Chunk": "outputs",
+    "CompletionOutput": "outputs",
     "InternLM3Config": "config",
     "InternLM3ForCausalLM": "model",
     "InternLM3Model": "model",
@@ -33,7 +33,7 @@ _HOME = {
     "LLM": "llm",
     "RECOMMENDED": "sampling",
     "RECOMMENDED_THINKING": "sampling",
-    "RequestOutput": "llm",
+    "RequestOutput": "outputs",
     "SYSTEM_PROMPT": "prompts",
     "SamplingParams": "sampling",
     "THINKING_SYSTEM_PROMPT": "prompts",

@@ -20,66 +20,11 @@ from .files import locate
 from .generation import Batch, Row, check_prompt
 from .keywords import reject_unknown
 from .model import InternLM3ForCausalLM
+from .outputs import Chunk, CompletionOutput, RequestOutput
 from .prompts import THINKING_SYSTEM_PROMPT
 from .sampling import RECOMMENDED_THINKING, SamplingParams
 from .text import TextStream
 from .tokenizer import InternLM3Tokenizer
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """What one step adds to a streamed answer.
-
-    text: whole characters only, possibly none. token_ids: the ids behind this step; logprobs and top_logprobs: theirs,
-    as in CompletionOutput. finish_reason: None until the last chunk, then "stop" or "length". stop_reason: the stop
-    string or stop token id that ended it, None for the model's own ends. prompt_tokens, decode_tokens: counts so far.
-    prompt_tps, decode_tps: tokens per second of prefill (its time ends with the first token) and of the tokens after
-    the first (0.0 while there are none). peak_memory: gigabytes, of the GPU or of the process.
-    """
-
-    text: str
-    token_ids: list[int]
-    logprobs: list[float]
-    top_logprobs: list[dict[int, float]] | None
-    finish_reason: str | None
-    stop_reason: int | str | None
-    prompt_tokens: int
-    decode_tokens: int
-    prompt_tps: float
-    decode_tps: float
-    peak_memory: float
-
-
-@dataclass(frozen=True)
-class CompletionOutput:
-    """One answer. logprobs: of each chosen token; top_logprobs: {id: log-probability} for each, where asked for."""
-
-    index: int
-    text: str
-    token_ids: list[int]
-    logprobs: list[float]
-    top_logprobs: list[dict[int, float]] | None
-    finish_reason: str | None
-    stop_reason: int | str | None
-
-    @property
-    def cumulative_logprob(self) -> float:
-        return sum(self.logprobs)
-
-
-@dataclass(frozen=True)
-class RequestOutput:
-    """The answers to one prompt, and the sampling parameters that were applied."""
-
-    prompt: str | None
-    prompt_token_ids: list[int]
-    outputs: list[CompletionOutput]
-    sampling_params: SamplingParams
-
-    @property
-    def text(self) -> str:
-        """The first answer's text."""
-        return self.outputs[0].text
 
 
 class LLM:
