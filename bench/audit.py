@@ -1,0 +1,189 @@
+"""Audit the kernels' machine code for real GPUs, on a machine that need not have one.
+
+    python bench/audit.py [--target sm_90 ...] [--kernel NAME ...]
+
+Compiles everything that every op launches at InternLM3-8B's shapes, prints a row for each launch, and under the table
+what is wrong. The exit code is 1 where something is; what is wrong for AMD is noted but fails nobody.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import NamedTuple
+
+# What the interpreter is given is never compiled.
+os.environ.pop("TRITON_INTERPRET", None)
+
+from cases import Case, cases
+from internlm3 import kernels
+from launches import Launch, compile_launches
+from machine_code import MachineCode, read
+from sass import Access
+from targets import TARGETS, Target
+
+
+class Facts(NamedTuple):
+    """What a kernel's machine code is meant to be, where the code cannot say it."""
+
+    # Pointer arguments that nobody writes while a step runs: they may be read before the predecessor is done.
+    constants: Sequence[str] = ()
+    # Pointer arguments whose loads are all on their way before the wait.
+    early: Sequence[str] = ()
+    # Pointer arguments that are streamed: every load of theirs is of 16 bytes.
+    streams: Sequence[str] = ()
+    tensor_cores: bool = False
+
+
+FACTS = {
+    "_embed": Facts(constants=["table_ptr"], streams=["table_ptr"]),
+    "_rms_norm": Facts(["weight_ptr"], ["weight_ptr"], ["x_ptr", "residual_ptr", "weight_ptr"]),
+    "_swiglu": Facts(streams=["gate_up_ptr"]),
+    "_rope_and_cache": Facts(),
+    "_skinny, one row": Facts(["w_ptr", "norm_ptr", "bias_ptr"], ["w_ptr", "norm_ptr"], ["w_ptr", "norm_ptr", "x_ptr"]),
+    "_skinny": Facts(["w_ptr", "norm_ptr", "bias_ptr"], streams=["w_ptr", "x_ptr"], tensor_cores=True),
+    "_attend": Facts(streams=["k_ptr", "v_ptr"], tensor_cores=True),
+    "_combine": Facts(),
+    "_penalize": Facts(streams=["logits_ptr", "bias_ptr", "prompt_counts_ptr", "output_counts_ptr"]),
+    "_collect": Facts(streams=["x_ptr"]),
+    "_find_floors": Facts(),
+    "_add_up": Facts(streams=["x_ptr"]),
+    "_pick": Facts(),
+}
+
+
+def kernel_name(launch: Launch) -> str:
+    """The kernel's name in FACTS: one row of a linear layer is another kernel than several."""
+    return launch.kernel + ", one row" * (launch.kernel == "_skinny" and launch.constants["BR"] == 1)
+
+
+def violations(launch: Launch, code: MachineCode, target: Target, facts: Facts) -> list[str]:
+    """What is wrong with the machine code of a launch, a sentence each."""
+    wrong = []
+    shared = launch.compiled.metadata.shared
+    if code.spilled:
+        wrong.append(f"spills: {code.spilled} bytes of local memory a thread")
+    if shared > target.block_shared:
+        wrong.append(f"takes {shared} bytes of shared memory; a block may have {target.block_shared}")
+    if facts.tensor_cores and not code.tensor_core:
+        wrong.append("has no tensor-core instruction, though it is meant to")
+    if not target.is_cuda:
+        return wrong
+
+    def expect_none(what: str, accesses: Iterable[Access]) -> None:
+        found = list(accesses)
+        if found:
+            names = ", ".join(sorted(frozenset().union(*(access.pointers for access in found))))
+            wrong.append(f"{what}: {len(found)} of {names or 'unknown origin'}, as {found[0].instruction}")
+
+    loads = [access for access in code.accesses if access.is_load]
+    stores = [access for access in code.accesses if not access.is_load]
+    expect_none("accesses without an argument behind them", (x for x in code.accesses if not x.pointers))
+    expect_none("narrow loads in a stream", (x for x in loads if x.bytes < 16 and x.pointers & set(facts.streams)))
+    if target.capability < (9, 0):
+        return wrong
+
+    # Programmatic dependent launch: trigger, read constants, wait; then everything else.
+    if not launch.compiled.metadata.launch_pdl:
+        wrong.append("is launched without programmatic dependent launch, which this target has")
+    if code.exits_unwaited:
+        wrong.append("a way through it ends without waiting for its predecessor")
+    expect_none("accesses before the successor may start", (x for x in code.accesses if not x.triggered))
+    expect_none("stores before the wait", (x for x in stores if not x.waited))
+    expect_none(
+        "loads of a predecessor's work before the wait",
+        (x for x in loads if not x.waited and not x.pointers <= set(facts.constants)),
+    )
+    expect_none(
+        "loads after the wait that belong before it",
+        (x for x in loads if x.may_have_waited and x.pointers & set(facts.early)),
+    )
+    return wrong
+
+
+class Finding(NamedTuple):
+    """What a launch at one shape turned into, a row of the table, and what is wrong with it."""
+
+    target: str
+    op: str
+    shape: str
+    kernel: str
+    figures: dict[str, str]
+    wrong: list[str]
+
+
+def _figures(launch: Launch, code: MachineCode, target: Target) -> dict[str, str]:
+    metadata = launch.compiled.metadata
+    loads = [access for access in code.accesses if access.is_load]
+    wide = sum(access.bytes >= 16 for access in loads)
+    early = sum(not access.may_have_waited for access in loads)
+    return {
+        "warps": str(metadata.num_warps),
+        "regs": str(code.registers),
+        "spill": str(code.spilled),
+        "shared": str(metadata.shared),
+        "CTAs/SM": str(target.resident_blocks(metadata.num_warps, code.registers, metadata.shared)),
+        "16-byte loads": f"{wide} of {len(loads)}",
+        "before wait": f"{early} of {len(loads)}" if code.waits else "-",
+        "tensor": ", ".join(f"{count} {name}" for name, count in code.tensor_core.items()) or "-",
+    }
+
+
+def audit_case(case: Case, target_name: str) -> list[Finding]:
+    """Compile, read and judge what an op launches at one shape for one target."""
+    target = TARGETS[target_name]
+    findings = []
+    try:
+        for launch in compile_launches(getattr(kernels, case.op), case.arguments, target):
+            code = read(launch, target)
+            name = kernel_name(launch)
+            if name in FACTS:
+                wrong = violations(launch, code, target, FACTS[name])
+            else:
+                wrong = ["is not in FACTS, which says what its machine code is meant to be"]
+            findings.append(Finding(target_name, case.op, case.shape, name, _figures(launch, code, target), wrong))
+    except Exception as error:  # whatever a launcher, the compiler or a tool of it raises is a finding
+        findings.append(
+            Finding(target_name, case.op, case.shape, "-", {}, [f"no machine code: {type(error).__name__}: {error}"])
+        )
+    return findings
+
+
+def print_table(findings: Sequence[Finding]) -> None:
+    """A row for each launch, those of several shapes that turned into the same together."""
+    shapes: dict[tuple[str, ...], list[str]] = {}
+    for found in findings:
+        shapes.setdefault((found.target, found.op, found.kernel, *found.figures.values()), []).append(found.shape)
+    columns = ("target", "op", "kernel", *next((found.figures for found in findings if found.figures), {}), "shapes")
+    table = [columns, *((*key, *[""] * (len(columns) - 1 - len(key)), "; ".join(of)) for key, of in shapes.items())]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for line in table:
+        print("  ".join(map(str.ljust, line, widths)).rstrip())
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", action="append", choices=TARGETS, help="default: all")
+    parser.add_argument("--kernel", action="append", choices=sorted(kernels.__all__), help="an op's name; default: all")
+    options = parser.parse_args(arguments)
+    chosen = [case for case in cases() if case.op in (options.kernel or kernels.__all__)]
+    work = [(case, target) for target in options.target or TARGETS for case in chosen]
+    with ProcessPoolExecutor(max_workers=os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        findings = [found for each in pool.map(audit_case, *zip(*work, strict=True)) for found in each]
+
+    print_table(findings)
+    failures = 0
+    for found in findings:
+        for sentence in found.wrong:
+            fails = TARGETS[found.target].is_cuda
+            failures += fails
+            where = f"{found.target} {found.op} ({found.shape}) {found.kernel}"
+            print(f"{'FAIL' if fails else 'note'}  {where}: {sentence}")
+    print(f"{len(findings)} launches audited, {failures} violations")
+    return min(failures, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,108 @@
+"""Compile what an op launches, for a GPU that need not be here.
+
+The op's own Python runs, on tensors that have a shape, strides and a device but no memory. Its launches are compiled
+instead of run, with the very signature, constants, alignments and options that the launcher chose, so that there is no
+second list of configurations to keep in step.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import triton
+from targets import TARGETS, Target
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
+from triton.compiler import CompiledKernel
+from triton.runtime.jit import JITFunction
+
+
+class Launch(NamedTuple):
+    kernel: str
+    arguments: list[str]  # names of those that exist at run time, in order
+    constants: dict[str, Any]  # the others
+    compiled: CompiledKernel
+
+
+class _Absent(torch.Tensor):
+    """A tensor that says it lies on the accelerator, of which nothing but the description exists."""
+
+    device = property(lambda self: torch.device("cuda", torch.cuda.current_device()))
+    is_cuda = property(lambda self: True)
+
+
+class _AbsentMode(TorchFunctionMode):
+    """Whatever is created inside is absent: PyTorch's meta device does the work behind the name."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = tree_map_only(_Absent, lambda x: x.as_subclass(torch.Tensor), (args, kwargs or {}))
+        if "device" in kwargs:
+            kwargs["device"] = "meta"
+        result = func(*args, **kwargs)
+        if isinstance(result, torch.Size):  # a tuple that tree_map would make a plain one
+            return result
+        return tree_map_only(torch.Tensor, lambda x: x.as_subclass(_Absent), result)
+
+
+class _Pointer:
+    """What Triton asks of a tensor in order to specialise: its dtype, alignment and extent. Storages are aligned."""
+
+    def __init__(self, x: torch.Tensor) -> None:
+        self.dtype = x.dtype
+        self._offset = int(x.storage_offset()) * x.element_size()
+        self._bytes = int(x.untyped_storage().nbytes())
+
+    def data_ptr(self) -> int:
+        return self._offset
+
+    def ptr_range(self) -> int:
+        return self._bytes
+
+
+@contextlib.contextmanager
+def _acting_as(target: Target) -> Iterator[list[Launch]]:
+    """Torch and Triton believe that this GPU is here; launches are compiled and listed."""
+    # Launchers and Triton remember by the number of the device, so every target has its own.
+    index = list(TARGETS.values()).index(target)
+    launches: list[Launch] = []
+    run = JITFunction.run
+
+    def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        args = tuple(_Pointer(x) if isinstance(x, torch.Tensor) else x for x in args)
+        kwargs = {name: _Pointer(x) if isinstance(x, torch.Tensor) else x for name, x in kwargs.items()}
+        compiled = run(self, *args, grid=grid, warmup=True, **kwargs)
+        signature = compiled.src.signature
+        arguments = [name for name, kind in signature.items() if kind != "constexpr"]
+        constants = {list(signature)[path[0]]: value for path, value in compiled.src.constants.items()}
+        launches.append(Launch(self.__name__, arguments, constants, compiled))
+
+    properties = SimpleNamespace(
+        major=target.capability[0], minor=target.capability[1], multi_processor_count=target.multiprocessors
+    )
+    driver = SimpleNamespace(
+        get_current_target=lambda: target.gpu,
+        get_current_device=lambda: index,
+        get_current_stream=lambda device: 0,
+    )
+    with (
+        mock.patch.object(JITFunction, "run", compile_only),
+        mock.patch.object(triton.runtime.driver, "_active", driver),
+        mock.patch.object(torch.cuda, "current_device", lambda: index),
+        mock.patch.object(torch.cuda, "get_device_capability", lambda device=None: target.capability),
+        mock.patch.object(torch.cuda, "get_device_properties", lambda device=None: properties),
+        mock.patch.object(torch.version, "hip", None if target.is_cuda else "6.0"),
+        _AbsentMode(),
+    ):
+        yield launches
+
+
+def compile_launches(
+    op: Callable[..., Any], arguments: Callable[[torch.device], dict[str, Any]], target: Target
+) -> list[Launch]:
+    """The launches of op(**arguments(device)) on this target, compiled, in their order."""
+    with _acting_as(target) as launches:
+        op(**arguments(torch.device("cuda", torch.cuda.current_device())))
+    return launches

@@ -1,0 +1,262 @@
+"""Follow addresses and the dependency wait through NVIDIA's machine code, as nvdisasm writes it.
+
+Registers are followed through the control-flow graph from the constant bank, where the arguments lie, to each global
+access: so an access is known by the pointer argument that its address derives from. On the way every point learns
+whether programmatic dependent launch has been triggered (PREEXIT) and waited for (ACQBULK).
+"""
+
+import itertools
+import re
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+Names = frozenset[str]  # of pointer arguments
+
+
+class Access(NamedTuple):
+    """One instruction that reads or writes global memory. The flags say what holds on all, or some, ways to it."""
+
+    instruction: str
+    is_load: bool
+    bytes: int  # a thread's share
+    pointers: Names = frozenset()
+    triggered: bool = False  # on all ways
+    waited: bool = False  # on all ways
+    may_have_waited: bool = False  # on some way
+
+
+LINE = re.compile(r"/\*[0-9a-f]+\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)\s*([^;]*?)\s*;")
+_LABEL = re.compile(r"^([.$\w]+):")
+_TARGET = re.compile(r"`\(([^)]+)\)")
+_REGISTER = re.compile(r"\b(U?R)(\d+)\b(\.64)?")
+_CONSTANT = re.compile(r"c\[0x0\]\[(?:U?R\w+\+)?(0x[0-9a-f]+)\]")
+_PREDICATE = re.compile(r"!?(U?P(?:T|\d+))")
+TENSOR_CORE = re.compile(r"(HMMA|IMMA|QMMA|OMMA|[HIQ]GMMA|UTC\w*MMA)$")
+
+_GLOBAL_LOADS = {"LDG", "LD", "LDGSTS", "UBLKCP", "UTMALDG"}
+_GLOBAL_STORES = {"STG", "ST", "ATOM", "ATOMG", "RED", "REDG", "UTMASTG", "UTMAREDG"}
+_SHARED_LOADS = {"LDS", "LDSM"}
+_SHARED_STORES = {"STS", "STSM"}
+_CONSTANT_LOADS = {"LDC", "ULDC", "LDCU"}
+# What an address is computed with. Whatever else writes a register leaves a number that is no address.
+_ADDRESS_ARITHMETIC = {
+    *("IADD", "IADD3", "IMAD", "LEA", "MOV", "SEL", "FSEL", "SHFL", "VIADD", "R2UR"),
+    *("UIADD3", "UIMAD", "ULEA", "UMOV", "USEL", "UVIADD"),
+}
+# Their first operand that is not a predicate is read, not written.
+_WRITE_NO_REGISTER = {
+    *("ISETP", "UISETP", "FSETP", "DSETP", "HSETP2", "FCHK", "PLOP3", "UPLOP3", "R2P", "STL", "STTM", "RED", "REDG"),
+    *(
+        "STG",
+        "ST",
+        "STS",
+        "STSM",
+        "LDGSTS",
+        "BAR",
+        "BSSY",
+        "BSYNC",
+        "MEMBAR",
+        "CCTL",
+        "WARPSYNC",
+        "LDGDEPBAR",
+        "DEPBAR",
+    ),
+}
+_BYTES = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}
+
+
+class _Instruction(NamedTuple):
+    guard: str  # a predicate without which nothing happens, or ""
+    name: str
+    operands: list[str]
+
+    def __str__(self) -> str:
+        return f"@{self.guard} " * bool(self.guard) + f"{self.name} {', '.join(self.operands)}"
+
+    @property
+    def base(self) -> str:
+        return self.name.split(".")[0]
+
+    @property
+    def bytes(self) -> int:
+        """What it loads or stores for a thread; a copy engine's are whole lines."""
+        if self.base.startswith(("UBLK", "UTMA")):
+            return 16
+        return next((_BYTES[part] for part in self.name.split(".") if part in _BYTES), 4)
+
+    @property
+    def address(self) -> str:
+        """The operand that names global memory: in the last brackets but those of a descriptor."""
+        return re.findall(r"\[([^\]]*)\]", re.sub(r"desc\[[^\]]*\]", "", ", ".join(self.operands)))[-1]
+
+    def written(self) -> tuple[list[str], list[str]]:
+        """The registers it writes, and its operands behind them.
+
+        Of a matrix instruction or matrix load only the first: what the others held before is no address to anyone.
+        """
+        rest = list(itertools.dropwhile(_PREDICATE.fullmatch, self.operands))
+        found = _REGISTER.match(rest[0]) if rest and self.base not in _WRITE_NO_REGISTER else None
+        if found is None:
+            return [], self.operands
+        words = 1
+        if self.base in _GLOBAL_LOADS | _SHARED_LOADS | _CONSTANT_LOADS | {"LDL", "ATOM", "ATOMG"}:
+            words = max(self.bytes // 4, 1)
+        elif {"WIDE", "64"} & set(self.name.split(".")) or self.base == "CS2R":
+            words = 2
+        return [f"{found[1]}{int(found[2]) + i}" for i in range(words)], rest[1:]
+
+
+class _State:
+    """What is known between two instructions."""
+
+    def __init__(self, arguments: dict[int, str]) -> None:
+        self.arguments = arguments
+        # (guard, register) -> arguments that its value derives from; with a guard, what it is where the guard holds.
+        # All of shared memory is one register.
+        self.pointers: dict[tuple[str, str], Names] = {}
+        self.triggered = self.waited = self.may_have_waited = False
+
+    def copy(self) -> "_State":
+        """For another block, where a guard may stand for something else."""
+        other = _State(self.arguments)
+        other.pointers = {place: names for place, names in self.pointers.items() if not place[0]}
+        other.triggered, other.waited, other.may_have_waited = self.flags
+        return other
+
+    @property
+    def flags(self) -> tuple[bool, bool, bool]:
+        return self.triggered, self.waited, self.may_have_waited
+
+    def join(self, other: "_State") -> bool:
+        """Know only what holds on both ways. Does it change anything?"""
+        before = dict(self.pointers), self.flags
+        for place, names in other.pointers.items():
+            self.pointers[place] = self.pointers.get(place, frozenset()) | names
+        self.triggered &= other.triggered
+        self.waited &= other.waited
+        self.may_have_waited |= other.may_have_waited
+        return before != (self.pointers, self.flags)
+
+    def _register(self, guard: str, name: str) -> Names:
+        return self.pointers.get((guard, name), self.pointers.get(("", name), frozenset()))
+
+    def _argument(self, offset: int) -> Names:
+        name = self.arguments.get(offset & ~7)
+        return frozenset([name]) if name else frozenset()
+
+    def read(self, guard: str, operands: Iterable[str]) -> Names:
+        """Arguments that the values of these operands derive from."""
+        names: Names = frozenset()
+        for operand in operands:
+            for kind, number, wide in _REGISTER.findall(operand):
+                for i in range(1 + bool(wide)):
+                    names |= self._register(guard, f"{kind}{int(number) + i}")
+            for offset in _CONSTANT.findall(operand):
+                names |= self._argument(int(offset, 16))
+        return names
+
+    def _write(self, guard: str, register: str, names: Names) -> None:
+        old = self._register("", register)
+        for place in [place for place in self.pointers if place[1] == register]:
+            del self.pointers[place]
+        if guard:
+            self.pointers[guard, register] = names
+            names |= old
+        if names:
+            self.pointers["", register] = names
+
+    def step(self, instruction: _Instruction) -> None:
+        guard, base = instruction.guard, instruction.base
+        if base == "PREEXIT":
+            self.triggered |= not guard
+        elif base == "ACQBULK":
+            self.waited |= not guard
+            self.may_have_waited = True
+        registers, operands = instruction.written()
+        values: list[Names] = [frozenset()] * len(registers)
+        if base in _SHARED_STORES:
+            self._write("", "shared", self._register("", "shared") | self.read(guard, operands))
+        elif base in _CONSTANT_LOADS:
+            offset = _CONSTANT.search(operands[0])
+            values = [
+                self._argument(int(offset[1], 16) + 4 * i) if offset else frozenset() for i in range(len(registers))
+            ]
+        elif base in _ADDRESS_ARITHMETIC:
+            values = [self.read(guard, operands)] * len(registers)
+        elif base in _SHARED_LOADS:
+            values = [self._register("", "shared")] * len(registers)
+        for register, names in zip(registers, values, strict=True):
+            self._write(guard, register, names)
+        # A predicate among the operands may have changed.
+        changed = {found[1] for operand in instruction.operands if (found := _PREDICATE.fullmatch(operand))}
+        for place in [place for place in self.pointers if place[0].lstrip("!") in changed]:
+            del self.pointers[place]
+
+
+class _Block:
+    def __init__(self) -> None:
+        self.instructions: list[_Instruction] = []
+        self.successors: list[str] = []
+
+
+def instructions(text: str) -> Iterator[_Instruction]:
+    for found in LINE.finditer(text):
+        yield _Instruction(found[1] or "", found[2], [operand.strip() for operand in found[3].split(",")])
+
+
+def _blocks(text: str) -> dict[str, _Block]:
+    """The control-flow graph of a function: blocks by label, the entry first."""
+    block = _Block()
+    blocks = {"entry": block}
+    for line in text.splitlines():
+        if label := _LABEL.match(line):
+            block.successors.append(label[1])
+            blocks[label[1]] = block = _Block()
+        for instruction in instructions(line):
+            block.instructions.append(instruction)
+            base = instruction.base
+            if base in ("BRX", "BRXU", "JMX"):
+                raise NotImplementedError(f"cannot follow the indirect branch {instruction}")
+            if base in ("BRA", "JMP", "CALL", "EXIT", "RET"):
+                block.successors += _TARGET.findall(" ".join(instruction.operands))
+                conditional = instruction.guard or base == "CALL"
+                # A branch may have its predicate as an operand.
+                conditional = conditional or (base in ("BRA", "JMP") and not instruction.operands[0].startswith("`"))
+                behind = f"behind {len(blocks)}"
+                if conditional:
+                    block.successors.append(behind)
+                blocks[behind] = block = _Block()
+    return blocks
+
+
+def trace(text: str, arguments: dict[int, str]) -> tuple[list[Access], bool]:
+    """Global accesses in the text of a function, and whether a way through it ends without a wait.
+
+    `arguments` names the pointer arguments by their offsets in constant bank 0.
+    """
+    blocks = _blocks(text)
+    before = {"entry": _State(arguments)}
+    waiting = ["entry"]
+    while waiting:
+        label = waiting.pop()
+        state = before[label].copy()
+        for instruction in blocks[label].instructions:
+            state.step(instruction)
+        for successor in blocks[label].successors:
+            if successor not in before:
+                before[successor] = state.copy()
+                waiting.append(successor)
+            elif before[successor].join(state.copy()):
+                waiting.append(successor)
+
+    accesses, exits_unwaited = [], False
+    for label, reached in before.items():
+        state = reached.copy()
+        for instruction in blocks[label].instructions:
+            if instruction.base in _GLOBAL_LOADS | _GLOBAL_STORES:
+                pointers = state.read(instruction.guard, [instruction.address])
+                is_load = instruction.base in _GLOBAL_LOADS
+                accesses.append(Access(str(instruction), is_load, instruction.bytes, pointers, *state.flags))
+            exits_unwaited |= instruction.base == "EXIT" and not state.waited
+            state.step(instruction)
+    return accesses, exits_unwaited
