@@ -35,7 +35,7 @@ class TextStream:
         self._tokenizer = tokenizer
         self._stops = tuple(stops)
         self._include_stop = include_stop
-        self._skip = skip_special_tokens
+        self._skipped = frozenset(tokenizer.all_special_ids if skip_special_tokens else ())
         # Tokens are decoded in a window whose first ones are told already, so that spaces at its borders come out.
         self._window: list[int] = []
         self._told = 0
@@ -44,18 +44,17 @@ class TextStream:
 
     def push(self, token_id: int) -> str:
         """The text that this token completes; "" while a character or a possible stop string is unfinished."""
-        if self.stopped is not None:
+        if self.stopped is not None or token_id in self._skipped:
             return ""
         self._window.append(token_id)
-        piece = self._tokenizer.convert_ids_to_tokens(token_id)
-        byte = _BYTE.fullmatch(piece or "")
+        byte = _BYTE.fullmatch(self._tokenizer.convert_ids_to_tokens(token_id))
         self._bytes = self._bytes + bytes.fromhex(byte[1]) if byte else b""
-        if byte and _unfinished(self._bytes):
-            return ""
         text = self._decode()
-        new, self._told = text[self._told :], len(text)
+        # Each byte of an unfinished character stands as a U+FFFD at the end.
+        told = len(text) - _unfinished(self._bytes)
+        new, self._told = text[self._told : told], told
         if len(self._window) >= _WINDOW and not byte and new:
-            # The last token told something, so it is no skipped one: decoding can begin with it as well.
+            # The last token told something: decoding can begin with it as well.
             self._window = [token_id]
             self._told = len(self._decode())
         return self._release(new)
@@ -70,7 +69,7 @@ class TextStream:
         return text + rest
 
     def _decode(self) -> str:
-        return self._tokenizer.decode(self._window, skip_special_tokens=self._skip)
+        return self._tokenizer.decode(self._window)
 
     def _release(self, new: str) -> str:
         """`new` behind what was held, up to a stop string or to what may become one."""
@@ -89,16 +88,12 @@ def _overlap(text: str, stop: str) -> int:
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
 
 
-def _unfinished(data: bytes) -> bool:
-    """Whether the last bytes begin a UTF-8 character that more bytes would complete."""
+def _unfinished(data: bytes) -> int:
+    """How many of the last bytes begin a UTF-8 character that more bytes would complete."""
     for size in range(1, min(4, len(data) + 1)):
-        lead = data[-size]
-        if lead >= 0xC0:
-            try:
-                data[-size:].decode()
-            except UnicodeDecodeError as error:
-                return error.reason == "unexpected end of data"
-            return False
-        if lead < 0x80:
-            return False
-    return False
+        try:
+            data[-size:].decode()
+        except UnicodeDecodeError as error:
+            if error.start == 0 and error.reason == "unexpected end of data":
+                return size
+    return 0

@@ -1,0 +1,183 @@
+"""TextStream: what it tells piece by piece is what decode tells at once, each character as soon as it is whole."""
+
+import pytest
+import sentencepiece
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from internlm3 import InternLM3Tokenizer
+from internlm3.runtime.text import TextStream
+
+CORPUS = [
+    "The quick brown fox jumps over the lazy dog, and the dog does not mind at all.",
+    "def add(a, b):\n    return a + b  # two spaces",
+    "书生·浦语是上海人工智能实验室开发的语言模型。今天天气很好，我们去公园散步吧。",
+    "Numbers such as 3.14159 and 42; “quotes”, dashes – and so on…",
+] * 30
+SPECIAL = ["<|im_start|>", "<|im_end|>"]
+KINDS = {
+    "dummy prefix": {},
+    "no dummy prefix": {"add_dummy_prefix": False},
+    "whitespace kept": {"add_dummy_prefix": False, "remove_extra_whitespaces": False},
+    "dummy prefix, whitespace kept": {"remove_extra_whitespaces": False},
+    "unigram": {"model_type": "unigram", "vocab_size": 340},
+}
+
+
+@pytest.fixture(scope="module", params=[*KINDS, "stand-in"])
+def tokenizer(request, tmp_path_factory):
+    """Small vocabularies of every normaliser, trained here, and the stand-in's."""
+    if request.param == "stand-in":
+        return InternLM3Tokenizer.from_pretrained(request.getfixturevalue("standin"))
+    prefix = tmp_path_factory.mktemp("tokenizer") / "tokenizer"
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS),
+        model_prefix=str(prefix),
+        byte_fallback=True,
+        character_coverage=0.98,
+        minloglevel=2,
+        **{"model_type": "bpe", "vocab_size": 420, "normalization_rule_name": "identity", **KINDS[request.param]},
+    )
+    tokenizer = InternLM3Tokenizer(prefix.with_suffix(".model"))
+    tokenizer.add_tokens(SPECIAL, special_tokens=True)
+    tokenizer.add_tokens(["<tool>"])
+    return tokenizer
+
+
+def tokens_of(tokenizer):
+    """Ids: any, and more often those that make trouble."""
+    bytes_ = tokenizer.convert_tokens_to_ids([f"<0x{byte:02X}>" for byte in range(256)])
+    added = list(tokenizer.added_tokens_decoder)
+    spaces = tokenizer.convert_tokens_to_ids(["▁", "▁the", "▁a", "\n"])
+    whole = st.sampled_from("é书🙂🇨🇳👩‍🚀\u2028\u00a0").map(lambda char: [bytes_[byte] for byte in char.encode()])
+    one = st.one_of(
+        st.integers(0, len(tokenizer) + 3),  # some behind the last one: rows that no token uses
+        st.sampled_from(bytes_),
+        st.sampled_from(bytes_[0x80:]),
+        st.sampled_from(added),
+        st.sampled_from(spaces),
+    ).map(lambda token: [token])
+    cut = whole.flatmap(lambda ids: st.integers(1, len(ids)).map(lambda end: ids[:end]))
+    return st.lists(one | whole | cut, max_size=90).map(lambda parts: [token for part in parts for token in part])
+
+
+def told(tokenizer, ids, **options):
+    """What every push and then flush return, and the stream."""
+    stream = TextStream(tokenizer, **options)
+    return [stream.push(token) for token in ids] + [stream.flush()], stream
+
+
+@settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data(), skip=st.booleans())
+def test_the_parts_are_the_whole(tokenizer, data, skip):
+    ids = data.draw(tokens_of(tokenizer))
+    parts, stream = told(tokenizer, ids, skip_special_tokens=skip)
+    assert "".join(parts) == tokenizer.decode(ids, skip_special_tokens=skip)
+    assert stream.stopped is None
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(text=st.text(st.characters(codec="utf-8", exclude_characters="\x00"), max_size=60), skip=st.booleans())
+@example(text="书生·浦语 🙂🇨🇳 naïve — 3 × 4\t\n\n  ende", skip=True)
+@example(text="the the the 天天天 " * 12, skip=True)
+def test_a_character_is_told_at_once_and_whole(tokenizer, text, skip):
+    """After each token all text that it completes is out: only the bytes of a begun character are missing."""
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    stream, out = TextStream(tokenizer, skip_special_tokens=skip), ""
+    for end, token in enumerate(ids, 1):
+        out += stream.push(token)
+        so_far = tokenizer.decode(ids[:end], skip_special_tokens=skip)
+        assert "\ufffd" not in out or "\ufffd" in text
+        if "\ufffd" not in text:
+            assert out == so_far.rstrip("\ufffd")
+    assert out + stream.flush() == tokenizer.decode(ids, skip_special_tokens=skip)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_bytes_that_can_be_no_character_are_not_waited_on(tokenizer, data):
+    byte = data.draw(st.sampled_from([0x80, 0xBF, 0xC0, 0xC1, 0xF5, 0xFF, 0x41]))
+    (token,) = tokenizer.convert_tokens_to_ids([f"<0x{byte:02X}>"])
+    parts, _ = told(tokenizer, [token])
+    assert parts[0] and not parts[1]
+
+
+def test_no_character_waits_long_after_a_start(tokenizer):
+    """Four bytes make a character at most: that many pushes after a lead byte, all before is told."""
+    ids = tokenizer.convert_tokens_to_ids([f"<0x{byte:02X}>" for byte in [0xF0] * 100])
+    stream, out = TextStream(tokenizer), ""
+    for count, token in enumerate(ids, 1):
+        out += stream.push(token)
+        assert len(out) >= count - 4
+
+
+# -------------------------------------------------------------------- stop strings
+
+
+def cut_at(text, stops, include):
+    """The text up to its earliest stop string (of two at one place the longer one), and which it was."""
+    found = [(text.find(stop), -len(stop), stop) for stop in stops if stop in text]
+    if not found:
+        return text, None
+    at, _, stop = min(found)
+    return text[: at + len(stop) * include], stop
+
+
+@settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data(), include=st.booleans())
+def test_stop_strings(tokenizer, data, include):
+    """Any stop strings, most of them taken from the text itself: it ends where brute force ends it."""
+    ids = data.draw(tokens_of(tokenizer))
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    part = st.tuples(st.integers(0, max(len(text) - 1, 0)), st.integers(1, 6)).map(lambda at: text[at[0] : sum(at)])
+    stops = data.draw(
+        st.lists(st.one_of(part, st.sampled_from(["aa", "ab", "\n\n", "天", "zz"])).filter(bool), max_size=3)
+    )
+    parts, stream = told(tokenizer, ids, stops=stops, include_stop=include)
+    told_text, expected = "".join(parts), cut_at(text, stops, include)
+    if expected[1] is None or stream.stopped == expected[1]:
+        assert (told_text, stream.stopped) == expected
+    else:
+        # Two stop strings that one token completes, or that overlap: the one that ended first is also a right answer.
+        assert stream.stopped in stops and text.startswith(told_text)
+        end = len(told_text) + len(stream.stopped) * (not include)
+        assert all(text[: end - 1].find(stop) < 0 for stop in stops)
+
+
+@pytest.mark.parametrize(
+    ("stops", "text", "parts"),
+    [
+        (["<end>"], "a<end>b", ["a", "", "", "", "", "", ""]),
+        (["<end>"], "a<enb", ["a", "", "", "", "<enb"]),
+        (["aab"], "aaab", ["", "", "a", ""]),
+        (["abc", "bx"], "abx", ["", "", "a"]),
+        (["b", "abc"], "abc", ["", "a", ""]),
+        (["ab"], "aaa", ["", "a", "a"]),
+    ],
+)
+def test_what_may_become_a_stop_string_is_held_back(standin, stops, text, parts):
+    """Letter by letter: no more is held than may still become a stop string."""
+    tokenizer = InternLM3Tokenizer.from_pretrained(standin)
+    ids = tokenizer.convert_tokens_to_ids([f"<0x{byte:02X}>" for byte in text.encode()])
+    told_parts, stream = told(tokenizer, ids, stops=stops)
+    assert told_parts[: len(parts)] == parts
+    assert "".join(told_parts) == cut_at(text, stops, False)[0] or "b" in stops
+    assert stream.push(ids[0]) == stream.flush() == "" or stream.stopped is None
+
+
+def test_a_stop_string_across_tokens(tokenizer):
+    text = "the quick brown fox jumps over the lazy dog"
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    whole = tokenizer.decode(ids)
+    for start in range(len(whole) - 9):
+        stop = whole[start : start + 9]
+        parts, stream = told(tokenizer, ids, stops=[stop])
+        assert "".join(parts) == whole[: whole.find(stop)] and stream.stopped == stop
+        parts, _ = told(tokenizer, ids, stops=[stop], include_stop=True)
+        assert "".join(parts) == whole[: whole.find(stop) + 9]
+
+
+def test_a_special_token_as_a_stop_string(tokenizer):
+    (end,) = tokenizer.convert_tokens_to_ids(["<|im_end|>"])
+    ids = [*tokenizer.encode("fox", add_special_tokens=False), end, *tokenizer.encode("dog", add_special_tokens=False)]
+    parts, stream = told(tokenizer, ids, stops=["<|im_end|>"], skip_special_tokens=False)
+    assert "".join(parts) == "fox" and stream.stopped == "<|im_end|>"
