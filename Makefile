@@ -24,6 +24,11 @@ lint: $(VENV)/.ready
 
 test: lint
 	$(BIN)/pytest -n 2 --dist worksteal $(ARGS)
+	$(BIN)/python bench/audit.py
+
+# Compiles every kernel for real GPUs and reads the machine code; needs none of them.
+audit: $(VENV)/.ready
+	$(BIN)/python bench/audit.py $(ARGS)
 
 bench: $(VENV)/.ready
 	$(BIN)/python bench/standin.py $(ARGS)
