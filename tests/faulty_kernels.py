@@ -1,0 +1,120 @@
+"""A kernel with a fault of one's choice, for the audit to find. Run by test_audit.py, in a process that compiles:
+
+    python faulty_kernels.py BENCH TARGET...
+
+prints, as JSON, what the audit in the folder BENCH says of each fault on each target.
+"""
+
+import json
+import sys
+
+import torch
+import triton
+import triton.language as tl
+
+ROWS, COLUMNS = 64, 4096
+FAULTS = {  # name -> launch options
+    "none": {},
+    "late trigger": {},
+    "no trigger": {},
+    "early activation": {},
+    "early store": {},
+    "no wait": {},
+    "wait on one way": {},
+    "way out before the wait": {},
+    "late weight": {},
+    "narrow weight": {},
+    "untraceable load": {},
+    "launched without": {"launch_pdl": False},
+    "spills": {"maxnreg": 24},
+    "no tensor core": {},
+    "too much shared memory": {"num_stages": 6},
+}
+
+
+@triton.jit
+def dot_product(x_ptr, w_ptr, y_ptr, address, stride, C: tl.constexpr, FAULT: tl.constexpr, PDL: tl.constexpr):
+    """y[row] = w[row] . x, with weights and activations on their sides of the wait."""
+    row = tl.program_id(0)
+    columns = tl.arange(0, C)
+    if PDL and FAULT != "late trigger" and FAULT != "no trigger":
+        tl.extra.cuda.gdc_launch_dependents()
+    if FAULT == "way out before the wait":  # noqa: SIM102 - one is decided by the compiler, one at run time
+        if stride > 12345:
+            return
+    if FAULT == "early activation":
+        x = tl.load(x_ptr + columns)
+    if FAULT == "early store":
+        tl.store(y_ptr + row, 0.0)
+    if FAULT != "late weight":
+        w = tl.load(w_ptr + row * stride + columns)
+    if PDL and FAULT == "late trigger":
+        tl.extra.cuda.gdc_launch_dependents()
+    if PDL:
+        if FAULT == "wait on one way":
+            if stride > 12345:
+                tl.extra.cuda.gdc_wait()
+        elif FAULT != "no wait":
+            tl.extra.cuda.gdc_wait()
+    if FAULT == "late weight":
+        w = tl.load(w_ptr + row * stride + columns)
+    if FAULT != "early activation":
+        x = tl.load(x_ptr + columns)
+    y = tl.sum(x.to(tl.float32) * w.to(tl.float32), 0)
+    if FAULT == "untraceable load":
+        y += tl.load(address.to(tl.pointer_type(tl.float32)))
+    tl.store(y_ptr + row, y)
+
+
+@triton.jit
+def matrix_product(x_ptr, w_ptr, y_ptr, N: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, PDL: tl.constexpr):
+    """y = w x^T, in a pipeline as deep as num_stages says."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    rows = tl.arange(0, N)
+    y = tl.zeros((N, N), tl.float32)
+    for c in range(0, C, BC):
+        columns = c + tl.arange(0, BC)
+        w = tl.load(w_ptr + rows[:, None] * C + columns[None, :])
+        x = tl.load(x_ptr + rows[:, None] * C + columns[None, :])
+        y = tl.dot(w, x.trans(), y)
+    tl.store(y_ptr + rows[:, None] * N + rows[None, :], y)
+
+
+def launch(x: torch.Tensor, w: torch.Tensor, fault: str) -> None:
+    pdl = torch.cuda.get_device_capability() >= (9, 0)
+    options = {"PDL": pdl, "launch_pdl": pdl, **FAULTS[fault]}
+    y = torch.empty((ROWS, ROWS), dtype=torch.float32, device=x.device)
+    if fault == "too much shared memory":
+        matrix_product[(1,)](x, w, y, ROWS, COLUMNS, 256, **options)
+    else:
+        stride = w.stride(0) + (fault == "narrow weight")
+        dot_product[(ROWS,)](x, w, y, 2**40, stride, COLUMNS, fault, **options)
+
+
+def main(bench: str, *targets: str) -> None:
+    sys.path.insert(0, bench)
+    from audit import Facts, violations
+    from launches import compile_launches
+    from machine_code import read
+    from targets import TARGETS
+
+    said = {}
+    for name in targets:
+        for fault in FAULTS:
+            facts = Facts(["w_ptr"], ["w_ptr"], ["w_ptr"], tensor_cores=fault == "no tensor core")
+            if fault == "too much shared memory":
+                facts = Facts(streams=["w_ptr", "x_ptr"], tensor_cores=True)
+
+            def arguments(device: torch.device, fault: str = fault) -> dict:
+                x = torch.empty(ROWS, COLUMNS, dtype=torch.bfloat16, device=device)
+                return {"x": x, "w": torch.empty_like(x), "fault": fault}
+
+            (compiled,) = compile_launches(launch, arguments, TARGETS[name])
+            said[f"{fault} on {name}"] = violations(compiled, read(compiled, TARGETS[name]), TARGETS[name], facts)
+    print(json.dumps(said))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,195 @@
+"""The audit of machine code finds every fault that is planted for it, and only that one.
+
+The audit compiles, so it runs in processes of its own: this one may have chosen Triton's interpreter.
+"""
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCH = Path(__file__).parents[1] / "bench"
+TARGETS = ("sm_86", "sm_90", "sm_100")
+WITH_DEPENDENT_LAUNCH = ("sm_90", "sm_100")
+
+NO_WAIT = {
+    "a way through it ends without waiting for its predecessor",
+    "stores before the wait",
+    "loads of a predecessor's work before the wait",
+}
+ON_EVERY_TARGET = {
+    "none": set(),
+    "narrow weight": {"narrow loads in a stream"},
+    "untraceable load": {"accesses without an argument behind them"},
+    "spills": {"spills"},
+    "no tensor core": {"has no tensor-core instruction, though it is meant to"},
+    "too much shared memory": {"takes too much shared memory"},
+}
+OF_DEPENDENT_LAUNCH = {
+    "late trigger": {"accesses before the successor may start"},
+    "no trigger": {"accesses before the successor may start"},
+    "early activation": {"loads of a predecessor's work before the wait"},
+    "early store": {"stores before the wait"},
+    "no wait": NO_WAIT,
+    "wait on one way": NO_WAIT,
+    "way out before the wait": {"a way through it ends without waiting for its predecessor"},
+    "late weight": {"loads after the wait that belong before it"},
+    "launched without": {"is launched without programmatic dependent launch, which this target has"},
+}
+
+
+def run(*command: str | Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, *command], env=environment | variables, capture_output=True, text=True, timeout=600
+    )
+
+
+@pytest.fixture(scope="module")
+def said() -> dict[str, list[str]]:
+    """What the audit says of each fault on each target."""
+    done = run(Path(__file__).with_name("faulty_kernels.py"), BENCH, *TARGETS)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def kinds(sentences: list[str]) -> set[str]:
+    """Sentences without their particulars."""
+    return {re.sub(r"\d+ bytes of (.*);.*", r"too much \1", sentence).split(":")[0] for sentence in sentences}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("fault", ON_EVERY_TARGET)
+def test_a_fault_is_found_on_every_target(said, fault, target):
+    found = kinds(said[f"{fault} on {target}"])
+    if fault == "spills":  # what is reloaded after a spill has lost its origin
+        found -= {"accesses without an argument behind them"}
+    assert found == ON_EVERY_TARGET[fault], said[f"{fault} on {target}"]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("fault", OF_DEPENDENT_LAUNCH)
+def test_a_fault_of_dependent_launch_is_found_where_there_is_such_a_thing(said, fault, target):
+    expected = OF_DEPENDENT_LAUNCH[fault] if target in WITH_DEPENDENT_LAUNCH else set()
+    assert kinds(said[f"{fault} on {target}"]) == expected, said[f"{fault} on {target}"]
+
+
+def test_every_planted_fault_is_expected_by_a_test(said):
+    assert {name.rpartition(" on ")[0] for name in said} == {*ON_EVERY_TARGET, *OF_DEPENDENT_LAUNCH}
+
+
+def test_the_command_is_content_with_a_sound_kernel():
+    done = run(BENCH / "audit.py", "--kernel", "swiglu", "--target", "sm_80", "--target", "sm_90", "--target", "gfx942")
+    assert done.returncode == 0, done.stdout + done.stderr
+    header, *rows, verdict = done.stdout.splitlines()
+    assert header.split()[:3] == ["target", "op", "kernel"]
+    assert [row.split()[:3] for row in rows] == [
+        [target, "swiglu", "_swiglu"] for target in ("sm_80", "sm_90", "gfx942")
+    ]
+    assert verdict == "6 launches audited, 0 violations"
+
+
+def test_the_command_compiles_even_where_the_interpreter_is_asked_for():
+    done = run(BENCH / "audit.py", "--kernel", "swiglu", "--target", "sm_80", TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_command_fails_where_a_tool_fails(tmp_path):
+    tool = tmp_path / "cuobjdump"
+    # Triton asks for the version, and falls back on its own tool where there is none.
+    tool.write_text('#!/bin/sh\n[ "$1" = --version ] && echo "release 13.0, V13.0.0"\n')
+    tool.chmod(0o755)
+    done = run(BENCH / "audit.py", "--kernel", "swiglu", "--target", "sm_80", TRITON_CUOBJDUMP_PATH=str(tool))
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "FAIL  sm_80 swiglu (1 row)" in done.stdout
+    assert "2 violations" in done.stdout
+
+
+# What follows needs no compiler: machine code in the disassembler's words.
+@pytest.fixture(scope="module")
+def trace():
+    spec = importlib.util.spec_from_file_location("sass", BENCH / "sass.py")
+    sass = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sass)
+
+    def trace(*lines: str):
+        text = "\n".join(line if line.endswith(":") else f"        /*0000*/        {line} ;" for line in lines)
+        return sass.trace(text, {0x160: "x_ptr", 0x168: "w_ptr"})
+
+    return trace
+
+
+def origins(traced) -> list[set[str]]:
+    return [set(access.pointers) for access in traced[0]]
+
+
+def test_a_register_forgets_what_it_held(trace):
+    traced = trace(
+        "LDC.64 R2, c[0x0][0x160]", "LDG.E R4, [R2.64]", "LDC.64 R2, c[0x0][0x168]", "LDG.E R5, [R2.64]", "EXIT"
+    )
+    assert origins(traced) == [{"x_ptr"}, {"w_ptr"}]
+
+
+def test_one_wide_load_of_the_constant_bank_brings_two_pointers(trace):
+    traced = trace("LDCU.128 UR4, c[0x0][0x160]", "LDG.E R0, [UR4.64]", "LDG.E R1, [R8.64+UR6]", "EXIT")
+    assert origins(traced) == [{"x_ptr"}, {"w_ptr"}]
+
+
+def test_a_guarded_write_counts_alone_under_its_guard_only(trace):
+    traced = trace(
+        "LDC.64 R2, c[0x0][0x160]",
+        "@P1 LDC.64 R2, c[0x0][0x168]",
+        "@P1 LDG.E R4, [R2.64]",
+        "@!P1 LDG.E R4, [R2.64]",
+        "ISETP.GE.AND P1, PT, R9, 0x8, PT",
+        "@P1 LDG.E R4, [R2.64]",
+        "EXIT",
+    )
+    assert origins(traced) == [{"w_ptr"}, {"x_ptr", "w_ptr"}, {"x_ptr", "w_ptr"}]
+
+
+def test_ways_that_meet_bring_both_origins_and_a_wait_counts_only_on_all(trace):
+    accesses, exits_unwaited = trace(
+        "LDC.64 R2, c[0x0][0x160]",
+        "@P0 BRA `(.L_x_1)",
+        "LDC.64 R2, c[0x0][0x168]",
+        "ACQBULK",
+        ".L_x_1:",
+        "LDG.E.128 R4, [R2.64]",
+        "EXIT",
+    )
+    (access,) = accesses
+    assert access.pointers == {"x_ptr", "w_ptr"}
+    assert (access.waited, access.may_have_waited, access.bytes) == (False, True, 16)
+    assert exits_unwaited
+
+
+def test_a_loop_brings_back_what_its_end_computed(trace):
+    traced = trace(
+        "LDC.64 R2, c[0x0][0x160]",
+        ".L_x_0:",
+        "LDG.E R4, [R2.64]",
+        "IMAD.WIDE R2, R7, 0x2, R2",
+        "@P0 IADD3 R2, P1, R2, c[0x0][0x168], RZ",
+        "@P2 BRA `(.L_x_0)",
+        "EXIT",
+    )
+    assert origins(traced) == [{"x_ptr", "w_ptr"}]
+
+
+def test_an_address_may_travel_through_shared_memory(trace):
+    traced = trace(
+        "LDC.64 R2, c[0x0][0x168]", "STS.64 [R9], R2", "LDS.128 R4, [R10]", "STG.E [R6.64], R0", "@P0 ACQBULK", "EXIT"
+    )
+    assert origins(traced) == [{"w_ptr"}]
+    assert traced[1], "a guarded wait is not a wait on every way"
+
+
+def test_what_is_loaded_is_a_number(trace):
+    traced = trace("LDC.64 R2, c[0x0][0x160]", "LDG.E.64 R2, [R2.64]", "LDG.E R4, [R2.64]", "EXIT")
+    assert origins(traced) == [{"x_ptr"}, set()]
