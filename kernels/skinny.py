@@ -17,6 +17,14 @@ One row: a program owns two whole rows of W and has all of them on the way to it
 predecessor that computes x. Up to 16 rows: a program multiplies a tile of W by x^T, padded to 16 columns, on the tensor
 cores, and walks the columns of W in one fixed order, so the bits of a row of y depend on no other row.
 
+What ptxas makes of it for sm_90 (Triton 3.7.1, bfloat16), nothing spilled; one row, then up to 16:
+    op                        registers   programs/SM   KB of W in flight/SM      registers   shared KB
+    rms_norm_qkv_rope_cache       96           5                 80                  164          82
+    linear_add (o)                56           9                144                   64          72
+    rms_norm_swiglu               94           5                 80                   68          80
+    linear_add (down)             78           3                120                   56          72
+    rms_norm_linear (head)        93           5                 80                   70          80
+
 SwiGLU joins W's row i with row i + I, a rotation row d of a head with d + D/2. Both lie HALF rows apart in a group of
 2 HALF rows, and one program takes both, so that they meet in registers:
 
