@@ -1,4 +1,4 @@
-"""The ops at InternLM3-8B's shapes: what the audit compiles and the microbenchmarks time.
+"""The ops at a model's shapes: what the audit compiles and the microbenchmarks time.
 
 Rows are sequences of a decode step that hold `context` tokens each, except where a case's name says otherwise.
 """
@@ -10,10 +10,25 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-HIDDEN, INTERMEDIATE, VOCABULARY = 4096, 10240, 128512
-HEADS, KV_HEADS, HEAD_DIM = 32, 2, 128
-QKV = (HEADS + 2 * KV_HEADS) * HEAD_DIM
 PAGE = 64
+
+
+class Size(NamedTuple):
+    """A model's shapes."""
+
+    hidden: int
+    intermediate: int
+    vocabulary: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+    @property
+    def qkv(self) -> int:
+        return (self.heads + 2 * self.kv_heads) * self.head_dim
+
+
+INTERNLM3_8B = Size(4096, 10240, 128512, 32, 2, 128)
 
 Arguments = dict[str, Any]
 
@@ -32,10 +47,10 @@ def _weight(device: torch.device, outputs: int, inputs: int) -> Tensor:
     return _random(device, outputs, inputs, scale=inputs**-0.5)
 
 
-def _pages(device: torch.device, sequences: int, context: int) -> Arguments:
+def _pages(size: Size, device: torch.device, sequences: int, context: int) -> Arguments:
     """Sequences of `context` tokens each on shuffled pages."""
     count = context // PAGE
-    k_cache, v_cache = _random(device, 2, sequences * count, KV_HEADS, PAGE, HEAD_DIM)
+    k_cache, v_cache = _random(device, 2, sequences * count, size.kv_heads, PAGE, size.head_dim)
     return {
         "k_cache": k_cache,
         "v_cache": v_cache,
@@ -44,29 +59,32 @@ def _pages(device: torch.device, sequences: int, context: int) -> Arguments:
     }
 
 
-def _rope(device: torch.device, sequences: int, context: int) -> Arguments:
-    return {"inv_freq": torch.rand(sequences, HEAD_DIM // 2, device=device), **_pages(device, sequences, context)}
+def _rope(size: Size, device: torch.device, sequences: int, context: int) -> Arguments:
+    return {
+        "inv_freq": torch.rand(sequences, size.head_dim // 2, device=device),
+        **_pages(size, device, sequences, context),
+    }
 
 
-def _embed(rows: int, device: torch.device) -> Arguments:
-    token_ids = torch.randint(VOCABULARY, (rows,), device=device)
-    return {"token_ids": token_ids, "table": _weight(device, VOCABULARY, HIDDEN)}
+def _embed(size: Size, rows: int, device: torch.device) -> Arguments:
+    token_ids = torch.randint(size.vocabulary, (rows,), device=device)
+    return {"token_ids": token_ids, "table": _weight(device, size.vocabulary, size.hidden)}
 
 
-def _rms_norm(rows: int, device: torch.device) -> Arguments:
-    return {"x": _random(device, rows, HIDDEN), "weight": _random(device, HIDDEN), "eps": 1e-5}
+def _rms_norm(size: Size, rows: int, device: torch.device) -> Arguments:
+    return {"x": _random(device, rows, size.hidden), "weight": _random(device, size.hidden), "eps": 1e-5}
 
 
-def _add_rms_norm(rows: int, device: torch.device) -> Arguments:
-    return {**_rms_norm(rows, device), "residual": _random(device, rows, HIDDEN)}
+def _add_rms_norm(size: Size, rows: int, device: torch.device) -> Arguments:
+    return {**_rms_norm(size, rows, device), "residual": _random(device, rows, size.hidden)}
 
 
-def _swiglu(rows: int, device: torch.device) -> Arguments:
-    return {"gate_up": _random(device, rows, 2 * INTERMEDIATE)}
+def _swiglu(size: Size, rows: int, device: torch.device) -> Arguments:
+    return {"gate_up": _random(device, rows, 2 * size.intermediate)}
 
 
-def _rope_and_cache(rows: int, context: int, device: torch.device) -> Arguments:
-    return {"qkv": _random(device, rows, QKV), **_rope(device, rows, context)}
+def _rope_and_cache(size: Size, rows: int, context: int, device: torch.device) -> Arguments:
+    return {"qkv": _random(device, rows, size.qkv), **_rope(size, device, rows, context)}
 
 
 def _linear(rows: int, outputs: int, inputs: int, device: torch.device) -> Arguments:
@@ -77,57 +95,57 @@ def _linear_add(rows: int, outputs: int, inputs: int, device: torch.device) -> A
     return {**_linear(rows, outputs, inputs, device), "residual": _random(device, rows, outputs)}
 
 
-def _norm_linear(rows: int, outputs: int, device: torch.device) -> Arguments:
-    return {**_linear(rows, outputs, HIDDEN, device), "norm": _random(device, HIDDEN), "eps": 1e-5}
+def _norm_linear(size: Size, rows: int, outputs: int, device: torch.device) -> Arguments:
+    return {**_linear(rows, outputs, size.hidden, device), "norm": _random(device, size.hidden), "eps": 1e-5}
 
 
-def _norm_qkv_rope_cache(rows: int, context: int, device: torch.device) -> Arguments:
-    return {**_norm_linear(rows, QKV, device), "bias": None, **_rope(device, rows, context)}
+def _norm_qkv_rope_cache(size: Size, rows: int, context: int, device: torch.device) -> Arguments:
+    return {**_norm_linear(size, rows, size.qkv, device), "bias": None, **_rope(size, device, rows, context)}
 
 
-def _attention(sequences: int, tokens: int, context: int, device: torch.device) -> Arguments:
-    q = _random(device, sequences * tokens, HEADS, HEAD_DIM)
-    return {"q": q, **_pages(device, sequences, context), "scale": HEAD_DIM**-0.5}
+def _attention(size: Size, sequences: int, tokens: int, context: int, device: torch.device) -> Arguments:
+    q = _random(device, sequences * tokens, size.heads, size.head_dim)
+    return {"q": q, **_pages(size, device, sequences, context), "scale": size.head_dim**-0.5}
 
 
-def _greedy(rows: int, device: torch.device) -> Arguments:
+def _greedy(size: Size, rows: int, device: torch.device) -> Arguments:
     keys = ("seed", "stream", "position")
     return {
-        "logits": _random(device, rows, VOCABULARY),
+        "logits": _random(device, rows, size.vocabulary),
         "temperature": None,
         **{key: torch.zeros(rows, dtype=torch.int64, device=device) for key in keys},
     }
 
 
-def _sampled(rows: int, device: torch.device) -> Arguments:
+def _sampled(size: Size, rows: int, device: torch.device) -> Arguments:
     """InternLM3's own settings, and its repetition penalty."""
     per_row = {"temperature": 1.0, "top_p": 0.8, "repetition_penalty": 1.005}
     return {
-        **_greedy(rows, device),
+        **_greedy(size, rows, device),
         **{name: torch.full((rows,), value, device=device) for name, value in per_row.items()},
         "top_k": torch.full((rows,), 50, device=device),
-        "prompt_counts": torch.zeros(rows, VOCABULARY, dtype=torch.int32, device=device),
-        "output_counts": torch.zeros(rows, VOCABULARY, dtype=torch.int32, device=device),
+        "prompt_counts": torch.zeros(rows, size.vocabulary, dtype=torch.int32, device=device),
+        "output_counts": torch.zeros(rows, size.vocabulary, dtype=torch.int32, device=device),
     }
 
 
-def cases(context: int = 1024) -> Iterator[Case]:
+def cases(size: Size = INTERNLM3_8B, context: int = 1024) -> Iterator[Case]:
     """Every op for one row and for 16; attention also for the tokens of a verification and of a prefill's chunk."""
     for rows in (1, 16):
         name = f"{rows} row{'s' * (rows > 1)}"
-        yield Case("embed", name, partial(_embed, rows))
-        yield Case("rms_norm", name, partial(_rms_norm, rows))
-        yield Case("add_rms_norm", name, partial(_add_rms_norm, rows))
-        yield Case("swiglu", name, partial(_swiglu, rows))
-        yield Case("rope_and_cache", name, partial(_rope_and_cache, rows, context))
-        yield Case("linear", f"{name}, o", partial(_linear, rows, HIDDEN, HIDDEN))
-        yield Case("linear_add", f"{name}, o", partial(_linear_add, rows, HIDDEN, HIDDEN))
-        yield Case("linear_add", f"{name}, down", partial(_linear_add, rows, HIDDEN, INTERMEDIATE))
-        yield Case("rms_norm_linear", f"{name}, head", partial(_norm_linear, rows, VOCABULARY))
-        yield Case("rms_norm_swiglu", name, partial(_norm_linear, rows, 2 * INTERMEDIATE))
-        yield Case("rms_norm_qkv_rope_cache", name, partial(_norm_qkv_rope_cache, rows, context))
-        yield Case("paged_attention", name, partial(_attention, rows, 1, context))
-        yield Case("sample", f"{name}, greedy", partial(_greedy, rows))
-        yield Case("sample", name, partial(_sampled, rows))
-    yield Case("paged_attention", "4 tokens", partial(_attention, 1, 4, context))
-    yield Case("paged_attention", "512 tokens", partial(_attention, 1, 512, context))
+        yield Case("embed", name, partial(_embed, size, rows))
+        yield Case("rms_norm", name, partial(_rms_norm, size, rows))
+        yield Case("add_rms_norm", name, partial(_add_rms_norm, size, rows))
+        yield Case("swiglu", name, partial(_swiglu, size, rows))
+        yield Case("rope_and_cache", name, partial(_rope_and_cache, size, rows, context))
+        yield Case("linear", f"{name}, o", partial(_linear, rows, size.hidden, size.hidden))
+        yield Case("linear_add", f"{name}, o", partial(_linear_add, rows, size.hidden, size.hidden))
+        yield Case("linear_add", f"{name}, down", partial(_linear_add, rows, size.hidden, size.intermediate))
+        yield Case("rms_norm_linear", f"{name}, head", partial(_norm_linear, size, rows, size.vocabulary))
+        yield Case("rms_norm_swiglu", name, partial(_norm_linear, size, rows, 2 * size.intermediate))
+        yield Case("rms_norm_qkv_rope_cache", name, partial(_norm_qkv_rope_cache, size, rows, context))
+        yield Case("paged_attention", name, partial(_attention, size, rows, 1, context))
+        yield Case("sample", f"{name}, greedy", partial(_greedy, size, rows))
+        yield Case("sample", name, partial(_sampled, size, rows))
+    yield Case("paged_attention", "4 tokens", partial(_attention, size, 1, 4, context))
+    yield Case("paged_attention", "512 tokens", partial(_attention, size, 1, 512, context))
