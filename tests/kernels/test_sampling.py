@@ -31,8 +31,10 @@ temperatures = st.sampled_from([0.0, 1e-30, 1e-4, 0.7, 1.0, 1.0, 1.3, 100.0])
 shapes = st.sampled_from(["equal", "flat", "ordinary", "tied", "large"])
 
 
-def make_logits(rng, rows, vocab, shape, dtype):
+def make_logits(rng, rows, vocab, shape, dtype, ascending=False):
     logits = torch.randn(rows, vocab, generator=rng)
+    if ascending:
+        logits = logits.sort(-1).values
     scaled = {
         "equal": logits * 0 + 3,
         "flat": logits * 0.1,
@@ -43,10 +45,17 @@ def make_logits(rng, rows, vocab, shape, dtype):
     return scaled[shape].to(DEVICE, dtype)
 
 
-def random_numbers(rng, rows):
-    """Keys of the random choice, all 64 bits of them in use."""
+# At seed 0 and stream 0 these positions draw the smallest and the largest random number: the first and last kept token.
+SMALLEST, LARGEST = 5045761891, 410702502
+
+
+def random_numbers(rng, rows, draws="any"):
+    """Keys of the random choice: all 64 bits of them in use, or those that draw an extreme number."""
     names = ("seed", "stream", "position")
-    return {name: torch.randint(-(2**63), 2**63 - 1, (rows,), generator=rng).to(DEVICE) for name in names}
+    if draws == "any":
+        return {name: torch.randint(-(2**63), 2**63 - 1, (rows,), generator=rng).to(DEVICE) for name in names}
+    extremes = torch.tensor([SMALLEST, LARGEST] * rows, device=DEVICE)[:rows]
+    return {"seed": extremes * 0, "stream": extremes * 0, "position": extremes}
 
 
 @st.composite
@@ -93,7 +102,7 @@ def compare(logits, arguments):
     return token
 
 
-@cases(120)
+@cases(100)
 @given(st.data(), seeds, dtypes, st.integers(1, 3), vocabs, shapes, blocks, st.sampled_from([0, 5]))
 def test_sample(data, seed, dtype, rows, vocab, shape, sizes, padding):
     rng = generator(seed)
@@ -104,6 +113,38 @@ def test_sample(data, seed, dtype, rows, vocab, shape, sizes, padding):
         patch.setattr(launcher, "BLOCK", sizes[0])
         patch.setattr(launcher, "CHUNK", sizes[1])
         compare(logits, arguments)
+
+
+FILTERS = ("top_k", "top_p", "min_p", "typical_p")
+
+
+@cases(100)
+@given(st.data(), seeds, vocabs, shapes, blocks, st.sets(st.sampled_from(FILTERS), min_size=1, max_size=3))
+def test_both_ends_of_what_the_filters_keep(data, seed, vocab, shape, sizes, chosen):
+    """Where logits ascend, the smallest random number draws the token at the threshold, the largest the best kept."""
+    rng, rows = generator(seed), 2
+    arguments = random_numbers(rng, rows, "extreme")
+    for name in sorted(chosen):
+        values = [data.draw(STAGES[name])] * rows
+        dtype = torch.int64 if name == "top_k" else torch.float32
+        arguments[name] = torch.tensor(values, dtype=dtype, device=DEVICE)
+    arguments["temperature"] = torch.tensor([data.draw(st.sampled_from([0.3, 1.0, 2.0]))] * rows, device=DEVICE)
+    logits = make_logits(rng, 1, vocab, shape, torch.float32, ascending=True).repeat(rows, 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launcher, "BLOCK", sizes[0])
+        patch.setattr(launcher, "CHUNK", sizes[1])
+        compare(logits, arguments)
+
+
+def test_extreme_random_numbers_pass_over_what_cannot_be():
+    """A random number of 0 takes no token of weight 0, and the largest one does not run past the last; in two blocks."""
+    rows, vocab = 2, 40
+    logits = torch.full((rows, vocab), -math.inf, device=DEVICE)
+    logits[:, 20:23] = torch.tensor([0.0, -1e30, 1.0], device=DEVICE)
+    arguments = {"temperature": torch.ones(rows, device=DEVICE), **random_numbers(generator(1), rows, "extreme")}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launcher, "BLOCK", 16)
+        assert compare(logits, arguments).tolist() == [20, 22]
 
 
 def test_the_recommended_settings_over_the_whole_vocabulary():
