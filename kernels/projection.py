@@ -17,7 +17,7 @@ from .activation import swiglu
 from .launch import check, check_activation
 from .norm import rms_norm
 from .reference import SKINNY_ROWS
-from .rope import rope_and_cache
+from .rope import check_heads, rope_and_cache
 from .skinny import multiply
 
 
@@ -114,23 +114,10 @@ def rms_norm_qkv_rope_cache(
     """rope_and_cache(linear(rms_norm(x))), a block up to its attention. weight [(H + 2K) * D, C] -> q [R, H, D]."""
     check_activation("x", x, -1, -1)
     _check(x, weight, bias, norm)
-    rows, width, device = x.shape[0], weight.shape[0], x.device
-    check("k_cache", k_cache, x.dtype, device, -1, -1, -1, -1)
-    pages, kv_heads, page_size, dim = k_cache.shape
-    check("v_cache", v_cache, x.dtype, device, *k_cache.shape)
-    check("block_table", block_table, torch.int32, device, -1, -1)
-    sequences, slots = block_table.shape
-    check("seq_lens", seq_lens, torch.int32, device, sequences)
-    check("inv_freq", inv_freq, torch.float32, device, sequences, dim // 2)
-    if dim % 16:
-        raise ValueError(f"k_cache has head_dim {dim}, must be a multiple of 16")
-    heads = width // dim - 2 * kv_heads
-    if width % dim or heads <= 0:
-        raise ValueError(
-            f"weight has {width} rows, must have (H + 2 * {kv_heads}) * {dim} for some H > 0 of query heads"
-        )
-    if sequences == 0 or rows % sequences:
-        raise ValueError(f"x has {rows} rows, must have a multiple of the {sequences} sequences in block_table")
+    width = ("rows", weight.shape[0])
+    heads = check_heads("weight", x, width, inv_freq, k_cache, v_cache, block_table, seq_lens)
+    rows = x.shape[0]
+    (pages, kv_heads, page_size, dim), (sequences, slots) = k_cache.shape, block_table.shape
     if not _few(x):
         qkv = F.linear(rms_norm(x, norm, eps), weight, bias)
         return rope_and_cache(qkv, inv_freq, k_cache, v_cache, block_table, seq_lens)

@@ -117,27 +117,50 @@ def rope_and_cache(
     check_activation("qkv", qkv, -1, -1)
     rows, width = qkv.shape
     device = qkv.device
-    check("k_cache", k_cache, qkv.dtype, device, -1, -1, -1, -1)
-    pages, kv_heads, page_size, dim = k_cache.shape
-    check("v_cache", v_cache, qkv.dtype, device, *k_cache.shape)
+    heads = check_heads("qkv", qkv, ("columns", width), inv_freq, k_cache, v_cache, block_table, seq_lens)
+    (pages, kv_heads, page_size, dim), (sequences, slots) = k_cache.shape, block_table.shape
+    q = torch.empty((rows, heads, dim), dtype=qkv.dtype, device=device)
+    group = HEADS_OF_FEW_ROWS if rows <= FEW_ROWS else HEADS_OF_MANY_ROWS
+    _rope_and_cache[(rows, triton.cdiv(heads + 2 * kv_heads, group))](
+        qkv, inv_freq, k_cache, v_cache, block_table, seq_lens, q,
+        qkv.stride(0), inv_freq.stride(0), *k_cache.stride()[:3], *v_cache.stride()[:3], block_table.stride(0),
+        rows // sequences, pages, slots,
+        H=heads, K=kv_heads, D=dim, S=page_size,
+        HEADS=group, HALF=triton.next_power_of_2(dim // 2), num_warps=1, **pdl(device),
+    )  # fmt: skip
+    return q
+
+
+def check_heads(
+    name: str,
+    x: Tensor,
+    width: tuple[str, int],
+    inv_freq: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+) -> int:
+    """The query heads H in the (H + 2K) * D of `name`, its `width`; raises unless all fit x and each other."""
+    device = x.device
+    check("k_cache", k_cache, x.dtype, device, -1, -1, -1, -1)
+    _, kv_heads, _, dim = k_cache.shape
+    check("v_cache", v_cache, x.dtype, device, *k_cache.shape)
     check("block_table", block_table, torch.int32, device, -1, -1)
-    sequences, slots = block_table.shape
+    sequences = block_table.shape[0]
     check("seq_lens", seq_lens, torch.int32, device, sequences)
     check("inv_freq", inv_freq, torch.float32, device, sequences, dim // 2)
     if dim % 16:
         raise ValueError(f"k_cache has head_dim {dim}, must be a multiple of 16")
-    heads = width // dim
-    if width % dim or heads <= 2 * kv_heads:
-        raise ValueError(f"qkv has {width} columns, must be (H + 2 * {kv_heads}) * {dim} for some H > 0 of query heads")
+    axis, size = width
+    heads = size // dim - 2 * kv_heads
+    if size % dim or heads <= 0:
+        raise ValueError(
+            f"{name} has {size} {axis}, must have (H + 2 * {kv_heads}) * {dim} for some H > 0 of query heads"
+        )
+    rows = x.shape[0]
     if sequences == 0 or rows % sequences:
-        raise ValueError(f"qkv has {rows} rows, must be a multiple of the {sequences} sequences in block_table")
-    q = torch.empty((rows, heads - 2 * kv_heads, dim), dtype=qkv.dtype, device=device)
-    group = HEADS_OF_FEW_ROWS if rows <= FEW_ROWS else HEADS_OF_MANY_ROWS
-    _rope_and_cache[(rows, triton.cdiv(heads, group))](
-        qkv, inv_freq, k_cache, v_cache, block_table, seq_lens, q,
-        qkv.stride(0), inv_freq.stride(0), *k_cache.stride()[:3], *v_cache.stride()[:3], block_table.stride(0),
-        rows // sequences, pages, slots,
-        H=heads - 2 * kv_heads, K=kv_heads, D=dim, S=page_size,
-        HEADS=group, HALF=triton.next_power_of_2(dim // 2), num_warps=1, **pdl(device),
-    )  # fmt: skip
-    return q
+        raise ValueError(
+            f"the launch has {rows} rows, must have a multiple of the {sequences} sequences in block_table"
+        )
+    return heads

@@ -177,8 +177,8 @@ def test_page_ids_outside_the_cache_write_nothing():
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"qkv": torch.zeros(3, 128)}, ValueError, "qkv has 3 rows, must be a multiple of the 2 sequences"),
-        ({"qkv": torch.zeros(2, 120)}, ValueError, r"qkv has 120 columns, must be \(H \+ 2 \* 2\) \* 16"),
+        ({"qkv": torch.zeros(3, 128)}, ValueError, "3 rows, must have a multiple of the 2 sequences"),
+        ({"qkv": torch.zeros(2, 120)}, ValueError, r"qkv has 120 columns, must have \(H \+ 2 \* 2\) \* 16"),
         ({"qkv": torch.zeros(2, 64)}, ValueError, "qkv has 64 columns"),
         ({"inv_freq": torch.zeros(2, 16)}, ValueError, r"inv_freq has shape \[2, 16\], must have \[2, 8\]"),
         ({"inv_freq": torch.zeros(2, 8).double()}, TypeError, "inv_freq is torch.float64, must be torch.float32"),
