@@ -1,6 +1,7 @@
 """Fixtures that several test files share."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,14 @@ from internlm3.runtime.standin import standin_checkpoint
 
 # pytest-xdist's workers share the cores: more threads than cores make every one of them many times slower.
 torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
+
+# transformers knows InternLM3 from 5.23 on, which needs Python 3.11. Below it the files that compare with it are left out.
+ORACLE = ("test_checkpoint.py", "test_config.py", "test_generate.py", "test_model.py", "test_standin.py")
+collect_ignore = [] if sys.version_info >= (3, 11) else list(ORACLE)
+
+
+def pytest_report_header() -> str | None:
+    return f"left out, as transformers 5.23 needs Python 3.11: {', '.join(collect_ignore)}" if collect_ignore else None
 
 
 @pytest.fixture(scope="session")
