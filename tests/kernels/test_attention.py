@@ -85,6 +85,8 @@ def launches(draw, tokens, most_rows):
     if draw(st.booleans()):
         for x in (k_cache, v_cache):
             x.masked_fill_(x.isnan(), -torch.inf)
+    if draw(st.booleans()):
+        table = table[:, : max(-(-max(lengths) // page_size), 1)]  # not a column to spare
     cache = PagedCache(k_cache, v_cache, embedded(table, padding), seq_lens)
     return q, cache, draw(st.sampled_from([dim**-0.5, 0.3]))
 
