@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 # A longer prompt goes through the model in pieces of this many tokens, which bounds the memory for activations.
 PREFILL_CHUNK = 2048
-DEFAULT_MAX_LENGTH = 20  # transformers' own
+DEFAULT_MAX_NEW_TOKENS = 20  # transformers' own
 
 LogitsProcessor = Callable[[Tensor, Tensor], Tensor]
 
@@ -88,12 +88,16 @@ class Batch:
     def step(self) -> Step:
         """The next token of every row that is still running."""
         logits = self._prefill() if self._cache is None else self._decode(self._cache)
+        processed = logits
         if self._logits_processor:
             history = _padded([row.prompt_ids + row.token_ids for row in self.rows]).to(logits.device)
+            processed = logits.to(torch.float32, copy=True)  # a processor may write into it
             for process in self._logits_processor:
-                logits = process(history, logits)
-        scores = self._sampler.scores(logits) if self._keep_scores else None
-        tokens, logprobs = self._sampler(logits)
+                processed = process(history, processed)
+        scores = self._sampler.scores(processed) if self._keep_scores else None
+        tokens, logprobs = self._sampler(processed)
+        if self._logits_processor:
+            logprobs = logits.float().log_softmax(-1).gather(1, tokens[:, None])[:, 0]
         step = Step(self.rows, logits, scores)
         self._note_alternatives(logits)
         for row, token, logprob in zip(self.rows, tokens.tolist(), logprobs.tolist(), strict=True):
@@ -203,7 +207,7 @@ def generate(
     Settings come from the checkpoint's generation_config.json, then `generation_config` (a dictionary or an object with
     to_dict), then keywords: do_sample (False: greedy), temperature, top_k, top_p, min_p, typical_p, repetition_penalty,
     presence_penalty, frequency_penalty, logit_bias, seed, num_return_sequences, stop_strings (with tokenizer),
-    eos_token_id (one or a list), pad_token_id, max_new_tokens or max_length (20 in all where nothing is said),
+    eos_token_id (one or a list), pad_token_id, max_new_tokens or max_length (20 new ones where nothing is said),
     min_new_tokens or min_length. Unlike there, a filter that nobody sets is off (top_k is not 50).
 
     Args:
@@ -220,26 +224,28 @@ def generate(
     Raises:
         TypeError: an unknown keyword. ValueError: a bad or contradictory setting, an empty prompt, a bad id.
     """
+    if (input_ids is None) == (inputs is None):
+        raise ValueError("generate needs input_ids (or inputs, and not both): [B, T] integers")
     ids = inputs if input_ids is None else input_ids
-    if ids is None:
-        raise ValueError("generate needs input_ids: [B, T] integers")
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"input_ids must be a tensor [B, T] of integers; it is a {type(ids).__name__}")
     options = _options(self, generation_config, kwargs)
-    eos = _ids(options.get("eos_token_id", self.config.eos_token_ids))
-    pad = options.get("pad_token_id", self.config.pad_token_id)
-    if pad is None:
-        pad = eos[0] if eos else 0
-    prompts = _prompts(ids, attention_mask, self.config.vocab_size, pad if pad not in eos else None)
+    vocab_size = self.config.vocab_size
+    eos = _token_ids("eos_token_id", options.get("eos_token_id", self.config.eos_token_ids), vocab_size)
+    pads = _token_ids("pad_token_id", options.get("pad_token_id", self.config.pad_token_id), vocab_size)
+    prompts = _prompts(ids, attention_mask, vocab_size, pads[0] if pads and pads[0] not in eos else None)
+    pad = (*pads, *eos, 0)[0]
     params = _params(options, explicit=kwargs)
     texts = params.stops
     if texts and tokenizer is None:
         raise ValueError("stop_strings needs tokenizer=, to see the text that the tokens spell")
 
-    rows = []
-    for prompt in prompts:
-        most, least = _lengths(options, ids.shape[1], len(prompt))
-        row_params = SamplingParams.from_kwargs(params, min_tokens=least)
-        rows += [Row(prompt, row_params, most, stream) for stream in range(params.n)]
-    processors = [logits_processor] if callable(logits_processor) else list(logits_processor or ())
+    most, least = _lengths(options, ids.shape[1])
+    params = SamplingParams.from_kwargs(params, min_tokens=least)
+    rows = [Row(prompt, params, most, stream) for prompt in prompts for stream in range(params.n)]
+    processors = [logits_processor] if callable(logits_processor) else logits_processor or []
+    if not isinstance(processors, list | tuple) or not all(map(callable, processors)):
+        raise TypeError(f"logits_processor must be a callable or a list of them; it is {logits_processor!r}")
     batch = Batch(self, rows, eos, processors, keep_scores=output_scores)
     spelled = {id(row): TextStream(tokenizer, texts, skip_special_tokens=False) for row in rows} if texts else {}
     scores: list[Tensor] = []
@@ -279,7 +285,9 @@ def _options(model: InternLM3ForCausalLM, given: Any, kwargs: Mapping[str, Any])
     """The checkpoint's settings, under those of generation_config, under the keywords; None counts as not said."""
     known = (*_LENGTHS, *_SAMPLING, *_TOKENS, "do_sample", *_ONLY)
     reject_unknown("generate", kwargs, known)
-    config = given.to_dict() if hasattr(given, "to_dict") else dict(given or {})
+    config = given.to_dict() if hasattr(given, "to_dict") else given or {}
+    if not isinstance(config, Mapping):
+        raise TypeError(f"generation_config must be a dictionary or an object with to_dict; it is {given!r}")
     options: dict[str, Any] = {}
     for source in (model.generation_config, config, kwargs):
         options |= {name: value for name, value in source.items() if value is not None and name in known}
@@ -292,7 +300,7 @@ def _options(model: InternLM3ForCausalLM, given: Any, kwargs: Mapping[str, Any])
 
 
 def _params(options: Mapping[str, Any], explicit: Mapping[str, Any]) -> SamplingParams:
-    sampled = bool(options.get("do_sample", False))
+    sampled = options.get("do_sample", False)
     idle = [name for name in _SAMPLED_ONLY if explicit.get(name) is not None]
     if idle and not sampled:
         warnings.warn(
@@ -302,18 +310,22 @@ def _params(options: Mapping[str, Any], explicit: Mapping[str, Any]) -> Sampling
     return SamplingParams.from_kwargs(do_sample=sampled, **settings)
 
 
-def _lengths(options: Mapping[str, Any], columns: int, prompt: int) -> tuple[int, int]:
+def _lengths(options: Mapping[str, Any], columns: int) -> tuple[int, int]:
     """The most and the least new tokens; max_length and min_length count the prompt's columns too, as elsewhere."""
-    if "max_new_tokens" in options:
-        most = options["max_new_tokens"]
-    else:
-        most = options.get("max_length", max(DEFAULT_MAX_LENGTH, columns + 1)) - columns
-        if most < 1:
-            raise ValueError(
-                f"the prompt has {columns} tokens and max_length is {options['max_length']}: "
-                "nothing would be generated; give max_new_tokens"
-            )
-    return most, options.get("min_new_tokens", max(0, options.get("min_length", 0) - columns))
+    for name in _LENGTHS:
+        low, value = int(name.startswith("max")), options.get(name, 1)
+        if not isinstance(value, int) or isinstance(value, bool) or value < low:
+            raise ValueError(f"{name} must be an integer >= {low}; got {value!r}")
+    most = options.get("max_new_tokens", options.get("max_length", columns + DEFAULT_MAX_NEW_TOKENS) - columns)
+    if most < 1:
+        raise ValueError(
+            f"the prompt has {columns} tokens and max_length is {options['max_length']}: "
+            "nothing would be generated; give max_new_tokens"
+        )
+    least = options.get("min_new_tokens", max(0, options.get("min_length", 0) - columns))
+    if least > most:
+        raise ValueError(f"min_new_tokens (or min_length) asks for {least} new tokens, and at most {most} may come")
+    return most, least
 
 
 def _prompts(ids: Tensor, mask: Tensor | None, vocab_size: int, pad: int | None) -> list[list[int]]:
@@ -356,5 +368,10 @@ def _of_all(rows: Sequence[Row], running: Sequence[Row], values: Tensor) -> Tens
     return full
 
 
-def _ids(value: int | Sequence[int]) -> list[int]:
-    return [value] if isinstance(value, int) else list(value)
+def _token_ids(name: str, value: int | Sequence[int] | None, vocab_size: int) -> list[int]:
+    """One id, several, or none, as a list. Raises ValueError for what is no id of the vocabulary."""
+    ids: list[Any] = [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
+    for token in ids:
+        if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab_size:
+            raise ValueError(f"{name} is {value!r}; it must lie in the vocabulary of {vocab_size}")
+    return ids

@@ -1,0 +1,500 @@
+"""`generate` against transformers' own: the same tokens, scores, lengths, padding, streamers and refusals."""
+
+import warnings
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+from internlm3 import InternLM3Config, InternLM3ForCausalLM, InternLM3Tokenizer
+from internlm3.runtime import generation
+
+NEW_TOKENS = 64
+QUESTIONS = [
+    "What is the capital of France?",
+    "Explain photosynthesis to a ten-year-old.",
+    "Write a haiku about the sea.",
+    "中国的首都是哪里？",
+    "请用一句话介绍人工智能。",
+    "What is 17 * 23?",
+    "Give me three tips for sleeping better.",
+    "Translate 'good morning' into Spanish.",
+    "Why is the sky blue?",
+    "Write a Python function that reverses a string.",
+]
+TEXTS = [
+    "The quick brown fox",
+    "Once upon a time, in a village at the foot of the mountains, there lived",
+    "In 1969, the first human beings to walk on the Moon were",
+    "My favourite condiment is",
+    "The French Revolution began in",
+    "To be, or not to be, that is the question:",
+    "Water boils at a temperature of",
+    "The three primary colours are red,",
+    "Dear Sir or Madam,\n\nI am writing to complain about",
+    "Ingredients:\n- 2 eggs\n- 100 g of flour\n- a pinch of salt\n\nMethod:\n1.",
+    "Q: Who wrote Hamlet?\nA:",
+    "Abstract. We present a new method for",
+    "BREAKING NEWS: scientists have",
+    "The opposite of hot is",
+    "She opened the letter with trembling hands and read:",
+    "Monday, Tuesday, Wednesday,",
+    "The mitochondria is the powerhouse of",
+    "According to the World Health Organization,",
+    "A list of European countries: Austria, Belgium,",
+    "It was a bright cold day in April, and the clocks were striking",
+    'def fibonacci(n):\n    """Return the n-th Fibonacci number."""\n',
+    "import numpy as np\n\ndef softmax(x):\n",
+    "SELECT name, age FROM users WHERE",
+    "for (int i = 0; i < n; i++) {\n",
+    "#!/bin/bash\n# back up a folder\n",
+    "<html>\n<head>\n<title>",
+    "class Stack:\n    def __init__(self):\n        self.items = []\n\n    def push(self, item):\n",
+    '{"name": "Alice", "age": 30, "city": ',
+    "git commit -m",
+    "The derivative of x^2 is",
+    "If 3x + 5 = 20, then x =",
+    "The sum of the first 100 positive integers is",
+    "2, 3, 5, 7, 11, 13,",
+    "Theorem. There are infinitely many primes.\nProof.",
+    "今天天气很好，我们",
+    "人工智能是",
+    "从前有一座山，山里有",
+    "床前明月光，",
+    "Bonjour, je m'appelle",
+    "🙂 emoji: 🎉 means",
+]
+
+
+@pytest.fixture(scope="module")
+def real(standin):
+    """The stand-in in float32, ours and transformers', and its tokenizer."""
+    ours = InternLM3ForCausalLM.from_pretrained(standin, dtype="float32", device="cpu", progress=False)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(standin, dtype=torch.float32)
+    return SimpleNamespace(ours=ours, theirs=theirs, tokenizer=InternLM3Tokenizer.from_pretrained(standin))
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """A random model whose text is lively, in both libraries; a row ends at 2 or 5."""
+    config = InternLM3Config(
+        vocab_size=50, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, eos_token_id=[2, 5], pad_token_id=0, max_position_embeddings=64,
+        rope_scaling={"rope_type": "dynamic", "factor": 4.0},
+    )  # fmt: skip
+    ours = InternLM3ForCausalLM(config, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(3)
+    for parameter in ours.parameters():
+        if parameter.dim() == 2:
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 1.5 * parameter.shape[1] ** -0.5)
+    values = {**config.to_dict(), "rope_parameters": config.rope_parameters}
+    for key in ("architectures", "model_type", "torch_dtype", "rope_theta", "rope_scaling"):
+        del values[key]
+    theirs = transformers.AutoModelForCausalLM.from_config(transformers.InternLM3Config(**values)).eval()
+    theirs.load_state_dict(ours.state_dict())
+    return SimpleNamespace(ours=ours, theirs=theirs)
+
+
+PROMPTS = torch.tensor([[7, 8, 9, 10, 11, 12], [20, 33, 41, 6, 18, 49], [1, 1, 3, 3, 4, 4]])
+
+
+def padded(rows, pad, left):
+    """[B, T] ids and their mask."""
+    width = max(map(len, rows))
+    fill = [(width - len(row)) * [pad] for row in rows]
+    ids = [gap + row if left else row + gap for gap, row in zip(fill, rows, strict=True)]
+    gaps = [[0] * len(gap) for gap in fill]
+    mask = [gap + [1] * len(row) if left else [1] * len(row) + gap for gap, row in zip(gaps, rows, strict=True)]
+    return torch.tensor(ids), torch.tensor(mask)
+
+
+def real_prompts(tokenizer):
+    """50 prompts: texts to go on with, code, maths, Chinese, and chats."""
+    chats = [
+        tokenizer.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True)
+        for question in QUESTIONS
+    ]
+    prompts = chats + [tokenizer.encode(text) for text in TEXTS]
+    assert len(prompts) == 50 and len({tuple(prompt) for prompt in prompts}) == 50
+    return prompts
+
+
+def answer_of(row, start, eos=2):
+    """The new tokens of a row, up to the end of text."""
+    answer = row[start:].tolist()
+    return answer[: answer.index(eos) + 1] if eos in answer else answer
+
+
+# -------------------------------------------------------------------- greedy, on a real model
+
+
+def test_greedy_tokens_are_those_of_transformers(real):
+    """50 real prompts, 64 tokens: alone, and in ragged batches of either side.
+
+    Where the texts part, the two tokens must tie in transformers' own logits (closer than 1e-4 of the largest), which
+    rounding may break either way; more than one such tie would be no accident.
+    """
+    prompts = real_prompts(real.tokenizer)
+    ids, mask = padded(prompts, 2, left=True)
+    greedy = {"do_sample": False, "max_new_tokens": NEW_TOKENS}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # transformers' about the temperature in generation_config.json
+        expected = real.theirs.generate(ids, attention_mask=mask, **greedy)
+    expected = [answer_of(row, ids.shape[1]) for row in expected]
+    assert sum(len(answer) for answer in expected) > 2000  # real answers, not fifty ends of text
+
+    ties = set()
+
+    def check(index, answer, way):
+        if answer == expected[index]:
+            return
+        at = next(i for i, (a, b) in enumerate(zip(answer, expected[index], strict=False)) if a != b)
+        logits = real.theirs(torch.tensor([prompts[index] + answer[:at]])).logits[0, -1]
+        gap = (logits.max() - logits[answer[at]]) / logits.abs().max()
+        assert gap < 1e-4, f"{way}: prompt {index} parts at token {at} with a gap of {gap:.1e}"
+        ties.add(index)
+
+    for index, prompt in enumerate(prompts):
+        row = real.ours.generate(torch.tensor([prompt]), **greedy)[0]
+        check(index, answer_of(row, len(prompt)), "alone")
+    for left, first in ((True, 0), (False, 1)):
+        chosen = range(first, 50, 2)
+        ids, mask = padded([prompts[index] for index in chosen], 2, left)
+        for index, row in zip(chosen, real.ours.generate(ids, mask, **greedy), strict=True):
+            check(index, answer_of(row, ids.shape[1]), "padded on the left" if left else "padded on the right")
+    assert len(ties) <= 1, f"prompts {ties} tie"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_seed_is_a_text(standin, real, dtype):
+    """The same seed gives the same text: twice, alone, in any batch, at any place; streams and seeds differ."""
+    model = real.ours
+    if dtype != "float32":
+        model = InternLM3ForCausalLM.from_pretrained(standin, dtype=dtype, device="cpu", progress=False)
+    prompts = real_prompts(real.tokenizer)[8:12]
+    options = {"do_sample": True, "temperature": 1.0, "top_p": 0.95, "max_new_tokens": 12, "seed": 7}
+    alone = [answer_of(model.generate(torch.tensor([p]), **options)[0], len(p)) for p in prompts]
+    assert alone[0] == answer_of(model.generate(torch.tensor([prompts[0]]), **options)[0], len(prompts[0]))
+    for order, left in (([0, 1, 2, 3], True), ([3, 1, 0], False)):
+        ids, mask = padded([prompts[index] for index in order], 2, left)
+        together = model.generate(ids, mask, **options)
+        assert [answer_of(row, ids.shape[1]) for row in together] == [alone[index] for index in order]
+    many = model.generate(torch.tensor([prompts[0]]), num_return_sequences=3, **options)
+    assert answer_of(many[0], len(prompts[0])) == alone[0]
+    assert len({tuple(row.tolist()) for row in many}) == 3
+    other = model.generate(torch.tensor([prompts[0]]), **{**options, "seed": 8})
+    assert answer_of(other[0], len(prompts[0])) != alone[0]
+
+
+def test_stop_strings(real):
+    """Text-level stops, across token borders; the stop stays in the sequence, as in transformers."""
+    prompt = torch.tensor([real.tokenizer.encode("Count: one, two, three,")])
+    greedy = {"do_sample": False, "max_new_tokens": 30}
+    text = real.tokenizer.decode(real.ours.generate(prompt, **greedy)[0, prompt.shape[1] :].tolist())
+    for start in (3, 8, 15):
+        stop = text[start : start + 5]
+        out = real.ours.generate(prompt, stop_strings=[stop, "never said"], tokenizer=real.tokenizer, **greedy)
+        said = real.tokenizer.decode(out[0, prompt.shape[1] :].tolist())
+        assert stop in said and stop not in real.tokenizer.decode(out[0, prompt.shape[1] : -1].tolist())
+        assert real.ours.generate(prompt, stop_strings=stop, tokenizer=real.tokenizer, **greedy).equal(out)
+    with pytest.raises(ValueError, match=r"stop_strings needs tokenizer="):
+        real.ours.generate(prompt, stop_strings="x", **greedy)
+
+
+def test_transformers_text_streamer(real, capsys):
+    prompt = torch.tensor([real.tokenizer.encode("The capital of France is")])
+    streamer = transformers.TextStreamer(real.tokenizer, skip_prompt=True)
+    out = real.ours.generate(prompt, streamer=streamer, do_sample=False, max_new_tokens=12)
+    assert capsys.readouterr().out.strip() == real.tokenizer.decode(out[0, prompt.shape[1] :].tolist()).strip()
+
+
+# -------------------------------------------------------------------- lengths, ends, padding, scores: on a small one
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"max_length": 9},
+        {"max_length": 9, "max_new_tokens": 12},
+        {"max_new_tokens": 1},
+        {"max_new_tokens": 58},
+        {"max_new_tokens": 30, "min_new_tokens": 20},
+        {"max_new_tokens": 30, "min_length": 20},
+        {"max_new_tokens": 30, "eos_token_id": 7},
+        {"max_new_tokens": 30, "eos_token_id": list(range(0, 50, 5)), "pad_token_id": 3},
+        {"max_new_tokens": 20, "repetition_penalty": 1.5},
+        {"max_new_tokens": 20, "repetition_penalty": 1.2, "min_new_tokens": 15, "eos_token_id": [4, 9]},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_greedy_options(tiny, options):
+    flags = {"do_sample": False, "return_dict_in_generate": True, "output_scores": True, "output_logits": True}
+    for rows in (PROMPTS, PROMPTS[:1], PROMPTS[1:2]):
+        mask = torch.ones_like(rows)
+        ours = tiny.ours.generate(rows, mask, **flags, **options)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            theirs = tiny.theirs.generate(rows, attention_mask=mask, **flags, **options)
+        assert ours.sequences.tolist() == theirs.sequences.tolist()
+        assert len(ours.scores) == len(theirs.scores) == len(ours.logits)
+        ended = torch.zeros(len(rows), dtype=torch.bool)
+        eos = torch.tensor(options.get("eos_token_id", [2, 5]))
+        for step, (logits, scores) in enumerate(zip(ours.logits, ours.scores, strict=True)):
+            # Past the window transformers turns each new key by another base; this runtime's sequence keeps its own.
+            if rows.shape[1] + step < 64:
+                torch.testing.assert_close(logits[~ended], theirs.logits[step][~ended], rtol=1e-3, atol=1e-4)
+                torch.testing.assert_close(scores[~ended], theirs.scores[step][~ended], rtol=1e-3, atol=1e-4)
+            assert logits.dtype == scores.dtype == torch.float32
+            assert torch.isneginf(logits[ended]).all() and torch.isneginf(scores[ended]).all()
+            token = ours.sequences[:, rows.shape[1] + step]
+            expected = logits.log_softmax(-1).gather(1, token[:, None])[:, 0]
+            torch.testing.assert_close(ours.logprobs[~ended, step], expected[~ended], rtol=1e-4, atol=1e-5)
+            assert (ours.logprobs[ended, step] == 0).all()
+            ended |= torch.isin(token, eos)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"top_k": 5},
+        {"top_p": 0.7, "temperature": 0.8},
+        {"min_p": 0.1, "temperature": 1.3},
+        {"typical_p": 0.6},
+        {"top_k": 20, "top_p": 0.9, "repetition_penalty": 1.3, "temperature": 0.7, "min_new_tokens": 3},
+    ],
+    ids=str,
+)
+def test_scores_of_sampling_are_those_of_transformers(tiny, options):
+    """The distribution that each step draws from, transformers' own processors over the same texts."""
+    flags = {"do_sample": True, "return_dict_in_generate": True, "output_scores": True, "output_logits": True}
+    ours = tiny.ours.generate(PROMPTS[:1], seed=5, max_new_tokens=10, **flags, **options)
+    config = transformers.GenerationConfig(**{"top_k": 0, "do_sample": True, "max_new_tokens": 10, **options})
+    config._eos_token_tensor = torch.tensor([2, 5])
+    processors = tiny.theirs._get_logits_processor(config, input_ids_seq_length=6, device="cpu")
+    for step, scores in enumerate(ours.scores):
+        prefix = ours.sequences[:, : 6 + step]
+        expected = processors(prefix, tiny.theirs(prefix).logits[:, -1])
+        torch.testing.assert_close(scores, expected, rtol=1e-3, atol=1e-3)
+        assert scores[0, ours.sequences[0, 6 + step]] > -torch.inf
+
+
+def test_ragged_batches(tiny):
+    """Either side, with a mask or with a padding token that speaks for itself."""
+    rows = [[7, 8, 9], [20, 33, 41, 6, 18, 49], [11]]
+    options = {"do_sample": False, "max_new_tokens": 15}
+    alone = [tiny.ours.generate(torch.tensor([row]), **options)[0, len(row) :].tolist() for row in rows]
+    for left in (True, False):
+        ids, mask = padded(rows, 0, left)
+        for given in (mask, mask.bool(), None):
+            out = tiny.ours.generate(ids, given, **options)
+            assert out[:, :6].equal(ids)
+            for row, expected in zip(out, alone, strict=True):
+                answer = row[6:].tolist()
+                assert answer[: len(expected)] == expected and set(answer[len(expected) :]) <= {0}
+    theirs = tiny.theirs.generate(input_ids=padded(rows, 0, True)[0], **options)
+    assert tiny.ours.generate(padded(rows, 0, True)[0], **options).equal(theirs)
+
+
+def test_without_a_padding_or_an_end_token_nothing_is_padding(tiny):
+    """0 is then a token like any other."""
+    config = InternLM3Config.from_dict({**tiny.ours.config.to_dict(), "eos_token_id": None, "pad_token_id": None})
+    model = InternLM3ForCausalLM(config, dtype=torch.float32)
+    model.load_state_dict(tiny.ours.state_dict())
+    ids = torch.tensor([[0, 7, 0, 8]])
+    options = {"do_sample": False, "max_new_tokens": 5}
+    assert model.generate(ids, **options).equal(model.generate(ids, torch.ones_like(ids), **options))
+
+
+def test_num_return_sequences(tiny):
+    out = tiny.ours.generate(PROMPTS, num_return_sequences=4, do_sample=True, seed=1, max_new_tokens=8)
+    assert out.shape[0] == 12 and out[:, :6].equal(PROMPTS.repeat_interleave(4, 0))
+    assert len({tuple(row.tolist()) for row in out}) > 9
+    first = tiny.ours.generate(PROMPTS, do_sample=True, seed=1, max_new_tokens=8)
+    width = first.shape[1]
+    assert out[::4, :width].equal(first)
+
+
+def test_sampling_follows_the_probabilities(tiny):
+    """2000 draws of one token against the model's own softmax."""
+    out = tiny.ours.generate(
+        PROMPTS[:1], num_return_sequences=2000, do_sample=True, seed=2, max_new_tokens=1, min_new_tokens=0
+    )
+    expected = tiny.ours(PROMPTS[:1]).logits[0, -1].softmax(-1) * 2000
+    counts = torch.bincount(out[:, -1], minlength=50)
+    often = expected > 5
+    chi2 = ((counts - expected)[often] ** 2 / expected[often]).sum().item()
+    assert chi2 < 3 * often.sum().item()  # about its number of degrees of freedom; 3 times is beyond any chance
+
+
+def test_generation_config_objects(tiny):
+    """The checkpoint's file, then the object or dictionary, then keywords; the last one wins."""
+    plain = tiny.ours.generate(PROMPTS, do_sample=False, max_new_tokens=7)
+    for config in (
+        transformers.GenerationConfig(do_sample=False, max_new_tokens=7),
+        {"do_sample": False, "max_new_tokens": 7},
+        {"do_sample": False, "max_new_tokens": 7, "transformers_version": "5", "cache_implementation": None},
+    ):
+        assert tiny.ours.generate(PROMPTS, generation_config=config).equal(plain)
+        assert tiny.ours.generate(PROMPTS, generation_config=config, max_new_tokens=3).equal(plain[:, :9])
+    tiny.ours.generation_config = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": 2}
+    try:
+        assert tiny.ours.generate(PROMPTS).equal(plain[:, :9])
+        assert tiny.ours.generate(PROMPTS, generation_config={"max_new_tokens": 5}).equal(plain[:, :11])
+        assert tiny.ours.generate(PROMPTS, max_new_tokens=None).equal(plain[:, :9])
+    finally:
+        tiny.ours.generation_config = {}
+
+
+def test_streamer(tiny):
+    """put(prompt), put(each step's tokens), end(): what transformers' streamers are given."""
+    calls = {"ours": [], "theirs": []}
+
+    class Recorder:
+        def __init__(self, name):
+            self.calls = calls[name]
+
+        def put(self, value):
+            assert value.device.type == "cpu"
+            self.calls.append(value.tolist())
+
+        def end(self):
+            self.calls.append("end")
+
+    out = tiny.ours.generate(PROMPTS[:1], streamer=Recorder("ours"), do_sample=False, max_new_tokens=10)
+    tiny.theirs.generate(
+        PROMPTS[:1], attention_mask=torch.ones(1, 6), streamer=Recorder("theirs"), do_sample=False, max_new_tokens=10
+    )
+    assert calls["ours"] == calls["theirs"]
+    assert [token for (token,) in calls["ours"][1:-1]] == out[0, 6:].tolist()
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_logits_processor(tiny, in_place):
+    """Called with the texts so far and their logits; the logits that come back stay the model's own."""
+    seen = []
+
+    def only_even(ids, scores):
+        seen.append(ids.tolist())
+        assert scores.dtype == torch.float32 and scores.shape == (len(ids), 50)
+        scores = scores if in_place else scores.clone()
+        scores[:, 1::2] = -torch.inf
+        return scores
+
+    flags = {"do_sample": False, "max_new_tokens": 6, "return_dict_in_generate": True, "output_logits": True}
+    kept = {"output_scores": True}
+    rows = PROMPTS[:2]
+    for given in ([only_even], only_even, transformers.LogitsProcessorList([only_even])):
+        seen.clear()
+        ours = tiny.ours.generate(rows, logits_processor=given, eos_token_id=49, **flags, **kept)
+        assert seen[0] == rows.tolist() and seen[1] == ours.sequences[:, :7].tolist()
+        assert (ours.sequences[:, 6:] % 2 == 0).all()
+        theirs = tiny.theirs.generate(
+            rows, attention_mask=torch.ones_like(rows), eos_token_id=49, **flags, **kept,
+            logits_processor=transformers.LogitsProcessorList([lambda ids, x: only_even(ids, x.clone())]),
+        )  # fmt: skip
+        assert ours.sequences.equal(theirs.sequences)
+        torch.testing.assert_close(ours.logits[0], theirs.logits[0], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(ours.scores[0], theirs.scores[0], rtol=1e-3, atol=1e-4)
+        own = ours.logits[0].log_softmax(-1).gather(1, ours.sequences[:, 6:7])[:, 0]
+        torch.testing.assert_close(ours.logprobs[:, 0], own)
+
+
+def test_penalties_and_bias(tiny):
+    """Presence, frequency and bias act as OpenAI's: on what was generated, by count."""
+    greedy = {"do_sample": False, "max_new_tokens": 20, "eos_token_id": 2, "min_new_tokens": 20}
+    plain = tiny.ours.generate(PROMPTS[:1], **greedy)[0, 6:].tolist()
+    forced = tiny.ours.generate(PROMPTS[:1], logit_bias={13: 100.0}, **greedy)[0, 6:].tolist()
+    assert forced == [13] * 20
+    banned = tiny.ours.generate(PROMPTS[:1], logit_bias={plain[0]: -100.0}, **greedy)[0, 6:].tolist()
+    assert plain[0] not in banned
+    flags = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True, **greedy}
+    out = tiny.ours.generate(PROMPTS[:1], presence_penalty=1.5, frequency_penalty=0.5, **flags)
+    for step, (scores, logits) in enumerate(zip(out.scores, out.logits, strict=True)):
+        counts = torch.bincount(out.sequences[0, 6 : 6 + step], minlength=50)
+        expected = logits[0] - 0.5 * counts - 1.5 * (counts > 0)
+        expected[2] = -torch.inf
+        torch.testing.assert_close(scores[0], expected)
+
+
+@pytest.mark.parametrize("length", [40, 63, 64, 65, 150])
+def test_a_long_prompt_in_chunks(tiny, monkeypatch, length):
+    """A prompt beyond the window (64) goes through in pieces and counts as one: all is turned by its whole length."""
+    prompt = torch.randint(6, 50, (1, length), generator=torch.Generator().manual_seed(length))
+    flags = {"do_sample": False, "max_new_tokens": 3, "return_dict_in_generate": True, "output_logits": True}
+    whole = tiny.ours.generate(prompt, eos_token_id=[], **flags)
+    monkeypatch.setattr(generation, "PREFILL_CHUNK", 32)
+    chunks = tiny.ours.generate(prompt, eos_token_id=[], **flags)
+    assert chunks.sequences.equal(whole.sequences)
+    theirs = tiny.theirs(prompt).logits[:, -1]
+    for out in (whole, chunks):
+        torch.testing.assert_close(out.logits[0], theirs, rtol=1e-3, atol=1e-4)
+    # The third step in one pass, with the base of the prompt: what the first part of a cache fixes.
+    cache = tiny.ours(prompt).past_key_values
+    rest = tiny.ours(whole.sequences[:, length : length + 2], past_key_values=cache).logits[:, -1]
+    torch.testing.assert_close(chunks.logits[2], rest, rtol=1e-3, atol=1e-4)
+
+
+# -------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"max_new_token": 5}, TypeError, "'max_new_token'; did you mean 'max_new_tokens'"),
+        ({"temprature": 5}, TypeError, "'temprature'; did you mean 'temperature'"),
+        ({"max_new_tokens": 0}, ValueError, "max_new_tokens"),
+        ({"max_new_tokens": -3}, ValueError, "max_new_tokens"),
+        ({"max_new_tokens": 2.5}, ValueError, "max_new_tokens"),
+        ({"max_new_tokens": "5"}, ValueError, "max_new_tokens"),
+        ({"max_length": 6}, ValueError, "max_length"),
+        ({"max_length": 3}, ValueError, "max_length"),
+        ({"max_length": "9"}, ValueError, "max_length"),
+        ({"min_new_tokens": -1}, ValueError, "min_new_tokens|min_tokens"),
+        ({"min_length": "9"}, ValueError, "min_length"),
+        ({"max_new_tokens": 3, "min_new_tokens": 4}, ValueError, "min_new_tokens|min_tokens"),
+        ({"do_sample": True, "temperature": 0.0}, ValueError, "temperature"),
+        ({"do_sample": True, "temperature": -1.0}, ValueError, "temperature"),
+        ({"do_sample": True, "top_p": 1.5}, ValueError, "top_p"),
+        ({"do_sample": True, "top_k": -2}, ValueError, "top_k"),
+        ({"do_sample": True, "min_p": 2.0}, ValueError, "min_p"),
+        ({"do_sample": "yes"}, ValueError, "do_sample"),
+        ({"repetition_penalty": 0.0}, ValueError, "repetition_penalty"),
+        ({"num_return_sequences": 2, "do_sample": False}, ValueError, "temperature 0|num_return_sequences"),
+        ({"num_return_sequences": 0}, ValueError, "n must be|num_return_sequences"),
+        ({"num_beams": 4}, ValueError, "num_beams"),
+        ({"use_cache": False}, ValueError, "use_cache"),
+        ({"logit_bias": {50: 1.0}}, ValueError, "logit_bias"),
+        ({"eos_token_id": 50, "min_new_tokens": 2}, ValueError, "eos_token_id"),
+        ({"eos_token_id": "</s>"}, ValueError, "eos_token_id"),
+        ({"eos_token_id": [2, -7]}, ValueError, "eos_token_id"),
+        ({"pad_token_id": "0"}, ValueError, "pad_token_id"),
+        ({"pad_token_id": 50}, ValueError, "pad_token_id"),
+        ({"input_ids": None}, ValueError, "input_ids"),
+        ({"input_ids": torch.zeros(1, 0, dtype=torch.int64)}, ValueError, "input_ids"),
+        ({"input_ids": torch.zeros(1, 3)}, ValueError, "input_ids"),
+        ({"input_ids": torch.zeros(3, dtype=torch.int64)}, ValueError, "input_ids"),
+        ({"input_ids": [[1, 2]]}, (TypeError, ValueError), "input_ids"),
+        ({"input_ids": torch.tensor([[1, 50]])}, ValueError, "50, which is outside the vocabulary of 50"),
+        ({"input_ids": torch.tensor([[1, -1]])}, ValueError, "-1, which is outside the vocabulary of 50"),
+        ({"attention_mask": torch.zeros(1, 6)}, ValueError, "row 0 of input_ids is empty"),
+        ({"attention_mask": torch.ones(1, 5)}, ValueError, "attention_mask"),
+        ({"inputs": PROMPTS}, ValueError, "inputs"),
+        ({"generation_config": 5}, (TypeError, ValueError), "generation_config"),
+        ({"logits_processor": 5}, (TypeError, ValueError), "logits_processor"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_bad_input(tiny, options, error, message):
+    """One error that names the argument, before anything is generated."""
+    step = []
+    with pytest.raises(error, match=message):
+        tiny.ours.generate(
+            **{"input_ids": PROMPTS[:1], "streamer": SimpleNamespace(put=step.append, end=print), **options}
+        )
+    assert not step
+
+
+def test_settings_without_effect_are_said(tiny):
+    with pytest.warns(UserWarning, match="temperature, top_p have no effect"):
+        tiny.ours.generate(PROMPTS[:1], temperature=0.5, top_p=0.9, max_new_tokens=1)
