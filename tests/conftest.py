@@ -11,7 +11,7 @@ from internlm3.runtime.standin import standin_checkpoint
 # pytest-xdist's workers share the cores: more threads than cores make every one of them many times slower.
 torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
 
-# transformers knows InternLM3 from 5.23 on, which needs Python 3.11. Below it these, which compare with it, are left out.
+# transformers knows InternLM3 from 5.23 on, which needs Python 3.11: below it, what compares with it is left out.
 ORACLE = ("test_checkpoint.py", "test_config.py", "test_generate.py", "test_model.py", "test_standin.py")
 collect_ignore = [] if sys.version_info >= (3, 11) else list(ORACLE)
 
