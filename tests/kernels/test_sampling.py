@@ -137,7 +137,7 @@ def test_both_ends_of_what_the_filters_keep(data, seed, vocab, shape, sizes, cho
 
 
 def test_extreme_random_numbers_pass_over_what_cannot_be():
-    """A random number of 0 takes no token of weight 0, and the largest one does not run past the last; in two blocks."""
+    """A random number of 0 takes no token of weight 0, the largest does not run past the last; in two blocks."""
     rows, vocab = 2, 40
     logits = torch.full((rows, vocab), -math.inf, device=DEVICE)
     logits[:, 20:23] = torch.tensor([0.0, -1e30, 1.0], device=DEVICE)
