@@ -1,5 +1,6 @@
 """sample against kernels.sampling_reference: the same tokens, bit for bit; its log-probabilities against float64."""
 
+import itertools
 import math
 
 import pytest
@@ -134,6 +135,22 @@ def test_both_ends_of_what_the_filters_keep(data, seed, vocab, shape, sizes, cho
         patch.setattr(launcher, "BLOCK", sizes[0])
         patch.setattr(launcher, "CHUNK", sizes[1])
         compare(logits, arguments)
+
+
+@pytest.mark.parametrize("chosen", [c for n in (2, 3, 4) for c in itertools.combinations(FILTERS, n)], ids="-".join)
+def test_filters_in_their_order(chosen):
+    """Each filter goes by the mass that the one before it left."""
+    values = {"top_k": 20, "top_p": 0.8, "min_p": 0.1, "typical_p": 0.5}
+    logits = make_logits(generator(6), 1, 100, "ordinary", torch.float32, ascending=True).repeat(2, 1) / 3
+    arguments = {name: torch.tensor([values[name]] * 2, device=DEVICE) for name in chosen}
+    arguments |= {"temperature": torch.ones(2, device=DEVICE), **random_numbers(generator(1), 2, "extreme")}
+    compare(logits, arguments)
+
+
+def test_zero_ties_with_minus_zero():
+    logits = torch.tensor([[-1.0, -0.0, 0.0, -0.0, -1.0]] * 2, device=DEVICE)
+    arguments = {"temperature": torch.ones(2, device=DEVICE), "top_k": torch.ones(2, dtype=torch.int64, device=DEVICE)}
+    assert compare(logits, {**arguments, **random_numbers(generator(1), 2, "extreme")}).tolist() == [1, 3]
 
 
 def test_extreme_random_numbers_pass_over_what_cannot_be():
