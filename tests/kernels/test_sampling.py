@@ -147,6 +147,19 @@ def test_filters_in_their_order(chosen):
     compare(logits, arguments)
 
 
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_every_stage_at_once(seed):
+    rng, rows, vocab = generator(seed), 8, 200
+    values = {"top_k": 50, "top_p": 0.9, "min_p": 0.01, "typical_p": 0.9, "repetition_penalty": 1.5}
+    values |= {"presence_penalty": 0.5, "frequency_penalty": -0.3, "temperature": 1.2}
+    arguments = {name: torch.tensor([value] * rows, device=DEVICE) for name, value in values.items()}
+    for name in ("prompt_counts", "output_counts"):
+        arguments[name] = torch.randint(0, 2, (rows, vocab), generator=rng, dtype=torch.int32).to(DEVICE)
+    arguments["logit_bias"] = torch.randn(rows, vocab, generator=rng).to(DEVICE)
+    arguments["allowed"] = torch.randint(-(2**31), 2**31, (rows, 7), generator=rng).to(DEVICE, torch.int32)
+    compare(make_logits(rng, rows, vocab, "ordinary", torch.bfloat16), {**arguments, **random_numbers(rng, rows)})
+
+
 def test_zero_ties_with_minus_zero():
     logits = torch.tensor([[-1.0, -0.0, 0.0, -0.0, -1.0]] * 2, device=DEVICE)
     arguments = {"temperature": torch.ones(2, device=DEVICE), "top_k": torch.ones(2, dtype=torch.int64, device=DEVICE)}
