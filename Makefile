@@ -30,8 +30,10 @@ test: lint
 audit: $(VENV)/.ready
 	$(BIN)/python bench/audit.py $(ARGS)
 
+# The stand-in beside transformers, and every op beside its floor and its peers.
 bench: $(VENV)/.ready
-	$(BIN)/python bench/standin.py $(ARGS)
+	$(BIN)/python bench/standin.py
+	$(BIN)/python bench/kernels.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
