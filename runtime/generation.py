@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 # A longer prompt goes through the model in pieces of this many tokens, which bounds the memory for activations.
 PREFILL_CHUNK = 2048
 DEFAULT_MAX_NEW_TOKENS = 20  # transformers' own
+DEFAULT_TOP_K = 50  # likewise, where sampling is asked for
 
 LogitsProcessor = Callable[[Tensor, Tensor], Tensor]
 
@@ -208,7 +209,7 @@ def generate(
     to_dict), then keywords: do_sample (False: greedy), temperature, top_k, top_p, min_p, typical_p, repetition_penalty,
     presence_penalty, frequency_penalty, logit_bias, seed, num_return_sequences, stop_strings (with tokenizer),
     eos_token_id (one or a list), pad_token_id, max_new_tokens or max_length (20 new ones where nothing is said),
-    min_new_tokens or min_length. Unlike there, a filter that nobody sets is off (top_k is not 50).
+    min_new_tokens or min_length.
 
     Args:
         input_ids (or inputs): [B, T] integers, padded on either side.
@@ -307,6 +308,8 @@ def _params(options: Mapping[str, Any], explicit: Mapping[str, Any]) -> Sampling
             f"{', '.join(idle)} have no effect: decoding is greedy until do_sample=True is given", stacklevel=3
         )
     settings = {name: options[name] for name in _SAMPLING if name in options}
+    if sampled:
+        settings.setdefault("top_k", DEFAULT_TOP_K)
     return SamplingParams.from_kwargs(do_sample=sampled, **settings)
 
 

@@ -257,8 +257,9 @@ def test_greedy_options(tiny, options):
 @pytest.mark.parametrize(
     "options",
     [
+        {},
         {"top_k": 5},
-        {"top_p": 0.7, "temperature": 0.8},
+        {"top_k": 0, "top_p": 0.7, "temperature": 0.8},
         {"min_p": 0.1, "temperature": 1.3},
         {"typical_p": 0.6},
         {"top_k": 20, "top_p": 0.9, "repetition_penalty": 1.3, "temperature": 0.7, "min_new_tokens": 3},
@@ -269,7 +270,7 @@ def test_scores_of_sampling_are_those_of_transformers(tiny, options):
     """The distribution that each step draws from, transformers' own processors over the same texts."""
     flags = {"do_sample": True, "return_dict_in_generate": True, "output_scores": True, "output_logits": True}
     ours = tiny.ours.generate(PROMPTS[:1], seed=5, max_new_tokens=10, **flags, **options)
-    config = transformers.GenerationConfig(**{"top_k": 0, "do_sample": True, "max_new_tokens": 10, **options})
+    config = transformers.GenerationConfig(**{"top_k": 50, "do_sample": True, "max_new_tokens": 10, **options})
     config._eos_token_tensor = torch.tensor([2, 5])
     processors = tiny.theirs._get_logits_processor(config, input_ids_seq_length=6, device="cpu")
     for step, scores in enumerate(ours.scores):
