@@ -9,7 +9,6 @@ import transformers
 from internlm3 import InternLM3Config, InternLM3ForCausalLM, InternLM3Tokenizer
 from internlm3.runtime import generation
 
-NEW_TOKENS = 64
 QUESTIONS = [
     "What is the capital of France?",
     "Explain photosynthesis to a ten-year-old.",
@@ -128,40 +127,53 @@ def answer_of(row, start, eos=2):
 # -------------------------------------------------------------------- greedy, on a real model
 
 
-def test_greedy_tokens_are_those_of_transformers(real):
-    """50 real prompts, 64 tokens: alone, and in ragged batches of either side.
+GREEDY = {"do_sample": False, "max_new_tokens": 64}
+
+
+@pytest.fixture(scope="module")
+def expected(real):
+    """transformers' greedy answers to the 50 prompts, in one batch padded on the left."""
+    ids, mask = padded(real_prompts(real.tokenizer), 2, left=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about the temperature in generation_config.json
+        answers = [answer_of(row, ids.shape[1]) for row in real.theirs.generate(ids, attention_mask=mask, **GREEDY)]
+    assert sum(map(len, answers)) > 2000  # real answers, not fifty ends of text
+    return answers
+
+
+@pytest.mark.parametrize(
+    ("way", "chosen"),
+    [
+        ("alone", range(25)),
+        ("alone", range(25, 50)),
+        ("padded on the left", range(0, 50, 2)),
+        ("padded on the right", range(1, 50, 2)),
+    ],
+    ids=str,
+)
+def test_greedy_tokens_are_those_of_transformers(real, expected, way, chosen):
+    """50 real prompts, 64 tokens: each alone, and in a ragged batch of one side or the other.
 
     Where the texts part, the two tokens must tie in transformers' own logits (closer than 1e-4 of the largest), which
     rounding may break either way; more than one such tie would be no accident.
     """
     prompts = real_prompts(real.tokenizer)
-    ids, mask = padded(prompts, 2, left=True)
-    greedy = {"do_sample": False, "max_new_tokens": NEW_TOKENS}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # transformers' about the temperature in generation_config.json
-        expected = real.theirs.generate(ids, attention_mask=mask, **greedy)
-    expected = [answer_of(row, ids.shape[1]) for row in expected]
-    assert sum(len(answer) for answer in expected) > 2000  # real answers, not fifty ends of text
-
-    ties = set()
-
-    def check(index, answer, way):
-        if answer == expected[index]:
-            return
-        at = next(i for i, (a, b) in enumerate(zip(answer, expected[index], strict=False)) if a != b)
-        logits = real.theirs(torch.tensor([prompts[index] + answer[:at]])).logits[0, -1]
-        gap = (logits.max() - logits[answer[at]]) / logits.abs().max()
-        assert gap < 1e-4, f"{way}: prompt {index} parts at token {at} with a gap of {gap:.1e}"
-        ties.add(index)
-
-    for index, prompt in enumerate(prompts):
-        row = real.ours.generate(torch.tensor([prompt]), **greedy)[0]
-        check(index, answer_of(row, len(prompt)), "alone")
-    for left, first in ((True, 0), (False, 1)):
-        chosen = range(first, 50, 2)
-        ids, mask = padded([prompts[index] for index in chosen], 2, left)
-        for index, row in zip(chosen, real.ours.generate(ids, mask, **greedy), strict=True):
-            check(index, answer_of(row, ids.shape[1]), "padded on the left" if left else "padded on the right")
+    if way == "alone":
+        answers = [
+            answer_of(real.ours.generate(torch.tensor([prompts[index]]), **GREEDY)[0], len(prompts[index]))
+            for index in chosen
+        ]
+    else:
+        ids, mask = padded([prompts[index] for index in chosen], 2, left=way == "padded on the left")
+        answers = [answer_of(row, ids.shape[1]) for row in real.ours.generate(ids, mask, **GREEDY)]
+    ties = []
+    for index, answer in zip(chosen, answers, strict=True):
+        if answer != expected[index]:
+            at = next(i for i, (a, b) in enumerate(zip(answer, expected[index], strict=False)) if a != b)
+            logits = real.theirs(torch.tensor([prompts[index] + answer[:at]])).logits[0, -1]
+            gap = (logits[expected[index][at]] - logits[answer[at]]).abs() / logits.abs().max()
+            assert gap < 1e-4, f"prompt {index} parts at token {at} with a gap of {gap:.1e}"
+            ties.append(index)
     assert len(ties) <= 1, f"prompts {ties} tie"
 
 
