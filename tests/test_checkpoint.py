@@ -392,6 +392,7 @@ class TestDamage:
         change(path, lambda weights: weights.update({"model.norm.weight": torch.ones(32).to(dtype)}))
         refused(sharded, ValueError, path, "model.norm.weight", "float32")
 
+    @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
     @pytest.mark.parametrize("protocol", [0, 2, 4])
     def test_a_pickle_that_runs_code(self, tmp_path, protocol):
         """Unpickling these would make a file: they are refused and it is not made."""

@@ -361,7 +361,7 @@ def test_generation_config_objects(tiny):
 
 def test_streamer(tiny):
     """put(prompt), put(each step's tokens), end(): what transformers' streamers are given."""
-    calls = {"ours": [], "theirs": []}
+    calls: dict[str, list] = {"ours": [], "theirs": []}
 
     class Recorder:
         def __init__(self, name):
@@ -500,7 +500,7 @@ def test_a_long_prompt_in_chunks(tiny, monkeypatch, length):
 )  # fmt: skip
 def test_bad_input(tiny, options, error, message):
     """One error that names the argument, before anything is generated."""
-    step = []
+    step: list = []
     with pytest.raises(error, match=message):
         tiny.ours.generate(
             **{"input_ids": PROMPTS[:1], "streamer": SimpleNamespace(put=step.append, end=print), **options}

@@ -20,7 +20,7 @@ SMALL = {
     "rms_norm_eps": 1e-5,
 }
 DYNAMIC = {"rope_scaling": {"rope_type": "dynamic", "factor": 6.0}}
-SHAPES = {
+SHAPES: dict[str, dict] = {
     "group 1": {"num_attention_heads": 2, "num_key_value_heads": 2, "hidden_size": 128},
     "group 3": {},
     "group 3 of 2, dim 128": {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 128},
@@ -231,7 +231,7 @@ def test_continued_from_the_cache(cuts, shape):
         cache = out.past_key_values
         parts.append(out.logits)
     assert_near(torch.cat(parts, 1), model(ids, use_cache=False).logits, within=1e-5)
-    assert cache.get_seq_length() == 33
+    assert cache is not None and cache.get_seq_length() == 33
 
 
 def test_continued_from_the_cache_with_padding():

@@ -14,7 +14,7 @@ CORPUS = [
     "Numbers such as 3.14159 and 42; “quotes”, dashes – and so on…",
 ] * 30
 SPECIAL = ["<|im_start|>", "<|im_end|>"]
-KINDS = {
+KINDS: dict[str, dict] = {
     "dummy prefix": {},
     "no dummy prefix": {"add_dummy_prefix": False},
     "whitespace kept": {"add_dummy_prefix": False, "remove_extra_whitespaces": False},
@@ -35,7 +35,7 @@ def tokenizer(request, tmp_path_factory):
         byte_fallback=True,
         character_coverage=0.98,
         minloglevel=2,
-        **{"model_type": "bpe", "vocab_size": 420, "normalization_rule_name": "identity", **KINDS[request.param]},
+        **{"model_type": "bpe", "vocab_size": 420, "normalization_rule_name": "identity"} | KINDS[request.param],
     )
     tokenizer = InternLM3Tokenizer(prefix.with_suffix(".model"))
     tokenizer.add_tokens(SPECIAL, special_tokens=True)
