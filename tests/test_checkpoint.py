@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import random
 import resource
 import subprocess
 import sys
@@ -428,6 +429,29 @@ class TestDamage:
         torch.save(make().state_dict(), path)
         path.write_bytes(path.read_bytes()[:left])
         refused(tmp_path, ValueError, path)
+
+    @pytest.mark.filterwarnings("ignore::UserWarning", "ignore:.*:FutureWarning")
+    @pytest.mark.parametrize("kind", ["model.safetensors", "pytorch_model.bin", "legacy pytorch_model.bin"])
+    def test_flipped_bytes(self, tmp_path, kind):
+        """Damage anywhere in a header: a ValueError that names the file, or tensors still (of other values)."""
+        weights, path = {"a": torch.ones(8, 4), "b": torch.zeros(3)}, tmp_path / kind.split()[-1]
+        if path.suffix == ".bin":
+            torch.save(weights, path, _use_new_zipfile_serialization="legacy" not in kind)
+        else:
+            save_file(weights, path)
+        content, refusals = path.read_bytes(), 0
+        for seed in range(300):
+            dice, damaged = random.Random(seed), bytearray(content)
+            for _ in range(dice.choice([1, 3, 10])):
+                damaged[dice.randrange(min(len(damaged), 2500))] = dice.randrange(256)
+            path.write_bytes(damaged)
+            try:
+                checkpoint._header(path)
+                list(checkpoint._tensors(path, weights, torch.device("cpu")))
+            except ValueError as error:
+                assert str(path) in str(error), f"seed {seed}: {error}"
+                refusals += 1
+        assert refusals > 50
 
     def test_a_quantised_checkpoint(self, sharded):
         settings = {"quant_method": "awq", "bits": 4}
