@@ -1,6 +1,5 @@
 """Fixtures that several test files share."""
 
-import os
 import sys
 from pathlib import Path
 
@@ -20,8 +19,8 @@ hypothesis.settings.register_profile(
 hypothesis.settings.register_profile("fuzz", hypothesis.settings.get_profile("fixed"), derandomize=False)
 hypothesis.settings.load_profile("fixed")
 
-# pytest-xdist's workers share the cores: more threads than cores make every one of them many times slower.
-torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
+# Small tensors gain nothing from a second thread, which on a busy machine waits for its turn thousands of times.
+torch.set_num_threads(1)
 
 # transformers knows InternLM3 from 5.23 on, which needs Python 3.11: below it, what compares with it is left out.
 ORACLE = ("test_checkpoint.py", "test_config.py", "test_generate.py", "test_model.py", "test_standin.py")

@@ -38,14 +38,14 @@ def exact(q, cache: PagedCache, scale):
         if not slots:
             continue
         k, v = (torch.stack([x[page, :, slot] for page, slot in slots]).double() for x in cache[:2])
-        for t in range(max(wide.shape[1] - length, 0), wide.shape[1]):
-            seen = length - wide.shape[1] + t + 1
-            scores = torch.einsum("kgd,nkd->kgn", wide[b, t], k[:seen]) * scale
-            weights = scores.softmax(-1)
-            out[b, t] = torch.einsum("kgn,nkd->kgd", weights, v[:seen])
-            reach = torch.einsum("kgd,nkd->kgn", wide[b, t].abs(), k[:seen].abs()).amax(-1, keepdim=True) * scale
-            blur = 1 + reach * torch.finfo(torch.float32).eps / torch.finfo(q.dtype).eps
-            size[b, t] = torch.einsum("kgn,nkd->kgd", weights, v[:seen].abs()) * blur
+        live = min(wide.shape[1], length)  # tokens that stand in the sequence; those before them are zero
+        mine = wide[b, -live:]
+        unseen = torch.ones(live, length, dtype=torch.bool, device=q.device).triu(length - live + 1)[:, None, None]
+        weights = (torch.einsum("tkgd,nkd->tkgn", mine, k) * scale).masked_fill(unseen, -torch.inf).softmax(-1)
+        out[b, -live:] = torch.einsum("tkgn,nkd->tkgd", weights, v)
+        reach = torch.einsum("tkgd,nkd->tkgn", mine.abs(), k.abs()).masked_fill(unseen, 0).amax(-1, keepdim=True)
+        blur = 1 + reach * scale * torch.finfo(torch.float32).eps / torch.finfo(q.dtype).eps
+        size[b, -live:] = torch.einsum("tkgn,nkd->tkgd", weights, v.abs()) * blur
     return out.view(len(q), -1), size.view(len(q), -1)
 
 
