@@ -13,7 +13,7 @@ class TextStream:
     """The text of one answer, token by token. All that `push` and `flush` return together is what `decode` would give.
 
     Args:
-        stops: strings that end the text; the earliest match wins.
+        stops: strings that end the text; the one that is whole first wins, of several the longest, whatever the tokens.
         include_stop: the stop string stays in the text.
 
     Attributes:
@@ -52,10 +52,10 @@ class TextStream:
     def _release(self, new: str) -> str:
         """`new` behind what was held, up to a stop string or to what may become one."""
         text = self._held + new
-        found = [(text.find(stop), stop) for stop in self._stops if stop in text]
+        found = [(text.find(stop) + len(stop), -len(stop), stop) for stop in self._stops if stop in text]
         if found:
-            at, self.stopped = min(found, key=lambda match: (match[0], -len(match[1])))
-            return text[: at + len(self.stopped)] if self._include_stop else text[:at]
+            end, _, self.stopped = min(found)
+            return text[:end] if self._include_stop else text[: end - len(self.stopped)]
         hold = max((_overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - hold :]
         return text[: len(text) - hold]
