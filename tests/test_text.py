@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import sentencepiece
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from internlm3 import InternLM3Tokenizer
 from internlm3.runtime.text import TextStream
@@ -111,7 +111,7 @@ def told(tokenizer, ids, **options):
     return [stream.push(token) for token in ids] + [stream.flush()], stream
 
 
-@settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=250)
 @given(data=st.data(), skip=st.booleans())
 def test_the_parts_are_the_whole(tokenizer, data, skip):
     ids = data.draw(tokens_of(tokenizer))
@@ -161,7 +161,7 @@ def common(texts):
     return next((first[:end] for end, letter in enumerate(first) if letter != last[end]), first)
 
 
-@settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=250)
 @given(text=st.lists(st.sampled_from([*CLEANED, *" '.nsvrex"]), max_size=20).map("".join))
 @example(text="    do n't ' go '  . ' ' '  ' s")
 def test_what_may_still_be_cleaned_up_is_held_back(plain, text):
@@ -175,7 +175,7 @@ def test_what_may_still_be_cleaned_up_is_held_back(plain, text):
     assert out + stream.flush() == cleaned_up(text)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=150)
 @given(text=st.text(st.characters(codec="utf-8", exclude_characters="\x00"), max_size=60), skip=st.booleans())
 @example(text="书生·浦语 🙂🇨🇳 naïve — 3 × 4\t\n\n  ende", skip=True)
 @example(text="the the the 天天天 " * 12, skip=True)
@@ -192,7 +192,7 @@ def test_a_character_is_told_at_once_and_whole(plain, text, skip):
     assert out + stream.flush() == plain.decode(ids, skip_special_tokens=skip)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60)
 @given(data=st.data())
 def test_bytes_that_can_be_no_character_are_not_waited_on(tokenizer, data):
     byte = data.draw(st.sampled_from([0x80, 0xBF, 0xC0, 0xC1, 0xF5, 0xFF, 0x41]))
@@ -223,7 +223,7 @@ def cut_at(text, stops, include):
     return text, None
 
 
-@settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=250)
 @given(data=st.data(), include=st.booleans())
 def test_stop_strings(tokenizer, data, include):
     """Any stop strings, most of them taken from the text itself: it ends where brute force ends it."""
