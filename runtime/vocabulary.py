@@ -4,19 +4,18 @@ A text is split at the added tokens, and SentencePiece encodes every segment bet
 normaliser settings of its own file. A dummy prefix, where the file asks for one, thus applies to each segment.
 """
 
-import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import sentencepiece
 
 from .added_tokens import AddedToken, AddedTokens
 
-_SPACE = "\u2581"  # SentencePiece's visible space
+SPACE = "\u2581"  # SentencePiece's visible space
 
 
 class Vocabulary:
-    """Text to ids and ids to text; nothing of prompts, frames or batches.
+    """Text to ids, and ids to tokens and back; nothing of prompts, frames or batches.
 
     Args:
         sp_model: the loaded SentencePiece model.
@@ -89,20 +88,6 @@ class Vocabulary:
             else:
                 tokens += self.sp_model.encode(segment, out_type=str)
         return tokens
-
-    def text(self, tokens: Iterable[str], drop_first_space: bool) -> str:
-        """Joins tokens: added ones as they are, the runs of pieces between them as SentencePiece decodes them.
-
-        SentencePiece itself drops the dummy prefix of a run; `drop_first_space` is for the very first token.
-        """
-        tokens = list(tokens)
-        if tokens and drop_first_space:
-            tokens[0] = tokens[0].removeprefix(_SPACE)
-        text = ""
-        for is_added, run in itertools.groupby(tokens, self.added.ids.__contains__):
-            pieces = list(run)
-            text += "".join(pieces) if is_added else self.sp_model.decode(pieces)
-        return text
 
 
 def _check(text: Any) -> str:

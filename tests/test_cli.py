@@ -134,6 +134,6 @@ def test_control_c_ends_an_answer_at_once(standin):
     ) as process:
         assert process.stdout.read(1)  # the answer has begun
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=30)
+        out, err = process.communicate()
     assert process.returncode == 0
     assert "[stopped]" in out and FIGURES.search(err)
