@@ -39,6 +39,11 @@ except SystemExit as stop:
     assert all(command in done.stdout for command in ("chat", "generate", "info", "demo"))
 
 
+def test_importing_warns_of_nothing():
+    """torch warns where numpy is missing, so setup.py asks for it."""
+    subprocess.run([sys.executable, "-W", "error", "-c", "from internlm3 import LLM"], check=True)
+
+
 def test_the_demo_says_paris_and_its_figures(standin):
     done = run("demo")
     assert "Paris" in done.stdout

@@ -323,7 +323,7 @@ def test_a_broken_row_says_so_in_its_logprob():
     assert logprob.isnan().tolist() == [True, True, True, False] and logprob[3] == 0
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     vocab=st.integers(1, 70),
     seed=st.integers(0, 2**31),

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from internlm3 import kernels
 from internlm3.kernels import reference
 
-from .support import DEVICE, assert_near, call, cases, dtypes, embedded, generator, normal, scales, seeds
+from .support import DEVICE, assert_near, call, dtypes, embedded, generator, normal, scales, seeds
 
 widths = st.one_of(st.sampled_from([1, 8, 64, 576, 1536, 4096]), st.integers(1, 80).map(lambda n: 8 * n))
 paddings = st.sampled_from([0, 8, 3])
@@ -21,7 +21,8 @@ def exact_norm(x, weight, eps):
     return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight
 
 
-@cases(300)
+@pytest.mark.op(name="rms_norm")
+@settings(max_examples=300)
 @given(
     seeds, dtypes, st.sampled_from([(1,), (3,), (2, 2), ()]), widths, paddings, scales, st.sampled_from([1e-5, 1e-6])
 )
