@@ -240,7 +240,7 @@ class Generation(LanguageModel):
         if not isinstance(processors, list | tuple) or not all(map(callable, processors)):
             raise TypeError(f"logits_processor must be a callable or a list of them; it is {logits_processor!r}")
         batch = Batch(self, rows, eos, processors, keep_scores=output_scores)
-        spelled = {id(row): TextStream(tokenizer, texts, skip_special_tokens=False) for row in rows} if texts else {}
+        spelled = {row: TextStream(tokenizer, texts, skip_special_tokens=False) for row in rows} if texts else {}
         scores: list[Tensor] = []
         logits: list[Tensor] = []
         if streamer is not None:
@@ -248,16 +248,16 @@ class Generation(LanguageModel):
         while batch.rows:
             step = batch.step()
             for row in step.rows if texts else ():
-                spelled[id(row)].push(row.token_ids[-1])
-                if spelled[id(row)].stopped is not None:
-                    row.finish("stop", spelled[id(row)].stopped)
+                spelled[row].push(row.token_ids[-1])
+                if spelled[row].stopped is not None:
+                    row.finish("stop", spelled[row].stopped)
             if output_scores and step.scores is not None:
                 scores.append(_of_all(rows, step.rows, step.scores))
             if output_logits:
                 logits.append(_of_all(rows, step.rows, step.logits.float()))
             if streamer is not None:
-                running = {id(row) for row in step.rows}
-                streamer.put(torch.tensor([row.token_ids[-1] if id(row) in running else pad for row in rows]))
+                running = set(step.rows)
+                streamer.put(torch.tensor([row.token_ids[-1] if row in running else pad for row in rows]))
             batch.drop_finished()
         if streamer is not None:
             streamer.end()
@@ -355,8 +355,8 @@ def _padded(rows: Sequence[Sequence[int]], pad: int = 0, left: bool = True) -> T
 def _of_all(rows: Sequence[Request], running: Sequence[Request], values: Tensor) -> Tensor:
     """[B * n, V] of the running rows' values; -inf for rows that have ended."""
     full = values.new_full((len(rows), values.shape[1]), -torch.inf)
-    place = {id(row): index for index, row in enumerate(rows)}
-    full[[place[id(row)] for row in running]] = values
+    place = {row: index for index, row in enumerate(rows)}
+    full[[place[row] for row in running]] = values
     return full
 
 

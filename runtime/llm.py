@@ -7,7 +7,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from .outputs import Chunk, CompletionOutput, RequestOutput
 from .prompts import THINKING_SYSTEM_PROMPT
 from .request import Request, check_prompt
 from .sampling import RECOMMENDED_THINKING, SamplingParams
-from .text import TextStream
+from .text import Writer
 from .token_ids import check_ids
 from .tokenizer import InternLM3Tokenizer
 
@@ -218,7 +218,7 @@ class LLM:
     def _run(self, rows: list[Request]) -> list[str]:
         """The whole text of each row's answer."""
         batch = Batch(self.model, rows, self.eos_token_ids)
-        writers = [self._writer(row) for row in rows]
+        writers = [Writer(row, self.tokenizer) for row in rows]
         texts = [""] * len(rows)
         running = list(range(len(rows)))
         while running:
@@ -231,7 +231,7 @@ class LLM:
 
     def _chunks(self, row: Request) -> Iterator[Chunk]:
         batch = Batch(self.model, [row], self.eos_token_ids)
-        writer = self._writer(row)
+        writer = Writer(row, self.tokenizer)
         if self.model.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.model.device)
         begin = first = time.perf_counter()
@@ -255,37 +255,6 @@ class LLM:
                 (decoded - 1) / (now - first) if decoded > 1 else 0.0,
                 peak_memory(self.model.device),
             )
-
-    def _writer(self, row: Request) -> _Writer:
-        params = row.params
-        stream = TextStream(self.tokenizer, params.stops, params.include_stop_str_in_output, params.skip_special_tokens)
-        return _Writer(row, stream, self.tokenizer)
-
-
-@dataclass
-class _Writer:
-    """Turns a row's newest token into text, and ends the row at a stop string."""
-
-    row: Request
-    stream: TextStream
-    tokenizer: InternLM3Tokenizer
-
-    def write(self) -> str:
-        row = self.row
-        ended_by_token = row.finish_reason == "stop"
-        # The token that ends a text is no part of it, unless it was asked for.
-        text = (
-            "" if ended_by_token and not row.params.include_stop_str_in_output else self.stream.push(row.token_ids[-1])
-        )
-        if isinstance(row.stop_reason, int) and (token := self.tokenizer.convert_ids_to_tokens(row.stop_reason)):
-            row.stop_reason = token if token in row.params.stops else row.stop_reason
-        if self.stream.stopped is not None:
-            row.finish("stop", self.stream.stopped)
-        elif row.finish_reason is not None:
-            text += self.stream.flush()
-            if self.stream.stopped is not None:
-                row.finish("stop", self.stream.stopped)
-        return text
 
 
 def peak_memory(device: torch.device) -> float:
