@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .request import Request
     from .tokenizer import InternLM3Tokenizer
 
 
@@ -59,6 +60,33 @@ class TextStream:
         hold = max((_overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - hold :]
         return text[: len(text) - hold]
+
+
+class Writer:
+    """Turns a request's newest token into text, and ends the request at a stop string."""
+
+    def __init__(self, request: Request, tokenizer: InternLM3Tokenizer):
+        params = request.params
+        self._request = request
+        self._tokenizer = tokenizer
+        self._stream = TextStream(
+            tokenizer, params.stops, params.include_stop_str_in_output, params.skip_special_tokens
+        )
+
+    def write(self) -> str:
+        """The text that the request's last token completes; called once for each token, as it comes."""
+        request, stream = self._request, self._stream
+        # The token that ends a text is no part of it, unless it was asked for.
+        ended_by_token = request.finish_reason == "stop" and not request.params.include_stop_str_in_output
+        text = "" if ended_by_token else stream.push(request.token_ids[-1])
+        if isinstance(request.stop_reason, int):
+            token = self._tokenizer.convert_ids_to_tokens(request.stop_reason)
+            request.stop_reason = token if token in request.params.stops else request.stop_reason
+        if stream.stopped is None and request.finish_reason is not None:
+            text += stream.flush()
+        if stream.stopped is not None:
+            request.finish("stop", stream.stopped)
+        return text
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -92,6 +92,7 @@ def test_info_counts_parameters_and_memory(standin):
     assert f"{parameters * 2 / 1e9:.2f} GB in bfloat16" in printed
     assert "23,040 bytes a token" in printed  # 30 layers x (k and v) x 3 heads x 64 x 2 bytes
     assert "0.02 GB at 1,000 tokens" in printed
+    assert run("info", standin, "--length", 1000, "--dtype", "bf16").stdout == printed
 
 
 def test_info_of_the_8b_needs_its_config_only(tmp_path):

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from internlm3 import kernels
 from internlm3.kernels import reference
 
@@ -45,6 +46,13 @@ def test_the_reference_needs_no_triton():
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
+def test_one_place_chooses_the_backend():
+    assert kernels.for_device(torch.device("cpu")) is reference
+    assert kernels.for_device(torch.device("cuda", 1)) is kernels
+    with pytest.raises(ValueError, match="no ops for device 'meta': move the model to 'cpu' or 'cuda'"):
+        kernels.for_device(torch.device("meta"))
+
+
 def test_unknown_ops_are_named():
-    with pytest.raises(AttributeError, match="no attribute 'conv'; its ops are add_rms_norm, embed"):
+    with pytest.raises(AttributeError, match="no attribute 'conv'; its ops are embed"):
         kernels.conv  # noqa: B018
