@@ -30,6 +30,7 @@ setup(
         "torch>=2.11",
         "triton>=3.6; sys_platform == 'linux'",
         "sentencepiece>=0.2",
+        "tokenizers>=0.22",
         "safetensors>=0.5",
         "huggingface_hub>=1.0",
         "jinja2>=3.1.6",

@@ -1,9 +1,11 @@
 """Added tokens: strings with ids of their own beside (or over) SentencePiece's pieces, such as `<|im_start|>`."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
+
+MAX_ID = 2**31 - 1  # what an embedding's row can be counted with
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,20 @@ class AddedToken:
             if not isinstance(flag, bool):
                 raise ValueError(f"{where}: {name!r} must be true or false, not {flag!r}")
         return cls(fields["content"], **flags)
+
+
+def parse_added_tokens(decoder: Any) -> dict[int, AddedToken]:
+    """added_tokens_decoder with its ids as numbers. Raises ValueError for what is no id or no token."""
+    if not isinstance(decoder, Mapping):
+        raise ValueError(f"added_tokens_decoder must be a dict, not {decoder!r:.40}")
+    tokens = {}
+    for key, value in decoder.items():
+        where = f"added_tokens_decoder[{key!r:.40}]"
+        token = AddedToken.parse(value, where)
+        if not str(key).isdecimal() or len(str(key)) > len(str(MAX_ID)) or int(key) > MAX_ID:
+            raise ValueError(f"{where}, {token.content!r}: an id must be a whole number from 0 to {MAX_ID}")
+        tokens[int(key)] = token
+    return tokens
 
 
 class AddedTokens:

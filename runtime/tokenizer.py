@@ -1,4 +1,4 @@
-"""InternLM3's tokenizer, with transformers' names: SentencePiece and added tokens, and no code of a checkpoint."""
+"""InternLM3's tokenizer, with transformers' names: a vocabulary and added tokens, and no code of a checkpoint."""
 
 import operator
 import os
@@ -17,12 +17,11 @@ from .tokenizer_files import (
     NO_LIMIT,
     SETTINGS,
     SPECIAL_TOKENS_FILE,
-    VOCAB_FILE,
     complete_settings,
-    load_sentencepiece,
+    load_vocabulary,
     read_config,
+    vocabulary_file,
 )
-from .vocabulary import Vocabulary
 
 # transformers' clean-up of spaces before English punctuation, for checkpoints that ask for it.
 _CLEAN_UPS = ((" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"),
@@ -33,19 +32,29 @@ class InternLM3Tokenizer:
     """Text to ids and back.
 
     Args:
-        vocab_file: the SentencePiece model, `tokenizer.model`.
-        settings: keys of tokenizer_config.json: bos_token, eos_token, unk_token, pad_token, additional_special_tokens,
-            added_tokens_decoder, add_bos_token, add_eos_token, add_prefix_space (concerns decoding only),
-            clean_up_tokenization_spaces, padding_side, truncation_side, model_max_length, chat_template.
+        vocab_file: the SentencePiece model, `tokenizer.model`, or a `tokenizer.json`.
+        settings: keys of tokenizer_config.json: bos_token, eos_token, unk_token, pad_token, additional_special_tokens
+            (or extra_special_tokens), added_tokens_decoder, add_bos_token, add_eos_token, add_prefix_space (concerns
+            decoding only), clean_up_tokenization_spaces, padding_side, truncation_side, model_max_length,
+            chat_template.
 
     Raises:
         FileNotFoundError: no such vocab_file.
         TypeError: an unknown setting; the message names the nearest known one.
-        ValueError: a vocab_file that is no SentencePiece model, or a setting of a wrong kind.
+        ValueError: a damaged vocab_file, a setting of a wrong kind, or a token that neither the vocabulary nor
+            added_tokens_decoder has an id for.
     """
 
     def __init__(self, vocab_file: str | Path, **settings: Any) -> None:
         reject_unknown("InternLM3Tokenizer", settings, SETTINGS)
+        added_tokens = complete_settings(settings)["added_tokens_decoder"]
+        self._vocabulary = load_vocabulary(Path(vocab_file), added_tokens)
+        # As in transformers: a file that frames a text itself does so, unless a setting says anything of it.
+        frame = self._vocabulary.frame
+        if frame is not None and settings.keys() & {"add_bos_token", "add_eos_token"}:
+            settings = {"add_bos_token": False, **settings}
+        elif frame is not None:
+            settings |= {"add_bos_token": bool(frame[0]), "add_eos_token": bool(frame[1])}
         settings = complete_settings(settings)
         self.add_bos_token: bool = settings["add_bos_token"]
         self.add_eos_token: bool = settings["add_eos_token"]
@@ -57,15 +66,35 @@ class InternLM3Tokenizer:
         self.chat_template: str = settings["chat_template"] or chat.PUBLISHED_TEMPLATE
         self._extra_config: dict[str, Any] = {}
 
-        self._vocabulary = Vocabulary(load_sentencepiece(Path(vocab_file)), settings["added_tokens_decoder"])
         self.bos_token, self.eos_token, self.unk_token, self.pad_token = (
-            None if settings[name] is None else self._vocabulary.add(AddedToken.parse(settings[name], name))
-            for name in NAMED_TOKENS
+            None if settings[name] is None else self._known(settings[name], name) for name in NAMED_TOKENS
         )
         self.additional_special_tokens = [
-            self._vocabulary.add(AddedToken.parse(token, "additional_special_tokens"))
-            for token in settings["additional_special_tokens"]
+            self._known(token, "additional_special_tokens") for token in settings["additional_special_tokens"]
         ]
+
+        if frame is not None:
+            self._check_frame("before", frame[0], "bos_token", self.bos_token)
+            self._check_frame("behind", frame[1], "eos_token", self.eos_token)
+
+    def _check_frame(self, where: str, ids: list[int], name: str, token: str | None) -> None:
+        """Raises ValueError for a tokenizer.json that frames a text by something else than `bos_token`, `eos_token`."""
+        tokens = self.convert_ids_to_tokens(ids)
+        if tokens not in ([], [token]):
+            raise ValueError(
+                f"{self._vocabulary.file_name} puts {tokens} {where} a text, which is not {name} {token!r}"
+            )
+
+    def _known(self, given: Any, name: str) -> str:
+        """Makes a special token one of the added tokens. Its id comes from the files: none is invented here."""
+        token = AddedToken.parse(given, name)
+        if self._vocabulary.find(token.content) is None:
+            raise ValueError(
+                f"{name} {token.content!r} has no id: neither {self._vocabulary.file_name} nor added_tokens_decoder "
+                "knows it. Fetch the tokenizer's files again, or add it with add_tokens after loading without it"
+            )
+        self._vocabulary.add(token)
+        return token.content
 
     # Files
 
@@ -97,14 +126,14 @@ class InternLM3Tokenizer:
         config = read_config(directory)
         settings = {name: config.pop(name) for name in SETTINGS if name in config}
         try:
-            tokenizer = cls(directory / VOCAB_FILE, **{**settings, **overrides})
+            tokenizer = cls(vocabulary_file(directory), **{**settings, **overrides})
         except ValueError as error:
             raise ValueError(f"tokenizer of {directory}: {error}") from error
         tokenizer._extra_config = config
         return tokenizer
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> tuple[str, ...]:
-        """Writes tokenizer.model, tokenizer_config.json and special_tokens_map.json; returns their paths.
+        """Writes tokenizer.model (or .json), tokenizer_config.json, special_tokens_map.json; returns their paths.
 
         Each file appears whole or not at all.
         """
@@ -112,7 +141,7 @@ class InternLM3Tokenizer:
         config = {
             "tokenizer_class": "InternLM3Tokenizer",
             **self._extra_config,
-            **{name: getattr(self, name) for name in SETTINGS if name != "added_tokens_decoder"},
+            **{name: getattr(self, name) for name in SETTINGS if name != "extra_special_tokens"},
             "added_tokens_decoder": self._vocabulary.added.to_json(),
         }
         paths = [Path(directory) / CONFIG_FILE, Path(directory) / SPECIAL_TOKENS_FILE]
@@ -122,17 +151,19 @@ class InternLM3Tokenizer:
         return (*vocabulary, *map(str, paths))
 
     def save_vocabulary(self, directory: str | os.PathLike[str], filename_prefix: str | None = None) -> tuple[str]:
-        """Writes the SentencePiece model as `[<prefix>-]tokenizer.model`; returns its path."""
-        name = f"{filename_prefix}-{VOCAB_FILE}" if filename_prefix else VOCAB_FILE
-        path = Path(directory) / name
-        write(path, self._vocabulary.sp_model.serialized_model_proto())
+        """Writes the vocabulary as `[<prefix>-]tokenizer.model`, or .json; returns its path."""
+        name = self._vocabulary.file_name
+        path = Path(directory) / (f"{filename_prefix}-{name}" if filename_prefix else name)
+        before = [self.bos_token] if self.add_bos_token and self.bos_token else []
+        behind = [self.eos_token] if self.add_eos_token and self.eos_token else []
+        write(path, self._vocabulary.save(before, behind))
         return (str(path),)
 
     # Vocabulary
 
     @property
     def vocab_size(self) -> int:
-        """SentencePiece's pieces, without added tokens."""
+        """The vocabulary's own pieces, without added tokens."""
         return self._vocabulary.pieces
 
     def __len__(self) -> int:
@@ -164,7 +195,13 @@ class InternLM3Tokenizer:
 
     def _named_id(self, name: str) -> int | None:
         token = getattr(self, name)
-        return None if token is None else self.convert_tokens_to_ids(token)
+        return None if token is None else self._special_id(token, name)
+
+    def _special_id(self, token: str, name: str) -> int:
+        id = self._vocabulary.find(token)
+        if id is None:
+            raise ValueError(f"{name} is {token!r}, which has no id: add it first, with add_tokens({token!r})")
+        return id
 
     @property
     def eos_ids(self) -> list[int]:
@@ -176,9 +213,14 @@ class InternLM3Tokenizer:
         return {name: getattr(self, name) for name in NAMED_TOKENS if getattr(self, name) is not None}
 
     @property
+    def extra_special_tokens(self) -> list[str]:
+        """transformers 5's name of `additional_special_tokens`."""
+        return self.additional_special_tokens
+
+    @property
     def all_special_ids(self) -> list[int]:
-        named = {self.convert_tokens_to_ids(token) for token in self.special_tokens_map.values()}
-        additional = {self.convert_tokens_to_ids(token) for token in self.additional_special_tokens}
+        named = {self._special_id(token, name) for name, token in self.special_tokens_map.items()}
+        additional = {self._special_id(token, "additional_special_tokens") for token in self.additional_special_tokens}
         return sorted(named | additional | {id for id, token in self._vocabulary.added.by_id.items() if token.special})
 
     @property
@@ -195,7 +237,8 @@ class InternLM3Tokenizer:
         """The id of a token, or the ids of a list; added tokens win over pieces, and unknown ones are unk."""
         if not isinstance(tokens, str):
             return [self.convert_tokens_to_ids(token) for token in tokens]
-        return self._vocabulary.id(tokens)
+        id = self._vocabulary.find(tokens)
+        return self.unk_token_id if id is None else id
 
     def encode(self, text: str, text_pair: str | None = None, **options: Any) -> Any:
         """`input_ids` of one text; `options` are those of calling the tokenizer."""
