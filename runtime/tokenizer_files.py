@@ -6,7 +6,7 @@ from typing import Any
 
 from .added_tokens import AddedToken, parse_added_tokens
 from .batch_encoding import check_side
-from .files import read_json
+from .files import read_json, read_text
 from .vocabulary import Vocabulary
 from .vocabulary_sentencepiece import SentencePieceVocabulary
 
@@ -36,7 +36,9 @@ SETTINGS: dict[str, Any] = {
     "truncation_side": "right",
     "model_max_length": NO_LIMIT,
     "chat_template": None,
+    "chat_control_tokens": None,
 }
+_TEMPLATE = {"name", "template"}
 # Settings that change ids or text, and that InternLM3 never turns on.
 _UNSUPPORTED = (
     "sp_model_kwargs",
@@ -65,7 +67,7 @@ def read_config(directory: Path) -> dict[str, Any]:
         # As in transformers: that file frames a text itself.
         config = {name: value for name, value in config.items() if name not in ("add_bos_token", "add_eos_token")}
     if (directory / TEMPLATE_FILE).is_file():
-        config["chat_template"] = (directory / TEMPLATE_FILE).read_text(encoding="utf-8")
+        config["chat_template"] = read_text(directory / TEMPLATE_FILE)
     return config
 
 
@@ -108,18 +110,32 @@ def complete_settings(given: Mapping[str, Any]) -> dict[str, Any]:
     limit = settings["model_max_length"]
     if not isinstance(limit, (int, float)) or not 1 <= limit < float("inf"):
         raise ValueError(f"model_max_length must be a positive number, not {limit!r}")
-    if not isinstance(settings["chat_template"], (str, type(None))):
-        raise ValueError(f"chat_template must be one Jinja string, not {settings['chat_template']!r:.40}")
+    tokens = settings["chat_control_tokens"] or []
+    if not isinstance(tokens, (list, tuple)) or not all(isinstance(token, str) for token in tokens):
+        raise ValueError(f"chat_control_tokens must be a list of strings, not {tokens!r:.40}")
     return {
         **settings,
         "model_max_length": int(limit),
         "added_tokens_decoder": parse_added_tokens(settings["added_tokens_decoder"]),
         "additional_special_tokens": _special_tokens(settings),
+        "chat_template": _templates(settings["chat_template"]),
     }
 
 
 def _read_optional(path: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
+
+
+def _templates(given: Any) -> str | dict[str, str] | None:
+    """One template, or several by name: a file has these in a list of {"name": ..., "template": ...}."""
+    if isinstance(given, list) and all(isinstance(entry, dict) and entry.keys() >= _TEMPLATE for entry in given):
+        given = {entry["name"]: entry["template"] for entry in given}
+    strings = [*given, *given.values()] if isinstance(given, dict) else [given]
+    if given is not None and not all(isinstance(string, str) for string in strings):
+        raise ValueError(
+            f"chat_template must be a Jinja string, or a list of {{'name', 'template'}}, not {given!r:.40}"
+        )
+    return given
 
 
 def _special_tokens(settings: Mapping[str, Any]) -> list[Any]:

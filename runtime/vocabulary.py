@@ -47,6 +47,14 @@ class Vocabulary(ABC):
     def encode(self, text: str) -> list[int]: ...
 
     @abstractmethod
+    def encode_plain(self, text: str) -> list[int]:
+        """As a text without any added token, whatever it looks like."""
+
+    @abstractmethod
+    def spans(self, text: str) -> list[tuple[int, int, int]]:
+        """`encode` with each id's characters: (id, start, end). A piece of no character belongs to the next one."""
+
+    @abstractmethod
     def tokenize(self, text: str) -> list[str]: ...
 
     @abstractmethod

@@ -80,6 +80,19 @@ class JsonVocabulary(Vocabulary):
     def encode(self, text: str) -> list[int]:
         return self._library.encode(check_text(text), add_special_tokens=False).ids
 
+    def encode_plain(self, text: str) -> list[int]:
+        # The library's own steps, of which its added tokens are none.
+        library = self._library
+        normalized = check_text(text) if library.normalizer is None else library.normalizer.normalize_str(text)
+        splits = [normalized]
+        if library.pre_tokenizer is not None:
+            splits = [split for split, _ in library.pre_tokenizer.pre_tokenize_str(normalized)]
+        return [token.id for split in splits for token in library.model.tokenize(split)]
+
+    def spans(self, text: str) -> list[tuple[int, int, int]]:
+        encoding = self._library.encode(check_text(text), add_special_tokens=False)
+        return [(id, start, end) for id, (start, end) in zip(encoding.ids, encoding.offsets, strict=True)]
+
     def tokenize(self, text: str) -> list[str]:
         return self._library.encode(check_text(text), add_special_tokens=False).tokens
 

@@ -73,18 +73,32 @@ class SentencePieceVocabulary(Vocabulary):
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = []
-        for segment in self.added.split(check_text(text)):
-            if isinstance(segment, int):
-                ids.append(segment)
-            elif self._moved:
-                ids += [self._moved.get(id, id) for id in self.sp_model.encode(segment)]
-            else:
-                ids += self.sp_model.encode(segment)
+        for segment, _ in self.added.split(check_text(text)):
+            ids += [segment] if isinstance(segment, int) else self.encode_plain(segment)
         return ids
+
+    def encode_plain(self, text: str) -> list[int]:
+        ids = self.sp_model.encode(check_text(text))
+        return [self._moved.get(id, id) for id in ids] if self._moved else ids
+
+    def spans(self, text: str) -> list[tuple[int, int, int]]:
+        spans = []
+        for segment, start in self.added.split(check_text(text)):
+            if isinstance(segment, int):
+                spans.append((segment, start, start + len(self.added.by_id[segment].content)))
+                continue
+            pieces = self.sp_model.encode(segment, return_type="offset_mapping")
+            following, part = 0, []
+            for id, (begin, end) in zip(reversed(pieces["ids"]), reversed(pieces["offsets"]), strict=True):
+                # Of the bytes of one character only the last one has it, and a dummy prefix has none.
+                following = end if end > begin else max(following, end)
+                part.append((self._moved.get(id, id), start + begin, start + following))
+            spans += reversed(part)
+        return spans
 
     def tokenize(self, text: str) -> list[str]:
         tokens: list[str] = []
-        for segment in self.added.split(check_text(text)):
+        for segment, _ in self.added.split(check_text(text)):
             if isinstance(segment, int):
                 tokens.append(self.added.by_id[segment].content)
             else:
