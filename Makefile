@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test lint audit bench clean
+.PHONY: demo test lint fuzz audit bench clean
 
 # The stamp is newer than setup.py and the pins, or the environment is brought up to date.
 # torch comes first and alone: a resolver that sees it installed leaves its accelerator packages alone.
@@ -22,9 +22,19 @@ lint: $(VENV)/.ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy kernels runtime
 
+# All of it; with ARGS the tests that they choose, and nothing else: make test ARGS="-k rope"
+ifdef ARGS
+test: $(VENV)/.ready
+	$(BIN)/pytest $(ARGS)
+else
 test: lint
-	$(BIN)/pytest -n 2 --dist worksteal $(ARGS)
+	$(BIN)/pytest -n 2 --dist worksteal
 	$(BIN)/python bench/audit.py
+endif
+
+# Random cases that nobody has tried: make fuzz ARGS="--op linear --dtype bfloat16 --minutes 5"
+fuzz: $(VENV)/.ready
+	$(BIN)/python tests/fuzz.py $(ARGS)
 
 # Compiles every kernel for real GPUs and reads the machine code; needs none of them.
 audit: $(VENV)/.ready

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from .runtime.causal_lm import InternLM3ForCausalLM as InternLM3ForCausalLM
+    from .runtime.causal_lm import InternLM3Model as InternLM3Model
     from .runtime.config import InternLM3Config as InternLM3Config
     from .runtime.llm import LLM as LLM
-    from .runtime.model import InternLM3ForCausalLM as InternLM3ForCausalLM
-    from .runtime.model import InternLM3Model as InternLM3Model
     from .runtime.outputs import Chunk as Chunk
     from .runtime.outputs import CompletionOutput as CompletionOutput
     from .runtime.outputs import RequestOutput as RequestOutput
@@ -27,8 +27,8 @@ _HOME = {
     "Chunk": "outputs",
     "CompletionOutput": "outputs",
     "InternLM3Config": "config",
-    "InternLM3ForCausalLM": "model",
-    "InternLM3Model": "model",
+    "InternLM3ForCausalLM": "causal_lm",
+    "InternLM3Model": "causal_lm",
     "InternLM3Tokenizer": "tokenizer",
     "LLM": "llm",
     "RECOMMENDED": "sampling",

@@ -29,6 +29,7 @@ setup(
     install_requires=[
         "torch>=2.11",
         "triton>=3.6; sys_platform == 'linux'",
+        "numpy>=1.26",  # torch works without it, but warns
         "sentencepiece>=0.2",
         "tokenizers>=0.22",
         "safetensors>=0.5",

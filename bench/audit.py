@@ -39,7 +39,7 @@ class Facts(NamedTuple):
 
 FACTS = {
     "_embed": Facts(constants=["table_ptr"], streams=["table_ptr"]),
-    "_rms_norm": Facts(["weight_ptr"], ["weight_ptr"], ["x_ptr", "residual_ptr", "weight_ptr"]),
+    "_rms_norm": Facts(["weight_ptr"], ["weight_ptr"], ["x_ptr", "weight_ptr"]),
     "_swiglu": Facts(streams=["gate_up_ptr"]),
     "_rope_and_cache": Facts(),
     "_skinny, one row": Facts(["w_ptr", "norm_ptr", "bias_ptr"], ["w_ptr", "norm_ptr"], ["w_ptr", "norm_ptr", "x_ptr"]),

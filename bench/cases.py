@@ -75,10 +75,6 @@ def _rms_norm(size: Size, rows: int, device: torch.device) -> Arguments:
     return {"x": _random(device, rows, size.hidden), "weight": _random(device, size.hidden), "eps": 1e-5}
 
 
-def _add_rms_norm(size: Size, rows: int, device: torch.device) -> Arguments:
-    return {**_rms_norm(size, rows, device), "residual": _random(device, rows, size.hidden)}
-
-
 def _swiglu(size: Size, rows: int, device: torch.device) -> Arguments:
     return {"gate_up": _random(device, rows, 2 * size.intermediate)}
 
@@ -135,7 +131,6 @@ def cases(size: Size = INTERNLM3_8B, context: int = 1024) -> Iterator[Case]:
         name = f"{rows} row{'s' * (rows > 1)}"
         yield Case("embed", name, partial(_embed, size, rows))
         yield Case("rms_norm", name, partial(_rms_norm, size, rows))
-        yield Case("add_rms_norm", name, partial(_add_rms_norm, size, rows))
         yield Case("swiglu", name, partial(_swiglu, size, rows))
         yield Case("rope_and_cache", name, partial(_rope_and_cache, size, rows, context))
         yield Case("linear", f"{name}, o", partial(_linear, rows, size.hidden, size.hidden))

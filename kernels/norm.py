@@ -1,10 +1,9 @@
-"""RMSNorm, alone and with the residual sum in front of it. Zhang and Sennrich 2019.
+"""RMSNorm. Zhang and Sennrich 2019.
 
     y = cast(x * rsqrt(mean(x^2) + eps)) * weight        [R, C], one program a row
 
 float32 up to the cast to the activation dtype, the weight multiplies after it. Bytes at InternLM3-8B's shapes
-(C = 4096, 16 bits): rms_norm 8 KiB read and 8 KiB written per row, add_rms_norm 16 and 16, and 8 KiB of weight once.
-Operations: 4 C per row.
+(C = 4096, 16 bits): 8 KiB read and 8 KiB written per row, and 8 KiB of weight once. Operations: 4 C per row.
 """
 
 import torch
@@ -22,8 +21,7 @@ def _num_warps(block: int) -> int:
 
 @triton.jit
 def _rms_norm(
-    x_ptr, residual_ptr, weight_ptr, y_ptr, total_ptr, x_stride, residual_stride, eps,
-    C: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    x_ptr, weight_ptr, y_ptr, x_stride, eps, C: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
 ):  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -35,10 +33,6 @@ def _rms_norm(
     if PDL:
         tl.extra.cuda.gdc_wait()
     x = tl.load(x_ptr + row * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
-    if residual_ptr is not None:
-        x += tl.load(residual_ptr + row * residual_stride + columns, mask=inside, other=0.0).to(tl.float32)
-        x = x.to(dtype).to(tl.float32)
-        tl.store(total_ptr + row * C + columns, x.to(dtype), mask=inside)
     scale = tl.rsqrt(tl.sum(x * x, axis=0) / C + eps)
     y = (x * scale).to(dtype).to(tl.float32) * weight
     tl.store(y_ptr + row * C + columns, y.to(dtype), mask=inside)
@@ -56,26 +50,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     rows = x.reshape(-1, width)
     block = triton.next_power_of_2(width)
     _rms_norm[(rows.shape[0],)](
-        rows, None, weight, y, None, rows.stride(0), 0, eps,
-        C=width, BLOCK=block, num_warps=_num_warps(block), **pdl(x.device),
+        rows, weight, y, rows.stride(0), eps, C=width, BLOCK=block, num_warps=_num_warps(block), **pdl(x.device)
     )  # fmt: skip
     return y
-
-
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(rms_norm(x + residual), x + residual), the sum rounded to the dtype. weight [C], all else [R, C].
-
-    Raises TypeError for a dtype, ValueError for a shape, device or stride that the kernel cannot take.
-    """
-    check_activation("x", x, -1, -1)
-    count, width = x.shape
-    check("residual", residual, x.dtype, x.device, count, width)
-    check("weight", weight, x.dtype, x.device, width)
-    y = torch.empty((count, width), dtype=x.dtype, device=x.device)
-    total = torch.empty((count, width), dtype=x.dtype, device=x.device)
-    block = triton.next_power_of_2(width)
-    _rms_norm[(count,)](
-        x, residual, weight, y, total, x.stride(0), residual.stride(0), eps,
-        C=width, BLOCK=block, num_warps=_num_warps(block), **pdl(x.device),
-    )  # fmt: skip
-    return y, total

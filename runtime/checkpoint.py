@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import os
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from .config import InternLM3Config
-from .files import locate, read_json, whole, write_json
-from .keywords import reject_unknown
+from .files import read_json, whole, write_json
 
-if TYPE_CHECKING:
-    from .model import InternLM3ForCausalLM
-
-GENERATION_CONFIG = "generation_config.json"
 INDEX = "model.safetensors.index.json"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_SHORT = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
 _FORMAT_NAMES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Buffers that some tools save although they follow from the configuration.
 _DERIVED = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
@@ -33,76 +27,38 @@ _DERIVED = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cach
 Header = dict[str, tuple[tuple[int, ...], Any]]
 
 
-def load_pretrained(
-    cls: type[InternLM3ForCausalLM],
-    id_or_path: str | os.PathLike[str],
-    *,
-    config: InternLM3Config | None = None,
-    revision: str | None = None,
-    token: str | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-    local_files_only: bool = False,
-    dtype: str | torch.dtype | None = None,
-    torch_dtype: str | torch.dtype | None = None,
-    device_map: str | Mapping[str, Any] | None = None,
-    device: str | torch.device | None = None,
-    progress: bool = True,
-    **unknown: Any,
-) -> InternLM3ForCausalLM:
-    """Loads a model from a local folder or the hub.
+def load_weights(
+    module: nn.Module, folder: Path, *, dtype: torch.dtype | None, device: torch.device, progress: bool
+) -> None:
+    """Gives a module on the meta device its weights: the checkpoint in `folder`, as `dtype` (None: as it is stored).
 
-    Host memory stays under the model's size plus one shard.
-
-    Args:
-        id_or_path: a folder with config.json and weights, or a hub repository "owner/name".
-        config: use this configuration instead of the checkpoint's.
-        revision, token, cache_dir, local_files_only: as in huggingface_hub.
-        dtype (or torch_dtype): "auto" (the default: what the checkpoint says), "bfloat16", "float16" or "float32".
-        device_map: "auto" (the default: the GPU if there is one), or a device; this runtime runs on one device.
-        device: the same as device_map.
-        progress: show progress bars of download and load.
+    A parameter that the module has under two names is read under the first.
 
     Raises:
         FileNotFoundError: a file that the checkpoint should have is missing.
-        ValueError: files that are damaged or disagree with each other or with config.json; the message names them.
-        TypeError: an unknown keyword.
+        ValueError: files that are damaged or disagree with each other or with the module; the message names them.
         MemoryError: the weights don't fit into the device's free memory.
     """
-    if unknown:
-        known = load_pretrained.__kwdefaults__ or {}
-        # Remote code is never run, so its switch means nothing here and may stay in people's calls.
-        reject_unknown("from_pretrained", [name for name in unknown if name != "trust_remote_code"], known)
-    where = resolve_device(_agreed(device=device, device_map=device_map))
-    wanted = _agreed(dtype=_resolve_dtype(dtype), torch_dtype=_resolve_dtype(torch_dtype))
-    folder = locate(id_or_path, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
-    config = config or InternLM3Config.from_file(folder / "config.json")
-    generation_config = read_generation_config(folder)
+    tied = _tied(module)
+    shapes = {name: tuple(weight.shape) for name, weight in module.state_dict().items() if name not in tied}
+    shards = _check_shards(folder, shapes, tied)
+    dtype = dtype or _common_dtype(shards)
+    _check_memory(module, dtype, device)
 
-    skeleton = cls(config, device="meta")
-    shapes = {name: tuple(weight.shape) for name, weight in skeleton.state_dict().items()}
-    if config.tie_word_embeddings:
-        del shapes["lm_head.weight"]
-    shards = _check_shards(folder, shapes)
-    kept = wanted or DTYPES.get(config.dtype or "") or _common_dtype(shards)
-    _check_memory(skeleton, kept, where)
-
-    model = _materialise(skeleton, kept, where)
-    model.tie_weights()
-    weights = model.state_dict()
+    _materialise(module, dtype, device)
+    weights = module.state_dict()
     bar = tqdm(total=len(shapes), desc="Loading weights", unit="tensor", disable=None if progress else True)
     with bar:
         for path in shards:
-            for name, tensor in _tensors(path, shapes, where):
+            for name, tensor in _tensors(path, shapes, device):
                 weights[name].copy_(tensor)
                 bar.update()
-    model.generation_config = generation_config
-    return model.eval()
 
 
-def save_pretrained(
-    model: InternLM3ForCausalLM, folder: str | os.PathLike[str], *, max_shard_size: int | str = "5GB"
+def save_weights(
+    module: nn.Module, folder: Path, notes: Mapping[str, dict[str, Any]], *, max_shard_size: int | str
 ) -> None:
-    """Writes config.json, generation_config.json and safetensors shards with their index, in the hub's format.
+    """Writes safetensors shards with their index, and `notes`: file name -> JSON.
 
     All files are written before the first of them takes its place: after an error the folder is as it was. Shards that
     an earlier save left, and that this one does not name, are removed.
@@ -110,20 +66,15 @@ def save_pretrained(
     Raises:
         ValueError: a max_shard_size that is no size. OSError: the disk is full, or the folder cannot be written.
     """
-    folder = Path(folder)
-    weights = {name: weight.detach() for name, weight in model.state_dict().items()}
-    if model.config.tie_word_embeddings:
-        del weights["lm_head.weight"]
+    tied = _tied(module)
+    weights = {name: weight.detach() for name, weight in module.state_dict().items() if name not in tied}
     groups = _split(weights, _parse_size(max_shard_size))
     names = (
         ["model.safetensors"]
         if len(groups) == 1
         else [f"model-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)]
     )
-    model.config.dtype = str(model.dtype).removeprefix("torch.")
-    notes = {"config.json": model.config.to_dict()}
-    if model.generation_config:
-        notes[GENERATION_CONFIG] = model.generation_config
+    notes = dict(notes)
     if len(groups) > 1:
         total = sum(weight.nbytes for weight in weights.values())
         weight_map = {key: name for name, group in zip(names, groups, strict=True) for key in group}
@@ -141,12 +92,6 @@ def save_pretrained(
         for path in folder.glob(pattern):
             if path.name not in (*names, *notes):
                 path.unlink()
-
-
-def read_generation_config(folder: Path) -> dict[str, Any]:
-    """generation_config.json of a checkpoint, {} where it has none. Raises ValueError where it is damaged."""
-    path = folder / GENERATION_CONFIG
-    return read_json(path) if path.is_file() else {}
 
 
 def resolve_device(wanted: str | torch.device | Mapping[str, Any] | None) -> torch.device:
@@ -172,42 +117,42 @@ def resolve_device(wanted: str | torch.device | Mapping[str, Any] | None) -> tor
     return device
 
 
-def _agreed(**spellings: Any) -> Any:
-    """The value given under one of two names, None where neither is. Raises ValueError where both are and differ."""
-    given = {name: value for name, value in spellings.items() if value is not None}
-    value = next(iter(given.values()), None)
-    if any(other != value for other in given.values()):
-        raise ValueError(f"{' and '.join(f'{name}={other!r}' for name, other in given.items())}: give one of them")
-    return value
-
-
-def _resolve_dtype(wanted: str | torch.dtype | None) -> torch.dtype | None:
-    """None stands for the checkpoint's own."""
+def resolve_dtype(wanted: str | torch.dtype | None) -> torch.dtype | None:
+    """The dtype of a name, or of PyTorch's own; None for None and "auto". Raises ValueError for any other."""
     if wanted is None or wanted == "auto":
         return None
     name = str(wanted).removeprefix("torch.")
-    name = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}.get(
-        name, name
-    )
+    name = _SHORT.get(name, name)
     if name not in DTYPES:
         raise ValueError(f"dtype {wanted!r} is not supported; give 'auto', {', '.join(map(repr, DTYPES))}")
     return DTYPES[name]
 
 
-def _materialise(model: InternLM3ForCausalLM, dtype: torch.dtype, device: torch.device) -> InternLM3ForCausalLM:
-    """Gives a model on the meta device memory, unset. (`to_empty` would do, and imports half a second of sympy.)"""
-    for module in model.modules():
-        for name, weight in module.named_parameters(recurse=False):
-            empty = torch.empty(weight.shape, dtype=dtype, device=device)
-            setattr(module, name, torch.nn.Parameter(empty, requires_grad=False))
-    return model
+def _tied(module: nn.Module) -> set[str]:
+    """The names of parameters that the module has under an earlier name too."""
+    every = dict(module.named_parameters(remove_duplicate=False))
+    return every.keys() - dict(module.named_parameters()).keys()
+
+
+def _materialise(module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+    """Gives a module on the meta device memory, unset. (`to_empty` would do, and imports half a second of sympy.)"""
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    for part in module.modules():
+        for name, weight in list(part.named_parameters(recurse=False)):
+            if weight not in made:
+                empty = torch.empty(weight.shape, dtype=dtype, device=device)
+                made[weight] = nn.Parameter(empty, requires_grad=False)
+            setattr(part, name, made[weight])
 
 
 # -------------------------------------------------------------------- reading
 
 
-def _check_shards(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[Path, Header]:
-    """The checkpoint's weight files with their headers, after every check that needs no weight read."""
+def _check_shards(folder: Path, shapes: Mapping[str, tuple[int, ...]], tied: set[str]) -> dict[Path, Header]:
+    """The checkpoint's weight files with their headers, after every check that needs no weight read.
+
+    `tied` names may lie in the files, and are not read.
+    """
     shards: dict[Path, Header] = {}
     origin: dict[str, Path] = {}
     files, weight_map, index = _weight_files(folder)
@@ -223,7 +168,7 @@ def _check_shards(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[P
             raise ValueError(f"{index} says that {name!r} lies in {said}, but {held} holds it; fetch both again")
 
     expected = set(shapes)
-    extra = {name for name in origin if not name.endswith(_DERIVED)} - expected - {"lm_head.weight"}
+    extra = {name for name in origin if not name.endswith(_DERIVED)} - expected - tied
     if missing := sorted(expected - set(origin)):
         raise ValueError(f"{folder}: {_listed(missing)} missing from the weights that config.json describes")
     if extra:
@@ -311,11 +256,11 @@ def _common_dtype(shards: Mapping[Path, Header]) -> torch.dtype:
     return next(dtype for header in shards.values() for _, dtype in header.values())
 
 
-def _check_memory(model: torch.nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+def _check_memory(module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
     """Raises MemoryError, with the arithmetic, where the weights can't fit into what a GPU has free."""
     if device.type != "cuda":
         return
-    needed = sum(weight.numel() for weight in model.parameters()) * dtype.itemsize
+    needed = sum(weight.numel() for weight in module.parameters()) * dtype.itemsize
     free, total = torch.cuda.mem_get_info(device)
     if needed > free:
         raise MemoryError(

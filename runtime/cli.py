@@ -85,18 +85,18 @@ def _demo(args: argparse.Namespace) -> None:
 
 
 def _info(args: argparse.Namespace) -> None:
-    from .checkpoint import DTYPES, read_generation_config
+    from .causal_lm import InternLM3ForCausalLM
+    from .checkpoint import resolve_dtype
     from .config import InternLM3Config
     from .files import locate
-    from .model import InternLM3ForCausalLM
+    from .generation import read_generation_config
     from .sampling import SamplingParams
 
     folder = locate(args.model, revision=args.revision, local_files_only=args.local_files_only, weights=False)
     config = InternLM3Config.from_file(folder / "config.json")
-    dtype = config.dtype or "bfloat16" if args.dtype == "auto" else args.dtype
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype {dtype!r} is not supported; give 'auto', {', '.join(map(repr, DTYPES))}")
-    size = DTYPES[dtype].itemsize
+    dtype = resolve_dtype(args.dtype) or resolve_dtype(config.dtype or "bfloat16")
+    assert dtype is not None
+    size = dtype.itemsize
     parameters = sum(weight.numel() for weight in InternLM3ForCausalLM(config, device="meta").parameters())
     per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * size
     length = args.length or config.max_position_embeddings
@@ -105,7 +105,7 @@ def _info(args: argparse.Namespace) -> None:
         print(f"{key:24} {value}")
     print()
     print(f"{'parameters':24} {parameters:,}")
-    print(f"{'weights':24} {parameters * size / 1e9:.2f} GB in {dtype}")
+    print(f"{'weights':24} {parameters * size / 1e9:.2f} GB in {str(dtype).removeprefix('torch.')}")
     print(f"{'KV cache':24} {per_token:,} bytes a token, {length * per_token / 1e9:.2f} GB at {length:,} tokens")
     print(f"{'generation_config.json':24} {generation_config or 'none'}")
     print(f"{'default settings':24} {SamplingParams.from_generation_config(generation_config)}")

@@ -9,6 +9,7 @@ from typing import Any
 
 from .files import locate, read_json, write_json
 from .keywords import reject_unknown
+from .token_ids import check_ids
 
 ROPE_TYPES = ("default", "dynamic")
 
@@ -223,9 +224,7 @@ class InternLM3Config:
             if not isinstance(getattr(self, key), bool):
                 raise ValueError(f"{key} must be true or false; it is {getattr(self, key)!r}")
         for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            for token in _as_list(getattr(self, key)):
-                if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < self.vocab_size:
-                    raise ValueError(f"{key} is {token!r}, which is no id of a vocabulary of {self.vocab_size}")
+            check_ids(key, _as_list(getattr(self, key)), self.vocab_size)
         if self.hidden_act != "silu":
             raise ValueError(f"hidden_act is {self.hidden_act!r}; InternLM3's MLP knows 'silu' only")
 

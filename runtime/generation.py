@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .cache import KVCache
+from .files import read_json
 from .keywords import reject_unknown
+from .model import Decoder, LanguageModel
+from .request import Request, check_prompt
 from .rope import inverse_frequencies
 from .sampling import Sampler, SamplingParams, top_logprobs
 from .text import TextStream
+from .token_ids import check_ids
 
-if TYPE_CHECKING:
-    from .model import InternLM3ForCausalLM
-
+GENERATION_CONFIG = "generation_config.json"
 # A longer prompt goes through the model in pieces of this many tokens, which bounds the memory for activations.
 PREFILL_CHUNK = 2048
 DEFAULT_MAX_NEW_TOKENS = 20  # transformers' own
@@ -28,32 +31,10 @@ LogitsProcessor = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass
-class Row:
-    """One sequence: what was asked, and what has come of it so far.
-
-    finish_reason: None while it runs, "stop" (an end token or stop string), "length", or "abort".
-    stop_reason: the stop token or string that ended it, None for the model's own ends.
-    """
-
-    prompt_ids: list[int]
-    params: SamplingParams
-    max_tokens: int
-    stream: int = 0
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    top_logprobs: list[dict[int, float]] = field(default_factory=list)
-    finish_reason: str | None = None
-    stop_reason: int | str | None = None
-
-    def finish(self, reason: str, stop_reason: int | str | None = None) -> None:
-        self.finish_reason, self.stop_reason = reason, stop_reason
-
-
-@dataclass
 class Step:
     """One step's logits [B, V] and what `Sampler.scores` made of them, of the rows that were running."""
 
-    rows: list[Row]
+    rows: list[Request]
     logits: Tensor
     scores: Tensor | None
 
@@ -66,8 +47,8 @@ class Batch:
 
     def __init__(
         self,
-        model: InternLM3ForCausalLM,
-        rows: Sequence[Row],
+        model: LanguageModel,
+        rows: Sequence[Request],
         eos_token_ids: Iterable[int],
         logits_processor: Sequence[LogitsProcessor] = (),
         keep_scores: bool = False,
@@ -78,7 +59,7 @@ class Batch:
         self._keep_scores = keep_scores
         self._cache: KVCache | None = None
         self._sampler = Sampler(
-            [(row.params, row.prompt_ids, row.stream) for row in rows],
+            [(row.params, row.prompt_ids, row.answer) for row in rows],
             vocab_size=model.config.vocab_size,
             device=model.device,
             eos_token_ids=self._eos,
@@ -123,7 +104,7 @@ class Batch:
                 ids, logprobs = top_logprobs(logits[index : index + 1], row.params.logprobs)
                 row.top_logprobs.append(dict(zip(ids[0].tolist(), logprobs[0].tolist(), strict=True)))
 
-    def _stop(self, row: Row, token: int) -> None:
+    def _stop(self, row: Request, token: int) -> None:
         if token in (row.params.stop_token_ids or ()):
             row.finish("stop", token)
         elif token in self._eos and not row.params.ignore_eos:
@@ -188,101 +169,118 @@ _SAMPLING = (
 _TOKENS = ("eos_token_id", "pad_token_id")
 
 
-def generate(
-    self: InternLM3ForCausalLM,
-    input_ids: Tensor | None = None,
-    attention_mask: Tensor | None = None,
-    *,
-    inputs: Tensor | None = None,
-    generation_config: Any = None,
-    logits_processor: Sequence[LogitsProcessor] | LogitsProcessor | None = None,
-    streamer: Any = None,
-    tokenizer: Any = None,
-    return_dict_in_generate: bool = False,
-    output_scores: bool = False,
-    output_logits: bool = False,
-    **kwargs: Any,
-) -> Tensor | GenerateOutput:
-    """Continues prompts; names and meanings are those of transformers' `generate`.
+class Generation(LanguageModel):
+    """A language model with transformers' `generate`.
 
-    Settings come from the checkpoint's generation_config.json, then `generation_config` (a dictionary or an object with
-    to_dict), then keywords: do_sample (False: greedy), temperature, top_k, top_p, min_p, typical_p, repetition_penalty,
-    presence_penalty, frequency_penalty, logit_bias, seed, num_return_sequences, stop_strings (with tokenizer),
-    eos_token_id (one or a list), pad_token_id, max_new_tokens or max_length (20 new ones where nothing is said),
-    min_new_tokens or min_length.
-
-    Args:
-        input_ids (or inputs): [B, T] integers, padded on either side.
-        attention_mask: [B, T], zero at padding.
-        logits_processor: callables (ids [B, L], logits [B, V]) -> logits, called before all other settings, on the rows
-            still running; ragged rows are padded on the left with 0.
-        streamer: an object with put(ids) and end(), given the prompt first and then every step's tokens.
-        output_scores, output_logits: keep them in the GenerateOutput that return_dict_in_generate asks for.
-
-    Returns:
-        [B * num_return_sequences, T + longest answer] ids, padded with pad_token_id; or a GenerateOutput.
-
-    Raises:
-        TypeError: an unknown keyword. ValueError: a bad or contradictory setting, an empty prompt, a bad id.
+    Attributes:
+        generation_config: the checkpoint's generation_config.json as read, where `generate` starts from.
     """
-    if (input_ids is None) == (inputs is None):
-        raise ValueError("generate needs input_ids (or inputs, and not both): [B, T] integers")
-    ids = inputs if input_ids is None else input_ids
-    if not isinstance(ids, Tensor):
-        raise TypeError(f"input_ids must be a tensor [B, T] of integers; it is a {type(ids).__name__}")
-    options = _options(self, generation_config, kwargs)
-    vocab_size = self.config.vocab_size
-    eos = _token_ids("eos_token_id", options.get("eos_token_id", self.config.eos_token_ids), vocab_size)
-    pads = _token_ids("pad_token_id", options.get("pad_token_id", self.config.pad_token_id), vocab_size)
-    prompts = _prompts(ids, attention_mask, vocab_size, pads[0] if pads and pads[0] not in eos else None)
-    pad = (*pads, *eos, 0)[0]
-    params = _params(options, explicit=kwargs)
-    texts = params.stops
-    if texts and tokenizer is None:
-        raise ValueError("stop_strings needs tokenizer=, to see the text that the tokens spell")
 
-    most, least = _lengths(options, ids.shape[1])
-    params = SamplingParams.from_kwargs(params, min_tokens=least)
-    rows = [Row(prompt, params, most, stream) for prompt in prompts for stream in range(params.n)]
-    processors = [logits_processor] if callable(logits_processor) else logits_processor or []
-    if not isinstance(processors, list | tuple) or not all(map(callable, processors)):
-        raise TypeError(f"logits_processor must be a callable or a list of them; it is {logits_processor!r}")
-    batch = Batch(self, rows, eos, processors, keep_scores=output_scores)
-    spelled = {id(row): TextStream(tokenizer, texts, skip_special_tokens=False) for row in rows} if texts else {}
-    scores: list[Tensor] = []
-    logits: list[Tensor] = []
-    if streamer is not None:
-        streamer.put(ids.cpu())
-    while batch.rows:
-        step = batch.step()
-        for row in step.rows if texts else ():
-            spelled[id(row)].push(row.token_ids[-1])
-            if spelled[id(row)].stopped is not None:
-                row.finish("stop", spelled[id(row)].stopped)
-        if output_scores and step.scores is not None:
-            scores.append(_of_all(rows, step.rows, step.scores))
-        if output_logits:
-            logits.append(_of_all(rows, step.rows, step.logits.float()))
+    def __init__(self, decoder: Decoder, **factory: Any):
+        super().__init__(decoder, **factory)
+        self.generation_config: dict[str, Any] = {}
+
+    def generate(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        inputs: Tensor | None = None,
+        generation_config: Any = None,
+        logits_processor: Sequence[LogitsProcessor] | LogitsProcessor | None = None,
+        streamer: Any = None,
+        tokenizer: Any = None,
+        return_dict_in_generate: bool = False,
+        output_scores: bool = False,
+        output_logits: bool = False,
+        **kwargs: Any,
+    ) -> Tensor | GenerateOutput:
+        """Continues prompts; names and meanings are those of transformers' `generate`.
+
+        Settings come from the checkpoint's generation_config.json, then `generation_config` (a dictionary or an object
+        with to_dict), then keywords: do_sample (False: greedy), temperature, top_k, top_p, min_p, typical_p,
+        repetition_penalty, presence_penalty, frequency_penalty, logit_bias, seed, num_return_sequences, stop_strings
+        (with tokenizer), eos_token_id (one or a list), pad_token_id, max_new_tokens or max_length (20 new ones where
+        nothing is said), min_new_tokens or min_length.
+
+        Args:
+            input_ids (or inputs): [B, T] integers, padded on either side.
+            attention_mask: [B, T], zero at padding.
+            logits_processor: callables (ids [B, L], logits [B, V]) -> logits, called before all other settings, on the
+                rows still running; ragged rows are padded on the left with 0.
+            streamer: an object with put(ids) and end(), given the prompt first and then every step's tokens.
+            output_scores, output_logits: keep them in the GenerateOutput that return_dict_in_generate asks for.
+
+        Returns:
+            [B * num_return_sequences, T + longest answer] ids, padded with pad_token_id; or a GenerateOutput.
+
+        Raises:
+            TypeError: an unknown keyword. ValueError: a bad or contradictory setting, an empty prompt, a bad id.
+        """
+        if (input_ids is None) == (inputs is None):
+            raise ValueError("generate needs input_ids (or inputs, and not both): [B, T] integers")
+        ids = inputs if input_ids is None else input_ids
+        if not isinstance(ids, Tensor):
+            raise TypeError(f"input_ids must be a tensor [B, T] of integers; it is a {type(ids).__name__}")
+        options = _options(self, generation_config, kwargs)
+        vocab_size = self.config.vocab_size
+        eos = _token_ids("eos_token_id", options.get("eos_token_id", self.config.eos_token_ids), vocab_size)
+        pads = _token_ids("pad_token_id", options.get("pad_token_id", self.config.pad_token_id), vocab_size)
+        prompts = _prompts(ids, attention_mask, vocab_size, pads[0] if pads and pads[0] not in eos else None)
+        pad = (*pads, *eos, 0)[0]
+        params = _params(options, explicit=kwargs)
+        texts = params.stops
+        if texts and tokenizer is None:
+            raise ValueError("stop_strings needs tokenizer=, to see the text that the tokens spell")
+
+        most, least = _lengths(options, ids.shape[1])
+        params = SamplingParams.from_kwargs(params, min_tokens=least)
+        rows = [Request(prompt, params, most, answer) for prompt in prompts for answer in range(params.n)]
+        processors = [logits_processor] if callable(logits_processor) else logits_processor or []
+        if not isinstance(processors, list | tuple) or not all(map(callable, processors)):
+            raise TypeError(f"logits_processor must be a callable or a list of them; it is {logits_processor!r}")
+        batch = Batch(self, rows, eos, processors, keep_scores=output_scores)
+        spelled = {row: TextStream(tokenizer, texts, skip_special_tokens=False) for row in rows} if texts else {}
+        scores: list[Tensor] = []
+        logits: list[Tensor] = []
         if streamer is not None:
-            running = {id(row) for row in step.rows}
-            streamer.put(torch.tensor([row.token_ids[-1] if id(row) in running else pad for row in rows]))
-        batch.drop_finished()
-    if streamer is not None:
-        streamer.end()
+            streamer.put(ids.cpu())
+        while batch.rows:
+            step = batch.step()
+            for row in step.rows if texts else ():
+                spelled[row].push(row.token_ids[-1])
+                if spelled[row].stopped is not None:
+                    row.finish("stop", spelled[row].stopped)
+            if output_scores and step.scores is not None:
+                scores.append(_of_all(rows, step.rows, step.scores))
+            if output_logits:
+                logits.append(_of_all(rows, step.rows, step.logits.float()))
+            if streamer is not None:
+                running = set(step.rows)
+                streamer.put(torch.tensor([row.token_ids[-1] if row in running else pad for row in rows]))
+            batch.drop_finished()
+        if streamer is not None:
+            streamer.end()
 
-    answers = _padded([row.token_ids for row in rows], pad, left=False)
-    sequences = torch.cat([ids.repeat_interleave(params.n, dim=0), answers.to(ids)], dim=1)
-    if not return_dict_in_generate:
-        return sequences
-    logprobs = torch.zeros(answers.shape)
-    for index, row in enumerate(rows):
-        logprobs[index, : len(row.logprobs)] = torch.tensor(row.logprobs)
-    return GenerateOutput(
-        sequences, logprobs, tuple(scores) if output_scores else None, tuple(logits) if output_logits else None
-    )
+        answers = _padded([row.token_ids for row in rows], pad, left=False)
+        sequences = torch.cat([ids.repeat_interleave(params.n, dim=0), answers.to(ids)], dim=1)
+        if not return_dict_in_generate:
+            return sequences
+        logprobs = torch.zeros(answers.shape)
+        for index, row in enumerate(rows):
+            logprobs[index, : len(row.logprobs)] = torch.tensor(row.logprobs)
+        return GenerateOutput(
+            sequences, logprobs, tuple(scores) if output_scores else None, tuple(logits) if output_logits else None
+        )
 
 
-def _options(model: InternLM3ForCausalLM, given: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def read_generation_config(folder: Path) -> dict[str, Any]:
+    """generation_config.json of a checkpoint, {} where it has none. Raises ValueError where it is damaged."""
+    path = folder / GENERATION_CONFIG
+    return read_json(path) if path.is_file() else {}
+
+
+def _options(model: Generation, given: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The checkpoint's settings, under those of generation_config, under the keywords; None counts as not said."""
     known = (*_LENGTHS, *_SAMPLING, *_TOKENS, "do_sample", *_ONLY)
     reject_unknown("generate", kwargs, known)
@@ -345,15 +343,6 @@ def _prompts(ids: Tensor, mask: Tensor | None, vocab_size: int, pad: int | None)
     return prompts
 
 
-def check_prompt(name: str, prompt: Sequence[int], vocab_size: int) -> None:
-    """Raises ValueError for an empty prompt, or one with an id that the model does not have."""
-    if not prompt:
-        raise ValueError(f"{name} is empty: give at least one token")
-    for token in prompt:
-        if not 0 <= token < vocab_size:
-            raise ValueError(f"{name} holds {token}, which is outside the vocabulary of {vocab_size}")
-
-
 def _padded(rows: Sequence[Sequence[int]], pad: int = 0, left: bool = True) -> Tensor:
     """Ragged rows as one [B, L] int64 tensor."""
     width = max(map(len, rows))
@@ -363,18 +352,16 @@ def _padded(rows: Sequence[Sequence[int]], pad: int = 0, left: bool = True) -> T
     return torch.tensor(filled, dtype=torch.int64)
 
 
-def _of_all(rows: Sequence[Row], running: Sequence[Row], values: Tensor) -> Tensor:
+def _of_all(rows: Sequence[Request], running: Sequence[Request], values: Tensor) -> Tensor:
     """[B * n, V] of the running rows' values; -inf for rows that have ended."""
     full = values.new_full((len(rows), values.shape[1]), -torch.inf)
-    place = {id(row): index for index, row in enumerate(rows)}
-    full[[place[id(row)] for row in running]] = values
+    place = {row: index for index, row in enumerate(rows)}
+    full[[place[row] for row in running]] = values
     return full
 
 
 def _token_ids(name: str, value: int | Sequence[int] | None, vocab_size: int) -> list[int]:
     """One id, several, or none, as a list. Raises ValueError for what is no id of the vocabulary."""
     ids: list[Any] = [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
-    for token in ids:
-        if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab_size:
-            raise ValueError(f"{name} is {value!r}; it must lie in the vocabulary of {vocab_size}")
+    check_ids(name, ids, vocab_size)
     return ids

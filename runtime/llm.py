@@ -7,23 +7,24 @@ import sys
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from .causal_lm import InternLM3ForCausalLM
 from .chat_template import check_messages, joined_text
-from .checkpoint import GENERATION_CONFIG, read_generation_config
 from .config import InternLM3Config
 from .files import locate
-from .generation import Batch, Row, check_prompt
+from .generation import GENERATION_CONFIG, Batch, read_generation_config
 from .keywords import reject_unknown
-from .model import InternLM3ForCausalLM
 from .outputs import Chunk, CompletionOutput, RequestOutput
 from .prompts import THINKING_SYSTEM_PROMPT
+from .request import Request, check_prompt
 from .sampling import RECOMMENDED_THINKING, SamplingParams
-from .text import TextStream
+from .text import Writer
+from .token_ids import check_ids
 from .tokenizer import InternLM3Tokenizer
 
 
@@ -175,7 +176,7 @@ class LLM:
         text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return text, self.tokenizer.encode(text, add_special_tokens=False)
 
-    def _rows(self, prompts: Sequence[list[int]], params: SamplingParams) -> list[Row]:
+    def _rows(self, prompts: Sequence[list[int]], params: SamplingParams) -> list[Request]:
         rows = []
         for index, prompt in enumerate(prompts):
             name = f"prompt {index}" if len(prompts) > 1 else "the prompt"
@@ -187,7 +188,7 @@ class LLM:
                     "shorten it, or load the model with a larger max_seq_len"
                 )
             limit = min(params.max_tokens or room, room)
-            rows += [Row(prompt, params, limit, stream) for stream in range(params.n)]
+            rows += [Request(prompt, params, limit, answer) for answer in range(params.n)]
         return rows
 
     # ---------------------------------------------------------------- the loop
@@ -199,7 +200,7 @@ class LLM:
             texts += self._run(rows[start : start + self.max_batch_size])
         answers = [
             CompletionOutput(
-                row.stream,
+                row.answer,
                 text,
                 row.token_ids,
                 row.logprobs,
@@ -214,10 +215,10 @@ class LLM:
             for index, (text, ids) in enumerate(prompts)
         ]
 
-    def _run(self, rows: list[Row]) -> list[str]:
+    def _run(self, rows: list[Request]) -> list[str]:
         """The whole text of each row's answer."""
         batch = Batch(self.model, rows, self.eos_token_ids)
-        writers = [self._writer(row) for row in rows]
+        writers = [Writer(row, self.tokenizer) for row in rows]
         texts = [""] * len(rows)
         running = list(range(len(rows)))
         while running:
@@ -228,9 +229,9 @@ class LLM:
             batch.drop_finished()
         return texts
 
-    def _chunks(self, row: Row) -> Iterator[Chunk]:
+    def _chunks(self, row: Request) -> Iterator[Chunk]:
         batch = Batch(self.model, [row], self.eos_token_ids)
-        writer = self._writer(row)
+        writer = Writer(row, self.tokenizer)
         if self.model.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.model.device)
         begin = first = time.perf_counter()
@@ -254,37 +255,6 @@ class LLM:
                 (decoded - 1) / (now - first) if decoded > 1 else 0.0,
                 peak_memory(self.model.device),
             )
-
-    def _writer(self, row: Row) -> _Writer:
-        params = row.params
-        stream = TextStream(self.tokenizer, params.stops, params.include_stop_str_in_output, params.skip_special_tokens)
-        return _Writer(row, stream, self.tokenizer)
-
-
-@dataclass
-class _Writer:
-    """Turns a row's newest token into text, and ends the row at a stop string."""
-
-    row: Row
-    stream: TextStream
-    tokenizer: InternLM3Tokenizer
-
-    def write(self) -> str:
-        row = self.row
-        ended_by_token = row.finish_reason == "stop"
-        # The token that ends a text is no part of it, unless it was asked for.
-        text = (
-            "" if ended_by_token and not row.params.include_stop_str_in_output else self.stream.push(row.token_ids[-1])
-        )
-        if isinstance(row.stop_reason, int) and (token := self.tokenizer.convert_ids_to_tokens(row.stop_reason)):
-            row.stop_reason = token if token in row.params.stops else row.stop_reason
-        if self.stream.stopped is not None:
-            row.finish("stop", self.stream.stopped)
-        elif row.finish_reason is not None:
-            text += self.stream.flush()
-            if self.stream.stopped is not None:
-                row.finish("stop", self.stream.stopped)
-        return text
 
 
 def peak_memory(device: torch.device) -> float:
@@ -332,9 +302,7 @@ def _generation_defaults(folder: Path, vocab_size: int) -> tuple[SamplingParams,
     ends = values.get("eos_token_id")
     ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
     try:
-        for token in ends:
-            if not isinstance(token, int) or not 0 <= token < vocab_size:
-                raise ValueError(f"eos_token_id is {token!r}, which is no id of a vocabulary of {vocab_size}")
+        check_ids("eos_token_id", ends, vocab_size)
         return SamplingParams.from_generation_config(values), ends
     except ValueError as error:
         raise ValueError(f"{folder / GENERATION_CONFIG}: {error}") from None

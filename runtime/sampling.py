@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..kernels import sampling_reference
 from .keywords import reject_unknown
+from .token_ids import check_ids
 
 ALIASES = {
     "max_new_tokens": "max_tokens",
@@ -205,10 +206,9 @@ class SamplingParams:
         )
 
     def check_vocab(self, vocab_size: int) -> None:
-        """Raises ValueError if a token id of these parameters is not below `vocab_size`."""
+        """Raises ValueError for a token id of these parameters that the model does not have."""
         for name in ("logit_bias", "allowed_token_ids", "stop_token_ids"):
-            for token in getattr(self, name) or ():
-                _check_int(f"{name}: a token id", token, 0, vocab_size - 1)
+            check_ids(name, getattr(self, name) or (), vocab_size)
 
 
 # InternLM3's README: the settings it recommends for chat, and those for its deep-thinking mode.

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from . import chat_template as chat
-from .added_tokens import AddedToken
+from .added_tokens import AddedToken, parse_added_tokens
 from .batch_encoding import (
     BatchEncoding,
     check_side,
@@ -19,6 +19,7 @@ from .batch_encoding import (
     truncation_strategy,
 )
 from .control_tokens import control_tokens, encode_marked, marked
+from .detokenizer import Detokenizer
 from .files import locate, write, write_json
 from .keywords import nearest, reject_unknown
 from .tokenizer_files import (
@@ -32,10 +33,6 @@ from .tokenizer_files import (
     read_config,
     vocabulary_file,
 )
-
-# transformers' clean-up of spaces before English punctuation, for checkpoints that ask for it.
-_CLEAN_UPS = ((" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"),
-              (" n't", "n't"), (" 'm", "'m"), (" 's", "'s"), (" 've", "'ve"), (" 're", "'re"))  # fmt: skip
 
 
 class InternLM3Tokenizer:
@@ -57,7 +54,7 @@ class InternLM3Tokenizer:
 
     def __init__(self, vocab_file: str | Path, **settings: Any) -> None:
         reject_unknown("InternLM3Tokenizer", settings, SETTINGS)
-        added_tokens = complete_settings(settings)["added_tokens_decoder"]
+        added_tokens = parse_added_tokens(settings.get("added_tokens_decoder") or {})
         self._vocabulary = load_vocabulary(Path(vocab_file), added_tokens)
         # As in transformers: a file that frames a text itself does so, unless a setting says anything of it.
         frame = self._vocabulary.frame
@@ -369,9 +366,17 @@ class InternLM3Tokenizer:
         skipped = set(self.all_special_ids) if skip_special_tokens else ()
         return [self._vocabulary.token(id) for id in _as_ids(ids) if id not in skipped]
 
+    def detokenizer(self, clean_up_tokenization_spaces: bool | None = None) -> Detokenizer:
+        """What makes text of tokens that come one by one; None: the space clean-up that the checkpoint asks for."""
+        clean_up = clean_up_tokenization_spaces
+        return Detokenizer(
+            self._vocabulary.speller(drop_first_space=self.add_prefix_space),
+            clean_up=self.clean_up_tokenization_spaces if clean_up is None else clean_up,
+        )
+
     def convert_tokens_to_string(self, tokens: Iterable[str]) -> str:
-        """Joins tokens: added tokens as they are, the runs of pieces between them as SentencePiece decodes them."""
-        return self._vocabulary.text(tokens, self.add_prefix_space)
+        """Joins tokens: added tokens as they are, the runs between them as the vocabulary's own library does."""
+        return self.detokenizer(clean_up_tokenization_spaces=False).text(tokens)
 
     def decode(
         self, ids: Any, skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool | None = None
@@ -381,11 +386,8 @@ class InternLM3Tokenizer:
         Raises:
             TypeError: ids that are no whole numbers. ValueError: a negative one, or more than one sequence.
         """
-        text = self.convert_tokens_to_string(self.convert_ids_to_tokens(_as_ids(ids), skip_special_tokens))
-        if self.clean_up_tokenization_spaces if clean_up_tokenization_spaces is None else clean_up_tokenization_spaces:
-            for spaced, clean in _CLEAN_UPS:
-                text = text.replace(spaced, clean)
-        return text
+        tokens = self.convert_ids_to_tokens(_as_ids(ids), skip_special_tokens)
+        return self.detokenizer(clean_up_tokenization_spaces).text(tokens)
 
     def batch_decode(self, sequences: Iterable[Any], **options: Any) -> list[str]:
         """`decode` of every sequence: of a list of lists or tensors, or of each row of a 2-D tensor."""

@@ -116,7 +116,6 @@ def complete_settings(given: Mapping[str, Any]) -> dict[str, Any]:
     return {
         **settings,
         "model_max_length": int(limit),
-        "added_tokens_decoder": parse_added_tokens(settings["added_tokens_decoder"]),
         "additional_special_tokens": _special_tokens(settings),
         "chat_template": _templates(settings["chat_template"]),
     }

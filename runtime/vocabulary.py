@@ -1,14 +1,23 @@
 """What a tokenizer asks of its vocabulary, whichever file that comes from."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 from .added_tokens import AddedToken, AddedTokens
 
 
+class Speller(Protocol):
+    """From tokens to text, token after token. All that `push` and `flush` return together is the text."""
+
+    def push(self, token: str) -> str:
+        """The text that is certain with this token: no character is unfinished."""
+
+    def flush(self) -> str:
+        """The rest, when no token follows: each byte of an unfinished character shows as U+FFFD."""
+
+
 class Vocabulary(ABC):
-    """Text to ids and ids to text; nothing of prompts, frames or batches.
+    """Text to ids, and ids to tokens and back; nothing of prompts, frames or batches.
 
     file_name: what its file is called in a checkpoint. pieces: how many ids are its own. added: its added tokens.
     frame: the ids that its file puts before and behind a text; None where it says nothing of that.
@@ -58,8 +67,8 @@ class Vocabulary(ABC):
     def tokenize(self, text: str) -> list[str]: ...
 
     @abstractmethod
-    def text(self, tokens: Iterable[str], drop_first_space: bool) -> str:
-        """Joins tokens to a text."""
+    def speller(self, drop_first_space: bool) -> Speller:
+        """For one text; it leaves out the first token's space where that is asked for, or where its library does."""
 
 
 def check_text(text: Any) -> str:

@@ -1,13 +1,17 @@
 """A vocabulary of a `tokenizer.json`, which the `tokenizers` library reads: what transformers 5 saves."""
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 from tokenizers import processors
 
 from .added_tokens import AddedToken, AddedTokens
-from .vocabulary import Vocabulary, check_text
+from .vocabulary import Speller, Vocabulary, check_text
+
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
 class JsonVocabulary(Vocabulary):
@@ -96,8 +100,34 @@ class JsonVocabulary(Vocabulary):
     def tokenize(self, text: str) -> list[str]:
         return self._library.encode(check_text(text), add_special_tokens=False).tokens
 
-    def text(self, tokens: Iterable[str], drop_first_space: bool) -> str:
-        """As the file's decoder joins them; `drop_first_space` is the decoder's business."""
-        known = [token for token in tokens if token]
-        decoder = self._library.decoder
-        return " ".join(known) if decoder is None else decoder.decode(known)
+    def speller(self, drop_first_space: bool) -> Speller:
+        return LibrarySpeller(self._library.decoder)
+
+
+class LibrarySpeller:
+    """As the file's decoder spells; that knows itself what to do with a first space.
+
+    A token is spelt behind the one before it, which is spelt alone once more: what is new is the difference.
+    """
+
+    def __init__(self, decoder: Any):
+        self._decode = " ".join if decoder is None else decoder.decode
+        self._last: list[str] = []
+        self._waiting: list[str] = []
+
+    def push(self, token: str) -> str:
+        if not token:
+            return ""
+        self._waiting.append(token)
+        # One byte that belongs to no character makes U+FFFD of all the bytes beside it: they wait for their end.
+        if _BYTE.fullmatch(token) or self._new().endswith("\ufffd"):
+            return ""
+        return self.flush()
+
+    def flush(self) -> str:
+        text = self._new()
+        self._last, self._waiting = self._waiting[-1:] or self._last, []
+        return text
+
+    def _new(self) -> str:
+        return self._decode(self._last + self._waiting)[len(self._decode(self._last)) :]

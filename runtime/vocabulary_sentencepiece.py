@@ -4,14 +4,14 @@ A text is split at the added tokens, and SentencePiece encodes every segment bet
 normaliser settings of its own file. A dummy prefix, where the file asks for one, thus applies to each segment.
 """
 
-import itertools
-from collections.abc import Iterable, Mapping
+import codecs
+from collections.abc import Mapping
 from pathlib import Path
 
 import sentencepiece
 
 from .added_tokens import AddedToken, AddedTokens
-from .vocabulary import Vocabulary, check_text
+from .vocabulary import Speller, Vocabulary, check_text
 
 _SPACE = "\u2581"  # SentencePiece's visible space
 
@@ -105,19 +105,63 @@ class SentencePieceVocabulary(Vocabulary):
                 tokens += self.sp_model.encode(segment, out_type=str)
         return tokens
 
-    def text(self, tokens: Iterable[str], drop_first_space: bool) -> str:
-        """Added tokens as they are, the runs of pieces between them as SentencePiece decodes them.
+    def speller(self, drop_first_space: bool) -> Speller:
+        return PieceSpeller(self, drop_first_space)
 
-        SentencePiece itself drops the dummy prefix of a run; `drop_first_space` is for the very first token.
-        """
-        tokens = list(tokens)
-        if tokens and drop_first_space:
-            tokens[0] = tokens[0].removeprefix(_SPACE)
-        text = ""
-        for is_added, run in itertools.groupby(tokens, self.added.ids.__contains__):
-            pieces = list(run)
-            text += "".join(pieces) if is_added else self.sp_model.decode(pieces)
-        return text
+
+def _one_byte(error: UnicodeError) -> tuple[str, int]:
+    """SentencePiece shows every byte that belongs to no character as a U+FFFD of its own."""
+    assert isinstance(error, UnicodeDecodeError)
+    return "\ufffd", error.start + 1
+
+
+codecs.register_error("sentencepiece", _one_byte)
+
+
+class PieceSpeller:
+    """Added tokens as they are, and the runs of pieces between them as SentencePiece decodes each.
+
+    In a run, bytes become characters; every other piece has one text wherever it stands, but for the run's start: there
+    a model that adds a space before a text (`add_dummy_prefix`) leaves the first one out, and one that removes spaces
+    (`remove_extra_whitespaces`) all of them. Rules of denormalisation, which no language model has, are not applied.
+
+    Args:
+        drop_first_space: leave out the first token's space, whatever the model does.
+    """
+
+    def __init__(self, vocabulary: SentencePieceVocabulary, drop_first_space: bool):
+        self._added = vocabulary.added.ids
+        self._model = vocabulary.sp_model
+        self._drops_every_space = self._model.decode([_SPACE, _SPACE]) == ""
+        self._drop_first_space = drop_first_space
+        self._at_start = True
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("sentencepiece")
+
+    def push(self, token: str) -> str:
+        if self._drop_first_space:
+            self._drop_first_space = False
+            token = token.removeprefix(_SPACE)
+        if token in self._added:
+            self._at_start = True
+            return self.flush() + token
+        id = self._model.piece_to_id(token)
+        byte = self._model.is_byte(id)
+        # Bytes wait for their character, and any other piece says that there is none.
+        text = self._utf8.decode(bytes.fromhex(token[3:5]) if byte else b"", final=not byte)
+        self._at_start = self._at_start and not text
+        return text if byte else text + self._piece(token, id)
+
+    def flush(self) -> str:
+        return self._utf8.decode(b"", final=True)
+
+    def _piece(self, token: str, id: int) -> str:
+        if self._at_start:
+            text = self._model.decode([token])
+            self._at_start = not text and (token != _SPACE or self._drops_every_space)
+            return text
+        if self._model.is_control(id) or self._model.is_unknown(id):
+            return self._model.decode([token])
+        return token.replace(_SPACE, " ")
 
 
 def _load(path: Path) -> sentencepiece.SentencePieceProcessor:

@@ -1,15 +1,26 @@
 """Fixtures that several test files share."""
 
-import os
 import sys
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 from internlm3.runtime.standin import standin_checkpoint
 
-# pytest-xdist's workers share the cores: more threads than cores make every one of them many times slower.
-torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
+# The same random cases for everybody, and no verdict by the clock: tests/fuzz.py draws new ones, by the other profile.
+hypothesis.settings.register_profile(
+    "fixed",
+    derandomize=True,
+    database=None,
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large],
+)
+hypothesis.settings.register_profile("fuzz", hypothesis.settings.get_profile("fixed"), derandomize=False)
+hypothesis.settings.load_profile("fixed")
+
+# Small tensors gain nothing from a second thread, which on a busy machine waits for its turn thousands of times.
+torch.set_num_threads(1)
 
 # transformers knows InternLM3 from 5.23 on, which needs Python 3.11: below it, what compares with it is left out.
 ORACLE = ("test_checkpoint.py", "test_config.py", "test_generate.py", "test_model.py", "test_standin.py")
@@ -18,6 +29,12 @@ collect_ignore = [] if sys.version_info >= (3, 11) else list(ORACLE)
 
 def pytest_report_header() -> str | None:
     return f"left out, as transformers 5.23 needs Python 3.11: {', '.join(collect_ignore)}" if collect_ignore else None
+
+
+@pytest.fixture(autouse=True)
+def torch_seed() -> None:
+    """A test's draws from torch's own generator do not depend on the tests that ran before it."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

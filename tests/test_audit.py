@@ -45,9 +45,7 @@ OF_DEPENDENT_LAUNCH = {
 
 def run(*command: str | Path, **variables: str) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    return subprocess.run(
-        [sys.executable, *command], env=environment | variables, capture_output=True, text=True, timeout=600
-    )
+    return subprocess.run([sys.executable, *command], env=environment | variables, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")

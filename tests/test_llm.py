@@ -29,7 +29,7 @@ from internlm3 import (
     SamplingParams,
 )
 from internlm3.runtime.cache import KVCache
-from internlm3.runtime.model import CausalLMOutput
+from internlm3.runtime.causal_lm import CausalLMOutput
 
 PROMPTS = [
     "The capital of France is",
@@ -756,9 +756,9 @@ MESSAGES = [{"role": "user", "content": "hi"}]
         (lambda m: m.generate("hi", min_tokens=3, max_tokens=2), ValueError, "min_tokens .* max_tokens = 2; got 3"),
         (lambda m: m.generate("hi", temp=1, temperature=2), ValueError, "temp=1 and temperature=2"),
         (lambda m: m.generate("hi", do_sample=True, temperature=0), ValueError, "do_sample=True contradicts"),
-        (lambda m: m.generate("hi", allowed_token_ids=[10**6]), ValueError, "allowed_token_ids.* 49151.* got 1000000"),
-        (lambda m: m.generate("hi", logit_bias={10**6: 1}), ValueError, "logit_bias.* got 1000000"),
-        (lambda m: m.generate("hi", stop_token_ids=[10**6]), ValueError, "stop_token_ids.* got 1000000"),
+        (lambda m: m.generate("hi", allowed_token_ids=[10**6]), ValueError, "allowed_token_ids holds 1000000"),
+        (lambda m: m.generate("hi", logit_bias={10**6: 1}), ValueError, "logit_bias holds 1000000"),
+        (lambda m: m.generate("hi", stop_token_ids=[10**6]), ValueError, "stop_token_ids holds 1000000"),
     ],
 )
 def test_a_mistake_in_a_call_is_named_before_the_model_runs(tiny, monkeypatch, call, error, message):
@@ -835,9 +835,9 @@ def spoilt(folder: Path, where: Path, **changes: Any) -> Path:
         (
             {"generation_config__json": {"eos_token_id": [2, 49152]}},
             ValueError,
-            "generation_config.json: eos_token_id is 49152",
+            "generation_config.json: eos_token_id holds 49152",
         ),
-        ({"generation_config__json": {"eos_token_id": "2"}}, ValueError, "generation_config.json: eos_token_id is '2'"),
+        ({"generation_config__json": {"eos_token_id": "2"}}, ValueError, "_config.json: eos_token_id holds '2'"),
     ],
     ids=lambda value: "+".join(value) if isinstance(value, dict) else "",
 )
@@ -869,5 +869,5 @@ def test_no_network_and_nothing_cached(tmp_path):
     # Port 9 of this machine: nobody listens there.
     environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
     code = "from internlm3 import LLM\ntry: LLM('no-one/nothing')\nexcept FileNotFoundError as error: print(error)"
-    ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert "'no-one/nothing' is no local folder" in ran.stdout and "network" in ran.stdout, ran.stderr

@@ -325,7 +325,7 @@ def test_a_broken_row_says_so_in_its_logprob():
     assert logprob.isnan().tolist() == [True, True, True, False] and logprob[3] == 0
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     vocab=st.integers(1, 70),
     seed=st.integers(0, 2**31),
@@ -504,7 +504,7 @@ def test_an_unknown_keyword_names_its_neighbour(wrong, near):
 def test_token_ids_lie_inside_the_vocabulary(name):
     params = SamplingParams(**{name: {100: 1.0} if name == "logit_bias" else [100]})
     params.check_vocab(101)
-    with pytest.raises(ValueError, match=rf"{name}: a token id must be an integer in \[0, 99\]; got 100"):
+    with pytest.raises(ValueError, match=f"{name} holds 100, which is outside the vocabulary of 100"):
         params.check_vocab(100)
 
 

@@ -208,7 +208,7 @@ def test_ids_equal_transformers_and_sentencepiece(checkpoint):
         assert tokenizer.convert_tokens_to_ids(tokenizer.tokenize(text)) == tokenizer.encode(text)[1:], text
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(text=ANY_TEXT)
 def test_random_text_equals_the_oracles(checkpoint, text):
     tokenizer, expected = _both(checkpoint)
@@ -252,7 +252,7 @@ def lossless(request, tmp_path_factory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("lossless") / request.param, train(TRAINED[request.param]))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(text=ANY_TEXT)
 def test_text_comes_back_whole(lossless, text):
     """With bytes for what is no piece and no normalisation, nothing is lost but the visible space, which is a space."""
@@ -431,7 +431,8 @@ def test_pair_has_two_frames(plain):
 
 def test_clean_up_is_transformers(plain):
     tokenizer = InternLM3Tokenizer.from_pretrained(plain, clean_up_tokenization_spaces=True)
-    text = "do n't stop , it 's fine . really ? yes ! we 've"
+    # The end: where one replacement makes room for another.
+    text = "do n't stop , it 's fine . really ? yes ! we 've n ' t  ' s  .  ' re ' . ' '  . n 't"
     ids = tokenizer.encode(text, add_special_tokens=False)
     assert tokenizer.decode(ids) == oracle(plain).clean_up_tokenization(text)
     assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
@@ -811,7 +812,7 @@ def test_standin_ids_equal_transformers(standin, standin_pair):
             assert ids == processor.encode(text), text
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(text=ANY_TEXT)
 def test_standin_random_text_equals_transformers(standin_pair, text):
     tokenizer, expected = standin_pair

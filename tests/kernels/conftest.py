@@ -2,6 +2,7 @@
 
 import os
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -33,3 +34,8 @@ if not torch.cuda.is_available():
         return create_dot(self, a, b, *rest)
 
     interpreter.InterpreterBuilder.create_dot = widen_and_dot
+
+    # The interpreter teaches triton.language to compute anew for every call of a jitted function, those within kernels
+    # included, which is half of its time. Once is enough.
+    interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
+    interpreter._patch_lang = lambda function: SimpleNamespace(restore=lambda: None)

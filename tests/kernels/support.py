@@ -12,27 +12,18 @@ from unittest import mock
 
 import numpy as np
 import torch
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 GUARD = 4096  # elements on either side of a poisoned tensor: more than a block overruns; keeps 16-byte alignment
 
-dtypes = st.sampled_from([torch.bfloat16, torch.float16, torch.float32])
+# tests/fuzz.py may ask for one alone.
+DTYPES = [getattr(torch, name) for name in os.environ.get("INTERNLM3_DTYPES", "bfloat16,float16,float32").split(",")]
+dtypes = st.sampled_from(DTYPES)
 seeds = st.integers(0, 2**32 - 1)
 # Zeros, tiny, ordinary and large values; squares of the largest still fit float32, its sums of two still fit float16.
 scales = st.sampled_from([0.0, 1e-8, 1.0, 1.0, 1.0, 3e3])
-
-
-def cases(count: int) -> settings:
-    """This many examples of a hypothesis test, times the environment's INTERNLM3_CASES."""
-    return settings(
-        max_examples=count * int(os.environ.get("INTERNLM3_CASES", "1")),
-        deadline=None,
-        print_blob=True,
-        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-    )
 
 
 def generator(seed: int) -> torch.Generator:

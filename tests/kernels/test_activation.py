@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from internlm3 import kernels
 from internlm3.kernels import reference
 
-from .support import DEVICE, assert_near, call, cases, dtypes, embedded, generator, normal, scales, seeds
+from .support import DEVICE, assert_near, call, dtypes, embedded, generator, normal, scales, seeds
 
 # silu and the product are rounded, half an ulp each; float32 adds the exponential's and the division's own ulps.
 ULPS = {torch.bfloat16: 1.1, torch.float16: 1.1, torch.float32: 4.0}
@@ -31,7 +31,8 @@ def check_swiglu(gate_up):
     )
 
 
-@cases(300)
+@pytest.mark.op(name="swiglu")
+@settings(max_examples=300)
 @given(seeds, dtypes, st.sampled_from([(1,), (3,), (2, 2), ()]), widths, st.sampled_from([0, 8, 3]), scales)
 def test_swiglu(seed, dtype, lead, width, padding, scale):
     check_swiglu(embedded(normal(generator(seed), *lead, 2 * width, dtype=dtype, scale=scale), padding))

@@ -2,17 +2,18 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from internlm3 import kernels
 from internlm3.kernels import reference
 
-from .support import DEVICE, call, cases, dtypes, embedded, generator, normal, seeds
+from .support import DEVICE, call, dtypes, embedded, generator, normal, seeds
 
 widths = st.one_of(st.sampled_from([1, 64, 1024, 1032, 2048]), st.integers(1, 150).map(lambda n: 8 * n))
 
 
-@cases(200)
+@pytest.mark.op(name="embed")
+@settings(max_examples=200)
 @given(seeds, dtypes, st.integers(0, 5), st.integers(1, 40), widths, st.sampled_from([0, 8, 3]))
 def test_embed(seed, dtype, rows, vocab, width, padding):
     rng = generator(seed)

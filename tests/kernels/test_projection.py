@@ -4,12 +4,12 @@ import functools
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from internlm3 import kernels
 from internlm3.kernels import reference
 
-from .support import DEVICE, assert_near, call, cases, dtypes, embedded, generator, normal, scales, seeds
+from .support import DEVICE, assert_near, call, dtypes, embedded, generator, normal, scales, seeds
 from .test_rope import ULPS
 from .test_rope import Case as RopeCase
 
@@ -71,7 +71,8 @@ def run(op, *args, **options):
     return {"triton": result, "reference": expected}
 
 
-@cases(150)
+@pytest.mark.op(name="linear")
+@settings(max_examples=150)
 @draw(st.booleans())
 def test_linear(seed, dtype, shape, scale, padding, biased, batch_invariant):
     case = Case(seed, dtype, *shape, scale, padding, biased)
@@ -80,7 +81,8 @@ def test_linear(seed, dtype, shape, scale, padding, biased, batch_invariant):
     assert_near(exact, 1.0, size, **run("linear", *args, batch_invariant=batch_invariant))
 
 
-@cases(150)
+@pytest.mark.op(name="linear_add")
+@settings(max_examples=150)
 @draw(st.booleans())
 def test_linear_add(seed, dtype, shape, scale, padding, biased, batch_invariant):
     case = Case(seed, dtype, *shape, scale, padding, biased)
@@ -89,7 +91,8 @@ def test_linear_add(seed, dtype, shape, scale, padding, biased, batch_invariant)
     assert_near(exact + case.residual.double(), 1.0, size + exact.abs(), **results)
 
 
-@cases(150)
+@pytest.mark.op(name="rms_norm_linear")
+@settings(max_examples=150)
 @draw(st.booleans())
 def test_rms_norm_linear(seed, dtype, shape, scale, padding, biased, batch_invariant):
     case = Case(seed, dtype, *shape, scale, padding, biased)
@@ -98,7 +101,8 @@ def test_rms_norm_linear(seed, dtype, shape, scale, padding, biased, batch_invar
     assert_near(exact, 1.0, size, **results)
 
 
-@cases(150)
+@pytest.mark.op(name="rms_norm_swiglu")
+@settings(max_examples=150)
 @draw(st.booleans())
 def test_rms_norm_swiglu(seed, dtype, shape, scale, padding, biased, batch_invariant):
     rows, width, outputs = shape
@@ -149,7 +153,8 @@ def check_qkv(seed, dtype, width, padding, biased, batch_invariant, rope):
     assert (untouched != written[:, None, None]).all(), "a token that is not of this launch was written"
 
 
-@cases(120)
+@pytest.mark.op(name="rms_norm_qkv_rope_cache")
+@settings(max_examples=120)
 @given(
     seeds,
     dtypes,
@@ -168,7 +173,8 @@ def test_qkv(seed, dtype, lengths, tokens, heads, page_size, width, padding, bia
     check_qkv(seed, dtype, width, padding, biased, True, rope)
 
 
-@cases(40)
+@pytest.mark.op(name="rms_norm_qkv_rope_cache")
+@settings(max_examples=40)
 @given(seeds, dtypes, st.sampled_from([0, 1, 16, 17, 300, 131073]), st.integers(1, 2), paddings, st.booleans())
 def test_qkv_of_one_row(seed, dtype, length, heads, padding, biased):
     check_qkv(seed, dtype, 200, padding, biased, False, RopeCase(seed, dtype, [length], 1, heads, 1, 16, 16, padding))
@@ -179,7 +185,11 @@ def test_qkv_of_one_row_and_wide_heads(dtype):
     check_qkv(23, dtype, 576, 0, False, False, RopeCase(23, dtype, [77], 1, 1, 1, 128, 64))
 
 
-@cases(40)
+@pytest.mark.op(name="linear")
+@pytest.mark.op(name="linear_add")
+@pytest.mark.op(name="rms_norm_linear")
+@pytest.mark.op(name="rms_norm_swiglu")
+@settings(max_examples=40)
 @given(seeds, dtypes, few_rows, st.integers(0, 15), scales)
 def test_a_row_has_the_same_bits_in_any_company(seed, dtype, shape, other, scale):
     """A row alone and the same row among others, at any place, give the same bits."""

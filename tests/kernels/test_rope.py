@@ -7,13 +7,13 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from internlm3 import kernels
 from internlm3.kernels import reference
 from internlm3.kernels.rope import cos_sin
 
-from .support import DEVICE, assert_near, call, cases, dtypes, embedded, generator, normal, seeds
+from .support import DEVICE, assert_near, call, dtypes, embedded, generator, normal, seeds
 
 # cos and sin, the products and their sum are rounded, half an ulp of the operands each; float32 adds 1.5 ulp of
 # its own cosine.
@@ -28,7 +28,8 @@ def _cos_sin(angle_ptr, cos_ptr, sin_ptr, BLOCK: tl.constexpr):
     tl.store(sin_ptr + at, sin)
 
 
-@cases(30)
+@pytest.mark.op(name="rope_and_cache")
+@settings(max_examples=30)
 @given(seeds, st.sampled_from(["any", "positions", "quadrants"]))
 def test_cos_sin_are_exact_to_two_ulp(seed, kind):
     """Any magnitude; positions up to a million; the float32 neighbours of multiples of pi/2, where sines vanish."""
@@ -122,7 +123,8 @@ def check_case(case):
 lengths_near_pages = st.sampled_from([0, 1, 2, 15, 16, 17, 31, 32, 33, 131072, 131073, 1_000_000])
 
 
-@cases(250)
+@pytest.mark.op(name="rope_and_cache")
+@settings(max_examples=250)
 @given(
     seeds,
     dtypes,

@@ -7,13 +7,13 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from internlm3 import kernels
 from internlm3.kernels import sampling as launcher
 from internlm3.kernels import sampling_reference as reference
 
-from .support import DEVICE, assert_near, call, cases, dtypes, embedded, generator, seeds
+from .support import DEVICE, assert_near, call, dtypes, embedded, generator, seeds
 
 # Small blocks give small vocabularies many blocks, and small chunks a search of several turns.
 blocks = st.sampled_from([(32, 64), (64, 32), (256, 128), (1024, 1024)])
@@ -103,7 +103,8 @@ def compare(logits, arguments):
     return token
 
 
-@cases(100)
+@pytest.mark.op(name="sample")
+@settings(max_examples=100)
 @given(st.data(), seeds, dtypes, st.integers(1, 3), vocabs, shapes, blocks, st.sampled_from([0, 5]))
 def test_sample(data, seed, dtype, rows, vocab, shape, sizes, padding):
     rng = generator(seed)
@@ -119,7 +120,8 @@ def test_sample(data, seed, dtype, rows, vocab, shape, sizes, padding):
 FILTERS = ("top_k", "top_p", "min_p", "typical_p")
 
 
-@cases(100)
+@pytest.mark.op(name="sample")
+@settings(max_examples=100)
 @given(st.data(), seeds, vocabs, shapes, blocks, st.sets(st.sampled_from(FILTERS), min_size=1, max_size=3))
 def test_both_ends_of_what_the_filters_keep(data, seed, vocab, shape, sizes, chosen):
     """Where logits ascend, the smallest random number draws the token at the threshold, the largest the best kept."""

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from internlm3 import kernels
 from internlm3.kernels import reference
 
@@ -28,8 +29,10 @@ def test_the_signatures_are_the_same(name):
 
 @pytest.mark.parametrize("name", kernels.__all__)
 def test_the_op_is_tested(name):
+    """By random cases that say whose they are, so that tests/fuzz.py finds them."""
     tests = (path.read_text(encoding="utf-8") for path in Path(__file__).parent.glob("test_*.py"))
-    assert any(re.search(rf"\bkernels\.{name}\b", text) for text in tests), f"no file here calls kernels.{name}"
+    random = rf'^@pytest.mark.op\(name="{name}"\)\n(@.*\n)*@settings'
+    assert any(re.search(random, text, re.MULTILINE) for text in tests), f"no file here tests {name} at random"
 
 
 def test_no_file_hides_an_op():
@@ -43,6 +46,13 @@ def test_the_reference_needs_no_triton():
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
+def test_one_place_chooses_the_backend():
+    assert kernels.for_device(torch.device("cpu")) is reference
+    assert kernels.for_device(torch.device("cuda", 1)) is kernels
+    with pytest.raises(ValueError, match="no ops for device 'meta': move the model to 'cpu' or 'cuda'"):
+        kernels.for_device(torch.device("meta"))
+
+
 def test_unknown_ops_are_named():
-    with pytest.raises(AttributeError, match="no attribute 'conv'; its ops are add_rms_norm, embed"):
+    with pytest.raises(AttributeError, match="no attribute 'conv'; its ops are embed"):
         kernels.conv  # noqa: B018

@@ -1,0 +1,271 @@
+"""transformers' two classes: `forward` with its arguments, `from_pretrained`, `save_pretrained`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .cache import KVCache
+from .checkpoint import DTYPES, load_weights, resolve_device, resolve_dtype, save_weights
+from .config import InternLM3Config
+from .files import locate
+from .generation import GENERATION_CONFIG, Generation, read_generation_config
+from .keywords import reject_unknown
+from .model import Decoder
+from .rope import inverse_frequencies
+from .token_ids import check_ids
+
+
+@dataclass
+class ModelOutput:
+    """last_hidden_state [B, T, C]; hidden_states: the embeddings and each block's output, the last one normed."""
+
+    last_hidden_state: Tensor
+    past_key_values: KVCache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class CausalLMOutput:
+    """logits [B, kept T, V] in the model's dtype; loss, a float32 scalar, where labels were given."""
+
+    logits: Tensor
+    loss: Tensor | None = None
+    past_key_values: KVCache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+
+
+class InternLM3Model(Decoder):
+    """The decoder without its head: token ids in, hidden states out.
+
+    Args:
+        config: the model's shape; weights are random (normal, config.initializer_range) until they are loaded.
+        device, dtype: where the weights lie and what they are; PyTorch's defaults by default.
+    """
+
+    @classmethod
+    def from_pretrained(cls, id_or_path: str | os.PathLike[str], **kwargs: Any) -> InternLM3Model:
+        """The decoder of a checkpoint; arguments and errors of InternLM3ForCausalLM.from_pretrained."""
+        return InternLM3ForCausalLM.from_pretrained(id_or_path, **kwargs).model
+
+    @torch.no_grad()
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: KVCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool = False,
+    ) -> ModelOutput:
+        """One pass over T new tokens of each of B sequences.
+
+        Args:
+            input_ids: [B, T] integers, or else
+            inputs_embeds: [B, T, C].
+            attention_mask: [B, T] or, with a cache, [B, past + T]; zero marks padding, on either side or in between.
+                Hidden states of padding mean nothing.
+            position_ids: [B, T], [1, T] or [T]; by default they count on from the columns in the cache, padding
+                included, as in transformers.
+            past_key_values: the cache that an earlier call returned; it is extended in place. A row's rotary
+                frequencies are fixed by the length with which it begins (dynamic NTK; see runtime/rope.py).
+            use_cache: return a cache; by default what the configuration says.
+
+        Raises:
+            ValueError: arguments that contradict each other, a wrong shape, an id outside the vocabulary.
+        """
+        x = self._embed(input_ids, inputs_embeds)
+        batch, tokens, _ = x.shape
+        cache = past_key_values
+        if cache is None and (self.config.use_cache if use_cache is None else use_cache):
+            cache = KVCache(self.config, batch, x.dtype, x.device)
+        if cache is not None and len(cache.lengths) != batch:
+            raise ValueError(f"past_key_values holds {len(cache.lengths)} sequences, and the input {batch}")
+        past = cache.columns if cache is not None else 0
+        live = _live_tokens(attention_mask, batch, tokens, past)
+        if position_ids is None:
+            position_ids = torch.arange(past, past + tokens)
+        try:
+            positions = position_ids.to(x.device).expand(batch, tokens)
+        except RuntimeError:
+            raise ValueError(
+                f"position_ids has shape {list(position_ids.shape)}, must be [{batch}, {tokens}]"
+            ) from None
+        inv_freq = self._inv_freq(positions, cache)
+        if cache is not None:
+            cache.reserve(tokens)
+
+        states = list(self.run(x, positions, inv_freq, live, cache))
+        x = self.norm(states[-1])
+
+        if cache is not None:
+            cache.advance([tokens if index is None else len(index) for index in live], tokens)
+        return ModelOutput(x, cache, (*states[:-1], x) if output_hidden_states else None)
+
+    def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        if inputs_embeds is not None and input_ids is None:
+            size = self.config.hidden_size
+            if inputs_embeds.dim() != 3 or inputs_embeds.shape[2] != size or inputs_embeds.numel() == 0:
+                raise ValueError(f"inputs_embeds has shape {list(inputs_embeds.shape)}, must be [B, T, {size}], filled")
+            return inputs_embeds.to(self.device, self.dtype)
+        if input_ids is None or inputs_embeds is not None:
+            raise ValueError("give either input_ids or inputs_embeds, and not both")
+        _check_ids("input_ids", input_ids, self.config.vocab_size)
+        return self.embed_tokens(input_ids.to(self.device))
+
+    def _inv_freq(self, positions: Tensor, cache: KVCache | None) -> Tensor:
+        """[B, 1, D/2]: what the cache fixed when its rows began, or else by the length that each row has here."""
+        if cache is not None and cache.inv_freq is not None:
+            return cache.inv_freq[:, None]
+        lengths = (positions.amax(dim=1) + 1).tolist()
+        inv_freq = torch.stack([inverse_frequencies(self.config, length, positions.device) for length in lengths])
+        if cache is not None:
+            cache.inv_freq = inv_freq
+        return inv_freq[:, None]
+
+
+class InternLM3ForCausalLM(Generation):
+    """InternLM3 with its language-model head. Arguments as InternLM3Model."""
+
+    model: InternLM3Model
+
+    def __init__(self, config: InternLM3Config, **factory: Any):
+        super().__init__(InternLM3Model(config, **factory), **factory)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        id_or_path: str | os.PathLike[str],
+        *,
+        config: InternLM3Config | None = None,
+        revision: str | None = None,
+        token: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+        dtype: str | torch.dtype | None = None,
+        torch_dtype: str | torch.dtype | None = None,
+        device_map: str | Mapping[str, Any] | None = None,
+        device: str | torch.device | None = None,
+        progress: bool = True,
+        **unknown: Any,
+    ) -> InternLM3ForCausalLM:
+        """Loads a model from a local folder or the hub.
+
+        Host memory stays under the model's size plus one shard.
+
+        Args:
+            id_or_path: a folder with config.json and weights, or a hub repository "owner/name".
+            config: use this configuration instead of the checkpoint's.
+            revision, token, cache_dir, local_files_only: as in huggingface_hub.
+            dtype (or torch_dtype): "auto" (the default: what the checkpoint says), "bfloat16", "float16" or "float32".
+            device_map: "auto" (the default: the GPU if there is one), or a device; this runtime runs on one device.
+            device: the same as device_map.
+            progress: show progress bars of download and load.
+
+        Raises:
+            FileNotFoundError: a file that the checkpoint should have is missing.
+            ValueError: files that are damaged or disagree with each other or with config.json; the message names them.
+            TypeError: an unknown keyword.
+            MemoryError: the weights don't fit into the device's free memory.
+        """
+        if unknown:
+            known = InternLM3ForCausalLM.from_pretrained.__kwdefaults__ or {}
+            # Remote code is never run, so its switch means nothing here and may stay in people's calls.
+            reject_unknown("from_pretrained", [name for name in unknown if name != "trust_remote_code"], known)
+        where = resolve_device(_agreed(device=device, device_map=device_map))
+        wanted = _agreed(dtype=resolve_dtype(dtype), torch_dtype=resolve_dtype(torch_dtype))
+        folder = locate(
+            id_or_path, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
+        )
+        config = config or InternLM3Config.from_file(folder / "config.json")
+        generation_config = read_generation_config(folder)
+        model = cls(config, device="meta")
+        load_weights(model, folder, dtype=wanted or DTYPES.get(config.dtype or ""), device=where, progress=progress)
+        model.generation_config = generation_config
+        return model.eval()
+
+    def save_pretrained(self, folder: str | os.PathLike[str], *, max_shard_size: int | str = "5GB") -> None:
+        """Writes config.json, generation_config.json and safetensors shards with their index, in the hub's format.
+
+        All files are written before the first of them takes its place: after an error the folder is as it was. Shards
+        that an earlier save left, and that this one does not name, are removed.
+
+        Raises:
+            ValueError: a max_shard_size that is no size. OSError: the disk is full, or the folder cannot be written.
+        """
+        self.config.dtype = str(self.dtype).removeprefix("torch.")
+        notes = {"config.json": self.config.to_dict()}
+        if self.generation_config:
+            notes[GENERATION_CONFIG] = self.generation_config
+        save_weights(self, Path(folder), notes, max_shard_size=max_shard_size)
+
+    @torch.no_grad()
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: KVCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool = False,
+        logits_to_keep: int | Tensor = 0,
+    ) -> CausalLMOutput:
+        """Logits of the next token at every position; arguments as InternLM3Model.forward, and
+
+        labels: [B, T] int64, as input_ids, -100 where there is none: adds the mean cross-entropy of each label given
+            the tokens before it, in float32.
+        logits_to_keep: only the last so many positions (0: all), or the positions in a 1-d tensor.
+        """
+        out = self.model(
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, output_hidden_states
+        )
+        x = out.last_hidden_state
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(x[:, kept])
+        loss = None
+        if labels is not None:
+            if labels.shape != x.shape[:2] or logits.shape[1] != x.shape[1]:
+                raise ValueError(
+                    f"labels has shape {list(labels.shape)} and logits_to_keep is {logits_to_keep}: "
+                    f"a loss needs labels {list(x.shape[:2])} and all logits"
+                )
+            _check_ids("labels", labels.masked_fill(labels == -100, 0), self.config.vocab_size)
+            targets = labels[:, 1:].to(logits.device)
+            loss = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), targets.flatten())
+        return CausalLMOutput(logits, loss, out.past_key_values, out.hidden_states)
+
+
+def _check_ids(name: str, ids: Tensor, vocab_size: int) -> None:
+    """Raises ValueError unless `ids` is a filled [B, T] tensor of ids of the vocabulary."""
+    if ids.dim() != 2 or ids.is_floating_point() or ids.dtype == torch.bool or ids.numel() == 0:
+        raise ValueError(f"{name} must be integers [B, T] and not empty; it is {list(ids.shape)} of {ids.dtype}")
+    check_ids(name, [int(bound) for bound in ids.aminmax()], vocab_size)
+
+
+def _live_tokens(mask: Tensor | None, batch: int, tokens: int, past: int) -> list[Tensor | None]:
+    """For each row the indices of its real tokens among the last T columns, None where all of them are."""
+    if mask is None:
+        return [None] * batch
+    if mask.dim() != 2 or mask.shape[0] != batch or mask.shape[1] not in (tokens, past + tokens):
+        raise ValueError(f"attention_mask has shape {list(mask.shape)}, must be [{batch}, {past + tokens}]")
+    real = mask[:, -tokens:].bool()
+    return [None if row.all() else row.nonzero()[:, 0] for row in real]
+
+
+def _agreed(**spellings: Any) -> Any:
+    """The value given under one of two names, None where neither is. Raises ValueError where both are and differ."""
+    given = {name: value for name, value in spellings.items() if value is not None}
+    value = next(iter(given.values()), None)
+    if any(other != value for other in given.values()):
+        raise ValueError(f"{' and '.join(f'{name}={other!r}' for name, other in given.items())}: give one of them")
+    return value

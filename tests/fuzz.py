@@ -1,0 +1,58 @@
+"""Random cases that nobody has tried yet, until one fails: `make fuzz ARGS="--op linear --dtype bfloat16 --minutes 5"`.
+
+A round is every random test once, with a new seed, or those of the ops and dtypes asked for; without `--op` those of
+tokenizer, text and sampling settings are among them. The last line of a failure is the command that repeats its round.
+"""
+
+import argparse
+import os
+import secrets
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from internlm3 import kernels
+
+ROOT = Path(__file__).parents[1]
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+def run(ops: Sequence[str], dtypes: Sequence[str], seed: int) -> int:
+    """One round; pytest's exit code."""
+    chosen = "hypothesis" + (" and (" + " or ".join(f'op(name="{op}")' for op in ops) + ")" if ops else "")
+    command = [
+        *(Path(sys.executable).with_name("pytest"), "-q", "--no-header", "-x", "-n", "2", "--dist", "worksteal"),
+        *("-m", chosen, "--hypothesis-profile", "fuzz", "--hypothesis-seed", str(seed)),
+    ]
+    return subprocess.run(command, cwd=ROOT, env=os.environ | {"INTERNLM3_DTYPES": ",".join(dtypes)}).returncode
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--op", action="append", choices=kernels.__all__, help="default: all, and what is no op's")
+    parser.add_argument("--dtype", action="append", choices=DTYPES, help="of the ops' tests; default: all")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--rounds", type=int, default=1, help="default: 1")
+    length.add_argument("--minutes", type=float, default=0, help="new rounds begin for so long")
+    length.add_argument("--seed", type=int, help="the round of this seed again")
+    options = parser.parse_args()
+    if options.rounds < 1:
+        parser.error(f"--rounds {options.rounds}: at least one")
+
+    end, rounds = time.monotonic() + 60 * options.minutes, 0
+    while rounds < options.rounds or time.monotonic() < end:
+        seed = secrets.randbits(32) if options.seed is None else options.seed
+        print(f"round {rounds + 1}, seed {seed}", flush=True)
+        if run(options.op or (), options.dtype or DTYPES, seed):
+            words = [f"--op {op}" for op in options.op or ()] + [f"--dtype {dtype}" for dtype in options.dtype or ()]
+            print(f'again: make fuzz ARGS="{" ".join([*words, f"--seed {seed}"])}"')
+            return 1
+        rounds += 1
+    print(f"{rounds} rounds, nothing found")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,79 @@
+"""The house's arrows: every import of the tree is read, those for types and those inside functions too."""
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+FLOORS = {"kernels": set(), "runtime": {"kernels"}, "tests": {"kernels", "runtime"}, "bench": {"kernels", "runtime"}}
+# Where the runtime meets the kernels: the model runs them, and sampling asks what a step draws from.
+MEETS_KERNELS = {"layers", "model", "sampling"}
+
+
+def modules(path: Path) -> set[tuple[str, ...]]:
+    """The modules that a file imports, in full."""
+    package = ("internlm3", *path.relative_to(ROOT).with_suffix("").parts[:-1])
+    found: set[tuple[str, ...]] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {tuple(alias.name.split(".")) for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            base += tuple(node.module.split(".")) if node.module else ()
+            # `from . import x` names a module or what a module holds.
+            inside = {(*base, alias.name) for alias in node.names}
+            found |= {name for name in inside if is_module(name)} or {base}
+    return found
+
+
+def imports(path: Path) -> set[str]:
+    """Those of this package, as names under its root: "kernels.rope", "" for the root itself."""
+    return {".".join(name[1:]) for name in modules(path) if name[0] == "internlm3"}
+
+
+def is_module(name: tuple[str, ...]) -> bool:
+    path = ROOT.joinpath(*name[1:])
+    return name[0] == "internlm3" and len(name) > 1 and (path.is_dir() or path.with_suffix(".py").is_file())
+
+
+def files(floor: str) -> list[Path]:
+    return sorted(path for path in (ROOT / floor).rglob("*.py") if path.stem != "__init__")
+
+
+def test_no_floor_imports_upwards():
+    """kernels knows nothing of the rest, runtime only kernels; nobody imports tests or bench. Nor the root's face."""
+    for floor, below in FLOORS.items():
+        for path in sorted((ROOT / floor).rglob("*.py")):
+            reached = {name.partition(".")[0] for name in imports(path)}
+            allowed = below | {floor} | ({""} if floor in ("tests", "bench") else set())
+            assert reached <= allowed, f"{path.relative_to(ROOT)} imports {sorted(reached - allowed)}"
+
+
+def test_only_these_rooms_meet_the_kernels():
+    meets = {path.stem for path in files("runtime") if any(name.startswith("kernels") for name in imports(path))}
+    assert meets == MEETS_KERNELS
+
+
+def test_no_circle():
+    """A file that imports what imports it, by any way round."""
+    graph = {
+        f"{floor}.{path.stem}": {name for name in imports(path) if name.startswith(f"{floor}.")}
+        for floor in ("kernels", "runtime")
+        for path in files(floor)
+    }
+    assert all(names <= graph.keys() for names in graph.values())
+    done: set[str] = set()
+
+    def visit(name: str, above: tuple[str, ...]) -> None:
+        assert name not in above, " -> ".join((*above[above.index(name) :], name))
+        if name not in done:
+            for below in graph[name]:
+                visit(below, (*above, name))
+            done.add(name)
+
+    for name in graph:
+        visit(name, ())
+
+
+def test_transformers_is_an_oracle_and_no_part():
+    for path in (*files("kernels"), *files("runtime")):
+        assert all(name[0] != "transformers" for name in modules(path)), path
