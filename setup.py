@@ -31,6 +31,7 @@ setup(
         "triton>=3.6; sys_platform == 'linux'",
         "numpy>=1.26",  # torch works without it, but warns
         "sentencepiece>=0.2",
+        "tokenizers>=0.22",
         "safetensors>=0.5",
         "huggingface_hub>=1.0",
         "jinja2>=3.1.6",

@@ -1,9 +1,11 @@
 """Added tokens: strings with ids of their own beside (or over) SentencePiece's pieces, such as `<|im_start|>`."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
+
+MAX_ID = 2**31 - 1  # what an embedding's row can be counted with
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,20 @@ class AddedToken:
         return cls(fields["content"], **flags)
 
 
+def parse_added_tokens(decoder: Any) -> dict[int, AddedToken]:
+    """added_tokens_decoder with its ids as numbers. Raises ValueError for what is no id or no token."""
+    if not isinstance(decoder, Mapping):
+        raise ValueError(f"added_tokens_decoder must be a dict, not {decoder!r:.40}")
+    tokens = {}
+    for key, value in decoder.items():
+        where = f"added_tokens_decoder[{key!r:.40}]"
+        token = AddedToken.parse(value, where)
+        if not str(key).isdecimal() or len(str(key)) > len(str(MAX_ID)) or int(key) > MAX_ID:
+            raise ValueError(f"{where}, {token.content!r}: an id must be a whole number from 0 to {MAX_ID}")
+        tokens[int(key)] = token
+    return tokens
+
+
 class AddedTokens:
     """The added tokens of a vocabulary: lookup both ways, and the splitting of a text at them."""
 
@@ -53,8 +69,8 @@ class AddedTokens:
         self.ids[token.content] = id
         self._pattern = None
 
-    def split(self, text: str) -> Iterator[str | int]:
-        """The text's segments in order: an added token as its id, everything between two of them as a string.
+    def split(self, text: str) -> Iterator[tuple[str | int, int]]:
+        """The text's segments in order, each with its place: an added token as its id, what is between as a string.
 
         The leftmost token wins, and the longest of those that start there.
         """
@@ -64,16 +80,10 @@ class AddedTokens:
             token = self.by_id[id]
             if token.single_word and not _stands_alone(text, match):
                 continue
-            before = text[start : match.start()]
-            before = before.lstrip() if strip_left else before
-            before = before.rstrip() if token.lstrip else before
-            if before:
-                yield before
-            yield id
+            yield from _between(text, start, match.start(), strip_left, token.lstrip)
+            yield id, match.start()
             start, strip_left = match.end(), token.rstrip
-        rest = text[start:].lstrip() if strip_left else text[start:]
-        if rest:
-            yield rest
+        yield from _between(text, start, len(text), strip_left, False)
 
     def _regex(self) -> re.Pattern[str]:
         if self._pattern is None:
@@ -84,6 +94,14 @@ class AddedTokens:
     def to_json(self) -> dict[str, dict[str, Any]]:
         """As in tokenizer_config.json: {"128131": {"content": "<|im_end|>", "lstrip": false, ...}}."""
         return {str(id): asdict(token) for id, token in sorted(self.by_id.items())}
+
+
+def _between(text: str, start: int, end: int, strip_left: bool, strip_right: bool) -> Iterator[tuple[str, int]]:
+    """The text from start to end with its place, if anything is left of it without white space at those sides."""
+    segment = text[start:end].rstrip() if strip_right else text[start:end]
+    kept = segment.lstrip() if strip_left else segment
+    if kept:
+        yield kept, start + len(segment) - len(kept)
 
 
 def _stands_alone(text: str, match: re.Match[str]) -> bool:

@@ -1,5 +1,6 @@
 """What a tokenizer returns, and how its rows are made to fit: frame, truncation, padding, tensors."""
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from typing import Any
 
@@ -90,6 +91,17 @@ def _truncate(
         return ids[count:] if side == "left" else ids[: len(ids) - count]
 
     return cut(first, cuts[0]), None if second is None else cut(second, cuts[1])
+
+
+def mask_of(spans: Sequence[tuple[int, int, int]], marked: Sequence[tuple[int, int]]) -> list[int]:
+    """1 for each of the spans (id, start, end) that has characters of a marked (start, end), else 0."""
+    ends = [end for _, _, end in spans]
+    mask = [0] * len(spans)
+    for start, end in marked:
+        first, last = bisect_right(ends, start), bisect_left(ends, end)
+        for index in range(first, min(last + 1, len(mask)) if start < end else first):
+            mask[index] = 1
+    return mask
 
 
 def pad(rows: Sequence[list[int]], length: int | None, value: int, side: str) -> list[list[int]]:

@@ -1,23 +1,21 @@
 """Renders messages to a prompt with a checkpoint's Jinja chat template.
 
-A template comes from a stranger, so it runs in Jinja's immutable sandbox, sees plain JSON data only, and has no way to
-Python's internals. Whatever goes wrong in it becomes one ValueError that names the template's line.
+A template sees plain JSON data only, and runs in the sandbox of template_sandbox.py. Whatever goes wrong in it becomes
+one ValueError that names the template's line.
 """
 
 import json
 import re
 import traceback
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from functools import lru_cache
-from typing import Any, NoReturn
+from typing import Any
 
 import jinja2
-import jinja2.ext
 import jinja2.meta
 import jinja2.nodes
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+
+from .template_sandbox import GENERATION_BEGIN, GENERATION_END, Environment, bounds
 
 # InternLM3-8B-Instruct's published template; used for checkpoints that ship none.
 PUBLISHED_TEMPLATE = (
@@ -34,38 +32,7 @@ _ROLE = re.compile(rf"({'|'.join(ROLES)})( name=\S+)?")
 _CONTINUE_TAG = "[[the final message continues here]] "
 
 
-class _Environment(ImmutableSandboxedEnvironment):
-    def unsafe_undefined(self, obj: Any, attribute: str) -> NoReturn:
-        raise SecurityError(f"access to {attribute!r} of a {type(obj).__name__} is not allowed")
-
-
-class _GenerationTag(jinja2.ext.Extension):
-    """`{% generation %}...{% endgeneration %}` marks text for training masks; for rendering it is its body."""
-
-    tags = {"generation"}  # noqa: RUF012 (Jinja's own way to declare them)
-
-    def parse(self, parser: Parser) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
-
-
-def _tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
-
-
-def _strftime_now(format: str) -> str:
-    return datetime.now().strftime(format)
-
-
-_environment = _Environment(
-    trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, "jinja2.ext.loopcontrols"]
-)
-_environment.filters["tojson"] = _tojson
-_environment.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now)
+_environment = Environment()
 
 
 @lru_cache
@@ -76,6 +43,8 @@ def _compile(template: str) -> jinja2.Template:
         return _environment.from_string(template)
     except jinja2.TemplateSyntaxError as error:
         raise ValueError(f"chat template, line {error.lineno}: syntax error: {error.message}") from error
+    except Exception as error:  # Python's own compiler has limits too
+        raise ValueError(f"chat template, line ?: {error}") from error
 
 
 @lru_cache
@@ -83,6 +52,16 @@ def template_variables(template: str) -> frozenset[str]:
     """The names that a template reads and does not set itself."""
     _compile(template)
     return frozenset(jinja2.meta.find_undeclared_variables(_environment.parse(template)))
+
+
+@lru_cache
+def literals(template: str) -> str:
+    """The text that stands in the template itself, as text or in quotes; a NUL between two such places."""
+    _compile(template)
+    tree = _environment.parse(template)
+    texts = {node.data for node in tree.find_all(jinja2.nodes.TemplateData)}
+    texts |= {node.value for node in tree.find_all(jinja2.nodes.Const) if isinstance(node.value, str)}
+    return "\0".join(sorted(texts))
 
 
 def _plain(value: Any, name: str) -> Any:
@@ -93,7 +72,7 @@ def _plain(value: Any, name: str) -> Any:
         raise ValueError(f"{name}: a chat template is given JSON data only: {error}") from error
 
 
-def _content(message: Mapping[str, Any], where: str) -> str:
+def _check_content(message: Mapping[str, Any], where: str) -> Any:
     content = message.get("content")
     if isinstance(content, str):
         return content
@@ -105,11 +84,16 @@ def _content(message: Mapping[str, Any], where: str) -> str:
         if not (isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)):
             raise ValueError(f"{where}: this model reads text only: a part of 'content' must look like "
                              f"{{'type': 'text', 'text': '...'}}, but one is {part!r:.80}")  # fmt: skip
-    return "\n".join(part["text"] for part in content)
+    return content
+
+
+def joined_text(content: str | list[dict[str, Any]]) -> str:
+    """The text of a message's content; the texts of parts are joined by newlines."""
+    return content if isinstance(content, str) else "\n".join(part["text"] for part in content)
 
 
 def check_messages(messages: Any) -> list[dict[str, Any]]:
-    """A plain copy of `messages` with every content as one string; the text parts of a list are joined by newlines.
+    """A plain copy of `messages`, every content a string or a list of text parts.
 
     Raises:
         ValueError: no messages, or one that is no dict with a known role and text; the message names its index.
@@ -125,7 +109,7 @@ def check_messages(messages: Any) -> list[dict[str, Any]]:
         if not isinstance(role, str) or not _ROLE.fullmatch(role):
             raise ValueError(f"{where}: unknown role {role!r}; known roles are {', '.join(ROLES)}")
         fields = {key: value for key, value in message.items() if value is not None}
-        checked.append(_plain({**fields, "content": _content(message, where)}, where))
+        checked.append(_plain({**fields, "content": _check_content(message, where)}, where))
     return checked
 
 
@@ -140,35 +124,102 @@ def render(
     messages: Sequence[Mapping[str, Any]],
     *,
     add_generation_prompt: bool = False,
-    continue_final_message: bool = False,
+    continue_final_message: bool | str = False,
     **variables: Any,
 ) -> str:
     """The prompt for one conversation.
+
+    Content in parts goes to the template as it is, if that reads parts; else the parts' texts are joined by newlines.
 
     Args:
         template: Jinja source.
         messages: dicts with `role` and `content`, see `check_messages`.
         add_generation_prompt: end with the header of an assistant's message.
-        continue_final_message: end inside the last message, so that the model goes on writing it.
+        continue_final_message: end inside the last message, so that the model goes on writing it; a string names the
+            message's field to continue, where it is another one than "content".
         variables: what else the template may read (bos_token, tools, ...), as JSON data.
 
     Raises:
-        ValueError: a wrong message, a template that fails or that breaks out of its sandbox (with its line), both
-            switches at once, or a template that does not print the message to continue.
+        ValueError: a wrong message, a template that fails, that goes beyond its bounds or that breaks out of its
+            sandbox (with its line), both switches at once, or a template that does not print the message to continue.
     """
+    return _render(template, messages, add_generation_prompt, continue_final_message, variables)
+
+
+def render_generated(
+    template: str, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = False, **variables: Any
+) -> tuple[str, list[tuple[int, int]]]:
+    """The prompt, and where the texts lie in it that the template has in `{% generation %}` blocks: (start, end) each.
+
+    Raises ValueError as `render`, and for a template without such a block.
+    """
+    if not re.search(r"{%[-+]?\s*generation\s*[-+]?%}", template):
+        raise ValueError("return_assistant_tokens_mask needs a chat template with {% generation %} blocks")
+    given = json.dumps([check_messages(messages), variables], ensure_ascii=False, default=str)
+    if GENERATION_BEGIN in given or GENERATION_END in given:
+        raise ValueError(
+            "return_assistant_tokens_mask uses the characters U+F0002 and U+F0003, and the messages do too"
+        )
+    marked = _render(template, messages, add_generation_prompt, False, variables, marking=True)
+    parts = re.split(f"([{GENERATION_BEGIN}{GENERATION_END}])", marked)
+    prompt, begins, spans = "", [], []
+    for part in parts:
+        if part == GENERATION_BEGIN:
+            begins.append(len(prompt))
+        elif part == GENERATION_END:
+            spans.append((begins.pop(), len(prompt)))
+        else:
+            prompt += part
+    return prompt, spans
+
+
+def _render(
+    template: str,
+    messages: Sequence[Mapping[str, Any]],
+    add_generation_prompt: bool,
+    continue_final_message: bool | str,
+    variables: Mapping[str, Any],
+    marking: bool = False,
+) -> str:
     if add_generation_prompt and continue_final_message:
         raise ValueError("add_generation_prompt starts a new message and continue_final_message goes on with the last "
                          "one: give one of them")  # fmt: skip
     checked = check_messages(messages)
-    if continue_final_message:
-        checked[-1]["content"] += _CONTINUE_TAG
     compiled = _compile(template)
     plain = {name: _plain(value, name) for name, value in variables.items()}
+    if any(isinstance(message["content"], list) for message in checked) and not _reads_parts(compiled, plain):
+        checked = [{**message, "content": joined_text(message["content"])} for message in checked]
+    if continue_final_message:
+        _tag(checked[-1], "content" if continue_final_message is True else continue_final_message)
     try:
-        prompt = compiled.render(messages=checked, add_generation_prompt=add_generation_prompt, **plain)
+        with bounds(marking):
+            prompt = compiled.render(messages=checked, add_generation_prompt=add_generation_prompt, **plain)
     except Exception as error:  # the template is foreign code: whatever it does wrong is one kind of error here
         raise ValueError(f"chat template, line {_line(error)}: {error}") from error
     return _cut_at_tag(prompt) if continue_final_message else prompt
+
+
+def _reads_parts(compiled: jinja2.Template, variables: Mapping[str, Any]) -> bool:
+    """Whether the template prints the text of a part, and not the part as Python or JSON writes it."""
+    probe = "a text that no template has"
+    message = {"role": "user", "content": [{"type": "text", "text": probe}]}
+    try:
+        with bounds(False):
+            prompt = compiled.render(messages=[message], add_generation_prompt=False, **variables)
+    except Exception:  # it takes a string, or it fails on any message: rendering will tell
+        return False
+    return probe in prompt and f"'{probe}'" not in prompt and f'"{probe}"' not in prompt
+
+
+def _tag(message: dict[str, Any], field: str) -> None:
+    """Marks the end of the message's text, in its last part if it has parts."""
+    value = message.get(field)
+    if isinstance(value, list) and value:
+        value[-1]["text"] += _CONTINUE_TAG
+    elif isinstance(value, str):
+        message[field] = value + _CONTINUE_TAG
+    else:
+        raise ValueError(f"continue_final_message: the last message has no {field!r} to continue")
 
 
 def _cut_at_tag(prompt: str) -> str:

@@ -69,11 +69,20 @@ def locate(
     return folder
 
 
+def read_text(path: Path) -> str:
+    """The text in `path`. Raises ValueError, naming the file, where it is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from None
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in `path`. Raises ValueError, naming the file, where it holds anything else."""
+    text = read_text(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}); fetch it again") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object; it holds a {type(content).__name__}")

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from .causal_lm import InternLM3ForCausalLM
-from .chat_template import check_messages
+from .chat_template import check_messages, joined_text
 from .config import InternLM3Config
 from .files import locate
 from .generation import GENERATION_CONFIG, Batch, read_generation_config
@@ -287,7 +287,8 @@ def _conversation(messages: Any, thinking: bool) -> list[dict[str, Any]]:
     messages = check_messages([{"role": "user", "content": messages}] if isinstance(messages, str) else messages)
     if not thinking:
         return messages
-    own, rest = (messages[0]["content"], messages[1:]) if messages[0]["role"] == "system" else ("", messages)
+    leads = messages[0]["role"] == "system"
+    own, rest = (joined_text(messages[0]["content"]), messages[1:]) if leads else ("", messages)
     return [{"role": "system", "content": own + THINKING_SYSTEM_PROMPT}, *rest]
 
 

@@ -1,8 +1,10 @@
 """How the next token is chosen: `SamplingParams` is what a user asks for, `Sampler` the state of a batch of rows."""
 
 import math
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,16 +31,29 @@ def _check_is(name: str, value: object, kind: type, wanted: str) -> None:
         raise ValueError(f"{name} must be {wanted}; got {value!r}")
 
 
-def _check_int(name: str, value: object, low: int, high: int | None = None) -> None:
+def _check_int(name: str, value: object, low: int, high: int | None = None) -> int:
+    """`value` as Python's integer; NumPy's and torch's are integers too."""
     wanted = f"an integer >= {low}" if high is None else f"an integer in [{low}, {high}]"
-    if not isinstance(value, int) or isinstance(value, bool) or value < low or (high is not None and value > high):
+    try:
+        number = None if _is_bool(value) else operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        number = None
+    if number is None or number < low or (high is not None and number > high):
         raise ValueError(f"{name} must be {wanted}; got {value!r}")
+    return number
 
 
-def _check_float(name: str, value: object, range_: str, inside: Callable[[float], bool]) -> None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or not inside(value):  # type: ignore[arg-type]
+def _check_float(name: str, value: object, range_: str, inside: Callable[[float], bool]) -> float:
+    """`value` as Python's number; NumPy's and torch's are numbers too."""
+    plain = value.item() if hasattr(value, "item") and getattr(value, "ndim", 1) == 0 else value
+    number = isinstance(plain, (int, float)) and not isinstance(plain, bool)
+    if not number or not math.isfinite(plain) or not inside(plain):  # type: ignore[arg-type]
         raise ValueError(f"{name} must be a number in {range_}; got {value!r}")
+    return plain  # type: ignore[return-value]
+
+
+def _is_bool(value: object) -> bool:
+    return isinstance(value, bool) or "bool" in str(getattr(value, "dtype", ""))
 
 
 def _as_tuple(name: str, values: object) -> tuple[Any, ...]:
@@ -46,7 +61,18 @@ def _as_tuple(name: str, values: object) -> tuple[Any, ...]:
         return ()
     if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable):
         raise ValueError(f"{name} must be a sequence; got {values!r}")
-    return tuple(values)
+    return tuple(values.tolist() if hasattr(values, "tolist") else values)
+
+
+_RANGES: tuple[tuple[str, str, Callable[[float], bool]], ...] = (
+    ("temperature", "[0, inf)", lambda t: t >= 0),
+    ("top_p", "[0, 1]", lambda p: 0 <= p <= 1),
+    ("min_p", "[0, 1]", lambda p: 0 <= p <= 1),
+    ("typical_p", "(0, 1]", lambda p: 0 < p <= 1),
+    ("repetition_penalty", "(0, inf)", lambda p: p > 0),
+    ("presence_penalty", "[-2, 2]", lambda p: -2 <= p <= 2),
+    ("frequency_penalty", "[-2, 2]", lambda p: -2 <= p <= 2),
+)
 
 
 @dataclass(frozen=True)
@@ -54,9 +80,10 @@ class SamplingParams:
     """What to generate for one prompt; names and meanings as in vLLM. Any bad value is a ValueError that names it.
 
     n: how many answers. temperature: 0 is greedy, and the filters below are then ignored. top_k: 0 or -1 is off.
-    top_p, min_p, typical_p: 1, 0 and 1 are off. repetition_penalty: over prompt and answer, once per token, as in
-    transformers. presence_penalty, frequency_penalty: over the answer, as in OpenAI's API. logit_bias: by token id.
-    allowed_token_ids: only these may be chosen. seed: None draws one from torch's default generator.
+    top_p, min_p, typical_p: 1, 0 and 1 are off; top_p 0 keeps the likeliest token.
+    repetition_penalty: over prompt and answer, once per token, as in transformers. presence_penalty,
+    frequency_penalty: over the answer, as in OpenAI's API. logit_bias: by token id.
+    allowed_token_ids: only these may be chosen. seed: None or -1 draws one from torch's default generator.
     max_tokens: None is until the context's end. min_tokens: no end of sequence and no stop token before.
     stop, stop_token_ids: end the answer, besides the model's own ends. ignore_eos: the model's own ends do not count.
     include_stop_str_in_output: the stop string stays in the text. logprobs: how many alternatives to report per token.
@@ -85,44 +112,43 @@ class SamplingParams:
     skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
-        _check_int("n", self.n, 1)
-        _check_float("temperature", self.temperature, "[0, inf)", lambda t: t >= 0)
-        _check_int("top_k", self.top_k, -1)
-        _check_float("top_p", self.top_p, "(0, 1]", lambda p: 0 < p <= 1)
-        _check_float("min_p", self.min_p, "[0, 1]", lambda p: 0 <= p <= 1)
-        _check_float("typical_p", self.typical_p, "(0, 1]", lambda p: 0 < p <= 1)
-        _check_float("repetition_penalty", self.repetition_penalty, "(0, inf)", lambda p: p > 0)
-        _check_float("presence_penalty", self.presence_penalty, "[-2, 2]", lambda p: -2 <= p <= 2)
-        _check_float("frequency_penalty", self.frequency_penalty, "[-2, 2]", lambda p: -2 <= p <= 2)
+        keep = partial(object.__setattr__, self)  # frozen, yet stored in one form
+        keep("n", _check_int("n", self.n, 1))
+        keep("top_k", _check_int("top_k", self.top_k, -1))
+        for name, range_, inside in _RANGES:
+            keep(name, _check_float(name, getattr(self, name), range_, inside))
         if self.seed is not None:
-            _check_int("seed", self.seed, -(2**63), 2**63 - 1)
+            seed = _check_int("seed", self.seed, -(2**63), 2**63 - 1)
+            keep("seed", None if seed == -1 else seed)
         if self.n > 1 and self.temperature == 0:
             raise ValueError(f"n must be 1 at temperature 0, where every answer would be the same; got {self.n}")
         if self.max_tokens is not None:
-            _check_int("max_tokens", self.max_tokens, 1)
-        _check_int("min_tokens", self.min_tokens, 0)
+            keep("max_tokens", _check_int("max_tokens", self.max_tokens, 1))
+        keep("min_tokens", _check_int("min_tokens", self.min_tokens, 0))
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens must be at most max_tokens = {self.max_tokens}; got {self.min_tokens}")
         if self.logprobs is not None:
-            _check_int("logprobs", self.logprobs, 0)
+            keep("logprobs", _check_int("logprobs", self.logprobs, 0))
         for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False; got {getattr(self, name)!r}")
         if self.logit_bias is not None:
             _check_is("logit_bias", self.logit_bias, Mapping, "a mapping from token id to bias")
-            for token, bias in self.logit_bias.items():
-                _check_int("logit_bias: a token id", token, 0)
-                _check_float(f"logit_bias[{token}]", bias, "(-inf, inf)", lambda b: True)
-        # Frozen, yet stored in one form: a lone stop string as a tuple of one, every list as a tuple.
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else _as_tuple("stop", self.stop))
+            bias = {
+                _check_int("logit_bias: a token id", token, 0): _check_float(
+                    f"logit_bias[{token}]", value, "(-inf, inf)", lambda _: True
+                )
+                for token, value in self.logit_bias.items()
+            }
+            keep("logit_bias", bias)
+        keep("stop", (self.stop,) if isinstance(self.stop, str) else _as_tuple("stop", self.stop))
         for text in self.stops:
             if not isinstance(text, str) or not text:
                 raise ValueError(f"stop must be a string or strings of one character at least; got {text!r}")
         for name in ("allowed_token_ids", "stop_token_ids"):
             if (given := getattr(self, name)) is not None:
-                object.__setattr__(self, name, _as_tuple(name, given))
-                for token in getattr(self, name):
-                    _check_int(f"{name}: a token id", token, 0)
+                ids = _as_tuple(name, given)
+                keep(name, tuple(_check_int(f"{name}: a token id", token, 0) for token in ids))
         if self.allowed_token_ids is not None and not self.allowed_token_ids:
             raise ValueError("allowed_token_ids must name one token at least, or be None for all; got none")
 
@@ -174,8 +200,9 @@ class SamplingParams:
         What the file does not name is off. (transformers would put top_k = 50 there, which no model asked for.)
         """
         names = {field.name for field in fields(cls)} | set(ALIASES)
+        do_sample = config.get("do_sample")
         return cls.from_kwargs(
-            do_sample=bool(config.get("do_sample")), **{key: config[key] for key in config if key in names}
+            do_sample=False if do_sample is None else do_sample, **{key: config[key] for key in config if key in names}
         )
 
     def check_vocab(self, vocab_size: int) -> None:

@@ -1,14 +1,24 @@
-"""InternLM3's tokenizer, with transformers' names: SentencePiece and added tokens, and no code of a checkpoint."""
+"""InternLM3's tokenizer, with transformers' names: a vocabulary and added tokens, and no code of a checkpoint."""
 
 import operator
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from . import chat_template as chat
-from .added_tokens import AddedToken
-from .batch_encoding import BatchEncoding, check_side, frame, pad, padding_strategy, to_tensor, truncation_strategy
+from .added_tokens import AddedToken, parse_added_tokens
+from .batch_encoding import (
+    BatchEncoding,
+    check_side,
+    frame,
+    mask_of,
+    pad,
+    padding_strategy,
+    to_tensor,
+    truncation_strategy,
+)
+from .control_tokens import control_tokens, encode_marked, marked
 from .detokenizer import Detokenizer
 from .files import locate, write, write_json
 from .keywords import nearest, reject_unknown
@@ -18,31 +28,40 @@ from .tokenizer_files import (
     NO_LIMIT,
     SETTINGS,
     SPECIAL_TOKENS_FILE,
-    VOCAB_FILE,
     complete_settings,
-    load_sentencepiece,
+    load_vocabulary,
     read_config,
+    vocabulary_file,
 )
-from .vocabulary import Vocabulary
 
 
 class InternLM3Tokenizer:
     """Text to ids and back.
 
     Args:
-        vocab_file: the SentencePiece model, `tokenizer.model`.
-        settings: keys of tokenizer_config.json: bos_token, eos_token, unk_token, pad_token, additional_special_tokens,
-            added_tokens_decoder, add_bos_token, add_eos_token, add_prefix_space (concerns decoding only),
-            clean_up_tokenization_spaces, padding_side, truncation_side, model_max_length, chat_template.
+        vocab_file: the SentencePiece model, `tokenizer.model`, or a `tokenizer.json`.
+        settings: keys of tokenizer_config.json: bos_token, eos_token, unk_token, pad_token, additional_special_tokens
+            (or extra_special_tokens), added_tokens_decoder, add_bos_token, add_eos_token, add_prefix_space (concerns
+            decoding only), clean_up_tokenization_spaces, padding_side, truncation_side, model_max_length,
+            chat_template (Jinja, or several of them by name), chat_control_tokens.
 
     Raises:
         FileNotFoundError: no such vocab_file.
         TypeError: an unknown setting; the message names the nearest known one.
-        ValueError: a vocab_file that is no SentencePiece model, or a setting of a wrong kind.
+        ValueError: a damaged vocab_file, a setting of a wrong kind, or a token that neither the vocabulary nor
+            added_tokens_decoder has an id for.
     """
 
     def __init__(self, vocab_file: str | Path, **settings: Any) -> None:
         reject_unknown("InternLM3Tokenizer", settings, SETTINGS)
+        added_tokens = parse_added_tokens(settings.get("added_tokens_decoder") or {})
+        self._vocabulary = load_vocabulary(Path(vocab_file), added_tokens)
+        # As in transformers: a file that frames a text itself does so, unless a setting says anything of it.
+        frame = self._vocabulary.frame
+        if frame is not None and settings.keys() & {"add_bos_token", "add_eos_token"}:
+            settings = {"add_bos_token": False, **settings}
+        elif frame is not None:
+            settings |= {"add_bos_token": bool(frame[0]), "add_eos_token": bool(frame[1])}
         settings = complete_settings(settings)
         self.add_bos_token: bool = settings["add_bos_token"]
         self.add_eos_token: bool = settings["add_eos_token"]
@@ -51,18 +70,39 @@ class InternLM3Tokenizer:
         self.padding_side: str = settings["padding_side"]
         self.truncation_side: str = settings["truncation_side"]
         self.model_max_length: int = settings["model_max_length"]
-        self.chat_template: str = settings["chat_template"] or chat.PUBLISHED_TEMPLATE
+        self.chat_template: str | dict[str, str] = settings["chat_template"] or chat.PUBLISHED_TEMPLATE
+        self.chat_control_tokens: list[str] | None = settings["chat_control_tokens"]
         self._extra_config: dict[str, Any] = {}
 
-        self._vocabulary = Vocabulary(load_sentencepiece(Path(vocab_file)), settings["added_tokens_decoder"])
         self.bos_token, self.eos_token, self.unk_token, self.pad_token = (
-            None if settings[name] is None else self._vocabulary.add(AddedToken.parse(settings[name], name))
-            for name in NAMED_TOKENS
+            None if settings[name] is None else self._known(settings[name], name) for name in NAMED_TOKENS
         )
         self.additional_special_tokens = [
-            self._vocabulary.add(AddedToken.parse(token, "additional_special_tokens"))
-            for token in settings["additional_special_tokens"]
+            self._known(token, "additional_special_tokens") for token in settings["additional_special_tokens"]
         ]
+
+        if frame is not None:
+            self._check_frame("before", frame[0], "bos_token", self.bos_token)
+            self._check_frame("behind", frame[1], "eos_token", self.eos_token)
+
+    def _check_frame(self, where: str, ids: list[int], name: str, token: str | None) -> None:
+        """Raises ValueError for a tokenizer.json that frames a text by something else than `bos_token`, `eos_token`."""
+        tokens = self.convert_ids_to_tokens(ids)
+        if tokens not in ([], [token]):
+            raise ValueError(
+                f"{self._vocabulary.file_name} puts {tokens} {where} a text, which is not {name} {token!r}"
+            )
+
+    def _known(self, given: Any, name: str) -> str:
+        """Makes a special token one of the added tokens. Its id comes from the files: none is invented here."""
+        token = AddedToken.parse(given, name)
+        if self._vocabulary.find(token.content) is None:
+            raise ValueError(
+                f"{name} {token.content!r} has no id: neither {self._vocabulary.file_name} nor added_tokens_decoder "
+                "knows it. Fetch the tokenizer's files again, or add it with add_tokens after loading without it"
+            )
+        self._vocabulary.add(token)
+        return token.content
 
     # Files
 
@@ -94,14 +134,14 @@ class InternLM3Tokenizer:
         config = read_config(directory)
         settings = {name: config.pop(name) for name in SETTINGS if name in config}
         try:
-            tokenizer = cls(directory / VOCAB_FILE, **{**settings, **overrides})
+            tokenizer = cls(vocabulary_file(directory), **{**settings, **overrides})
         except ValueError as error:
             raise ValueError(f"tokenizer of {directory}: {error}") from error
         tokenizer._extra_config = config
         return tokenizer
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> tuple[str, ...]:
-        """Writes tokenizer.model, tokenizer_config.json and special_tokens_map.json; returns their paths.
+        """Writes tokenizer.model (or .json), tokenizer_config.json, special_tokens_map.json; returns their paths.
 
         Each file appears whole or not at all.
         """
@@ -109,7 +149,7 @@ class InternLM3Tokenizer:
         config = {
             "tokenizer_class": "InternLM3Tokenizer",
             **self._extra_config,
-            **{name: getattr(self, name) for name in SETTINGS if name != "added_tokens_decoder"},
+            **{name: getattr(self, name) for name in SETTINGS if name != "extra_special_tokens"},
             "added_tokens_decoder": self._vocabulary.added.to_json(),
         }
         paths = [Path(directory) / CONFIG_FILE, Path(directory) / SPECIAL_TOKENS_FILE]
@@ -119,17 +159,19 @@ class InternLM3Tokenizer:
         return (*vocabulary, *map(str, paths))
 
     def save_vocabulary(self, directory: str | os.PathLike[str], filename_prefix: str | None = None) -> tuple[str]:
-        """Writes the SentencePiece model as `[<prefix>-]tokenizer.model`; returns its path."""
-        name = f"{filename_prefix}-{VOCAB_FILE}" if filename_prefix else VOCAB_FILE
-        path = Path(directory) / name
-        write(path, self._vocabulary.sp_model.serialized_model_proto())
+        """Writes the vocabulary as `[<prefix>-]tokenizer.model`, or .json; returns its path."""
+        name = self._vocabulary.file_name
+        path = Path(directory) / (f"{filename_prefix}-{name}" if filename_prefix else name)
+        before = [self.bos_token] if self.add_bos_token and self.bos_token else []
+        behind = [self.eos_token] if self.add_eos_token and self.eos_token else []
+        write(path, self._vocabulary.save(before, behind))
         return (str(path),)
 
     # Vocabulary
 
     @property
     def vocab_size(self) -> int:
-        """SentencePiece's pieces, without added tokens."""
+        """The vocabulary's own pieces, without added tokens."""
         return self._vocabulary.pieces
 
     def __len__(self) -> int:
@@ -161,7 +203,13 @@ class InternLM3Tokenizer:
 
     def _named_id(self, name: str) -> int | None:
         token = getattr(self, name)
-        return None if token is None else self.convert_tokens_to_ids(token)
+        return None if token is None else self._special_id(token, name)
+
+    def _special_id(self, token: str, name: str) -> int:
+        id = self._vocabulary.find(token)
+        if id is None:
+            raise ValueError(f"{name} is {token!r}, which has no id: add it first, with add_tokens({token!r})")
+        return id
 
     @property
     def eos_ids(self) -> list[int]:
@@ -173,9 +221,14 @@ class InternLM3Tokenizer:
         return {name: getattr(self, name) for name in NAMED_TOKENS if getattr(self, name) is not None}
 
     @property
+    def extra_special_tokens(self) -> list[str]:
+        """transformers 5's name of `additional_special_tokens`."""
+        return self.additional_special_tokens
+
+    @property
     def all_special_ids(self) -> list[int]:
-        named = {self.convert_tokens_to_ids(token) for token in self.special_tokens_map.values()}
-        additional = {self.convert_tokens_to_ids(token) for token in self.additional_special_tokens}
+        named = {self._special_id(token, name) for name, token in self.special_tokens_map.items()}
+        additional = {self._special_id(token, "additional_special_tokens") for token in self.additional_special_tokens}
         return sorted(named | additional | {id for id, token in self._vocabulary.added.by_id.items() if token.special})
 
     @property
@@ -192,7 +245,8 @@ class InternLM3Tokenizer:
         """The id of a token, or the ids of a list; added tokens win over pieces, and unknown ones are unk."""
         if not isinstance(tokens, str):
             return [self.convert_tokens_to_ids(token) for token in tokens]
-        return self._vocabulary.id(tokens)
+        id = self._vocabulary.find(tokens)
+        return self.unk_token_id if id is None else id
 
     def encode(self, text: str, text_pair: str | None = None, **options: Any) -> Any:
         """`input_ids` of one text; `options` are those of calling the tokenizer."""
@@ -228,6 +282,44 @@ class InternLM3Tokenizer:
                 with return_tensors, text that is not valid Unicode.
         """
         reject_unknown("calling InternLM3Tokenizer", unknown, InternLM3Tokenizer.__call__.__kwdefaults__ or ())
+        encoded = [
+            (self._vocabulary.encode(first), None if second is None else self._vocabulary.encode(second))
+            for first, second in _pairs(text, text_pair)
+        ]
+        return self._fitted(
+            encoded,
+            {},
+            isinstance(text, str),
+            add_special_tokens=add_special_tokens,
+            padding=padding,
+            truncation=truncation,
+            max_length=max_length,
+            padding_side=padding_side,
+            return_tensors=return_tensors,
+            return_attention_mask=return_attention_mask,
+            return_token_type_ids=return_token_type_ids,
+        )
+
+    def _fitted(
+        self,
+        encoded: Sequence[tuple[list[int], list[int] | None]],
+        columns: Mapping[str, Sequence[list[int]]],
+        single: bool,
+        *,
+        add_special_tokens: bool,
+        padding: bool | str,
+        truncation: bool | str,
+        max_length: int | None,
+        return_tensors: str | None,
+        padding_side: str | None = None,
+        return_attention_mask: bool = True,
+        return_token_type_ids: bool = False,
+    ) -> BatchEncoding:
+        """The options of calling the tokenizer, on texts that are ids already.
+
+        `columns` have a number for each id of a first text, and are cut and padded (with 0) as the ids are; with them
+        there are no second texts and no frame.
+        """
         if return_tensors not in (None, "pt"):
             raise ValueError(f"return_tensors must be 'pt' or None, not {return_tensors!r}")
         pads, cuts = padding_strategy(padding), truncation_strategy(truncation)
@@ -238,27 +330,21 @@ class InternLM3Tokenizer:
 
         bos = [self.bos_token_id] if add_special_tokens and self.add_bos_token else []
         eos = [self.eos_token_id] if add_special_tokens and self.add_eos_token else []
-        rows, types = [], []
-        for first, second in _pairs(text, text_pair):
-            second_ids = None if second is None else self._vocabulary.encode(second)
-            row, type_ids = frame(
-                self._vocabulary.encode(first), second_ids, bos, eos, limit, cuts, self.truncation_side
-            )
-            rows.append(row)
-            types.append(type_ids)
-        masks = [[1] * len(row) for row in rows]
+        framed = [frame(*texts, bos, eos, limit, cuts, self.truncation_side) for texts in encoded]
+        output = {"input_ids": [ids for ids, _ in framed]}
+        if return_token_type_ids:
+            output["token_type_ids"] = [types for _, types in framed]
+        if return_attention_mask:
+            output["attention_mask"] = [[1] * len(ids) for ids, _ in framed]
+        for name, rows in columns.items():
+            output[name] = [frame(row, None, [], [], limit, cuts, self.truncation_side)[0] for row in rows]
         if pads:
             length = limit if pads == "max_length" else None
-            rows = pad(rows, length, self.pad_token_id, side)
-            masks, types = pad(masks, length, 0, side), pad(types, length, 0, side)
-        output = {"input_ids": rows}
-        if return_token_type_ids:
-            output["token_type_ids"] = types
-        if return_attention_mask:
-            output["attention_mask"] = masks
+            fill = {"input_ids": self.pad_token_id}
+            output = {name: pad(rows, length, fill.get(name) or 0, side) for name, rows in output.items()}
         if return_tensors == "pt":
-            return BatchEncoding({name: to_tensor(value) for name, value in output.items()})
-        return BatchEncoding({name: value[0] for name, value in output.items()} if isinstance(text, str) else output)
+            return BatchEncoding({name: to_tensor(rows) for name, rows in output.items()})
+        return BatchEncoding({name: rows[0] for name, rows in output.items()} if single else output)
 
     def _limit(self, padding: str | None, truncation: str | None, max_length: int | None) -> int:
         if max_length is None:
@@ -284,13 +370,12 @@ class InternLM3Tokenizer:
         """What makes text of tokens that come one by one; None: the space clean-up that the checkpoint asks for."""
         clean_up = clean_up_tokenization_spaces
         return Detokenizer(
-            self._vocabulary,
-            drop_first_space=self.add_prefix_space,
+            self._vocabulary.speller(drop_first_space=self.add_prefix_space),
             clean_up=self.clean_up_tokenization_spaces if clean_up is None else clean_up,
         )
 
     def convert_tokens_to_string(self, tokens: Iterable[str]) -> str:
-        """Joins tokens: added tokens as they are, the runs of pieces between them as SentencePiece decodes them."""
+        """Joins tokens: added tokens as they are, the runs between them as the vocabulary's own library does."""
         return self.detokenizer(clean_up_tokenization_spaces=False).text(tokens)
 
     def decode(
@@ -310,65 +395,122 @@ class InternLM3Tokenizer:
 
     # Chat
 
+    def get_chat_template(self, chat_template: str | None = None, tools: Any = None) -> str:
+        """The Jinja source: of the template by that name, if there are several, else `chat_template` itself.
+
+        None stands for the checkpoint's: of several the one for tools, if there are tools, or else the default.
+        Raises ValueError where none of several is the default.
+        """
+        named = {"default": self.chat_template} if isinstance(self.chat_template, str) else self.chat_template
+        if chat_template is not None:
+            return named.get(chat_template, chat_template) if isinstance(self.chat_template, dict) else chat_template
+        name = "tool_use" if tools is not None and "tool_use" in named else "default"
+        if name not in named:
+            raise ValueError(f"the checkpoint has chat templates by the names {', '.join(named)} and no default: "
+                             "give chat_template one of them")  # fmt: skip
+        return named[name]
+
     def apply_chat_template(
         self,
         conversation: Sequence[Any],
         *,
         tools: list[dict[str, Any]] | None = None,
+        documents: list[dict[str, Any]] | None = None,
         chat_template: str | None = None,
         add_generation_prompt: bool = False,
-        continue_final_message: bool = False,
+        continue_final_message: bool | str = False,
         tokenize: bool = True,
+        sanitize_control_tokens: bool = False,
         padding: bool | str = False,
         truncation: bool | str = False,
         max_length: int | None = None,
         return_tensors: str | None = None,
         return_dict: bool = False,
+        return_assistant_tokens_mask: bool = False,
+        tokenizer_kwargs: Mapping[str, Any] | None = None,
         **variables: Any,
     ) -> Any:
         """The prompt of a conversation (a list of messages), or of each in a list of conversations.
 
         Args:
-            tools: JSON schemas for the template's `tools`; InternLM3's published template reads none.
-            chat_template: instead of the checkpoint's.
+            tools, documents: JSON data for the template; InternLM3's published template reads neither.
+            chat_template: instead of the checkpoint's, or the name of one of its several.
             add_generation_prompt: end with the header of an assistant's message.
-            continue_final_message: end inside the last message, for the model to go on with it.
+            continue_final_message: end inside the last message, for the model to go on with it; a string names the
+                message's field, where it is another one than "content".
+            sanitize_control_tokens: control tokens in messages, tools, documents and variables are encoded as the text
+                that they look like; those of the template itself stay what they are.
             return_dict: a BatchEncoding instead of the ids alone.
+            return_assistant_tokens_mask: with `assistant_masks` in it: 1 for the tokens of the template's
+                `{% generation %}` blocks.
+            tokenizer_kwargs: further keywords for calling the tokenizer.
             variables: further names for the template.
 
         Returns:
             text with tokenize=False; else ids: a list, or int64 [rows, length] with return_tensors="pt".
 
         Raises:
-            ValueError: wrong messages, or a template that fails; see chat_template.render.
-            TypeError: a keyword that the template does not read and that looks like a misspelt one.
+            ValueError: wrong messages, switches that exclude each other, or a template that fails; see
+                chat_template.render.
+            TypeError: a keyword that is none of these and that the template does not read.
         """
-        template = self.chat_template if chat_template is None else chat_template
-        known = InternLM3Tokenizer.apply_chat_template.__kwdefaults__ or {}
-        stray = variables.keys() - chat.template_variables(template)
-        reject_unknown("apply_chat_template", {name for name in stray if nearest(name, known)}, known)
+        template = self.get_chat_template(chat_template, tools)
+        for name in variables.keys() - chat.template_variables(template):
+            match = nearest(name, InternLM3Tokenizer.apply_chat_template.__kwdefaults__ or ())
+            hint = f"did you mean {match!r}?" if match else "the chat template does not read it"
+            raise TypeError(f"apply_chat_template: unknown keyword {name!r}; {hint}")
+        if return_assistant_tokens_mask and not (tokenize and return_dict):
+            raise ValueError("return_assistant_tokens_mask needs tokenize=True and return_dict=True")
+        if return_assistant_tokens_mask and (continue_final_message or sanitize_control_tokens):
+            other = "continue_final_message" if continue_final_message else "sanitize_control_tokens"
+            raise ValueError(f"return_assistant_tokens_mask does not go with {other}")
+        if sanitize_control_tokens and not tokenize:
+            raise ValueError("sanitize_control_tokens needs tokenize=True: in a text nothing tells the tokens apart")
         batched = isinstance(conversation, (list, tuple)) and isinstance(next(iter(conversation), None), (list, tuple))
-        prompts = [
-            chat.render(
-                template,
-                messages,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=continue_final_message,
-                **{**self.special_tokens_map, "tools": tools, **variables},
+        conversations = conversation if batched else [conversation]
+        given: dict[str, Any] = {"tools": tools, "documents": documents, **variables}
+        if sanitize_control_tokens:
+            tokens = control_tokens(
+                self._vocabulary.added.by_id.values(), self.chat_control_tokens, chat.literals(template)
             )
-            for messages in (conversation if batched else [conversation])
-        ]
-        if not tokenize:
-            return prompts if batched else prompts[0]
-        encoding = self(
-            prompts if batched else prompts[0],
+            conversations, given = marked(conversations, tokens), marked(given, tokens)
+        given = {**self.special_tokens_map, **given}
+        switches: dict[str, Any] = {"add_generation_prompt": add_generation_prompt}
+
+        columns = {}
+        if return_assistant_tokens_mask:
+            rendered = [chat.render_generated(template, messages, **switches, **given) for messages in conversations]
+            spans = [self._vocabulary.spans(prompt) for prompt, _ in rendered]
+            encoded = [[id for id, _, _ in row] for row in spans]
+            columns["assistant_masks"] = [
+                mask_of(row, generated) for row, (_, generated) in zip(spans, rendered, strict=True)
+            ]
+        else:
+            switches["continue_final_message"] = continue_final_message
+            prompts = [chat.render(template, messages, **switches, **given) for messages in conversations]
+            if not tokenize:
+                return prompts if batched else prompts[0]
+            encoded = [self._encode_prompt(prompt, sanitize_control_tokens) for prompt in prompts]
+        extra = dict(tokenizer_kwargs or {})
+        reject_unknown("tokenizer_kwargs", extra, ("padding_side", "return_attention_mask", "return_token_type_ids"))
+        encoding = self._fitted(
+            [(ids, None) for ids in encoded],
+            columns,
+            not batched,
             add_special_tokens=False,
             padding=padding,
             truncation=truncation,
             max_length=max_length,
             return_tensors=return_tensors,
+            **extra,
         )
         return encoding if return_dict else encoding["input_ids"]
+
+    def _encode_prompt(self, prompt: str, sanitize: bool) -> list[int]:
+        if not sanitize:
+            return self._vocabulary.encode(prompt)
+        vocabulary = self._vocabulary
+        return encode_marked(prompt, vocabulary.added.ids, vocabulary.encode, vocabulary.encode_plain)
 
 
 def _pairs(text: Any, text_pair: Any) -> list[tuple[str, str | None]]:

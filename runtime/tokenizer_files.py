@@ -4,12 +4,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import sentencepiece
-
+from .added_tokens import AddedToken, parse_added_tokens
 from .batch_encoding import check_side
-from .files import read_json
+from .files import read_json, read_text
+from .vocabulary import Vocabulary
+from .vocabulary_sentencepiece import SentencePieceVocabulary
 
 VOCAB_FILE = "tokenizer.model"
+JSON_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
 SPECIAL_TOKENS_FILE = "special_tokens_map.json"
 ADDED_TOKENS_FILE = "added_tokens.json"
@@ -24,6 +26,7 @@ SETTINGS: dict[str, Any] = {
     "unk_token": "<unk>",
     "pad_token": None,
     "additional_special_tokens": (),
+    "extra_special_tokens": (),  # transformers 5's name of the same list; or a dict of names to tokens
     "added_tokens_decoder": {},
     "add_bos_token": True,
     "add_eos_token": False,
@@ -33,7 +36,9 @@ SETTINGS: dict[str, Any] = {
     "truncation_side": "right",
     "model_max_length": NO_LIMIT,
     "chat_template": None,
+    "chat_control_tokens": None,
 }
+_TEMPLATE = {"name", "template"}
 # Settings that change ids or text, and that InternLM3 never turns on.
 _UNSUPPORTED = (
     "sp_model_kwargs",
@@ -44,26 +49,57 @@ _UNSUPPORTED = (
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """tokenizer_config.json, completed by special_tokens_map.json, added_tokens.json and chat_template.jinja.
+    """tokenizer_config.json, completed by what the other files of the folder say.
 
-    `auto_map` (remote code) is left out: nothing of a checkpoint is ever executed.
+    They are special_tokens_map.json, tokenizer.json, added_tokens.json and chat_template.jinja. `auto_map` (remote
+    code) is left out: nothing of a checkpoint is ever executed.
+
+    Raises:
+        ValueError: a damaged file, a setting that is not supported, or two files that give a token different ids.
     """
     config = {**_read_optional(directory / SPECIAL_TOKENS_FILE), **_read_optional(directory / CONFIG_FILE)}
     config.pop("auto_map", None)
     for name in _UNSUPPORTED:
         if config.get(name):
             raise ValueError(f"{directory / CONFIG_FILE}: {name}={config[name]!r} is not supported")
-    if "added_tokens_decoder" not in config:
-        config["added_tokens_decoder"] = _older_added_tokens(directory / ADDED_TOKENS_FILE, config)
+    config["added_tokens_decoder"] = _added_tokens(directory, config)
+    if vocabulary_file(directory).name == JSON_FILE:
+        # As in transformers: that file frames a text itself.
+        config = {name: value for name, value in config.items() if name not in ("add_bos_token", "add_eos_token")}
     if (directory / TEMPLATE_FILE).is_file():
-        config["chat_template"] = (directory / TEMPLATE_FILE).read_text(encoding="utf-8")
+        config["chat_template"] = read_text(directory / TEMPLATE_FILE)
     return config
 
 
+def vocabulary_file(directory: Path) -> Path:
+    """tokenizer.model, or tokenizer.json where there is only that."""
+    alone = (directory / JSON_FILE).is_file() and not (directory / VOCAB_FILE).is_file()
+    return directory / (JSON_FILE if alone else VOCAB_FILE)
+
+
+def load_vocabulary(path: Path, added_tokens: Mapping[int, AddedToken]) -> Vocabulary:
+    """Raises FileNotFoundError for no such file, ValueError for one that is damaged."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: a tokenizer needs its SentencePiece model, or a {JSON_FILE}")
+    if path.suffix != ".json":
+        return SentencePieceVocabulary(path, added_tokens)
+    # Imported here: InternLM3's own checkpoint is read without that library.
+    from .vocabulary_json import JsonVocabulary
+
+    return JsonVocabulary(path, added_tokens)
+
+
 def complete_settings(given: Mapping[str, Any]) -> dict[str, Any]:
-    """`given` over the defaults. Raises ValueError for a setting of a wrong kind."""
-    settings = {**SETTINGS, **given}
-    for name in ("add_bos_token", "add_eos_token", "add_prefix_space", "clean_up_tokenization_spaces"):
+    """`given` over the defaults. Raises ValueError for a setting of a wrong kind.
+
+    null is no token where a token may be none, off where a setting is a switch (both as in transformers), and else the
+    default.
+    """
+    switches = ("add_bos_token", "add_eos_token", "add_prefix_space", "clean_up_tokenization_spaces")
+    settings = {**SETTINGS, **{name: value for name, value in given.items() if value is not None}}
+    settings |= {name: None for name in NAMED_TOKENS if given.get(name, "") is None}
+    settings |= {name: False for name in switches if given.get(name, "") is None}
+    for name in switches:
         if not isinstance(settings[name], bool):
             raise ValueError(f"{name} must be true or false, not {settings[name]!r}")
     for kind in ("bos", "eos"):
@@ -74,35 +110,79 @@ def complete_settings(given: Mapping[str, Any]) -> dict[str, Any]:
     limit = settings["model_max_length"]
     if not isinstance(limit, (int, float)) or not 1 <= limit < float("inf"):
         raise ValueError(f"model_max_length must be a positive number, not {limit!r}")
-    if not isinstance(settings["chat_template"], (str, type(None))):
-        raise ValueError(f"chat_template must be one Jinja string, not {settings['chat_template']!r:.40}")
-    if not isinstance(settings["added_tokens_decoder"], dict):
-        raise ValueError(f"added_tokens_decoder must be a dict, not {settings['added_tokens_decoder']!r:.40}")
-    additional = settings["additional_special_tokens"] or ()
-    if not isinstance(additional, (list, tuple)):
-        raise ValueError(f"additional_special_tokens must be a list of tokens, not {additional!r:.40}")
-    return {**settings, "model_max_length": int(limit), "additional_special_tokens": additional}
-
-
-def load_sentencepiece(path: Path) -> sentencepiece.SentencePieceProcessor:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: a tokenizer needs its SentencePiece model")
-    processor = sentencepiece.SentencePieceProcessor()
-    try:
-        processor.LoadFromSerializedProto(path.read_bytes())
-    except RuntimeError as error:
-        raise ValueError(f"{path} is no SentencePiece model, or it is damaged; fetch it again ({error})") from error
-    return processor
+    tokens = settings["chat_control_tokens"] or []
+    if not isinstance(tokens, (list, tuple)) or not all(isinstance(token, str) for token in tokens):
+        raise ValueError(f"chat_control_tokens must be a list of strings, not {tokens!r:.40}")
+    return {
+        **settings,
+        "model_max_length": int(limit),
+        "additional_special_tokens": _special_tokens(settings),
+        "chat_template": _templates(settings["chat_template"]),
+    }
 
 
 def _read_optional(path: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
-def _older_added_tokens(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    """added_tokens_decoder from the older added_tokens.json, {content: id}; named tokens among them are special."""
-    special = [config.get(name) for name in NAMED_TOKENS] + list(config.get("additional_special_tokens") or ())
-    contents = {token.get("content") if isinstance(token, dict) else token for token in special}
-    return {
-        str(id): {"content": content, "special": content in contents} for content, id in _read_optional(path).items()
+def _templates(given: Any) -> str | dict[str, str] | None:
+    """One template, or several by name: a file has these in a list of {"name": ..., "template": ...}."""
+    if isinstance(given, list) and all(isinstance(entry, dict) and entry.keys() >= _TEMPLATE for entry in given):
+        given = {entry["name"]: entry["template"] for entry in given}
+    strings = [*given, *given.values()] if isinstance(given, dict) else [given]
+    if given is not None and not all(isinstance(string, str) for string in strings):
+        raise ValueError(
+            f"chat_template must be a Jinja string, or a list of {{'name', 'template'}}, not {given!r:.40}"
+        )
+    return given
+
+
+def _special_tokens(settings: Mapping[str, Any]) -> list[Any]:
+    """The special tokens that have no name of their own, under transformers' older and its newer key."""
+    tokens: dict[str, AddedToken] = {}
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        given = settings.get(key) or ()
+        if isinstance(given, dict) and key == "extra_special_tokens":
+            given = list(given.values())
+        if not isinstance(given, (list, tuple)):
+            raise ValueError(f"{key} must be a list of tokens, not {given!r:.40}")
+        tokens |= {AddedToken.parse(token, key).content: token for token in given}
+    return list(tokens.values())
+
+
+def _added_tokens(directory: Path, config: Mapping[str, Any]) -> dict[int, AddedToken]:
+    """The added tokens of all files that name some: tokenizer_config.json, tokenizer.json and added_tokens.json."""
+    entries = _read_optional(directory / JSON_FILE).get("added_tokens") or []
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise ValueError(f"{directory / JSON_FILE}: added_tokens must be a list of objects, not {entries!r:.40}")
+    try:
+        named = [AddedToken.parse(config[name], name) for name in NAMED_TOKENS if config.get(name) is not None]
+        special = {AddedToken.parse(token, "").content for token in [*named, *_special_tokens(config)]}
+    except ValueError as error:
+        raise ValueError(f"{directory / CONFIG_FILE}: {error}") from None
+    sources = {
+        CONFIG_FILE: config.get("added_tokens_decoder") or {},
+        JSON_FILE: {entry.get("id"): entry for entry in entries},
+        ADDED_TOKENS_FILE: {
+            id: {"content": content, "special": content in special}
+            for content, id in _read_optional(directory / ADDED_TOKENS_FILE).items()
+        },
     }
+    by_id: dict[int, AddedToken] = {}
+    origin: dict[str, tuple[int, str]] = {}
+    for source, decoder in sources.items():
+        try:
+            tokens = parse_added_tokens(decoder)
+        except ValueError as error:
+            raise ValueError(f"{directory / source}: {error}") from None
+        for id, token in tokens.items():
+            content = by_id.setdefault(id, token).content
+            known, first = origin.setdefault(token.content, (id, source))
+            if content != token.content:
+                known, first = id, origin[content][1]
+            if (known, content) != (id, token.content):
+                raise ValueError(
+                    f"{directory}: {first} gives {content!r} the id {known}, and {source} gives {token.content!r} "
+                    f"the id {id}: one of them is stale; mend or remove it"
+                )
+    return by_id

@@ -343,6 +343,9 @@ def test_thinking_is_the_published_prompt(llm, own):
     question = [{"role": "user", "content": "2+2?"}]
     messages = question if own is None else [{"role": "system", "content": own}, *question]
     output = llm.chat(messages, thinking=True, max_tokens=1)
+    if own:
+        in_parts = [{"role": "system", "content": [{"type": "text", "text": own}]}, *question]
+        assert llm.chat(in_parts, thinking=True, max_tokens=1).prompt == output.prompt
     assert output.prompt == (
         f"<|im_start|>system\n{own or ''}{THINKING_SYSTEM_PROMPT}<|im_end|>\n"
         "<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n"
@@ -351,6 +354,13 @@ def test_thinking_is_the_published_prompt(llm, own):
         assert llm.chat("2+2?", thinking=True, max_tokens=1).prompt == output.prompt
         [chunk] = llm.stream("2+2?", thinking=True, max_tokens=1)
         assert chunk.prompt_tokens == len(output.prompt_token_ids)
+
+
+def test_a_template_that_reads_parts_gets_them(tiny, monkeypatch):
+    template = "{% for m in messages %}{% for part in m.content %}[{{ part.text }}]{% endfor %}{% endfor %}"
+    monkeypatch.setattr(tiny.tokenizer, "chat_template", template)
+    parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
+    assert tiny.chat([{"role": "user", "content": parts}], max_tokens=1).prompt == "[one][two]"
 
 
 def test_thinking_has_its_recommended_limits(llm, script, tiny, monkeypatch):

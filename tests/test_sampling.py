@@ -3,6 +3,7 @@
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -87,6 +88,7 @@ SETTINGS = [
     {"top_p": 0.8},
     {"top_p": 1e-6},
     {"top_p": 1e-12},
+    {"top_p": 0.0},
     {"top_p": 0.9999},
     {"min_p": 0.05},
     {"min_p": 1.0},
@@ -453,7 +455,7 @@ def test_top_logprobs():
         ({"temperature": "1"}, r"temperature .* got '1'"),
         ({"top_k": -2}, r"top_k must be an integer >= -1; got -2"),
         ({"top_k": 4.0}, r"top_k must be an integer .* got 4.0"),
-        ({"top_p": 0.0}, r"top_p must be a number in \(0, 1\]; got 0.0"),
+        ({"top_p": -0.1}, r"top_p must be a number in \[0, 1\]; got -0.1"),
         ({"top_p": 1.5}, r"top_p .* got 1.5"),
         ({"min_p": -0.1}, r"min_p must be a number in \[0, 1\]; got -0.1"),
         ({"typical_p": 0}, r"typical_p must be a number in \(0, 1\]; got 0"),
@@ -468,6 +470,12 @@ def test_top_logprobs():
         ({"stop_token_ids": ["a"]}, r"stop_token_ids: a token id must be an integer >= 0; got 'a'"),
         ({"seed": 2**63}, r"seed must be an integer in .* got 9223372036854775808"),
         ({"seed": 1.5}, r"seed must be an integer"),
+        ({"seed": np.bool_(True)}, r"seed must be an integer"),
+        ({"max_tokens": torch.tensor(True)}, r"max_tokens must be an integer"),
+        ({"max_tokens": torch.tensor(1.5)}, r"max_tokens must be an integer"),
+        ({"top_p": np.float32(1.5)}, r"top_p must be a number"),
+        ({"top_p": np.array([0.5])}, r"top_p must be a number"),
+        ({"min_p": torch.tensor(True)}, r"min_p must be a number"),
         ({"max_tokens": 0}, r"max_tokens must be an integer >= 1; got 0"),
         ({"min_tokens": -1}, r"min_tokens must be an integer >= 0; got -1"),
         ({"min_tokens": 9, "max_tokens": 8}, r"min_tokens must be at most max_tokens = 8; got 9"),
@@ -536,3 +544,30 @@ def test_generation_config_is_greedy_unless_it_samples():
     assert SamplingParams.from_generation_config(config) == SamplingParams(temperature=0.8, top_p=0.9)
     assert SamplingParams.from_generation_config({**config, "do_sample": False}).greedy
     assert SamplingParams.from_generation_config({"max_new_tokens": 7}) == SamplingParams(temperature=0, max_tokens=7)
+
+
+@pytest.mark.parametrize("given", ["false", "true", 0, 1, "no", []])
+def test_do_sample_in_a_file_is_true_or_false(given):
+    with pytest.raises(ValueError, match="do_sample must be True, False or None"):
+        SamplingParams.from_generation_config({"do_sample": given})
+
+
+def test_numbers_of_numpy_and_torch():
+    given = SamplingParams(
+        n=np.int64(2), temperature=np.float32(0.5), top_k=torch.tensor(7), top_p=torch.tensor(0.25),
+        min_p=np.float64(0.5), logit_bias={np.int32(3): np.float16(1.5)}, allowed_token_ids=torch.tensor([3, 4]),
+        seed=np.uint8(9), max_tokens=torch.tensor([5]), min_tokens=np.array(2), stop_token_ids=np.array([4]),
+        logprobs=np.int8(0),
+    )  # fmt: skip
+    plain = SamplingParams(
+        n=2, temperature=0.5, top_k=7, top_p=0.25, min_p=0.5, logit_bias={3: 1.5}, allowed_token_ids=[3, 4], seed=9,
+        max_tokens=5, min_tokens=2, stop_token_ids=[4], logprobs=0,
+    )  # fmt: skip
+    assert given == plain
+    assert repr(given) == repr(plain)
+
+
+def test_seed_minus_one_is_drawn_as_none_is():
+    """As in vLLM and llama.cpp."""
+    assert SamplingParams(seed=-1) == SamplingParams(seed=None)
+    assert SamplingParams(seed=-2).seed == -2

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import json
 
 import pytest
 import sentencepiece
@@ -9,6 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from internlm3 import InternLM3Tokenizer
 from internlm3.runtime.text import TextStream
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 CORPUS = [
     "The quick brown fox jumps over the lazy dog, and the dog does not mind at all.",
@@ -283,3 +285,72 @@ def test_a_special_token_as_a_stop_string(tokenizer):
     ids = [*tokenizer.encode("fox", add_special_tokens=False), end, *tokenizer.encode("dog", add_special_tokens=False)]
     parts, stream = told(tokenizer, ids, stops=["<|im_end|>"], skip_special_tokens=False)
     assert "".join(parts) == "fox" and stream.stopped == "<|im_end|>"
+
+
+# A vocabulary of a tokenizer.json: the tokenizers library is the oracle
+
+
+def _byte_level():
+    library = Tokenizer(models.BPE())
+    library.pre_tokenizer, library.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    library.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=420, initial_alphabet=alphabet))
+    return library
+
+
+def _byte_fallback():
+    """As transformers saves Llama's: a space before the text, which the decoder takes away again."""
+    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
+    library = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    library.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    library.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    library.train_from_iterator(CORPUS[:4], trainers.BpeTrainer(vocab_size=500, special_tokens=["<unk>", *bytes_]))
+    # The bytes are plain pieces, and no added tokens.
+    content = json.loads(library.to_str())
+    content["added_tokens"] = content["added_tokens"][:1]
+    return Tokenizer.from_str(json.dumps(content))
+
+
+def _metaspace():
+    library = Tokenizer(models.BPE(unk_token="<unk>"))
+    library.pre_tokenizer, library.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    library.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=420, special_tokens=["<unk>"]))
+    return library
+
+
+@pytest.fixture(scope="module", params=[_byte_level, _byte_fallback, _metaspace])
+def library(request, tmp_path_factory):
+    """A tokenizer and the library's own object, of one file."""
+    library = request.param()
+    library.add_special_tokens(SPECIAL)
+    path = tmp_path_factory.mktemp("library") / "tokenizer.json"
+    library.save(str(path))
+    return InternLM3Tokenizer(path, bos_token=None, eos_token=None, unk_token=None), library
+
+
+@settings(max_examples=250)
+@given(data=st.data(), skip=st.booleans())
+def test_the_parts_are_what_the_library_decodes(library, data, skip):
+    tokenizer, oracle = library
+    texts = st.sampled_from(["書🙂é", " the", "  ", "▁", "天", *SPECIAL]).map(lambda text: tokenizer.encode(text))
+    bytes_ = [id for token, id in oracle.get_vocab().items() if token.startswith("<0x")] or [1]
+    single = st.one_of(st.integers(0, len(tokenizer) + 2), st.sampled_from(bytes_)).map(lambda id: [id])
+    ids = [*itertools.chain(*data.draw(st.lists(st.one_of(texts, single), max_size=20)))]
+    parts, _ = told(tokenizer, ids, skip_special_tokens=skip)
+    known = [id for id in ids if id < len(tokenizer)]
+    text = oracle.decode(known, skip_special_tokens=skip)
+    assert "".join(parts) == tokenizer.decode(ids, skip_special_tokens=skip) == text
+
+
+def test_a_character_of_a_library_is_told_at_once_and_whole(library):
+    tokenizer, oracle = library
+    ids = tokenizer.encode("the quick 天气很好 book " * 3)
+    parts, _ = told(tokenizer, ids)
+    for end in range(1, len(ids)):
+        so_far = oracle.decode(ids[:end], skip_special_tokens=True)
+        assert so_far.startswith("".join(parts[:end]))
+        assert "\ufffd" not in parts[end]
+        if oracle.id_to_token(ids[end - 1])[:3] != "<0x":
+            assert "".join(parts[:end]) == so_far.rstrip("\ufffd")

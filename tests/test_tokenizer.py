@@ -27,6 +27,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from internlm3 import InternLM3Tokenizer
 from internlm3.runtime.added_tokens import AddedToken
+from internlm3.runtime.tokenizer_files import NAMED_TOKENS
 
 MISTRAL_COMMON = "mistral-common==1.13.1"
 MISTRAL_COMMON_SHA256 = "98b4d0755b8d90bf4691fa8f1b70cb3b4a8cd4dc1653c4ed08ef3d1c7d2c29af"
@@ -495,6 +496,199 @@ def test_remote_code_is_never_run(plain, tmp_path):
     assert "auto_map" not in json.loads((tmp_path / "b" / "tokenizer_config.json").read_text())
 
 
+# tokenizer.json
+
+
+def save_by_transformers(checkpoint: Path, folder: Path) -> Path:
+    """What transformers 5 makes of a checkpoint: tokenizer.json and tokenizer_config.json, and nothing else."""
+    from transformers import AutoTokenizer
+
+    base = edited(checkpoint, folder / "base", eos_token="</s>")
+    (base / "config.json").write_text(json.dumps({"model_type": "internlm3"}))
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder / "saved")
+    assert sorted(os.listdir(folder / "saved")) == ["tokenizer.json", "tokenizer_config.json"]
+    return folder / "saved"
+
+
+@pytest.fixture(scope="session")
+def saved_by_transformers(checkpoint, tmp_path_factory) -> Path:
+    return save_by_transformers(checkpoint, tmp_path_factory.mktemp("by_transformers"))
+
+
+@pytest.fixture(scope="session")
+def plain_by_transformers(plain, tmp_path_factory) -> Path:
+    return save_by_transformers(plain, tmp_path_factory.mktemp("plain_by_transformers"))
+
+
+def edited(folder: Path, target: Path, **config) -> Path:
+    """A copy of the folder with other entries in its tokenizer_config.json."""
+    shutil.copytree(folder, target)
+    old = json.loads((target / "tokenizer_config.json").read_text())
+    (target / "tokenizer_config.json").write_text(json.dumps({**old, **config}))
+    return target
+
+
+def test_tokenizer_json_alone_equals_transformers(saved_by_transformers, tmp_path):
+    from transformers import AutoTokenizer
+
+    expected = AutoTokenizer.from_pretrained(saved_by_transformers)
+    tokenizer = InternLM3Tokenizer.from_pretrained(saved_by_transformers)
+    tokenizer.save_pretrained(tmp_path / "again")
+    again = InternLM3Tokenizer.from_pretrained(tmp_path / "again")
+    for text in TEXTS:
+        ids = tokenizer.encode(text)
+        assert ids == again.encode(text) == expected.encode(text), text
+        assert tokenizer.tokenize(text) == expected.tokenize(text), text
+        assert tokenizer.decode(ids) == again.decode(ids) == expected.decode(ids), text
+        skipped = expected.decode(ids, skip_special_tokens=True)
+        assert tokenizer.decode(ids, skip_special_tokens=True) == again.decode(ids, skip_special_tokens=True) == skipped
+    assert tokenizer.get_vocab() == expected.get_vocab()
+    assert len(tokenizer) == len(again) == len(expected)
+    assert tokenizer.all_special_ids == sorted(expected.all_special_ids)
+    assert tokenizer.eos_ids == [2, expected.convert_tokens_to_ids("<|im_end|>")]
+    assert tokenizer.convert_tokens_to_ids(["<s>", "never seen"]) == expected.convert_tokens_to_ids(
+        ["<s>", "never seen"]
+    )
+    assert tokenizer.add_tokens(["<tool>"]) == expected.add_tokens(["<tool>"]) == 1
+    assert tokenizer.encode("a<tool>b") == expected.encode("a<tool>b")
+
+
+@pytest.mark.parametrize("frame", [("<s>", None), ("<s>", "</s>"), (None, None)])
+def test_frame_of_a_tokenizer_json_is_transformers(plain_by_transformers, tmp_path, frame):
+    """The file's own frame counts, whatever the configuration says; a keyword wins, and is saved into the file."""
+    from transformers import AutoTokenizer
+
+    folder = edited(plain_by_transformers, tmp_path / "a", add_bos_token=False, add_eos_token=True)
+    library = json.loads((folder / "tokenizer.json").read_text())
+    ends = [[{"SpecialToken": {"id": token, "type_id": 0}}] if token else [] for token in frame]
+    library["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [*ends[0], {"Sequence": {"id": "A", "type_id": 0}}, *ends[1]],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {t: {"id": t, "ids": [i], "tokens": [t]} for i, t in enumerate(frame, 1) if t},
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(library))
+    for number, options in enumerate([{}, {"add_bos_token": True}, {"add_eos_token": True}, {"add_bos_token": False}]):
+        tokenizer = InternLM3Tokenizer.from_pretrained(folder, **options)
+        tokenizer.save_pretrained(tmp_path / str(number))
+        ids = AutoTokenizer.from_pretrained(folder, **options).encode("the dog")
+        assert tokenizer.encode("the dog") == ids
+        assert InternLM3Tokenizer.from_pretrained(tmp_path / str(number)).encode("the dog") == ids
+        assert AutoTokenizer.from_pretrained(tmp_path / str(number)).encode("the dog") == ids
+
+
+def test_a_frame_of_other_tokens_is_refused(plain_by_transformers, tmp_path):
+    with pytest.raises(ValueError, match=r"tokenizer.json puts \['</s>'\] before a text, which is not bos_token '<s>'"):
+        folder = edited(plain_by_transformers, tmp_path / "a")
+        library = json.loads((folder / "tokenizer.json").read_text())
+        library["post_processor"] = {"type": "BertProcessing", "sep": ["<s>", 1], "cls": ["</s>", 2]}
+        (folder / "tokenizer.json").write_text(json.dumps(library))
+        InternLM3Tokenizer.from_pretrained(folder)
+
+
+def test_ids_of_special_tokens_come_from_tokenizer_json(checkpoint, saved_by_transformers, tmp_path):
+    """The base's tokenizer.model was copied beside transformers' two files: their ids count, for all special tokens."""
+    from transformers import AutoTokenizer
+
+    expected = AutoTokenizer.from_pretrained(saved_by_transformers)
+    folder = edited(saved_by_transformers, tmp_path / "a")
+    shutil.copy(checkpoint / "tokenizer.model", folder)
+    tokenizer = InternLM3Tokenizer.from_pretrained(folder)
+    for token in SPECIAL:
+        assert tokenizer.encode(token, add_special_tokens=False) == [expected.convert_tokens_to_ids(token)], token
+    assert tokenizer.eos_ids == [2, expected.convert_tokens_to_ids("<|im_end|>")]
+    assert tokenizer.all_special_ids == sorted(expected.all_special_ids)
+    for text in CORPUS:
+        assert tokenizer.encode(text) == InternLM3Tokenizer.from_pretrained(checkpoint).encode(text), text
+
+
+@pytest.mark.parametrize("key", [*NAMED_TOKENS, "additional_special_tokens", "extra_special_tokens"])
+@pytest.mark.parametrize("file", ["tokenizer.model", "tokenizer.json"])
+def test_no_id_is_invented_at_load(plain, tmp_path, file, key):
+    given = "<nowhere>" if key in NAMED_TOKENS else ["<|im_start|>", "<nowhere>"]
+    folder = edited(plain, tmp_path / "a", **{key: given})
+    if file == "tokenizer.json":
+        shutil.copy(_library_file(plain, tmp_path), folder)
+        (folder / "tokenizer.model").unlink()
+    name = "additional_special_tokens" if key == "extra_special_tokens" else key
+    with pytest.raises(ValueError, match=rf"{name} '<nowhere>' has no id: neither {re.escape(file)} nor added_tokens"):
+        InternLM3Tokenizer.from_pretrained(folder)
+    (folder / "added_tokens.json").write_text(json.dumps({"<nowhere>": 517}))
+    tokenizer = InternLM3Tokenizer.from_pretrained(folder)
+    assert tokenizer.encode("<nowhere>", add_special_tokens=False) == [517]
+    assert 517 in tokenizer.all_special_ids
+
+
+def _library_file(plain: Path, tmp_path: Path) -> Path:
+    """The checkpoint's tokenizer.json with the ids of its added_tokens_decoder: the gap is filled."""
+    from tokenizers import AddedToken as LibraryToken
+    from tokenizers import Tokenizer
+    from transformers import LlamaTokenizer
+
+    pieces = edited(plain, tmp_path / "pieces", eos_token="</s>", added_tokens_decoder={}, additional_special_tokens=[])
+    LlamaTokenizer.from_pretrained(pieces).save_pretrained(pieces)
+    library = Tokenizer.from_file(str(tmp_path / "pieces" / "tokenizer.json"))
+    library.add_tokens([LibraryToken(f"<gap {i}>") for i in range(3)])
+    library.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    library.save(str(tmp_path / "tokenizer.json"))
+    return tmp_path / "tokenizer.json"
+
+
+def test_a_token_set_later_needs_an_id(plain):
+    tokenizer = InternLM3Tokenizer.from_pretrained(plain)
+    tokenizer.pad_token = "[PAD]"
+    with pytest.raises(ValueError, match=r"pad_token is '\[PAD\]', which has no id: add it first"):
+        tokenizer.pad_token_id  # noqa: B018
+    tokenizer.add_tokens("[PAD]")
+    assert tokenizer.pad_token_id == len(tokenizer) - 1
+
+
+@pytest.mark.parametrize("extra", [["<tool>"], {"tool_token": "<tool>"}, {"tool_token": {"content": "<tool>"}}])
+def test_extra_special_tokens(plain, tmp_path, extra):
+    config = json.loads((plain / "tokenizer_config.json").read_text())
+    added = config["added_tokens_decoder"] | {"700": {"content": "<tool>", "special": False}}
+    folder = edited(plain, tmp_path / "a", extra_special_tokens=extra, added_tokens_decoder=added)
+    tokenizer = InternLM3Tokenizer.from_pretrained(folder)
+    assert 700 in tokenizer.all_special_ids
+    assert (
+        tokenizer.extra_special_tokens
+        == tokenizer.additional_special_tokens
+        == ["<|im_start|>", "<|im_end|>", "<tool>"]
+    )
+    assert tokenizer.decode([700, *tokenizer.encode("the")], skip_special_tokens=True) == "the"
+    tokenizer.save_pretrained(tmp_path / "b")
+    assert 700 in InternLM3Tokenizer.from_pretrained(tmp_path / "b").all_special_ids
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("added_tokens.json", {"<|im_end|>": 900}),
+        ("added_tokens.json", {"<other>": 516}),
+        ("tokenizer.json", {"added_tokens": [{"id": 900, "content": "<|im_end|>"}]}),
+        ("tokenizer.json", {"added_tokens": [{"id": 516, "content": "<other>"}]}),
+    ],
+)
+def test_two_files_that_disagree_about_an_id(plain, tmp_path, file, content):
+    folder = edited(plain, tmp_path / "a")
+    (folder / file).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"tokenizer_config.json gives '<.im_end.>' the id 516, and {file} gives"):
+        InternLM3Tokenizer.from_pretrained(folder)
+
+
+def test_a_tokenizer_json_that_gives_other_ids(plain, tmp_path):
+    """An added token that the library's file has no entry for gets its next id, whatever the configuration says."""
+    folder = edited(plain, tmp_path / "a", added_tokens_decoder={"900": {"content": "<tool>"}})
+    shutil.copy(_library_file(plain, tmp_path), folder)
+    (folder / "tokenizer.model").unlink()
+    with pytest.raises(ValueError, match="gives '<tool>' the id 517, and added_tokens_decoder the id 900"):
+        InternLM3Tokenizer.from_pretrained(folder)
+    for content in ("{}", '{"added_tokens": 5}', '{"added_tokens": [{"content": "a"}]}', "nonsense"):
+        (folder / "tokenizer.json").write_text(content)
+        with pytest.raises(ValueError, match=r"tokenizer\.json"):
+            InternLM3Tokenizer.from_pretrained(folder)
+
+
 # Bad input
 
 
@@ -526,6 +720,8 @@ def test_bad_sentencepiece_file(plain, tmp_path, kind):
         ('{"added_tokens_decoder": {"900": {"lstrip": true}}}', "'900'"),
         ('{"added_tokens_decoder": {"900": {"content": "a", "lstrip": "no"}}}', "lstrip"),
         ('{"added_tokens_decoder": ["a"]}', "added_tokens_decoder"),
+        ('{"added_tokens_decoder": {"1' + "0" * 30 + '": {"content": "<big>"}}}', "'<big>': an id must be"),
+        ('{"added_tokens_decoder": {"2147483648": {"content": "<big>"}}}', "'<big>': an id must be"),
         ('{"eos_token": 2}', "eos_token"),
         ('{"bos_token": null}', "add_bos_token is true and bos_token is null"),
         ('{"add_bos_token": "yes"}', "add_bos_token"),
