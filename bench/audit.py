@@ -60,6 +60,7 @@ FACTS = {
     "_find_floors": Facts(),
     "_add_up": Facts(streams=["x_ptr"]),
     "_pick": Facts(),
+    "_advance": Facts(),
 }
 
 

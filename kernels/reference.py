@@ -205,3 +205,42 @@ def paged_attention(
         v = v_cache[pages].transpose(1, 2).flatten(0, 1)[:length]
         out[b, tokens - live :] = attention(q.view(out.shape)[b, tokens - live :], k, v, scale)
     return out.view(sequences * tokens, -1)
+
+
+def advance(
+    drawn: Tensor,
+    logprob: Tensor,
+    *,
+    token: Tensor,
+    seq_lens: Tensor,
+    limit: Tensor,
+    ends: Tensor,
+    said: Tensor,
+    output_counts: Tensor,
+    free_from: Tensor,
+    permitted: Tensor,
+    allowed: Tensor,
+) -> None:
+    """The end of a decode step, in place: what `sample` drew enters the state from which the next step begins.
+
+    `drawn` [B] int64 and `logprob` [B] float32 are of the token that comes behind the `seq_lens` [B] int32 tokens of
+    each sequence. It ends its sequence if its bit is set in `ends` [B, ceil(V / 32)] int32 (bit i % 32 of word
+    i // 32), or if the sequence with it has `limit` [B] int32 tokens. Then `seq_lens` becomes 0, which makes the row
+    idle; else it grows by one. `token` [B] int64 becomes the token drawn, whose count in `output_counts` [B, V] int32
+    grows by one. With `free_from` [B] int32 tokens and more a sequence may end: `allowed` [B, ceil(V / 32)] int32, by
+    which `sample` goes, becomes `permitted`, of the same shape, when it has so many.
+
+    `said` [B, 3] int32 is for the host: the token, how it ended (0: not, 1: a token of `ends`, 2: `limit`), and the
+    bits of its log-probability. Of an idle row nothing changes but the token said, which becomes -1.
+    """
+    live = seq_lens > 0
+    words = ends.gather(1, (drawn // 32)[:, None])[:, 0]
+    length = seq_lens + 1
+    end = torch.where((words >> (drawn % 32) & 1).bool(), 1, 2 * (length >= limit))
+    fresh = torch.stack((drawn.int(), end.int(), logprob.view(torch.int32)), 1)
+    said.copy_(torch.where(live[:, None], fresh, said))
+    said[:, 0].masked_fill_(~live, -1)
+    token.copy_(torch.where(live, drawn, token))
+    output_counts.scatter_add_(1, drawn[:, None], live.int()[:, None])
+    allowed.copy_(torch.where((live & (length == free_from))[:, None], permitted, allowed))
+    seq_lens.copy_(torch.where(live & (end == 0), length, 0))

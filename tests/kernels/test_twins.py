@@ -54,5 +54,5 @@ def test_one_place_chooses_the_backend():
 
 
 def test_unknown_ops_are_named():
-    with pytest.raises(AttributeError, match="no attribute 'conv'; its ops are embed"):
+    with pytest.raises(AttributeError, match="no attribute 'conv'; its ops are advance, embed"):
         kernels.conv  # noqa: B018
