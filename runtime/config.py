@@ -13,6 +13,10 @@ from .token_ids import check_ids
 
 ROPE_TYPES = ("default", "dynamic")
 
+_MAX_SIZE = 2**28  # so that no product of two sizes and an element's bytes overflows
+
+# transformers' newer names of keys.
+_NEWER = {"attention_bias": "qkv_bias", "mlp_bias": "bias", "rope_parameters": "rope_scaling"}
 # Keys that change what the model computes and that this runtime does not implement.
 _UNSUPPORTED = ("quantization_config", "sliding_window")
 
@@ -33,14 +37,15 @@ class InternLM3Config:
         rope_theta: base of the rotary frequencies.
         rope_scaling: None or {"rope_type": "default"} or {"rope_type": "dynamic", "factor": float >= 1}; the old key
             "type" and the newer `rope_parameters` (which carries rope_theta too) are read as well.
-        qkv_bias: a bias on the q, k and v projections.
-        bias: a bias on the o projection and on the MLP's three.
+        qkv_bias (or attention_bias): a bias on the q, k and v projections.
+        bias (or mlp_bias): a bias on the o projection and on the MLP's three.
         tie_word_embeddings: the head shares the embedding's weight.
-        bos_token_id, eos_token_id, pad_token_id: ids; eos may be a list.
+        bos_token_id, eos_token_id, pad_token_id: ids; eos may be a list, and a pad of -1 is none.
         dtype (or torch_dtype): the checkpoint's dtype by name, such as "bfloat16".
 
     Raises:
-        ValueError: a value that no InternLM3 model can have; the message names the key.
+        ValueError: a value that no InternLM3 model can have, or two keys that contradict each other; the message names
+            the keys.
     """
 
     model_type = "internlm3"
@@ -65,9 +70,11 @@ class InternLM3Config:
         rope_theta: float = 10000.0,
         rope_scaling: Mapping[str, Any] | None = None,
         rope_parameters: Mapping[str, Any] | None = None,
-        qkv_bias: bool = False,
+        qkv_bias: bool | None = None,
+        attention_bias: bool | None = None,
         attention_dropout: float = 0.0,
-        bias: bool = False,
+        bias: bool | None = None,
+        mlp_bias: bool | None = None,
         head_dim: int | None = None,
         dtype: Any = None,
         torch_dtype: Any = None,
@@ -84,23 +91,16 @@ class InternLM3Config:
         self.initializer_range = initializer_range
         self.rms_norm_eps = rms_norm_eps
         self.use_cache = use_cache
-        self.pad_token_id = pad_token_id
+        self.pad_token_id = None if pad_token_id == -1 else pad_token_id
         self.bos_token_id = bos_token_id
         self.eos_token_id = eos_token_id
         self.tie_word_embeddings = tie_word_embeddings
-        self.rope_theta = rope_theta
-        self.rope_scaling = _settings("rope_scaling", rope_scaling)
-        self.qkv_bias = qkv_bias
+        self.rope_scaling, self.rope_theta = _rotary(rope_scaling, rope_parameters, rope_theta)
+        self.qkv_bias = _one_of("qkv_bias", qkv_bias, "attention_bias", attention_bias)
         self.attention_dropout = attention_dropout
-        self.bias = bias
+        self.bias = _one_of("bias", bias, "mlp_bias", mlp_bias)
         self.dtype = _dtype_name(dtype if dtype is not None else torch_dtype)
         self.extra = extra
-        if (parameters := _settings("rope_parameters", rope_parameters)) is not None:
-            self.rope_theta = parameters.pop("rope_theta", rope_theta)
-            self.rope_scaling = None if parameters.get("rope_type", "default") == "default" else parameters
-        if self.rope_scaling is not None:
-            # Older checkpoints say "type"; the published one says "rope_type".
-            self.rope_scaling.setdefault("rope_type", self.rope_scaling.get("type"))
         self._check_sizes()
         self.head_dim = hidden_size // num_attention_heads if head_dim is None else head_dim
         self._check_heads(head_dim_given=head_dim is not None)
@@ -135,7 +135,9 @@ class InternLM3Config:
             local_files_only=local_files_only,
             weights=False,
         )
-        reject_unknown("InternLM3Config.from_pretrained", overrides, cls().to_dict())
+        # Remote code is never run, so its switch means nothing here and may stay in people's calls.
+        overrides.pop("trust_remote_code", None)
+        reject_unknown("InternLM3Config.from_pretrained", overrides, {**cls().to_dict(), **_NEWER})
         return cls.from_file(folder / "config.json", **overrides)
 
     @classmethod
@@ -144,8 +146,13 @@ class InternLM3Config:
         if not path.is_file():
             raise FileNotFoundError(f"{path} is missing: the folder of a checkpoint holds a config.json")
         values = read_json(path)
+        # An override wins over its key, and over what the file says by that key's other name.
+        others = {**_NEWER, **{old: new for new, old in _NEWER.items()}}
+        replaced = {others.get(key) for key in overrides}
+        if "rope_theta" in overrides and "rope_parameters" in values:
+            values |= {"rope_scaling": _rotary(None, values.pop("rope_parameters"), None)[0]}
         try:
-            return cls.from_dict({**values, **overrides})
+            return cls.from_dict({**{k: value for k, value in values.items() if k not in replaced}, **overrides})
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 
@@ -158,6 +165,9 @@ class InternLM3Config:
                 f"model_type is {model_type!r}, and this runtime runs {cls.model_type!r} checkpoints only "
                 f"(architectures: {values.get('architectures')})"
             )
+        for key in ("qkv_bias", "bias"):
+            if values.get(key, False) is None:
+                raise ValueError(f"{key} must be true or false; it is None")
         # Names of remote code stay unread: nothing that a checkpoint brings is ever executed.
         ignored = ("model_type", "auto_map", "architectures", "transformers_version")
         return cls(**{key: value for key, value in values.items() if key not in ignored})
@@ -214,8 +224,8 @@ class InternLM3Config:
         )
         for key in sizes:
             value = getattr(self, key)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{key} must be a positive integer; it is {value!r}")
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _MAX_SIZE:
+                raise ValueError(f"{key} must be a positive integer of at most {_MAX_SIZE}; it is {value!r}")
         for key in ("rms_norm_eps", "rope_theta"):
             value = getattr(self, key)
             if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
@@ -239,6 +249,10 @@ class InternLM3Config:
             raise ValueError(f"num_attention_heads ({heads}) is not a multiple of num_key_value_heads ({kv_heads})")
         if not isinstance(self.head_dim, int) or self.head_dim < 4 or self.head_dim % 2:
             raise ValueError(f"head_dim must be an even integer of at least 4; it is {self.head_dim!r}")
+        if heads * self.head_dim > _MAX_SIZE:
+            raise ValueError(
+                f"num_attention_heads ({heads}) of head_dim {self.head_dim} are more than {_MAX_SIZE} wide"
+            )
 
     def _check_rope(self) -> None:
         if self.rope_scaling is None:
@@ -257,6 +271,31 @@ class InternLM3Config:
         for key in _UNSUPPORTED:
             if self.extra.get(key):
                 raise ValueError(f"{key} is {self.extra[key]!r}, which this runtime does not implement")
+
+
+def _rotary(scaling: Any, parameters: Any, theta: float | None) -> tuple[dict[str, Any] | None, Any]:
+    """rope_scaling in one form and rope_theta, of the older keys and of the newer one that holds both."""
+    old, new = _settings("rope_scaling", scaling), _settings("rope_parameters", parameters)
+    for settings in (old, new):
+        if settings is not None:
+            theta = settings.pop("rope_theta", theta)
+            # Older checkpoints say "type"; the published one says "rope_type".
+            settings.setdefault("rope_type", settings.get("type", "default" if settings is new else None))
+    if new is not None and new["rope_type"] == "default":
+        new = None
+    same = old == new or (new is None and old is not None and old["rope_type"] == "default")
+    if old is not None and parameters is not None and not same:
+        raise ValueError(
+            f"rope_scaling ({scaling!r}) and rope_parameters ({parameters!r}) disagree: remove one of them"
+        )
+    return (old if old is not None else new), theta
+
+
+def _one_of(name: str, value: Any, newer_name: str, newer: Any) -> Any:
+    """The value of a switch that has two names; False where neither is given."""
+    if value is not None and newer is not None and value != newer:
+        raise ValueError(f"{name} is {value!r} and {newer_name}, its newer name, is {newer!r}: remove one of them")
+    return next((given for given in (value, newer) if given is not None), False)
 
 
 def _settings(key: str, value: Mapping[str, Any] | None) -> dict[str, Any] | None:

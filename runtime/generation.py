@@ -301,6 +301,8 @@ def _options(model: Generation, given: Any, kwargs: Mapping[str, Any]) -> dict[s
     options: dict[str, Any] = {}
     for source in (model.generation_config, config, kwargs):
         options |= {name: value for name, value in source.items() if value is not None and name in known}
+    if options.get("pad_token_id") == -1:
+        del options["pad_token_id"]  # some checkpoints' way to say that there is none
     for name, only in _ONLY.items():
         if options.pop(name, only) != only:
             raise ValueError(

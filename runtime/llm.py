@@ -73,7 +73,9 @@ class LLM:
         self.max_seq_len = _check_window(self.config, max_seq_len)
         self.max_batch_size = max_batch_size
         self.tokenizer = InternLM3Tokenizer.from_pretrained(folder)
-        if len(self.tokenizer) > self.config.vocab_size:
+        # A pad token may lie beyond the embedding: fine-tuning scripts add one, and no model ever reads it.
+        ids = {self.tokenizer.vocab_size - 1, *self.tokenizer.added_tokens_decoder} - {self.tokenizer.pad_token_id}
+        if max(ids) >= self.config.vocab_size:
             raise ValueError(
                 f"{folder}: the tokenizer has {len(self.tokenizer)} tokens and the model's vocabulary "
                 f"{self.config.vocab_size}; they belong to different checkpoints"

@@ -273,7 +273,7 @@ class InternLM3Tokenizer:
             add_special_tokens: frame each text with bos (and eos), as `add_bos_token` and `add_eos_token` say.
             padding: True or "longest", "max_length", or False.
             truncation: True or "longest_first", "only_first", "only_second", or False.
-            max_length: tokens per row, frame included; None: the checkpoint's model_max_length.
+            max_length: tokens per row, frame included; None: the checkpoint's model_max_length, if it has one.
             return_tensors: "pt" for int64 tensors [rows, length], also for one text; None for lists.
 
         Raises:
@@ -348,8 +348,8 @@ class InternLM3Tokenizer:
 
     def _limit(self, padding: str | None, truncation: str | None, max_length: int | None) -> int:
         if max_length is None:
-            if self.model_max_length >= NO_LIMIT and (truncation or padding == "max_length"):
-                raise ValueError("truncation and padding='max_length' need max_length: this tokenizer has no limit")
+            if self.model_max_length >= NO_LIMIT and padding == "max_length":
+                raise ValueError("padding='max_length' needs max_length: this tokenizer has no limit")
             return self.model_max_length
         if not isinstance(max_length, int) or max_length < 1:
             raise ValueError(f"max_length must be a whole number of at least 1, not {max_length!r}")

@@ -123,6 +123,33 @@ def test_rotary_settings_old_and_new(given, scaling, theta):
     assert (parameters["rope_type"], parameters.get("factor")) == (scaling or ("default", None))
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0},
+         "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 9.0}},
+        {"rope_theta": 7.0, "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 9.0}},
+        {"rope_theta": 7.0, "rope_parameters": {"rope_type": "default"}},
+        {"rope_theta": 7.0, "rope_scaling": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 9.0}},
+        {"attention_bias": True, "mlp_bias": True},
+        {"qkv_bias": True, "bias": True, "attention_bias": True, "mlp_bias": True},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_newer_names_mean_what_they_mean_to_transformers(given):
+    config, expected = InternLM3Config(**given), transformers.InternLM3Config(**given)
+    assert (config.qkv_bias, config.bias) == (expected.qkv_bias, expected.bias)
+    if "rope_scaling" in given and "rope_parameters" in given:
+        expected.rope_parameters["rope_theta"] = 9.0  # transformers drops this one with the whole of rope_parameters
+    shared = config.rope_parameters.keys() & expected.rope_parameters.keys()
+    assert shared >= {"rope_type", "rope_theta"}
+    assert {key: config.rope_parameters[key] for key in shared} == {k: expected.rope_parameters[k] for k in shared}
+
+
+def test_a_pad_of_minus_one_is_none(tmp_path):
+    assert read(tmp_path, {**PUBLISHED, "pad_token_id": -1}).pad_token_id is None
+
+
 @pytest.mark.parametrize("change", [{}, {"rope_scaling": None}, {"tie_word_embeddings": True}], ids=str)
 def test_transformers_reads_what_is_saved_and_the_reverse(tmp_path, change):
     config = InternLM3Config.from_dict({**PUBLISHED, **change})
@@ -153,6 +180,15 @@ def test_eos_token_ids():
 
 def test_overrides(tmp_path):
     assert read(tmp_path, PUBLISHED, rope_theta=7.0).rope_theta == 7.0
+    assert read(tmp_path, PUBLISHED, trust_remote_code=True) == read(tmp_path, PUBLISHED)
+    newer = {key: value for key, value in PUBLISHED.items() if key not in ("rope_scaling", "rope_theta", "qkv_bias")}
+    newer |= {"rope_parameters": {"rope_type": "dynamic", "factor": 6.0, "rope_theta": 5e7}, "attention_bias": False}
+    for source in (PUBLISHED, newer):
+        theta = read(tmp_path, source, rope_theta=7.0)
+        assert theta.rope_parameters == {"rope_type": "dynamic", "factor": 6.0, "rope_theta": 7.0}
+        assert read(tmp_path, source, rope_scaling=None).rope_scaling is None
+        assert read(tmp_path, source, rope_parameters={"rope_type": "default", "rope_theta": 3.0}).rope_theta == 3.0
+        assert read(tmp_path, source, qkv_bias=True).qkv_bias and read(tmp_path, source, attention_bias=True).qkv_bias
     with pytest.raises(TypeError, match="'rope_teta'; did you mean 'rope_theta'"):
         read(tmp_path, PUBLISHED, rope_teta=7.0)
     with pytest.raises(ValueError, match=r"config\.json: rope_theta"):
@@ -179,11 +215,25 @@ def test_unknown_keys_are_kept_and_misspelt_ones_missed(tmp_path):
         ),
         *(({key: bad}, [key]) for key in ("rms_norm_eps", "rope_theta") for bad in (0, -1, "x", None, math.inf)),
         *(({key: bad}, [key]) for key in ("qkv_bias", "bias", "tie_word_embeddings") for bad in ("false", 1, None)),
+        *(({"attention_bias": bad}, ["qkv_bias"]) for bad in ("false", 1)),
+        ({"qkv_bias": False, "attention_bias": True}, ["qkv_bias is False", "attention_bias", "True"]),
+        ({"bias": True, "mlp_bias": False}, ["bias is True", "mlp_bias", "False"]),
+        *(
+            ({"rope_scaling": {"rope_type": "dynamic", "factor": 6.0}, "rope_parameters": other},
+             ["rope_scaling ({'rope_type': 'dynamic'", f"rope_parameters ({other!r})", "disagree"])
+            for other in ({"rope_type": "dynamic", "factor": 2.0}, {"rope_type": "default", "rope_theta": 9.0}, {},
+                          {"rope_type": "yarn", "factor": 4.0}, {"type": "linear", "factor": 2.0})
+        ),
+        ({"rope_scaling": {"rope_type": "default"}, "rope_parameters": {"rope_type": "yarn"}}, ["disagree"]),
+        ({"rope_scaling": None, "rope_parameters": {"type": "linear", "factor": 2.0}}, ["rope_scaling", "linear"]),
         *(
             ({key: bad}, [key, "128512"])
             for key in ("bos_token_id", "eos_token_id", "pad_token_id")
-            for bad in (-1, 128512, "2", 1.0, True, [2, -5])
+            for bad in (-2, 128512, "2", 1.0, True, [2, -5])
         ),
+        ({"eos_token_id": -1}, ["eos_token_id", "-1"]),
+        *(({key: bad}, [key, str(bad)]) for key in ("vocab_size", "num_hidden_layers") for bad in (2**63, 10**30)),
+        ({"num_attention_heads": 2**20, "num_key_value_heads": 2, "head_dim": 2**20}, ["head_dim", str(2**20)]),
         ({"hidden_act": "gelu"}, ["hidden_act", "gelu"]),
         ({"hidden_size": 4100, "head_dim": None}, ["hidden_size", "4100", "num_attention_heads", "32"]),
         ({"num_key_value_heads": 3}, ["num_key_value_heads", "3", "num_attention_heads"]),
@@ -193,7 +243,7 @@ def test_unknown_keys_are_kept_and_misspelt_ones_missed(tmp_path):
         ({"rope_scaling": {"type": "linear", "factor": 4.0}}, ["rope_scaling", "linear"]),
         ({"rope_scaling": {"factor": 4.0}}, ["rope_scaling", "rope_type"]),
         ({"rope_scaling": {"rope_type": ["dynamic"], "factor": 2.0}}, ["rope_scaling"]),
-        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, ["llama3"]),
+        ({"rope_scaling": None, "rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, ["llama3"]),
         *(
             ({"rope_scaling": {"rope_type": "dynamic", "factor": bad}}, ["rope_scaling", "factor"])
             for bad in (None, 0.5, -6, "6", math.nan, math.inf)

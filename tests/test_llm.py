@@ -356,6 +356,41 @@ def test_thinking_is_the_published_prompt(llm, own):
         assert chunk.prompt_tokens == len(output.prompt_token_ids)
 
 
+def test_a_pad_token_may_lie_beyond_the_embedding(make, tiny_folder, tmp_path):
+    folder = shutil.copytree(tiny_folder, tmp_path / "padded")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config["added_tokens_decoder"]["49152"] = {"content": "[PAD]", "special": True}
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "pad_token": "[PAD]"}))
+    padded = LLM(folder, progress=False)
+    assert padded.tokenizer.pad_token_id == padded.config.vocab_size
+    prompts = ["hi", "what is it"]
+    expected = LLM(tiny_folder, progress=False).generate(prompts, temperature=0, max_tokens=3)
+    assert same(padded.generate(prompts, temperature=0, max_tokens=3), expected)
+    with pytest.raises(ValueError, match="49152, which is outside the vocabulary of 49152"):
+        padded.generate("a[PAD]b")
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "additional_special_tokens": ["[PAD]"]}))
+    with pytest.raises(ValueError, match="they belong to different checkpoints"):
+        LLM(folder, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"do_sample": "false"}, "do_sample must be True, False or None; got 'false'"),
+        ({"eos_token_id": True}, "eos_token_id holds True"),
+        ({"eos_token_id": [2, False]}, "eos_token_id holds False"),
+        ({"eos_token_id": "2"}, "eos_token_id holds '2'"),
+        ({"do_sample": True, "temperature": "0.5"}, "temperature must be a number"),
+        ({"do_sample": True, "top_k": True}, "top_k must be an integer"),
+    ],
+)
+def test_settings_of_a_wrong_kind_in_a_file(tiny_folder, tmp_path, settings, message):
+    folder = shutil.copytree(tiny_folder, tmp_path / "copy")
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=rf"generation_config\.json: {message}"):
+        LLM(folder, progress=False)
+
+
 def test_a_template_that_reads_parts_gets_them(tiny, monkeypatch):
     template = "{% for m in messages %}{% for part in m.content %}[{{ part.text }}]{% endfor %}{% endfor %}"
     monkeypatch.setattr(tiny.tokenizer, "chat_template", template)
@@ -746,7 +781,7 @@ MESSAGES = [{"role": "user", "content": "hi"}]
         (lambda m: m.generate("hi", temperature=-1), ValueError, r"temperature .* got -1"),
         (lambda m: m.generate("hi", temperature=float("nan")), ValueError, r"temperature .* got nan"),
         (lambda m: m.generate("hi", temperature="hot"), ValueError, r"temperature .* got 'hot'"),
-        (lambda m: m.generate("hi", top_p=0), ValueError, r"top_p .*\(0, 1\]; got 0"),
+        (lambda m: m.generate("hi", top_p=-1), ValueError, r"top_p .*\[0, 1\]; got -1"),
         (lambda m: m.generate("hi", top_k=-2), ValueError, "top_k .* got -2"),
         (lambda m: m.generate("hi", max_tokens=0), ValueError, "max_tokens .* got 0"),
         (lambda m: m.generate("hi", logprobs=True), ValueError, "logprobs .* got True"),

@@ -27,7 +27,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from internlm3 import InternLM3Tokenizer
 from internlm3.runtime.added_tokens import AddedToken
-from internlm3.runtime.tokenizer_files import NAMED_TOKENS
+from internlm3.runtime.tokenizer_files import NAMED_TOKENS, NO_LIMIT
 
 MISTRAL_COMMON = "mistral-common==1.13.1"
 MISTRAL_COMMON_SHA256 = "98b4d0755b8d90bf4691fa8f1b70cb3b4a8cd4dc1653c4ed08ef3d1c7d2c29af"
@@ -689,6 +689,36 @@ def test_a_tokenizer_json_that_gives_other_ids(plain, tmp_path):
             InternLM3Tokenizer.from_pretrained(folder)
 
 
+def test_truncation_without_a_limit_cuts_nothing(plain):
+    """As in transformers, whose "no limit" is 10^30 too."""
+    tokenizer = InternLM3Tokenizer.from_pretrained(plain)
+    for text in TEXTS:
+        assert tokenizer.encode(text, truncation=True) == oracle(plain).encode(text, truncation=True)
+    limited = InternLM3Tokenizer.from_pretrained(plain, model_max_length=7)
+    assert len(limited.encode("a" * 50, truncation=True)) == 7
+
+
+NULLS = ["add_bos_token", "add_eos_token", "add_prefix_space", "clean_up_tokenization_spaces", "model_max_length",
+         "padding_side", "truncation_side", "additional_special_tokens", "extra_special_tokens", "chat_template",
+         "chat_control_tokens", "pad_token"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NULLS)
+def test_null_settings(plain, tmp_path, name):
+    """A switch that is null is off, as InternLM3's own class takes it; any other setting has its default."""
+    tokenizer = InternLM3Tokenizer.from_pretrained(edited(plain, tmp_path / "a", **{name: None}))
+    ids = tokenizer("the  dog n't", padding=name != "pad_token").input_ids
+    text = tokenizer.decode(ids)
+    if name == "add_bos_token":
+        assert ids == sentencepiece_ids(plain, "the  dog n't")
+        assert text == "the  dog n't"
+    else:
+        assert ids == oracle(plain).encode("the  dog n't")
+        assert text == "<s>the  dog n't"
+    assert tokenizer.model_max_length == NO_LIMIT
+    assert (tokenizer.padding_side, tokenizer.truncation_side) == ("right", "right")
+
+
 # Bad input
 
 
@@ -759,7 +789,6 @@ def test_bad_config(plain, tmp_path, config, message):
         (lambda t: t("a", padding="widest"), ValueError, "widest"),
         (lambda t: t("a", truncation="first"), ValueError, "first"),
         (lambda t: t("a", padding_side="top"), ValueError, "top"),
-        (lambda t: t("a", truncation=True), ValueError, "max_length"),
         (lambda t: t("a", padding="max_length"), ValueError, "max_length"),
         (lambda t: t("a", max_length=5), ValueError, "does nothing"),
         (lambda t: t("a", max_length=0, truncation=True), ValueError, "at least 1"),
