@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
@@ -12,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from .causal_lm import InternLM3ForCausalLM
 from .chat_template import check_messages, joined_text
 from .config import InternLM3Config
+from .engine import Engine
 from .files import locate
-from .generation import GENERATION_CONFIG, Batch, read_generation_config
+from .generation import GENERATION_CONFIG, read_generation_config
 from .keywords import reject_unknown
 from .outputs import Chunk, CompletionOutput, RequestOutput
 from .prompts import THINKING_SYSTEM_PROMPT
@@ -40,9 +43,11 @@ class LLM:
         device: "auto" (the GPU if there is one), "cpu", "cuda" or "cuda:N".
         max_seq_len: prompt and answer together, in tokens; by default the trained window. Beyond the window only with
             dynamic NTK in the checkpoint.
-        max_batch_size: prompts that are decoded together; more wait for their turn.
+        max_batch_size: answers that are decoded together; more wait for their turn.
+        cache_tokens: how many tokens' keys and values are kept in all; by default a window for every answer of a batch,
+            but at most half of the memory that is free.
         revision, token, cache_dir, local_files_only: as in huggingface_hub.
-        progress: show progress bars of download and load.
+        progress: show progress bars of download, of load, and of several prompts on a terminal.
 
     Raises:
         FileNotFoundError, ValueError, MemoryError, TypeError: as InternLM3ForCausalLM.from_pretrained.
@@ -56,6 +61,7 @@ class LLM:
         device: str | torch.device = "auto",
         max_seq_len: int | None = None,
         max_batch_size: int = 16,
+        cache_tokens: int | None = None,
         revision: str | None = None,
         token: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
@@ -82,7 +88,11 @@ class LLM:
             )
         self.default_params, ends = _generation_defaults(folder, self.config.vocab_size)
         self.eos_token_ids = sorted({*ends, *self.config.eos_token_ids, *self.tokenizer.eos_ids})
+        self._ends = frozenset(self.eos_token_ids)
+        self._progress = progress
         self.model = InternLM3ForCausalLM.from_pretrained(folder, dtype=dtype, device=device, progress=progress)
+        self._cache_tokens = cache_tokens
+        self._engine()
 
     # ---------------------------------------------------------------- the three verbs
 
@@ -148,7 +158,7 @@ class LLM:
             if len(several) != 1:
                 raise ValueError(f"stream answers one prompt; there are {len(several)}")
             _, ids = self._encode(several[0])
-        return self._chunks(self._rows([ids], params)[0])
+        return self._chunks(self._requests([ids], params)[0])
 
     # ---------------------------------------------------------------- prompts and settings
 
@@ -178,8 +188,8 @@ class LLM:
         text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return text, self.tokenizer.encode(text, add_special_tokens=False)
 
-    def _rows(self, prompts: Sequence[list[int]], params: SamplingParams) -> list[Request]:
-        rows = []
+    def _requests(self, prompts: Sequence[list[int]], params: SamplingParams) -> list[Request]:
+        requests = []
         for index, prompt in enumerate(prompts):
             name = f"prompt {index}" if len(prompts) > 1 else "the prompt"
             check_prompt(name, prompt, self.config.vocab_size)
@@ -190,73 +200,122 @@ class LLM:
                     "shorten it, or load the model with a larger max_seq_len"
                 )
             limit = min(params.max_tokens or room, room)
-            rows += [Request(prompt, params, limit, answer) for answer in range(params.n)]
-        return rows
+            requests += [Request(prompt, params, limit, self._ends, answer) for answer in range(params.n)]
+        return requests
 
-    # ---------------------------------------------------------------- the loop
+    # ---------------------------------------------------------------- through the engine
 
     def _answer(self, prompts: Sequence[tuple[str | None, list[int]]], params: SamplingParams) -> list[RequestOutput]:
-        rows = self._rows([ids for _, ids in prompts], params)
-        texts: list[str] = []
-        for start in range(0, len(rows), self.max_batch_size):
-            texts += self._run(rows[start : start + self.max_batch_size])
+        requests = self._requests([ids for _, ids in prompts], params)
         answers = [
             CompletionOutput(
-                row.answer,
+                request.answer,
                 text,
-                row.token_ids,
-                row.logprobs,
-                row.top_logprobs if params.logprobs else None,
-                row.finish_reason,
-                row.stop_reason,
+                request.token_ids,
+                request.logprobs,
+                request.top_logprobs if params.logprobs else None,
+                request.finish_reason,
+                request.stop_reason,
             )
-            for row, text in zip(rows, texts, strict=True)
+            for request, text in zip(requests, self._texts(requests), strict=True)
         ]
         return [
-            RequestOutput(text, ids, answers[index * params.n : (index + 1) * params.n], params)
+            RequestOutput(
+                text,
+                ids,
+                answers[index * params.n : (index + 1) * params.n],
+                params,
+                requests[index * params.n].cached_tokens,
+            )
             for index, (text, ids) in enumerate(prompts)
         ]
 
-    def _run(self, rows: list[Request]) -> list[str]:
-        """The whole text of each row's answer."""
-        batch = Batch(self.model, rows, self.eos_token_ids)
-        writers = [Writer(row, self.tokenizer) for row in rows]
-        texts = [""] * len(rows)
-        running = list(range(len(rows)))
-        while running:
-            batch.step()
-            for index in running:
-                texts[index] += writers[index].write()
-            running = [index for index in running if rows[index].finish_reason is None]
-            batch.drop_finished()
-        return texts
+    def _texts(self, requests: list[Request]) -> list[str]:
+        """The whole text of each request's answer."""
+        parts: dict[Writer, list[str]] = {Writer(request, self.tokenizer): [] for request in requests}
+        running = list(parts)
 
-    def _chunks(self, row: Request) -> Iterator[Chunk]:
-        batch = Batch(self.model, [row], self.eos_token_ids)
-        writer = Writer(row, self.tokenizer)
-        if self.model.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.model.device)
+        def read() -> bool:
+            """Whether there was anything to read; in the engine's own time, so that nothing comes in between."""
+            nonlocal running
+            fresh = False
+            for writer in running:
+                while not writer.done and writer.told < len(writer.request.token_ids):
+                    parts[writer].append(writer.write())
+                    fresh = True
+                self._end_at_stop(writer, engine)
+            running = [writer for writer in running if not writer.done]
+            bar.update(len(requests) - len(running) - bar.n)
+            return fresh or not running
+
+        bar = tqdm(total=len(requests), unit="answer", disable=None if self._progress and len(requests) > 1 else True)
+        with bar, self._run(requests) as engine:
+            while running:
+                engine.step(unless=read)
+        return ["".join(parts[writer]) for writer in parts]
+
+    def _chunks(self, request: Request) -> Iterator[Chunk]:
+        device = self.model.device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        writer = Writer(request, self.tokenizer)
+        fresh: list[tuple[str, int, str | None, int | str | None]] = []
+
+        def read() -> bool:
+            while not writer.done and writer.told < len(request.token_ids):
+                text = writer.write()
+                self._end_at_stop(writer, engine)
+                ended = (request.finish_reason, request.stop_reason) if writer.done else (None, None)
+                fresh.append((text, writer.told, *ended))
+            return bool(fresh) or writer.done
+
         begin = first = time.perf_counter()
-        while row.finish_reason is None:
-            batch.step()
-            text = writer.write()
-            now = time.perf_counter()
-            decoded = len(row.token_ids)
-            if decoded == 1:
-                first = now
-            yield Chunk(
-                text,
-                row.token_ids[-1:],
-                row.logprobs[-1:],
-                row.top_logprobs[-1:] if row.params.logprobs else None,
-                row.finish_reason,
-                row.stop_reason,
-                len(row.prompt_ids),
-                decoded,
-                len(row.prompt_ids) / (first - begin),
-                (decoded - 1) / (now - first) if decoded > 1 else 0.0,
-                peak_memory(self.model.device),
-            )
+        with self._run([request]) as engine:
+            while not writer.done:
+                engine.step(unless=read)
+                for text, told, finish_reason, stop_reason in fresh:
+                    now = time.perf_counter()
+                    if told == 1:
+                        first = now
+                    yield Chunk(
+                        text,
+                        request.token_ids[told - 1 : told],
+                        request.logprobs[told - 1 : told],
+                        request.top_logprobs[told - 1 : told] if request.params.logprobs else None,
+                        finish_reason,
+                        stop_reason,
+                        len(request.prompt_ids),
+                        told,
+                        len(request.prompt_ids) / (first - begin),
+                        (told - 1) / (now - first) if told > 1 else 0.0,
+                        peak_memory(device),
+                        request.cached_tokens,
+                    )
+                fresh.clear()
+
+    @contextlib.contextmanager
+    def _run(self, requests: list[Request]) -> Iterator[Engine]:
+        """Hands requests to the engine; what has not ended when the block does is cancelled."""
+        engine = self._engine()
+        engine.add(requests)
+        try:
+            yield engine
+        finally:
+            engine.cancel(requests)
+
+    def _engine(self) -> Engine:
+        return self.model.reserve(self.max_batch_size, self.max_seq_len, self._cache_tokens)
+
+    def _end_at_stop(self, writer: Writer, engine: Engine) -> None:
+        request = writer.request
+        if writer.stopped is not None:
+            engine.cancel([request])
+            request.cut(writer.told)
+            request.finish("stop", writer.stopped)
+        elif isinstance(request.stop_reason, int):
+            # A stop string that is a token was looked for as one.
+            token = self.tokenizer.convert_ids_to_tokens(request.stop_reason)
+            request.stop_reason = token if token in request.params.stops else request.stop_reason
 
 
 def peak_memory(device: torch.device) -> float:
