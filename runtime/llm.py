@@ -16,13 +16,13 @@ import torch
 from .causal_lm import InternLM3ForCausalLM
 from .chat_template import check_messages, joined_text
 from .config import InternLM3Config
-from .files import locate
 from .generation import GENERATION_CONFIG, Batch, read_generation_config
 from .keywords import reject_unknown
 from .outputs import Chunk, CompletionOutput, RequestOutput
 from .prompts import THINKING_SYSTEM_PROMPT
 from .request import Request, check_prompt
 from .sampling import RECOMMENDED_THINKING, SamplingParams
+from .snapshots import locate
 from .text import Writer
 from .token_ids import check_ids
 from .tokenizer import InternLM3Tokenizer
@@ -67,7 +67,14 @@ class LLM:
         unknown.pop("trust_remote_code", None)
         reject_unknown("LLM", unknown, LLM.__init__.__kwdefaults__ or ())
         _check_count("max_batch_size", max_batch_size)
-        folder = locate(model, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
+        folder = locate(
+            model,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            progress=progress,
+        )
         # What is small and may be wrong comes before the weights.
         self.config = InternLM3Config.from_file(folder / "config.json")
         self.max_seq_len = _check_window(self.config, max_seq_len)
