@@ -46,4 +46,4 @@ bench: $(VENV)/.ready
 	$(BIN)/python bench/kernels.py
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks .audit_cache

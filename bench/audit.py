@@ -3,15 +3,19 @@
     python bench/audit.py [--target sm_90 ...] [--kernel NAME ...]
 
 Compiles everything that every op launches at InternLM3-8B's shapes, prints a row for each launch, and under the table
-what is wrong. The exit code is 1 where something is; what is wrong for AMD is noted but fails nobody.
+what is wrong. The exit code is 1 where something is; what is wrong for AMD is noted but fails nobody. What has been
+judged is kept in .audit_cache/ until a file of kernels/ or bench/, Triton or one of its tools is another.
 """
 
 import argparse
+import hashlib
+import json
 import os
 import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
+from pathlib import Path
 from typing import NamedTuple
 
 # What the interpreter is given is never compiled.
@@ -23,6 +27,11 @@ from launches import Launch, compile_launches
 from machine_code import MachineCode, read
 from sass import Access
 from targets import TARGETS, Target
+from triton import __version__ as triton_version
+from triton import knobs
+
+ROOT = Path(__file__).parents[1]
+CACHE = ROOT / ".audit_cache" / "findings.json"
 
 
 class Facts(NamedTuple):
@@ -51,6 +60,7 @@ FACTS = {
     "_find_floors": Facts(),
     "_add_up": Facts(streams=["x_ptr"]),
     "_pick": Facts(),
+    "_advance": Facts(),
 }
 
 
@@ -151,6 +161,36 @@ def audit_case(case: Case, target_name: str) -> list[Finding]:
     return findings
 
 
+def digest() -> str:
+    """Of all that a finding follows from."""
+    sources = sorted([*ROOT.glob("kernels/*.py"), *ROOT.glob("bench/*.py")])
+    tools = [triton_version, knobs.nvidia.ptxas.path, knobs.nvidia.cuobjdump.path, knobs.nvidia.nvdisasm.path]
+    return hashlib.sha256("\0".join([*(path.read_text("utf-8") for path in sources), *tools]).encode()).hexdigest()
+
+
+def audit(work: Sequence[tuple[Case, str]]) -> list[Finding]:
+    """The findings of every case on its target, from the cache where nothing has changed."""
+    try:
+        cached = json.loads(CACHE.read_text("utf-8"))
+    except (OSError, ValueError):
+        cached = {}
+    now = digest()
+    known = cached["findings"] if cached.get("digest") == now else {}
+    names = ["|".join((target, case.op, case.shape)) for case, target in work]
+    new = [(name, *each) for name, each in zip(names, work, strict=True) if name not in known]
+    if new:
+        fresh, *work = zip(*new, strict=True)
+        with ProcessPoolExecutor(max_workers=os.cpu_count(), mp_context=get_context("spawn")) as pool:
+            known |= zip(fresh, pool.map(audit_case, *work), strict=True)
+        # What is wrong is looked at again: it may be the machine's fault.
+        sound = {name: found for name, found in known.items() if not any(Finding(*each).wrong for each in found)}
+        CACHE.parent.mkdir(exist_ok=True)
+        draft = CACHE.with_name(f"{os.getpid()}.json")
+        draft.write_text(json.dumps({"digest": now, "findings": sound}), "utf-8")
+        draft.replace(CACHE)
+    return [Finding(*found) for name in names for found in known[name]]
+
+
 def print_table(findings: Sequence[Finding]) -> None:
     """A row for each launch, those of several shapes that turned into the same together."""
     shapes: dict[tuple[str, ...], list[str]] = {}
@@ -170,9 +210,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     chosen = [case for case in cases() if case.op in (options.kernel or kernels.__all__)]
     work = [(case, target) for target in options.target or TARGETS for case in chosen]
-    with ProcessPoolExecutor(max_workers=os.cpu_count(), mp_context=get_context("spawn")) as pool:
-        findings = [found for each in pool.map(audit_case, *zip(*work, strict=True)) for found in each]
-
+    findings = audit(work)
     print_table(findings)
     failures = 0
     for found in findings:

@@ -125,6 +125,24 @@ def _sampled(size: Size, rows: int, device: torch.device) -> Arguments:
     }
 
 
+def _advance(size: Size, rows: int, device: torch.device) -> Arguments:
+    """Rows that neither end nor open their mask."""
+    words = -(-size.vocabulary // 32)
+    integers = {"seq_lens": 1, "limit": 2**31 - 1, "free_from": 0}
+    return {
+        "drawn": torch.zeros(rows, dtype=torch.int64, device=device),
+        "logprob": torch.zeros(rows, device=device),
+        "token": torch.zeros(rows, dtype=torch.int64, device=device),
+        **{name: torch.full((rows,), value, dtype=torch.int32, device=device) for name, value in integers.items()},
+        "said": torch.zeros(rows, 3, dtype=torch.int32, device=device),
+        "output_counts": torch.zeros(rows, size.vocabulary, dtype=torch.int32, device=device),
+        **{
+            name: torch.zeros(rows, words, dtype=torch.int32, device=device)
+            for name in ("ends", "permitted", "allowed")
+        },
+    }
+
+
 def cases(size: Size = INTERNLM3_8B, context: int = 1024) -> Iterator[Case]:
     """Every op for one row and for 16; attention also for the tokens of a verification and of a prefill's chunk."""
     for rows in (1, 16):
@@ -142,5 +160,6 @@ def cases(size: Size = INTERNLM3_8B, context: int = 1024) -> Iterator[Case]:
         yield Case("paged_attention", name, partial(_attention, size, rows, 1, context))
         yield Case("sample", f"{name}, greedy", partial(_greedy, size, rows))
         yield Case("sample", name, partial(_sampled, size, rows))
+        yield Case("advance", name, partial(_advance, size, rows))
     yield Case("paged_attention", "4 tokens", partial(_attention, size, 1, 4, context))
     yield Case("paged_attention", "512 tokens", partial(_attention, size, 1, 512, context))

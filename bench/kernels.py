@@ -82,6 +82,9 @@ def moved(op: str, arguments: Arguments, result: Any) -> int:
         cache = touched.pop("k_cache")
         del touched["v_cache"]
         total += 2 * touched["seq_lens"].numel() * cache.shape[1] * cache.shape[3] * cache.element_size()
+    elif op == "advance":
+        for table in ("ends", "output_counts", "permitted", "allowed"):
+            del touched[table]  # a word each
     return total + _nbytes(*touched.values())
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 # No file bears the name of an op: importing the file would put a module where the op should be.
 _HOME = {
+    "advance": "stepping",
     "embed": "embedding",
     "linear": "projection",
     "linear_add": "projection",

@@ -108,6 +108,7 @@ def rms_norm_qkv_rope_cache(
     v_cache: Tensor,
     block_table: Tensor,
     seq_lens: Tensor,
+    positions: Tensor | None = None,
     *,
     batch_invariant: bool = False,
 ) -> Tensor:
@@ -115,12 +116,12 @@ def rms_norm_qkv_rope_cache(
     check_activation("x", x, -1, -1)
     _check(x, weight, bias, norm)
     width = ("rows", weight.shape[0])
-    heads = check_heads("weight", x, width, inv_freq, k_cache, v_cache, block_table, seq_lens)
+    heads = check_heads("weight", x, width, inv_freq, k_cache, v_cache, block_table, seq_lens, positions)
     rows = x.shape[0]
     (pages, kv_heads, page_size, dim), (sequences, slots) = k_cache.shape, block_table.shape
     if not _few(x):
         qkv = F.linear(rms_norm(x, norm, eps), weight, bias)
-        return rope_and_cache(qkv, inv_freq, k_cache, v_cache, block_table, seq_lens)
+        return rope_and_cache(qkv, inv_freq, k_cache, v_cache, block_table, seq_lens, positions)
     q = _empty(x, rows, heads, dim)
     multiply(
         q, x, weight, bias, norm=norm, eps=eps, half=dim // 2, batch_invariant=batch_invariant,
@@ -130,6 +131,6 @@ def rms_norm_qkv_rope_cache(
         v_cache_ptr=v_cache, v_page_stride=v_cache.stride(0),
         v_head_stride=v_cache.stride(1), v_token_stride=v_cache.stride(2),
         block_table_ptr=block_table, table_stride=block_table.stride(0), seq_lens_ptr=seq_lens,
-        tokens=rows // sequences, pages=pages, slots=slots, H=heads, K=kv_heads, S=page_size,
+        positions_ptr=positions, tokens=rows // sequences, pages=pages, slots=slots, H=heads, K=kv_heads, S=page_size,
     )  # fmt: skip
     return q

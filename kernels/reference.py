@@ -85,8 +85,8 @@ def rms_norm_swiglu(
     return swiglu(linear(rms_norm(x, norm, eps), weight, bias))
 
 
-def rope_tables(positions: Tensor, inv_freq: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Tables for `rotary`: cosines and signed sines of position * frequency.
+def _rope_tables(positions: Tensor, inv_freq: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Tables for `_rotary`: cosines and signed sines of position * frequency.
 
     positions [...] int, inv_freq [..., D/2] float32 -> two [..., D] of `dtype`. The angle is the float32 product; its
     cosine and sine are exact to float32 however large it is, and then cast. The sine's first half carries rotate_half's
@@ -97,41 +97,42 @@ def rope_tables(positions: Tensor, inv_freq: Tensor, dtype: torch.dtype) -> tupl
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
-def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Half-rotation (NeoX layout) of every head: x * cos + rotate_half(x) * sin, each product rounded to x's dtype.
 
-    x [..., T, heads, D], tables [..., T, D] from `rope_tables` -> like x. Su et al. 2021.
+    x [..., T, heads, D], tables [..., T, D] from `_rope_tables` -> like x. Su et al. 2021.
     """
     # Swapped halves times the signed sine are rotate_half(x) * sin.
     return x * cos.unsqueeze(-2) + x.roll(x.shape[-1] // 2, dims=-1) * sin.unsqueeze(-2)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Causal attention of one sequence's last T tokens over all its L. q [T, H, D], k and v [L, K, D] -> [T, H, D].
+def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Causal attention of one sequence's last T tokens over all its L. q [T, H, D], k and v [K, L, D] -> [T, H, D].
 
     Query head h reads key/value head h // (H / K). Scores and softmax in float32. Vaswani et al. 2017, Ainslie et al.
     2023 (grouped queries).
     """
     tokens, heads, dim = q.shape
-    length, kv_heads = k.shape[:2]
-    group = heads // kv_heads
-    k, v = k.transpose(0, 1), v.transpose(0, 1)
+    kv_heads, length = k.shape[:2]
     if tokens == 1:
         # The heads of a group share their keys, so they stand as query tokens and nothing is repeated.
-        folded = q.view(kv_heads, group, dim)
+        folded = q.view(kv_heads, heads // kv_heads, dim)
         return F.scaled_dot_product_attention(folded[None], k[None], v[None], scale=scale).reshape(1, heads, dim)
     mask = None
     if length > tokens:
         mask = torch.ones(tokens, length, dtype=torch.bool, device=q.device).tril(length - tokens)
     out = F.scaled_dot_product_attention(
-        q.transpose(0, 1)[None],
-        k.repeat_interleave(group, dim=0)[None],
-        v.repeat_interleave(group, dim=0)[None],
-        attn_mask=mask,
-        is_causal=mask is None,
-        scale=scale,
+        q.transpose(0, 1)[None], k[None], v[None], attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True
     )
     return out[0].transpose(0, 1)
+
+
+def _held(cache: Tensor, pages: list[int], length: int) -> Tensor:
+    """What a sequence holds on its pages. cache [P, K, S, D] -> [K, L, D]; a view where they lie in a run."""
+    heads = cache.transpose(0, 1)
+    first, last = pages[0], pages[-1]
+    run = pages == list(range(first, last + 1))
+    return (heads[:, first : last + 1] if run else heads[:, pages]).flatten(1, 2)[:, :length]
 
 
 def rope_and_cache(
@@ -141,32 +142,32 @@ def rope_and_cache(
     v_cache: Tensor,
     block_table: Tensor,
     seq_lens: Tensor,
+    positions: Tensor | None = None,
 ) -> Tensor:
     """Rotate q and k, write k and v into their pages, return q.
 
     qkv [B*T, (H + 2K) * D], q heads in front, then k, then v; inv_freq [B, D/2] float32, a row per sequence (dynamic
-    NTK fixes a sequence's frequencies when it begins) -> q [B*T, H, D]. Rows at negative positions, all rows of an idle
-    sequence among them, write nothing; their q is zero.
+    NTK fixes a sequence's frequencies when it begins) -> q [B*T, H, D]. A row is turned by its place in its sequence,
+    or by `positions` [B*T] int32 where given. Rows at negative places, all rows of an idle sequence among them, write
+    nothing; their q is zero.
     """
-    sequences, kv_heads, dim = block_table.shape[0], k_cache.shape[1], k_cache.shape[3]
-    page_size = k_cache.shape[2]
-    tokens = qkv.shape[0] // sequences
-    heads = qkv.shape[1] // dim
-    q, k, v = qkv.view(sequences, tokens, heads, dim).split((heads - 2 * kv_heads, kv_heads, kv_heads), dim=2)
-    rotated_q = torch.empty_like(q)
-    for b, length in enumerate(seq_lens.tolist()):
-        first = max(tokens - length, 0)
-        if first == tokens:
-            rotated_q[b] = 0
-            continue
-        positions = torch.arange(length - tokens + first, length, device=qkv.device)
-        cos, sin = rope_tables(positions, inv_freq[b], qkv.dtype)
-        rotated_q[b, :first] = 0
-        rotated_q[b, first:] = rotary(q[b, first:], cos, sin)
-        pages = block_table[b, positions // page_size].long()
-        k_cache[pages, :, positions % page_size] = rotary(k[b, first:], cos, sin)
-        v_cache[pages, :, positions % page_size] = v[b, first:]
-    return rotated_q.view(sequences * tokens, -1, dim)
+    sequences, kv_heads, page_size, dim = block_table.shape[0], *k_cache.shape[1:]
+    tokens, heads = qkv.shape[0] // sequences, qkv.shape[1] // dim - 2 * kv_heads
+    x = qkv.view(sequences, tokens, -1, dim)
+    if positions is None:
+        positions = seq_lens[:, None] + torch.arange(-tokens, 0, device=qkv.device)
+    cos, sin = _rope_tables(positions.view(sequences, tokens), inv_freq[:, None], qkv.dtype)
+    qk, v = _rotary(x[:, :, : heads + kv_heads], cos, sin), x[:, :, heads + kv_heads :]
+    for b, (length, pages) in enumerate(zip(seq_lens.tolist(), block_table.tolist(), strict=True)):
+        before = length - tokens  # token t stands at place before + t
+        start = max(before, 0)
+        qk[b, : start - before] = 0
+        for slot in range(start // page_size, -(-length // page_size)):
+            first, last = max(start - slot * page_size, 0), min(length - slot * page_size, page_size)
+            here = slice(slot * page_size + first - before, slot * page_size + last - before)
+            k_cache[pages[slot], :, first:last] = qk[b, here, heads:].transpose(0, 1)
+            v_cache[pages[slot], :, first:last] = v[b, here].transpose(0, 1)
+    return qk[:, :, :heads].flatten(0, 1)
 
 
 def rms_norm_qkv_rope_cache(
@@ -180,28 +181,68 @@ def rms_norm_qkv_rope_cache(
     v_cache: Tensor,
     block_table: Tensor,
     seq_lens: Tensor,
+    positions: Tensor | None = None,
     *,
     batch_invariant: bool = False,
 ) -> Tensor:
     """rope_and_cache(linear(rms_norm(x))), a block up to its attention. weight [(H + 2K) * D, C] -> q [R, H, D]."""
     qkv = linear(rms_norm(x, norm, eps), weight, bias)
-    return rope_and_cache(qkv, inv_freq, k_cache, v_cache, block_table, seq_lens)
+    return rope_and_cache(qkv, inv_freq, k_cache, v_cache, block_table, seq_lens, positions)
 
 
 def paged_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seq_lens: Tensor, scale: float
 ) -> Tensor:
     """Causal attention of each sequence's last T tokens over its pages. q [B*T, H, D] -> [B*T, H*D], idle rows zero."""
-    sequences = block_table.shape[0]
-    page_size = k_cache.shape[2]
-    out = torch.zeros_like(q).view(sequences, -1, *q.shape[1:])
-    tokens = out.shape[1]
-    for b, length in enumerate(seq_lens.tolist()):
-        live = min(tokens, length)
-        if live == 0:
-            continue
-        pages = block_table[b, : -(-length // page_size)].long()
-        k = k_cache[pages].transpose(1, 2).flatten(0, 1)[:length]
-        v = v_cache[pages].transpose(1, 2).flatten(0, 1)[:length]
-        out[b, tokens - live :] = attention(q.view(out.shape)[b, tokens - live :], k, v, scale)
+    sequences, page_size = block_table.shape[0], k_cache.shape[2]
+    q = q.view(sequences, -1, *q.shape[1:])
+    tokens = q.shape[1]
+    out = q.new_zeros(q.shape)
+    lengths = seq_lens.tolist()
+    widest = -(-max(lengths) // page_size)
+    for b, (length, pages) in enumerate(zip(lengths, block_table[:, :widest].tolist(), strict=True)):
+        first = max(tokens - length, 0)
+        if first < tokens:
+            held = pages[: -(-length // page_size)]
+            k, v = _held(k_cache, held, length), _held(v_cache, held, length)
+            out[b, first:] = _attention(q[b, first:], k, v, scale)
     return out.view(sequences * tokens, -1)
+
+
+def advance(
+    drawn: Tensor,
+    logprob: Tensor,
+    *,
+    token: Tensor,
+    seq_lens: Tensor,
+    limit: Tensor,
+    ends: Tensor,
+    said: Tensor,
+    output_counts: Tensor,
+    free_from: Tensor,
+    permitted: Tensor,
+    allowed: Tensor,
+) -> None:
+    """The end of a decode step, in place: what `sample` drew enters the state from which the next step begins.
+
+    `drawn` [B] int64 and `logprob` [B] float32 are of the token that comes behind the `seq_lens` [B] int32 tokens of
+    each sequence. It ends its sequence if its bit is set in `ends` [B, ceil(V / 32)] int32 (bit i % 32 of word
+    i // 32), or if the sequence with it has `limit` [B] int32 tokens. Then `seq_lens` becomes 0, which makes the row
+    idle; else it grows by one. `token` [B] int64 becomes the token drawn, whose count in `output_counts` [B, V] int32
+    grows by one. With `free_from` [B] int32 tokens and more a sequence may end: `allowed` [B, ceil(V / 32)] int32, by
+    which `sample` goes, becomes `permitted`, of the same shape, when it has so many.
+
+    `said` [B, 3] int32 is for the host: the token, how it ended (0: not, 1: a token of `ends`, 2: `limit`), and the
+    bits of its log-probability. Of an idle row nothing changes but the token said, which becomes -1.
+    """
+    live = seq_lens > 0
+    words = ends.gather(1, (drawn // 32)[:, None])[:, 0]
+    length = seq_lens + 1
+    end = torch.where((words >> (drawn % 32) & 1).bool(), 1, 2 * (length >= limit))
+    fresh = torch.stack((drawn.int(), end.int(), logprob.view(torch.int32)), 1)
+    said.copy_(torch.where(live[:, None], fresh, said))
+    said[:, 0].masked_fill_(~live, -1)
+    token.copy_(torch.where(live, drawn, token))
+    output_counts.scatter_add_(1, drawn[:, None], live.int()[:, None])
+    allowed.copy_(torch.where((live & (length == free_from))[:, None], permitted, allowed))
+    seq_lens.copy_(torch.where(live & (end == 0), length, 0))

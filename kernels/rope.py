@@ -50,7 +50,7 @@ def rotate(first, second, cos, sin, dtype: tl.constexpr):
 
 @triton.jit
 def _rope_and_cache(
-    qkv_ptr, inv_freq_ptr, k_cache_ptr, v_cache_ptr, block_table_ptr, seq_lens_ptr, q_ptr,
+    qkv_ptr, inv_freq_ptr, k_cache_ptr, v_cache_ptr, block_table_ptr, seq_lens_ptr, positions_ptr, q_ptr,
     qkv_stride, inv_freq_stride, k_page_stride, k_head_stride, k_token_stride,
     v_page_stride, v_head_stride, v_token_stride, table_stride, tokens, pages, slots,
     H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, S: tl.constexpr,
@@ -82,7 +82,10 @@ def _rope_and_cache(
     mask = (is_q | is_k | is_v) & live
     first = tl.load(source, mask=mask, other=0.0)
     second = tl.load(source + half, mask=mask, other=0.0)
-    cos, sin = cos_sin(position.to(tl.float32) * inv_freq)
+    turn = position
+    if positions_ptr is not None:
+        turn = tl.load(positions_ptr + row)
+    cos, sin = cos_sin(turn.to(tl.float32) * inv_freq)
     cos, sin = cos[None, :], sin[None, :]
     rotated_first, rotated_second = rotate(first.to(tl.float32), second.to(tl.float32), cos, sin, dtype)
     rotated_first, rotated_second = rotated_first.to(dtype), rotated_second.to(dtype)
@@ -105,24 +108,26 @@ def rope_and_cache(
     v_cache: Tensor,
     block_table: Tensor,
     seq_lens: Tensor,
+    positions: Tensor | None = None,
 ) -> Tensor:
     """Rotate q and k, write k and v into their pages, return q [B*T, H, D], contiguous.
 
     qkv [B*T, (H + 2K) * D]: q heads in front, then k, then v; inv_freq [B, D/2] float32; caches [P, K, S, D] of qkv's
-    dtype; block_table [B, N] int32; seq_lens [B] int32 with the tokens of this launch counted. Rows at negative
-    positions give zero and write nothing; nor is anything written through a page id outside the cache.
+    dtype; block_table [B, N] int32; seq_lens [B] int32 with the tokens of this launch counted. A row is turned by its
+    place in its sequence, or by `positions` [B*T] int32 where given. Rows at negative places give zero and write
+    nothing; nor is anything written through a page id outside the cache.
 
     Raises TypeError for a dtype, ValueError for a shape, device or stride that the kernel cannot take.
     """
     check_activation("qkv", qkv, -1, -1)
     rows, width = qkv.shape
     device = qkv.device
-    heads = check_heads("qkv", qkv, ("columns", width), inv_freq, k_cache, v_cache, block_table, seq_lens)
+    heads = check_heads("qkv", qkv, ("columns", width), inv_freq, k_cache, v_cache, block_table, seq_lens, positions)
     (pages, kv_heads, page_size, dim), (sequences, slots) = k_cache.shape, block_table.shape
     q = torch.empty((rows, heads, dim), dtype=qkv.dtype, device=device)
     group = HEADS_OF_FEW_ROWS if rows <= FEW_ROWS else HEADS_OF_MANY_ROWS
     _rope_and_cache[(rows, triton.cdiv(heads + 2 * kv_heads, group))](
-        qkv, inv_freq, k_cache, v_cache, block_table, seq_lens, q,
+        qkv, inv_freq, k_cache, v_cache, block_table, seq_lens, positions, q,
         qkv.stride(0), inv_freq.stride(0), *k_cache.stride()[:3], *v_cache.stride()[:3], block_table.stride(0),
         rows // sequences, pages, slots,
         H=heads, K=kv_heads, D=dim, S=page_size,
@@ -140,6 +145,7 @@ def check_heads(
     v_cache: Tensor,
     block_table: Tensor,
     seq_lens: Tensor,
+    positions: Tensor | None,
 ) -> int:
     """The query heads H in the (H + 2K) * D of `name`, its `width`; raises unless all fit x and each other."""
     device = x.device
@@ -150,6 +156,8 @@ def check_heads(
     sequences = block_table.shape[0]
     check("seq_lens", seq_lens, torch.int32, device, sequences)
     check("inv_freq", inv_freq, torch.float32, device, sequences, dim // 2)
+    if positions is not None:
+        check("positions", positions, torch.int32, device, x.shape[0])
     if dim % 16:
         raise ValueError(f"k_cache has head_dim {dim}, must be a multiple of 16")
     axis, size = width

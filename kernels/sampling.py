@@ -342,7 +342,8 @@ def _pick(
         mass = tl.load(mass_ptr + row * blocks + at, mask=at < blocks, other=0)
         total = tl.sum(mass, axis=0)
         if (tl.load(temperature_ptr + row) != 0) & (total > 0):
-            seed, stream, position = tl.load(seed_ptr + row), tl.load(stream_ptr + row), tl.load(position_ptr + row)
+            seed, stream = tl.load(seed_ptr + row), tl.load(stream_ptr + row)
+            position = tl.load(position_ptr + row).to(tl.int64)
             random, _, _, _ = tl.philox(
                 seed,
                 (position & _MASK32).to(tl.uint32),
@@ -410,7 +411,7 @@ def sample(
         ("allowed", allowed, torch.int32, (rows, words)),
         ("seed", seed, torch.int64, (rows,)),
         ("stream", stream, torch.int64, (rows,)),
-        ("position", position, torch.int64, (rows,)),
+        ("position", position, torch.int32 if position.dtype == torch.int32 else torch.int64, (rows,)),
     ):
         if x is not None:
             check(name, x, dtype, device, *shape)

@@ -71,7 +71,7 @@ def sample(
     `top_p`, `min_p`, `typical_p` and the three penalties float32. `prompt_counts` and `output_counts` int32 [B, V] say
     how often each token stands in the prompt and in the generated text, `logit_bias` is float32 [B, V], `allowed` an
     int32 bit mask [B, ceil(V / 32)] (bit i % 32 of word i // 32: token i may be chosen). `seed`, `stream` and
-    `position`, int64, key the one random number of a row.
+    `position`, int64 (`position` may be int32), key the one random number of a row.
 
     Returns the tokens, int64 [B], and their log-probabilities, float32 [B], under the softmax of the `logits` given
     (before bias, penalties and temperature, as vLLM reports them).
@@ -156,11 +156,12 @@ def filter_logits(
 def philox(seed: Tensor, stream: Tensor, position: Tensor) -> Tensor:
     """Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011): four 32-bit words a row.
 
-    Key: `seed`; counter: `position` in the low and `stream` in the high 64 bits; each int64 [B] -> int64 [4, B].
+    Key: `seed`; counter: `position` in the low and `stream` in the high 64 bits; int64 [B] -> int64 [4, B].
     """
     rounds = torch.arange(10, device=seed.device)[:, None, None]
     multiplier, step = torch.tensor((PHILOX_MULTIPLIERS, PHILOX_KEY_STEPS), device=seed.device)[:, :, None]
     keys = torch.stack((seed, seed >> 32)) + rounds * step & MASK32
+    position = position.long()
     even = torch.stack((position, stream)) & MASK32  # words 0 and 2 of the counter
     odd = torch.stack((position, stream)) >> 32 & MASK32  # words 1 and 3
     for key in keys:

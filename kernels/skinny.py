@@ -68,7 +68,7 @@ NO_CACHE = dict.fromkeys(
     [
         *("inv_freq_ptr", "inv_freq_stride", "k_cache_ptr", "k_page_stride", "k_head_stride", "k_token_stride"),
         *("v_cache_ptr", "v_page_stride", "v_head_stride", "v_token_stride", "block_table_ptr", "table_stride"),
-        *("seq_lens_ptr", "tokens", "pages", "slots", "H", "K", "S"),
+        *("seq_lens_ptr", "positions_ptr", "tokens", "pages", "slots", "H", "K", "S"),
     ]
 )
 
@@ -156,7 +156,7 @@ def _rows(
 
 @triton.jit
 def _places(
-    R, inv_freq_ptr, inv_freq_stride, block_table_ptr, table_stride, seq_lens_ptr, tokens, pages, slots,
+    R, inv_freq_ptr, inv_freq_stride, block_table_ptr, table_stride, seq_lens_ptr, positions_ptr, tokens, pages, slots,
     S: tl.constexpr, HALF: tl.constexpr, BO: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """Cosines and sines [BO / 2, BR] of the rows' tokens; [1, BR] each: is it live, has it a page, which, and where."""
@@ -166,7 +166,10 @@ def _places(
     live = (position >= 0) & (row < R)
     column = ((tl.program_id(0) * (BO // 2) + tl.arange(0, BO // 2)) % HALF)[:, None]
     inv_freq = tl.load(inv_freq_ptr + sequence * inv_freq_stride + column, mask=live, other=0.0)
-    cos, sin = cos_sin(position.to(tl.float32) * inv_freq)
+    turn = position
+    if positions_ptr is not None:
+        turn = tl.load(positions_ptr + row, mask=live, other=0)
+    cos, sin = cos_sin(turn.to(tl.float32) * inv_freq)
     paged = live & (position // S < slots)
     page = tl.load(block_table_ptr + sequence * table_stride + position // S, mask=paged, other=0).to(tl.int64)
     tl.device_assert((page >= 0) & (page < pages), "block_table names a page that the cache has not")
@@ -178,7 +181,7 @@ def _skinny(
     x_ptr, x_stride, norm_ptr, eps, w_ptr, bias_ptr, residual_ptr, residual_stride, y_ptr, R,
     inv_freq_ptr, inv_freq_stride, k_cache_ptr, k_page_stride, k_head_stride, k_token_stride,
     v_cache_ptr, v_page_stride, v_head_stride, v_token_stride,
-    block_table_ptr, table_stride, seq_lens_ptr, tokens, pages, slots,
+    block_table_ptr, table_stride, seq_lens_ptr, positions_ptr, tokens, pages, slots,
     OUT: tl.constexpr, C: tl.constexpr, W_STRIDE: tl.constexpr, HALF: tl.constexpr,
     H: tl.constexpr, K: tl.constexpr, S: tl.constexpr,
     BO: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
@@ -210,8 +213,8 @@ def _skinny(
         residual = tl.load(residual_ptr + row * residual_stride + rows[:, None], mask=row < R, other=0.0)
     if inv_freq_ptr is not None:
         places = _places(
-            R, inv_freq_ptr, inv_freq_stride, block_table_ptr, table_stride, seq_lens_ptr, tokens, pages, slots,
-            S, HALF, BO, BR,
+            R, inv_freq_ptr, inv_freq_stride, block_table_ptr, table_stride, seq_lens_ptr, positions_ptr,
+            tokens, pages, slots, S, HALF, BO, BR,
         )  # fmt: skip
     if BR == 1:
         y = _one_row(ws, norms, x_ptr, eps, C, BC)

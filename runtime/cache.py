@@ -1,81 +1,96 @@
-"""The keys and values of a batch of sequences, for the plain forward pass."""
+"""What `forward` hands out as past_key_values: some sequences, on pages."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from .config import InternLM3Config
+from .pages import Pages, Sequences, pages_of
 
 
+@dataclass(eq=False)
 class KVCache:
-    """Keys (rotated) and values of every layer, each row as long as its own sequence; grows as tokens come.
+    """Keys (rotated) and values of B sequences, each as long as it is.
 
     Attributes:
-        lengths: tokens held by each row, a list of B integers. Padding is not held.
+        pages: where they lie.
+        held: for each sequence the pages that are its own, in order.
+        lengths: tokens held by each. Padding is not held.
         columns: columns of input seen, padding included: where the next default position begins.
-        inv_freq: [B, D/2] float32, each row's rotary frequencies, set when its first tokens enter and fixed from then
+        inv_freq: [B, D/2] float32, each one's rotary frequencies, set when its first tokens enter and fixed from then
             on; None before that.
     """
 
-    def __init__(self, config: InternLM3Config, batch: int, dtype: torch.dtype, device: torch.device):
-        self.lengths = [0] * batch
-        self.columns = 0
-        self.inv_freq: Tensor | None = None
-        self._kv = torch.empty(
-            (config.num_hidden_layers, 2, batch, 0, config.num_key_value_heads, config.head_dim),
-            dtype=dtype,
-            device=device,
-        )
+    pages: Pages
+    held: list[list[int]]
+    lengths: list[int] = field(default_factory=list)
+    columns: int = 0
+    inv_freq: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        self.lengths = self.lengths or [0] * len(self.held)
+        self._table = self._block_table()
 
     def get_seq_length(self) -> int:
         """Columns of input seen, as transformers counts them."""
         return self.columns
 
     def reserve(self, tokens: int) -> None:
-        """Makes room for `tokens` more in every row; grows by half at least, so that appending stays cheap."""
-        held, capacity = max(self.lengths), self._kv.shape[3]
-        if held + tokens <= capacity:
-            return
-        grown = self._kv.new_empty((*self._kv.shape[:3], max(held + tokens, capacity * 3 // 2), *self._kv.shape[4:]))
-        grown[:, :, :, :held] = self._kv[:, :, :, :held]
-        self._kv = grown
+        """Makes room for `tokens` more in every sequence; grows by half at least, so that appending stays cheap.
 
-    def append(self, layer: int, row: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes k and v [T, K, D] behind the row's tokens; returns all of the layer's [L + T, K, D], as views.
-
-        Lengths move on in `advance`, once every layer has written.
+        Raises ValueError where that takes more pages, and others hold some of these.
         """
-        start, end = self.lengths[row], self.lengths[row] + k.shape[0]
-        keys, values = self._kv[layer, 0, row], self._kv[layer, 1, row]
-        keys[start:end] = k
-        values[start:end] = v
-        return keys[:end], values[:end]
+        needed, capacity = pages_of(max(self.lengths) + tokens), min(map(len, self.held))
+        if any(pages_of(n + tokens) > len(held) for n, held in zip(self.lengths, self.held, strict=True)):
+            self.held = self.pages.spread(self.held, max(needed, capacity * 3 // 2))
+            self._table = self._block_table()
 
-    def advance(self, tokens: list[int], columns: int) -> None:
-        """Row b now holds tokens[b] more, of `columns` columns of input."""
+    def sequences(self, rows: Sequence[int], tokens: int, positions: Tensor | None) -> Sequences:
+        """Where `tokens` new rows of each of these sequences stand; positions [rows, tokens], or None."""
+        assert self.inv_freq is not None
+        device = self._table.device
+        seq_lens = torch.tensor([self.lengths[row] + tokens for row in rows], dtype=torch.int32, device=device)
+        if positions is not None:
+            positions = positions.flatten().to(torch.int32).contiguous()
+        every = len(rows) == len(self.held)
+        table, inv_freq = (x if every else x[list(rows)] for x in (self._table, self.inv_freq))
+        return Sequences(table, seq_lens, inv_freq, positions)
+
+    def advance(self, tokens: Sequence[int], columns: int) -> None:
+        """Sequence b now holds tokens[b] more, of `columns` columns of input."""
         self.lengths = [length + new for length, new in zip(self.lengths, tokens, strict=True)]
         self.columns += columns
 
-    def keep(self, rows: list[int]) -> None:
-        """Drops all rows but these; a row may be kept more than once."""
-        self.lengths = [self.lengths[row] for row in rows]
-        self._kv = self._kv[:, :, rows]
+    def keep(self, rows: Sequence[int]) -> None:
+        """Goes on with these sequences only, in this order; the others' pages are free."""
+        for row in set(range(len(self.held))) - set(rows):
+            self.pages.release(self.held[row])
+        self.held, self.lengths = [self.held[row] for row in rows], [self.lengths[row] for row in rows]
         if self.inv_freq is not None:
-            self.inv_freq = self.inv_freq[rows]
+            self.inv_freq = self.inv_freq[list(rows)]
+        self._table = self._block_table()
+
+    def copy(self, held: list[list[int]]) -> KVCache:
+        """The same sequences once more, on other pages of the same room."""
+        for own, other, length in zip(self.held, held, self.lengths, strict=True):
+            self.pages.copy(own[: pages_of(length)], other[: pages_of(length)])
+        return KVCache(self.pages, held, list(self.lengths), self.columns, self.inv_freq)
 
     @classmethod
-    def join(cls, caches: list[KVCache]) -> KVCache:
-        """One cache of all the rows of `caches`, which have begun and are not used again."""
-        joined = cls.__new__(cls)
-        joined.lengths = [length for cache in caches for length in cache.lengths]
-        joined.columns = max(cache.columns for cache in caches)
-        joined.inv_freq = torch.cat([cache.inv_freq for cache in caches if cache.inv_freq is not None])
-        first, held = caches[0]._kv, max(joined.lengths)
-        joined._kv = first.new_empty((*first.shape[:2], len(joined.lengths), held, *first.shape[4:]))
-        row = 0
-        for cache in caches:
-            for own, length in enumerate(cache.lengths):
-                joined._kv[:, :, row, :length] = cache._kv[:, :, own, :length]
-                row += 1
-        return joined
+    def join(cls, caches: Sequence[KVCache]) -> KVCache:
+        """All the sequences of caches that have begun and lie on the same pages; nothing is copied."""
+        return cls(
+            caches[0].pages,
+            [held for cache in caches for held in cache.held],
+            [length for cache in caches for length in cache.lengths],
+            max(cache.columns for cache in caches),
+            torch.cat([cache.inv_freq for cache in caches if cache.inv_freq is not None]),
+        )
+
+    def _block_table(self) -> Tensor:
+        widest = max(map(len, self.held))
+        table = [held + [0] * (widest - len(held)) for held in self.held]
+        return torch.tensor(table, dtype=torch.int32, device=self.pages.kv[0].device)

@@ -18,6 +18,7 @@ from .config import InternLM3Config
 from .generation import GENERATION_CONFIG, Generation, read_generation_config
 from .keywords import reject_unknown
 from .model import Decoder
+from .pages import Pages, pages_of
 from .rope import inverse_frequencies
 from .snapshots import locate
 from .token_ids import check_ids
@@ -80,56 +81,81 @@ class InternLM3Model(Decoder):
             use_cache: return a cache; by default what the configuration says.
 
         Raises:
-            ValueError: arguments that contradict each other, a wrong shape, an id outside the vocabulary.
+            ValueError: arguments that contradict each other, a wrong shape, an id outside the vocabulary, a cache of
+                other sequences or of a model that was moved since.
         """
         x = self._embed(input_ids, inputs_embeds)
         batch, tokens, _ = x.shape
-        cache = past_key_values
-        if cache is None and (self.config.use_cache if use_cache is None else use_cache):
-            cache = KVCache(self.config, batch, x.dtype, x.device)
-        if cache is not None and len(cache.lengths) != batch:
-            raise ValueError(f"past_key_values holds {len(cache.lengths)} sequences, and the input {batch}")
-        past = cache.columns if cache is not None else 0
-        live = _live_tokens(attention_mask, batch, tokens, past)
+        keep = past_key_values is not None or (self.config.use_cache if use_cache is None else use_cache)
+        cache = past_key_values or self._new_cache(batch, tokens, scratch=not keep)
+        _check_cache(cache, x)
+        live = _live_tokens(attention_mask, batch, tokens, cache.columns)
+        # Without padding, now or before, a token's position is its place in the cache, and the ops know that.
+        placed = position_ids is None and all(length == cache.columns for length in cache.lengths)
         if position_ids is None:
-            position_ids = torch.arange(past, past + tokens)
+            position_ids = torch.arange(cache.columns, cache.columns + tokens)
         try:
             positions = position_ids.to(x.device).expand(batch, tokens)
         except RuntimeError:
             raise ValueError(
                 f"position_ids has shape {list(position_ids.shape)}, must be [{batch}, {tokens}]"
             ) from None
-        inv_freq = self._inv_freq(positions, cache)
-        if cache is not None:
-            cache.reserve(tokens)
+        if cache.inv_freq is None:
+            lengths = (positions.amax(dim=1) + 1).tolist()
+            cache.inv_freq = torch.stack([inverse_frequencies(self.config, length, x.device) for length in lengths])
+        cache.reserve(tokens)
 
-        states = list(self.run(x, positions, inv_freq, live, cache))
-        x = self.norm(states[-1])
+        states: list[Tensor] | None = [x] if output_hidden_states else None
+        if all(columns is None for columns in live):
+            seqs = cache.sequences(range(batch), tokens, None if placed else positions)
+            x = self.run(x.flatten(0, 1), seqs, cache.pages, states).view(x.shape)
+        else:
+            x = self._run_ragged(x, positions, live, cache, states)
+        x = self.ops.rms_norm(x, self.norm.weight, self.norm.eps)
 
-        if cache is not None:
-            cache.advance([tokens if index is None else len(index) for index in live], tokens)
-        return ModelOutput(x, cache, (*states[:-1], x) if output_hidden_states else None)
+        cache.advance([tokens if columns is None else len(columns) for columns in live], tokens)
+        hidden_states = None if states is None else (*(state.view(x.shape) for state in states[:-1]), x)
+        return ModelOutput(x, cache if keep else None, hidden_states)
+
+    def _run_ragged(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        live: list[Tensor | None],
+        cache: KVCache,
+        states: list[Tensor] | None,
+    ) -> Tensor:
+        """Each row by itself, over exactly its own tokens: no padding enters, and no row sees another's length."""
+        out = torch.zeros_like(x)
+        of_layers = [torch.zeros_like(x) for _ in self.layers]
+        for row, columns in enumerate(live):
+            columns = torch.arange(x.shape[1], device=x.device) if columns is None else columns
+            if len(columns):
+                own: list[Tensor] | None = None if states is None else []
+                seqs = cache.sequences([row], len(columns), positions[row, columns])
+                out[row, columns] = self.run(x[row, columns], seqs, cache.pages, own)
+                for state, mine in zip(of_layers, own or (), strict=False):
+                    state[row, columns] = mine
+        if states is not None:
+            states += of_layers
+        return out
 
     def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         if inputs_embeds is not None and input_ids is None:
             size = self.config.hidden_size
             if inputs_embeds.dim() != 3 or inputs_embeds.shape[2] != size or inputs_embeds.numel() == 0:
                 raise ValueError(f"inputs_embeds has shape {list(inputs_embeds.shape)}, must be [B, T, {size}], filled")
-            return inputs_embeds.to(self.device, self.dtype)
+            return inputs_embeds.to(self.device, self.dtype).contiguous()
         if input_ids is None or inputs_embeds is not None:
             raise ValueError("give either input_ids or inputs_embeds, and not both")
         _check_ids("input_ids", input_ids, self.config.vocab_size)
-        return self.embed_tokens(input_ids.to(self.device))
+        ids = input_ids.to(self.device)
+        return self.ops.embed(ids.flatten().contiguous(), self.embed_tokens.weight).view(*ids.shape, -1)
 
-    def _inv_freq(self, positions: Tensor, cache: KVCache | None) -> Tensor:
-        """[B, 1, D/2]: what the cache fixed when its rows began, or else by the length that each row has here."""
-        if cache is not None and cache.inv_freq is not None:
-            return cache.inv_freq[:, None]
-        lengths = (positions.amax(dim=1) + 1).tolist()
-        inv_freq = torch.stack([inverse_frequencies(self.config, length, positions.device) for length in lengths])
-        if cache is not None:
-            cache.inv_freq = inv_freq
-        return inv_freq[:, None]
+    def _new_cache(self, batch: int, tokens: int, *, scratch: bool) -> KVCache:
+        each = pages_of(tokens)
+        pages = Pages(self.config, batch * each, self.dtype, self.device, scratch=scratch)
+        return KVCache(pages, [pages.take(each) for _ in range(batch)])
 
 
 class InternLM3ForCausalLM(Generation):
@@ -236,7 +262,7 @@ class InternLM3ForCausalLM(Generation):
         )
         x = out.last_hidden_state
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(x[:, kept])
+        logits = self.model.ops.linear(x[:, kept], self.lm_head.weight)
         loss = None
         if labels is not None:
             if labels.shape != x.shape[:2] or logits.shape[1] != x.shape[1]:
@@ -255,6 +281,18 @@ def _check_ids(name: str, ids: Tensor, vocab_size: int) -> None:
     if ids.dim() != 2 or ids.is_floating_point() or ids.dtype == torch.bool or ids.numel() == 0:
         raise ValueError(f"{name} must be integers [B, T] and not empty; it is {list(ids.shape)} of {ids.dtype}")
     check_ids(name, [int(bound) for bound in ids.aminmax()], vocab_size)
+
+
+def _check_cache(cache: KVCache, x: Tensor) -> None:
+    """Raises ValueError unless the cache can be continued by x [B, T, C]."""
+    if len(cache.held) != len(x):
+        raise ValueError(f"past_key_values holds {len(cache.held)} sequences, and the input {len(x)}")
+    kv = cache.pages.kv[0]
+    if (kv.device, kv.dtype) != (x.device, x.dtype):
+        raise ValueError(
+            f"past_key_values lies on {kv.device} as {kv.dtype}, and the model is on {x.device} as {x.dtype}: "
+            "a model that was moved begins without the cache that it had"
+        )
 
 
 def _live_tokens(mask: Tensor | None, batch: int, tokens: int, past: int) -> list[Tensor | None]:

@@ -15,6 +15,7 @@ from .cache import KVCache
 from .files import read_json
 from .keywords import reject_unknown
 from .model import Decoder, LanguageModel
+from .pages import Pages, pages_of
 from .request import Request, check_prompt
 from .rope import inverse_frequencies
 from .sampling import Sampler, SamplingParams, top_logprobs
@@ -114,23 +115,33 @@ class Batch:
 
     def _prefill(self) -> Tensor:
         """Every prompt by itself, and each but once: a row's numbers are those that it would have alone."""
-        caches: dict[tuple[int, ...], tuple[KVCache, Tensor]] = {}
-        for row in self.rows:
-            prompt = tuple(row.prompt_ids)
-            if prompt not in caches:
-                caches[prompt] = self._prefill_one(torch.tensor([prompt], device=self._model.device))
-        of_rows = [caches[tuple(row.prompt_ids)] for row in self.rows]
-        self._cache = of_rows[0][0] if len(of_rows) == 1 else KVCache.join([cache for cache, _ in of_rows])
-        return torch.cat([logits for _, logits in of_rows])
-
-    def _prefill_one(self, ids: Tensor) -> tuple[KVCache, Tensor]:
         model = self._model
-        cache = KVCache(model.config, 1, model.dtype, model.device)
+        needed = [pages_of(len(row.prompt_ids) + row.max_tokens) for row in self.rows]
+        pages = Pages(model.config, sum(needed), model.dtype, model.device)
+        filled: dict[tuple[int, ...], tuple[KVCache, Tensor]] = {}
+        caches, logits = [], []
+        for row, count in zip(self.rows, needed, strict=True):
+            held, prompt = [pages.take(count)], tuple(row.prompt_ids)
+            if prompt in filled:
+                first, last_logits = filled[prompt]
+                cache = first.copy(held)
+            else:
+                cache = KVCache(pages, held)
+                last_logits = self._fill(cache, torch.tensor([prompt], device=model.device))
+                filled[prompt] = cache, last_logits
+            caches.append(cache)
+            logits.append(last_logits)
+        self._cache = KVCache.join(caches)
+        return torch.cat(logits)
+
+    def _fill(self, cache: KVCache, ids: Tensor) -> Tensor:
+        """The prompt's tokens [1, T] into its cache; the last one's logits [1, V]."""
+        model = self._model
         # By the whole prompt's length, which the first chunk does not show.
         cache.inv_freq = inverse_frequencies(model.config, ids.shape[1], model.device)[None]
         for chunk in ids.split(PREFILL_CHUNK, dim=1):
             logits = model(chunk, past_key_values=cache, logits_to_keep=1).logits
-        return cache, logits[:, -1]
+        return logits[:, -1]
 
     def _decode(self, cache: KVCache) -> Tensor:
         ids = torch.tensor([row.token_ids[-1:] for row in self.rows], device=self._model.device)

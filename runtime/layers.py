@@ -1,21 +1,16 @@
-"""The parameters of a block, each beside the op that uses them."""
+"""The parameters of a model, and their names in a checkpoint."""
 
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-
-from ..kernels import reference as ops
+from torch import nn
 
 
 class Embedding(nn.Module):
     def __init__(self, rows: int, size: int, **factory: Any):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(rows, size, **factory), requires_grad=False)
-
-    def forward(self, token_ids: Tensor) -> Tensor:
-        return ops.embed(token_ids, self.weight)
 
 
 class RMSNorm(nn.Module):
@@ -24,18 +19,12 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(size, **factory), requires_grad=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return ops.rms_norm(x, self.weight, self.eps)
-
 
 class Linear(nn.Module):
     def __init__(self, inputs: int, outputs: int, bias: bool, **factory: Any):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(outputs, inputs, **factory), requires_grad=False)
         self.bias = nn.Parameter(torch.zeros(outputs, **factory), requires_grad=False) if bias else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        return ops.linear(x, self.weight, self.bias)
 
 
 class StackedLinear(Linear):

@@ -6,7 +6,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 FLOORS = {"kernels": set(), "runtime": {"kernels"}, "tests": {"kernels", "runtime"}, "bench": {"kernels", "runtime"}}
 # Where the runtime meets the kernels: the model runs them, and sampling asks what a step draws from.
-MEETS_KERNELS = {"layers", "model", "sampling"}
+MEETS_KERNELS = {"model", "sampling"}
 
 
 def modules(path: Path) -> set[tuple[str, ...]]:

@@ -627,15 +627,15 @@ def test_ctrl_c_in_a_step_reaches_the_caller_and_leaves_the_model_well(tiny, mon
     before = living_caches()
     for verb in (tiny.generate, lambda *args, **kwargs: list(tiny.stream(*args, **kwargs))):
         calls: list[int] = []
-        attend = tiny.model.model.layers[1].self_attn.forward
+        forward = tiny.model.model.layers[1].forward
 
-        def interrupted(*args: Any, calls: list[int] = calls, attend: Any = attend) -> torch.Tensor:
+        def interrupted(*args: Any, calls: list[int] = calls, forward: Any = forward) -> torch.Tensor:
             calls.append(1)
             if len(calls) == 3:
                 raise KeyboardInterrupt
-            return attend(*args)
+            return forward(*args)
 
-        monkeypatch.setattr(tiny.model.model.layers[1].self_attn, "forward", interrupted)
+        monkeypatch.setattr(tiny.model.model.layers[1], "forward", interrupted)
         with pytest.raises(KeyboardInterrupt):
             verb("hello", max_tokens=6)
         monkeypatch.undo()

@@ -10,7 +10,7 @@ from internlm3 import kernels
 from internlm3.kernels import reference
 
 from .support import DEVICE, assert_near, call, dtypes, embedded, generator, normal, scales, seeds
-from .test_rope import ULPS
+from .test_rope import ULPS, orders
 from .test_rope import Case as RopeCase
 
 EPS = 1e-5
@@ -129,9 +129,8 @@ def check_qkv(seed, dtype, width, padding, biased, batch_invariant, rope):
 
     results = {}
     for name, module in (("triton", kernels), ("reference", reference)):
-        kv = rope.kv.clone()
-        kv = kv.transpose(2, 3) if rope.token_major else kv
-        cache = (rope.inv_freq, kv[:, 0], kv[:, 1], rope.block_table, rope.seq_lens)
+        kv = rope.paged(rope.kv.clone())
+        cache = (rope.inv_freq, kv[:, 0], kv[:, 1], rope.block_table, rope.seq_lens, rope.positions)
         if module is kernels:
             op = functools.partial(kernels.rms_norm_qkv_rope_cache, batch_invariant=batch_invariant)
             q = call(op, case.x, case.norm, EPS, case.weight, case.bias, *cache, writes=cache[1:3])
@@ -165,19 +164,29 @@ def check_qkv(seed, dtype, width, padding, biased, batch_invariant, rope):
     st.sampled_from([8, 64, 200]),
     paddings,
     st.booleans(),
+    orders,
     st.booleans(),
 )
-def test_qkv(seed, dtype, lengths, tokens, heads, page_size, width, padding, biased, token_major):
+def test_qkv(seed, dtype, lengths, tokens, heads, page_size, width, padding, biased, order, turned):
     """Several rows: decode batches, and verification of `tokens` drafted tokens. Beyond 16 rows the ops alone."""
-    rope = RopeCase(seed, dtype, lengths, tokens, *heads, page_size, padding, token_major)
+    rope = RopeCase(seed, dtype, lengths, tokens, *heads, page_size, padding, order, turned)
     check_qkv(seed, dtype, width, padding, biased, True, rope)
 
 
 @pytest.mark.op(name="rms_norm_qkv_rope_cache")
 @settings(max_examples=40)
-@given(seeds, dtypes, st.sampled_from([0, 1, 16, 17, 300, 131073]), st.integers(1, 2), paddings, st.booleans())
-def test_qkv_of_one_row(seed, dtype, length, heads, padding, biased):
-    check_qkv(seed, dtype, 200, padding, biased, False, RopeCase(seed, dtype, [length], 1, heads, 1, 16, 16, padding))
+@given(
+    seeds,
+    dtypes,
+    st.sampled_from([0, 1, 16, 17, 300, 131073]),
+    st.integers(1, 2),
+    paddings,
+    st.booleans(),
+    st.booleans(),
+)
+def test_qkv_of_one_row(seed, dtype, length, heads, padding, biased, turned):
+    rope = RopeCase(seed, dtype, [length], 1, heads, 1, 16, 16, padding, turned=turned)
+    check_qkv(seed, dtype, 200, padding, biased, False, rope)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -304,6 +313,7 @@ def test_bad_input(rows, op, change, error, message):
         ({"v_cache": torch.zeros(4, 2, 8, 16)}, ValueError, "v_cache has shape"),
         ({"block_table": torch.zeros(2, 4).long()}, TypeError, "block_table is torch.int64, must be torch.int32"),
         ({"seq_lens": torch.zeros(1).int()}, ValueError, r"seq_lens has shape \[1\], must have \[2\]"),
+        ({"positions": torch.zeros(1).int()}, ValueError, "positions has shape"),
     ],
 )
 def test_bad_cache(rows, change, error, message):

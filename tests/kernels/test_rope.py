@@ -56,7 +56,9 @@ class Case:
     With no more tokens than a page has, no two of them meet in one place.
     """
 
-    def __init__(self, seed, dtype, lengths, tokens, heads, kv_heads, dim, page_size, padding=0, token_major=False):
+    def __init__(
+        self, seed, dtype, lengths, tokens, heads, kv_heads, dim, page_size, padding=0, order="PAKSD", turned=False
+    ):
         assert tokens <= page_size
         rng = generator(seed)
         sequences = len(lengths)
@@ -70,17 +72,22 @@ class Case:
         choice = torch.randint(3, (sequences, slots), generator=rng)
         self.block_table = embedded(pages.gather(1, choice).to(DEVICE), padding)
         self.seq_lens = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
-        inner = (page_size, kv_heads, dim) if token_major else (kv_heads, page_size, dim)
-        # k and v in one buffer. NaN fills it, as freed memory might: what the op does not write must stay so.
-        self.kv = torch.full((3 * sequences + 1, 2, *inner), torch.nan, dtype=dtype, device=DEVICE)
-        self.token_major = token_major
+        # Where rows stand for the rotation, if not at their places.
+        turns = torch.randint(1_000_000, (sequences * tokens,), generator=rng, dtype=torch.int32)
+        self.positions = turns.to(DEVICE) if turned else None
+        # k and v (A) in one buffer. NaN fills it, as freed memory might: what the op does not write must stay so.
+        sizes = {"P": 3 * sequences + 1, "A": 2, "K": kv_heads, "S": page_size, "D": dim}
+        self.order = order
+        self.kv = torch.full([sizes[axis] for axis in order], torch.nan, dtype=dtype, device=DEVICE)
+
+    def paged(self, kv):
+        """A buffer like self.kv, [P, 2, K, S, D]."""
+        return kv.permute([self.order.index(axis) for axis in "PAKSD"])
 
     def run(self, op):
         """The op on a copy of the cache: q, k_cache, v_cache."""
-        kv = embedded(self.kv)
-        if self.token_major:
-            kv = kv.transpose(2, 3)
-        args = (self.qkv, self.inv_freq, kv[:, 0], kv[:, 1], self.block_table, self.seq_lens)
+        kv = self.paged(embedded(self.kv))
+        args = (self.qkv, self.inv_freq, kv[:, 0], kv[:, 1], self.block_table, self.seq_lens, self.positions)
         q = call(op, *args, writes=args[2:4]) if op is kernels.rope_and_cache else op(*args)
         return q, kv[:, 0], kv[:, 1]
 
@@ -88,7 +95,8 @@ class Case:
         """float64: q, k and v of every row and the operands' size of q and k; the position of every row."""
         x = self.qkv.double().view(len(self.lengths), self.tokens, -1, self.dim)
         position = self.seq_lens[:, None] - self.tokens + torch.arange(self.tokens, device=DEVICE)
-        angle = (position[..., None].float() * self.inv_freq[:, None]).double()
+        turn = position if self.positions is None else self.positions.view(position.shape)
+        angle = (turn[..., None].float() * self.inv_freq[:, None]).double()
         cos, sin = angle.cos()[:, :, None], angle.sin()[:, :, None]
         first, second = x.chunk(2, dim=-1)
         turned = torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
@@ -120,6 +128,8 @@ def check_case(case):
         assert cache.isnan().all(-1).all(1).logical_xor(written).all(), "a token that is not of this launch was written"
 
 
+# Of the axes in memory: by pages, by tokens within a page, and as the runtime has them, by heads.
+orders = st.sampled_from(["PAKSD", "PASKD", "AKPSD"])
 lengths_near_pages = st.sampled_from([0, 1, 2, 15, 16, 17, 31, 32, 33, 131072, 131073, 1_000_000])
 
 
@@ -135,10 +145,12 @@ lengths_near_pages = st.sampled_from([0, 1, 2, 15, 16, 17, 31, 32, 33, 131072, 1
     st.sampled_from([16, 48, 64, 80, 128]),
     st.sampled_from([16, 32, 256]),
     st.sampled_from([0, 8]),
+    orders,
     st.booleans(),
 )
-def test_rope_and_cache(seed, dtype, lengths, tokens, kv_heads, group, dim, page_size, padding, token_major):
-    check_case(Case(seed, dtype, lengths, tokens, group * kv_heads, kv_heads, dim, page_size, padding, token_major))
+def test_rope_and_cache(seed, dtype, lengths, tokens, kv_heads, group, dim, page_size, padding, order, turned):
+    heads = group * kv_heads
+    check_case(Case(seed, dtype, lengths, tokens, heads, kv_heads, dim, page_size, padding, order, turned))
 
 
 @pytest.mark.parametrize(
@@ -189,6 +201,8 @@ def test_page_ids_outside_the_cache_write_nothing():
         ({"k_cache": torch.zeros(4, 2, 16, 8), "v_cache": torch.zeros(4, 2, 16, 8)}, ValueError, "inv_freq has shape"),
         ({"block_table": torch.zeros(2, 4).long()}, TypeError, "block_table is torch.int64, must be torch.int32"),
         ({"seq_lens": torch.zeros(1).int()}, ValueError, r"seq_lens has shape \[1\], must have \[2\]"),
+        ({"positions": torch.zeros(2).long()}, TypeError, "positions is torch.int64, must be torch.int32"),
+        ({"positions": torch.zeros(3).int()}, ValueError, r"positions has shape \[3\], must have \[2\]"),
     ],
 )
 def test_bad_input(change, error, message):

@@ -234,6 +234,15 @@ def test_a_row_does_not_know_its_batch():
         assert (alone[0].item(), alone[1].item()) == (token[row].item(), logprob[row].item())
 
 
+def test_a_position_may_be_a_length():
+    """int32, as the state of a decode step keeps it: the same token."""
+    logits = make_logits(generator(2), 3, 500, "ordinary", torch.float32)
+    numbers = random_numbers(generator(1), 3) | {"position": torch.tensor([7, 2**31 - 1, 0], device=DEVICE)}
+    arguments = {"temperature": torch.ones(3, device=DEVICE), **numbers}
+    token = compare(logits, arguments)
+    assert torch.equal(compare(logits, arguments | {"position": numbers["position"].int()}), token)
+
+
 @triton.jit
 def _first_words(seed_ptr, stream_ptr, position_ptr, word_ptr):
     row = tl.program_id(0)

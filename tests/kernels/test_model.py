@@ -1,0 +1,77 @@
+"""A whole model on the Triton ops: prefill and decode give the tokens that the reference's ops give."""
+
+import numpy as np
+import pytest
+import torch
+from internlm3 import InternLM3Config, InternLM3ForCausalLM, kernels
+from internlm3.runtime import generation
+from internlm3.runtime import model as runtime_model
+
+from .support import DEVICE
+
+SHAPE = {
+    "vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 16,
+    "rope_scaling": {"rope_type": "dynamic", "factor": 4.0},
+}  # fmt: skip
+
+
+def on_triton(monkeypatch):
+    monkeypatch.setattr(runtime_model, "for_device", lambda _: kernels)
+
+
+def make(dtype, **shape):
+    torch.manual_seed(3)
+    model = InternLM3ForCausalLM(InternLM3Config(**{**SHAPE, **shape}), dtype=torch.float32)
+    for weight in model.parameters():
+        if weight.dim() == 2:
+            weight.copy_(torch.randn(weight.shape) * 1.5 * weight.shape[1] ** -0.5)
+    return model.to(DEVICE, dtype)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape"),
+    [(torch.float32, {}), (torch.bfloat16, {"qkv_bias": True, "bias": True, "tie_word_embeddings": True})],
+    ids=str,
+)
+def test_generation(monkeypatch, dtype, shape):
+    """Three ragged prompts, one in chunks and past the window, decoded together: tokens and logits."""
+    monkeypatch.setattr(generation, "PREFILL_CHUNK", 18)
+    model = make(dtype, **shape)
+    ids = torch.randint(1, 320, (3, 24), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    mask = torch.ones_like(ids)
+    mask[1, :21] = mask[2, :12] = 0
+    flags = {"do_sample": False, "max_new_tokens": 4, "eos_token_id": [], "pad_token_id": 0}
+    flags |= {"return_dict_in_generate": True, "output_logits": True}
+    expected = model.generate(ids, mask, **flags)
+    on_triton(monkeypatch)
+    with np.errstate(all="ignore"):
+        found = model.generate(ids, mask, **flags)
+    assert found.sequences.equal(expected.sequences)
+    tolerance = 1e-5 if dtype == torch.float32 else 0.05
+    for step, (ours, theirs) in enumerate(zip(found.logits, expected.logits, strict=True)):
+        assert (ours - theirs).abs().max() < tolerance * theirs.abs().max(), f"step {step}"
+
+
+def test_forward_with_padding_and_positions(monkeypatch):
+    """transformers' forward: padding anywhere, own positions, a cache that grows, hidden states."""
+    model = make(torch.float32)
+    ids = torch.randint(320, (3, 20), generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    mask = torch.ones_like(ids)
+    mask[0, :5] = mask[1, -7:] = mask[2, 4:9] = 0
+    positions = torch.randint(60, (3, 20), generator=torch.Generator().manual_seed(3)).to(DEVICE)
+
+    def run():
+        states = model(ids, mask, positions, output_hidden_states=True).hidden_states
+        results = [torch.stack(states)[:, mask.bool()]]
+        results.append(model(ids[:, ::2], position_ids=positions[:, ::2], use_cache=False).logits)
+        cache = model(ids[:, :18], mask[:, :18]).past_key_values
+        results += [model(part, past_key_values=cache).logits for part in ids[:, 18:].split(1, dim=1)]
+        return results
+
+    expected = run()
+    on_triton(monkeypatch)
+    with np.errstate(all="ignore"):
+        found = run()
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * theirs.abs().max().item())

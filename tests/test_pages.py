@@ -1,0 +1,163 @@
+"""Pages and the caches on them: exact accounting, no page in two hands, nothing half-done after an error."""
+
+import itertools
+import random
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from internlm3 import InternLM3Config, InternLM3ForCausalLM
+from internlm3.runtime import generation
+from internlm3.runtime.cache import KVCache
+from internlm3.runtime.pages import PAGE, Pages, pages_of
+
+CONFIG = InternLM3Config(
+    vocab_size=50, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=16,
+)  # fmt: skip
+CPU = torch.device("cpu")
+
+
+def pages(count, **options):
+    return Pages(CONFIG, count, torch.float32, CPU, **options)
+
+
+@given(st.integers(1, 40), st.lists(st.tuples(st.booleans(), st.integers(0, 30), st.randoms(use_true_random=False))))
+def test_every_page_is_free_or_held_once(count, steps):
+    """Random takes and releases against a plain set; a run wherever one is long enough."""
+    pool, holders, free = pages(count), [], set(range(count))
+    for taking, size, rng in steps:
+        if taking and size <= len(free):
+            runs = [first for first in range(count - size + 1) if free >= set(range(first, first + size))]
+            taken = pool.take(size)
+            assert len(taken) == len(set(taken)) == size and free >= set(taken)
+            if runs and size:
+                assert taken == list(range(runs[0], runs[0] + size))
+            free -= set(taken)
+            holders.append(taken)
+        elif taking:
+            with pytest.raises(
+                ValueError, match=f"{size} pages of {PAGE} tokens are needed, and {len(free)} of {count}"
+            ):
+                pool.take(size)
+        elif holders:
+            released = holders.pop(rng.randrange(len(holders)))
+            rng.shuffle(released)
+            pool.release(released)
+            free |= set(released)
+        assert pool.free == len(free)
+    for held in holders:
+        pool.release(held)
+    assert pool.take(count) == list(range(count))
+
+
+@pytest.mark.parametrize("wrong", [[1, 5], [2, 2], [1, 8], [1, -1]], ids=str)
+def test_a_page_that_nobody_holds_is_not_released(wrong):
+    """Released twice, named twice, or no page at all: an error that names it, and the others stay held."""
+    pool = pages(8)
+    pool.take(5)
+    with pytest.raises(ValueError, match=f"page {wrong[1]} of 8 is released, and nobody holds it"):
+        pool.release(wrong)
+    assert pool.free == 3
+    pool.release([1, 2])
+    with pytest.raises(ValueError, match="page 1 of 8 is released"):
+        pool.release([1])
+
+
+def test_a_cache_grows_by_moving_and_keeps_what_it_holds():
+    pool = pages(6)
+    pool.take(1)
+    cache = KVCache(pool, [pool.take(1), pool.take(2)], [40, 100])
+    for kv in pool.kv:
+        kv.copy_(torch.randn(kv.shape))
+    before = [[kv[:, held].clone() for held in cache.held] for kv in pool.kv]
+    cache.reserve(24)
+    assert cache.held == [[1], [2, 3]]  # there is room
+    with pytest.raises(ValueError, match="pages that others hold cannot be moved"):
+        cache.reserve(29)
+    pool.release([0])
+    cache.reserve(29)
+    assert cache.held == [[0, 1, 2], [3, 4, 5]] and pool.free == 0
+    for kv, rows in zip(pool.kv, before, strict=True):
+        for held, was in zip(cache.held, rows, strict=True):
+            assert torch.equal(kv[:, held[: was.shape[1]]], was)
+
+
+def test_rows_that_end_give_back_their_pages():
+    pool = pages(10)
+    caches = [KVCache(pool, [pool.take(count)], [PAGE * count - 1], inv_freq=torch.zeros(1, 8)) for count in (2, 3, 4)]
+    joined = KVCache.join(caches)
+    joined.keep([2, 0])
+    assert joined.held == [[5, 6, 7, 8], [0, 1]] and joined.lengths == [255, 127] and pool.free == 4
+    seqs = joined.sequences(range(2), 1, None)
+    assert seqs.block_table.tolist() == [[5, 6, 7, 8], [0, 1, 0, 0]] and seqs.seq_lens.tolist() == [256, 128]
+    assert joined.sequences([1], 1, None).block_table.tolist() == [[0, 1, 0, 0]]
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(1)
+    model = InternLM3ForCausalLM(CONFIG, dtype=torch.float32)
+    for weight in model.parameters():
+        if weight.dim() == 2:
+            weight.mul_(5)
+    return model
+
+
+def filled(model, lengths, order):
+    """One cache of random sequences, each of them prefilled by itself on pages that `order` arranges."""
+    pool = Pages(CONFIG, 64, torch.float32, CPU)
+    for kv in pool.kv:
+        kv.fill_(torch.nan)
+    free = list(range(64))
+    order(free)
+    caches = []
+    for seed, length in enumerate(lengths):
+        held = [free.pop() for _ in range(pages_of(length + 8))]
+        cache = KVCache(pool, [held])
+        ids = torch.randint(50, (1, length), generator=torch.Generator().manual_seed(seed))
+        for chunk in ids.split(100, dim=1):
+            model(chunk, past_key_values=cache)
+        caches.append(cache)
+    return KVCache.join(caches)
+
+
+def test_where_a_sequence_lies_changes_no_bit(model):
+    """Runs, shuffled pages, pages in reverse: the logits of some more tokens, and of rows that stay when others end."""
+    lengths, found = [130, 5, 64, 63], []
+    for order in (lambda free: free.reverse(), list.sort, random.Random(0).shuffle):
+        cache = filled(model, lengths, order)
+        step = torch.tensor([[1], [2], [3], [4]])
+        positions = torch.tensor(lengths)[:, None]
+        logits = [model(step + i, position_ids=positions + i, past_key_values=cache).logits for i in range(3)]
+        found.append(torch.cat(logits, 1))
+    assert found[0].isfinite().all()
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+def test_a_scratch_is_one_layer():
+    whole, scratch = pages(4), pages(4, scratch=True)
+    assert len({kv.data_ptr() for kv in whole.kv}) == 3 == len(whole.kv)
+    assert len({kv.data_ptr() for kv in scratch.kv}) == 1 and len(scratch.kv) == 3
+
+
+def peak_bytes(run):
+    """The most that PyTorch's allocator held for the tensors that `run` made."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_prompts_cache_is_never_held_twice(rows, monkeypatch):
+    """Prefill in chunks and some steps: the pages, and beside them far less than another prompt's worth."""
+    monkeypatch.setattr(generation, "PREFILL_CHUNK", 32)
+    values = {**CONFIG.to_dict(), "num_key_value_heads": 8, "num_attention_heads": 8, "head_dim": 64}
+    model = InternLM3ForCausalLM(InternLM3Config.from_dict(values), dtype=torch.float32)
+    ids = torch.randint(50, (rows, 630), generator=torch.Generator().manual_seed(0))
+    cache = rows * pages_of(630 + 10) * PAGE * 3 * 2 * 8 * 64 * 4
+    options = {"do_sample": False, "max_new_tokens": 10, "eos_token_id": []}
+    peak = peak_bytes(lambda: model.generate(ids, torch.ones_like(ids), **options))
+    assert cache <= peak < cache * (1 + 0.5 / rows)
