@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .cache import KVCache
-from .checkpoint import DTYPES, load_weights, resolve_device, resolve_dtype, save_weights
+from .checkpoint import DTYPES, Weights, load_weights, resolve_device, resolve_dtype, save_weights
 from .config import InternLM3Config
 from .generation import GENERATION_CONFIG, Generation, read_generation_config
 from .keywords import reject_unknown
@@ -218,8 +218,10 @@ class InternLM3ForCausalLM(Generation):
         )
         config = config or InternLM3Config.from_file(folder / "config.json")
         generation_config = read_generation_config(folder)
+        stored = Weights.of(folder)
+        stored.check_layers(config.num_hidden_layers)
         model = cls(config, device="meta")
-        load_weights(model, folder, dtype=wanted or DTYPES.get(config.dtype or ""), device=where, progress=progress)
+        load_weights(model, stored, dtype=wanted or DTYPES.get(config.dtype or ""), device=where, progress=progress)
         model.generation_config = generation_config
         return model.eval()
 

@@ -2,10 +2,13 @@
 
 import json
 import os
+import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+_DRAFT = re.compile(r"\..+\.(?:json|model|safetensors)\.(\d+)")
 
 
 def read_text(path: Path) -> str:
@@ -28,11 +31,38 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def draft_of(path: Path) -> Path:
+    """Where this process writes what is to become `path`."""
+    return path.with_name(f".{path.name}.{os.getpid()}")
+
+
+def remove_dead_drafts(folder: Path) -> None:
+    """Removes the drafts of processes that have ended: one that was killed could not do so itself."""
+    for path in folder.iterdir():
+        match = _DRAFT.fullmatch(path.name)
+        if match and not _runs(int(match[1])):
+            with suppress(PermissionError):  # Windows': somebody writes it
+                path.unlink(missing_ok=True)
+
+
+def _runs(process: int) -> bool:
+    if process == os.getpid() or os.name != "posix":
+        return process == os.getpid()
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
     """Yields a draft's path beside `path`, moved into place when the block ends well and removed when it does not."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    remove_dead_drafts(path.parent)
+    draft = draft_of(path)
     try:
         yield draft
         draft.replace(path)
@@ -46,6 +76,11 @@ def write(path: Path, content: bytes) -> None:
         draft.write_bytes(content)
 
 
+def json_bytes(content: dict[str, Any]) -> bytes:
+    """A JSON object as a file holds it: readable, and in UTF-8."""
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+
+
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes a JSON object, readable and in UTF-8, whole or not at all."""
-    write(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+    """Writes a JSON object whole or not at all."""
+    write(path, json_bytes(content))
