@@ -393,3 +393,23 @@ def test_a_cache_of_other_rows():
     cache = model(random_ids(2, 3)).past_key_values
     with pytest.raises(ValueError, match="past_key_values holds 2 sequences, and the input 3"):
         model(random_ids(3, 1), past_key_values=cache)
+
+
+# -------------------------------------------------------------------- a model that moves
+
+
+def test_a_model_that_was_moved_begins_without_its_cache():
+    """Its new dtype (or device) and what the cache holds do not meet; without the cache it is as new."""
+    model, ids = random_model(17), random_ids(1, 5)
+    cache = model(ids).past_key_values
+    model.to(torch.bfloat16)
+    with pytest.raises(ValueError, match=r"past_key_values lies on cpu as torch\.float32, and the model is on cpu as"):
+        model(ids, past_key_values=cache)
+    assert cache.lengths == [5]
+    assert model(ids).past_key_values.pages.kv[0].dtype == torch.bfloat16
+
+
+def test_a_device_without_ops():
+    model = random_model(18).to("meta")
+    with pytest.raises(ValueError, match="there are no ops for device 'meta': move the model to 'cpu' or 'cuda'"):
+        model(random_ids(1, 5))

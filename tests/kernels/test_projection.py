@@ -140,7 +140,7 @@ def check_qkv(seed, dtype, width, padding, biased, batch_invariant, rope):
         results[name] = q, kv
 
     assert_near(exact_q, ULPS[dtype], q_size, **{name: q for name, (q, _) in results.items()})
-    written = torch.zeros(rope.kv.shape[0], rope.page_size, dtype=torch.bool, device=DEVICE)
+    written = torch.zeros(rope.paged(rope.kv).shape[0], rope.page_size, dtype=torch.bool, device=DEVICE)
     for b, t in (position >= 0).nonzero().tolist():
         slot = int(position[b, t])
         page, offset = int(rope.block_table[b, slot // rope.page_size]), slot % rope.page_size
