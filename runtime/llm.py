@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+import operator
 import os
 import sys
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 
@@ -18,14 +20,17 @@ from .chat_template import check_messages, joined_text
 from .config import InternLM3Config
 from .generation import GENERATION_CONFIG, Batch, read_generation_config
 from .keywords import reject_unknown
-from .outputs import Chunk, CompletionOutput, RequestOutput
+from .outputs import Chunk, CompletionOutput, RequestOutput, Timings
 from .prompts import THINKING_SYSTEM_PROMPT
 from .request import Request, check_prompt
-from .sampling import RECOMMENDED_THINKING, SamplingParams
+from .sampling import RECOMMENDED_THINKING, SamplingKeywords, SamplingParams
 from .snapshots import locate
 from .text import Writer
 from .token_ids import check_ids
 from .tokenizer import InternLM3Tokenizer
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class LLM:
@@ -66,7 +71,7 @@ class LLM:
         # Remote code is never run, so its switch means nothing here and may stay in people's calls.
         unknown.pop("trust_remote_code", None)
         reject_unknown("LLM", unknown, LLM.__init__.__kwdefaults__ or ())
-        _check_count("max_batch_size", max_batch_size)
+        batch_size = _check_count("max_batch_size", max_batch_size)
         folder = locate(
             model,
             revision=revision,
@@ -78,7 +83,7 @@ class LLM:
         # What is small and may be wrong comes before the weights.
         self.config = InternLM3Config.from_file(folder / "config.json")
         self.max_seq_len = _check_window(self.config, max_seq_len)
-        self.max_batch_size = max_batch_size
+        self.max_batch_size = batch_size
         self.tokenizer = InternLM3Tokenizer.from_pretrained(folder)
         # A pad token may lie beyond the embedding: fine-tuning scripts add one, and no model ever reads it.
         ids = {self.tokenizer.vocab_size - 1, *self.tokenizer.added_tokens_decoder} - {self.tokenizer.pad_token_id}
@@ -93,26 +98,72 @@ class LLM:
 
     # ---------------------------------------------------------------- the three verbs
 
-    def generate(self, prompts: Any, sampling_params: SamplingParams | None = None, **kwargs: Any) -> Any:
+    @overload
+    def generate(
+        self,
+        prompts: str | Sequence[int],
+        sampling_params: SamplingParams | None = None,
+        **kwargs: Unpack[SamplingKeywords],
+    ) -> RequestOutput: ...
+    @overload
+    def generate(
+        self,
+        prompts: list[str] | tuple[str, ...] | list[list[int]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        **kwargs: Unpack[SamplingKeywords],
+    ) -> list[RequestOutput]: ...
+    @overload
+    def generate(
+        self,
+        prompts: Iterable[Any],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        **kwargs: Unpack[SamplingKeywords],
+    ) -> Any: ...
+    def generate(self, prompts: Any, sampling_params: Any = None, **kwargs: Any) -> Any:
         """Continues a text or a sequence of token ids, or each in a list: a RequestOutput, or a list of them in order.
 
         Ids may be a list of integers, or a tensor or array: [T], or [B, T] for several. `sampling_params` replaces the
-        checkpoint's defaults; keywords (SamplingParams' names and their aliases) go over either. Raises ValueError for
-        an empty or too long prompt or a bad setting, TypeError for an unknown keyword or what is no prompt.
+        checkpoint's defaults, for all prompts or in a list for each; keywords (SamplingParams' names and their aliases)
+        go over either. Raises ValueError for an empty or too long prompt or a bad setting, TypeError for an unknown
+        keyword or what is no prompt.
         """
-        params = self._params(sampling_params, kwargs)
         several, single = _prompts(prompts)
+        params = self._params(sampling_params, kwargs, None if single else len(several))
         outputs = self._answer([self._encode(prompt) for prompt in several], params)
         return outputs[0] if single else outputs
 
+    @overload
     def chat(
         self,
-        messages: Any,
+        messages: str | Sequence[Mapping[str, Any]],
         sampling_params: SamplingParams | None = None,
         *,
         thinking: bool = False,
-        stream: bool = False,
-        **kwargs: Any,
+        stream: Literal[False] = False,
+        **kwargs: Unpack[SamplingKeywords],
+    ) -> RequestOutput: ...
+    @overload
+    def chat(
+        self,
+        messages: str | Sequence[Mapping[str, Any]],
+        sampling_params: SamplingParams | None = None,
+        *,
+        thinking: bool = False,
+        stream: Literal[True],
+        **kwargs: Unpack[SamplingKeywords],
+    ) -> Iterator[Chunk]: ...
+    @overload
+    def chat(
+        self,
+        messages: list[str] | Sequence[list[dict[str, Any]]] | Sequence[list[dict[str, str]]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        thinking: bool = False,
+        stream: Literal[False] = False,
+        **kwargs: Unpack[SamplingKeywords],
+    ) -> list[RequestOutput]: ...
+    def chat(
+        self, messages: Any, sampling_params: Any = None, *, thinking: bool = False, stream: bool = False, **kwargs: Any
     ) -> Any:
         """Answers a conversation ([{"role": ..., "content": ...}, ...], or one user message as a string), or several.
 
@@ -129,23 +180,23 @@ class LLM:
             if not single:
                 raise ValueError(f"stream answers one conversation; there are {len(conversations)}")
             return self.stream(conversations[0], sampling_params or _preset(thinking), **kwargs)
-        params = self._params(sampling_params or _preset(thinking), kwargs)
+        params = self._params(sampling_params or _preset(thinking), kwargs, None if single else len(conversations))
         outputs = self._answer([self._render(conversation) for conversation in conversations], params)
         return outputs[0] if single else outputs
 
     def stream(
         self,
-        prompt: Any,
+        prompt: str | Sequence[int] | Sequence[Mapping[str, Any]] | torch.Tensor,
         sampling_params: SamplingParams | None = None,
         *,
         thinking: bool = False,
-        **kwargs: Any,
+        **kwargs: Unpack[SamplingKeywords],
     ) -> Iterator[Chunk]:
         """As `generate` (for a text or ids) or `chat` (for messages), giving the answer as it comes.
 
         Closing the iterator stops generation at once, and so does Ctrl-C.
         """
-        params = self._params(sampling_params or _preset(thinking), kwargs)
+        [params] = self._params(sampling_params or _preset(thinking), kwargs, None)
         if params.n != 1:
             raise ValueError(f"stream gives one answer; n is {params.n}")
         if thinking or (isinstance(prompt, (list, tuple)) and prompt and isinstance(prompt[0], Mapping)):
@@ -155,17 +206,28 @@ class LLM:
             if len(several) != 1:
                 raise ValueError(f"stream answers one prompt; there are {len(several)}")
             _, ids = self._encode(several[0])
-        return self._chunks(self._rows([ids], params)[0])
+        return self._chunks(self._rows([ids], [params])[0])
 
     # ---------------------------------------------------------------- prompts and settings
 
-    def _params(self, params: SamplingParams | None, kwargs: dict[str, Any]) -> SamplingParams:
-        if params is not None and not isinstance(params, SamplingParams):
-            raise TypeError(f"sampling_params must be one SamplingParams, not {params!r:.60}; or give keywords")
-        merged = SamplingParams.from_kwargs(self.default_params if params is None else params, **kwargs)
+    def _params(self, given: Any, kwargs: Mapping[str, Any], count: int | None) -> list[SamplingParams]:
+        """The settings of each of `count` prompts; None: of the one that stands alone, which takes no list."""
+        several = list(given) if isinstance(given, (list, tuple)) and count is not None else None
+        if several is not None and len(several) != count:
+            raise ValueError(f"there are {len(several)} sampling_params for {count} prompts: give one for each, or one")
+        each = [given] if several is None else several
+        for params in each:
+            if params is not None and not isinstance(params, SamplingParams):
+                what = "one SamplingParams" if count is None else "a SamplingParams, or a list of them"
+                raise TypeError(f"sampling_params must be {what}, not {given!r:.60}; or give keywords")
+        merged = [self._merged(self.default_params if params is None else params, kwargs) for params in each]
         idle = [name for name in ("top_k", "top_p", "min_p", "typical_p") if kwargs.get(name) is not None]
-        if merged.greedy and idle:
+        if idle and any(params.greedy for params in merged):
             warnings.warn(f"{', '.join(idle)} have no effect at temperature 0, which is greedy", stacklevel=3)
+        return merged * (1 if count is None else count) if several is None else merged
+
+    def _merged(self, params: SamplingParams, kwargs: Mapping[str, Any]) -> SamplingParams:
+        merged = SamplingParams.from_kwargs(params, **kwargs)
         # A stop string that is a special token never shows in the text: it is met as a token.
         added = self.tokenizer.added_tokens_encoder
         tokens = [added[stop] for stop in merged.stops if stop in added]
@@ -177,17 +239,21 @@ class LLM:
     def _encode(self, prompt: Any) -> tuple[str | None, list[int]]:
         if isinstance(prompt, str):
             return prompt, self.tokenizer.encode(prompt) if prompt else []
-        if not isinstance(prompt, Sequence) or not all(isinstance(token, int) for token in prompt):
-            raise TypeError(f"a prompt must be a string or token ids (messages go to chat), not {prompt!r:.60}")
-        return None, list(prompt)
+        try:
+            others = isinstance(prompt, (bytes, bytearray)) or any(isinstance(token, bool) for token in prompt)
+            if isinstance(prompt, Sequence) and not others:
+                return None, [operator.index(token) for token in prompt]
+        except TypeError:
+            pass
+        raise TypeError(f"a prompt must be a string or token ids (messages go to chat), not {prompt!r:.60}")
 
     def _render(self, messages: list[dict[str, Any]]) -> tuple[str | None, list[int]]:
         text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return text, self.tokenizer.encode(text, add_special_tokens=False)
 
-    def _rows(self, prompts: Sequence[list[int]], params: SamplingParams) -> list[Request]:
+    def _rows(self, prompts: Sequence[list[int]], params: Sequence[SamplingParams]) -> list[Request]:
         rows = []
-        for index, prompt in enumerate(prompts):
+        for index, (prompt, wanted) in enumerate(zip(prompts, params, strict=True)):
             name = f"prompt {index}" if len(prompts) > 1 else "the prompt"
             check_prompt(name, prompt, self.config.vocab_size)
             room = self.max_seq_len - len(prompt)
@@ -196,47 +262,40 @@ class LLM:
                     f"{name} has {len(prompt)} tokens, and max_seq_len is {self.max_seq_len}: "
                     "shorten it, or load the model with a larger max_seq_len"
                 )
-            limit = min(params.max_tokens or room, room)
-            rows += [Request(prompt, params, limit, answer) for answer in range(params.n)]
+            limit = min(wanted.max_tokens or room, room)
+            rows += [Request(prompt, wanted, limit, answer) for answer in range(wanted.n)]
         return rows
 
     # ---------------------------------------------------------------- the loop
 
-    def _answer(self, prompts: Sequence[tuple[str | None, list[int]]], params: SamplingParams) -> list[RequestOutput]:
+    def _answer(
+        self, prompts: Sequence[tuple[str | None, list[int]]], params: Sequence[SamplingParams]
+    ) -> list[RequestOutput]:
+        called = time.perf_counter()
         rows = self._rows([ids for _, ids in prompts], params)
-        texts: list[str] = []
+        answers: list[_Answer] = []
         for start in range(0, len(rows), self.max_batch_size):
-            texts += self._run(rows[start : start + self.max_batch_size])
-        answers = [
-            CompletionOutput(
-                row.answer,
-                text,
-                row.token_ids,
-                row.logprobs,
-                row.top_logprobs if params.logprobs else None,
-                row.finish_reason,
-                row.stop_reason,
-            )
-            for row, text in zip(rows, texts, strict=True)
-        ]
-        return [
-            RequestOutput(text, ids, answers[index * params.n : (index + 1) * params.n], params)
-            for index, (text, ids) in enumerate(prompts)
-        ]
+            answers += self._run(rows[start : start + self.max_batch_size])
+        outputs, done = [], iter(answers)
+        for (text, ids), wanted in zip(prompts, params, strict=True):
+            own = list(itertools.islice(done, wanted.n))
+            outputs.append(RequestOutput(text, ids, [each.output() for each in own], wanted, _timings(own, called)))
+        return outputs
 
-    def _run(self, rows: list[Request]) -> list[str]:
-        """The whole text of each row's answer."""
+    def _run(self, rows: list[Request]) -> list[_Answer]:
+        """Each row's answer."""
+        began = time.perf_counter()
         batch = Batch(self.model, rows, self.eos_token_ids)
-        writers = [Writer(row, self.tokenizer) for row in rows]
-        texts = [""] * len(rows)
-        running = list(range(len(rows)))
+        answers = [_Answer(row, Writer(row, self.tokenizer), began) for row in rows]
+        running = answers
         while running:
             batch.step()
-            for index in running:
-                texts[index] += writers[index].write()
-            running = [index for index in running if rows[index].finish_reason is None]
+            now = time.perf_counter()
+            for answer in running:
+                answer.write(now)
+            running = [answer for answer in running if answer.row.finish_reason is None]
             batch.drop_finished()
-        return texts
+        return answers
 
     def _chunks(self, row: Request) -> Iterator[Chunk]:
         batch = Batch(self.model, [row], self.eos_token_ids)
@@ -266,12 +325,43 @@ class LLM:
             )
 
 
+@dataclass
+class _Answer:
+    """One answer as it comes: its text, and when its batch began, its first token came and its last one."""
+
+    row: Request
+    writer: Writer
+    began: float
+    text: str = ""
+    first: float = 0.0
+    last: float = 0.0
+
+    def write(self, now: float) -> None:
+        self.text += self.writer.write()
+        self.first, self.last = self.first or now, now
+
+    def output(self) -> CompletionOutput:
+        row = self.row
+        top_logprobs = row.top_logprobs if row.params.logprobs else None
+        return CompletionOutput(
+            row.answer, self.text, row.token_ids, row.logprobs, top_logprobs, row.finish_reason, row.stop_reason
+        )
+
+
+def _timings(answers: Sequence[_Answer], called: float) -> Timings:
+    first = min(answers, key=lambda answer: answer.first)
+    last = max(answer.last for answer in answers)
+    return Timings(first.first - first.began, first.first - called, last - first.first)
+
+
 def peak_memory(device: torch.device) -> float:
-    """The most memory held so far, in gigabytes: PyTorch's on a GPU, else the process's resident set."""
+    """The most memory held so far, in gigabytes: PyTorch's on a GPU, else the process's; 0 where nothing tells."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    import resource
-
+    try:
+        import resource
+    except ImportError:  # Windows has none
+        return 0.0
     # Kilobytes on Linux, bytes on macOS.
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
@@ -282,7 +372,7 @@ def _prompts(given: Any) -> tuple[list[Any], bool]:
     if isinstance(given, str):
         return [given], True
     given = given.tolist() if hasattr(given, "tolist") else given
-    if isinstance(given, Mapping) or not isinstance(given, Iterable):
+    if isinstance(given, (Mapping, bytes, bytearray)) or not isinstance(given, Iterable):
         raise TypeError(f"prompts must be a string, token ids, or a list of them, not {given!r:.60}")
     listed = [each.tolist() if hasattr(each, "tolist") else each for each in given]
     single = bool(listed) and isinstance(listed[0], int)
@@ -317,16 +407,20 @@ def _generation_defaults(folder: Path, vocab_size: int) -> tuple[SamplingParams,
         raise ValueError(f"{folder / GENERATION_CONFIG}: {error}") from None
 
 
-def _check_count(name: str, value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} must be an integer of at least 1; it is {value!r}")
+def _check_count(name: str, value: Any) -> int:
+    try:
+        if not isinstance(value, bool) and operator.index(value) >= 1:
+            return operator.index(value)
+    except TypeError:
+        pass
+    raise ValueError(f"{name} must be an integer of at least 1; it is {value!r}")
 
 
 def _check_window(config: InternLM3Config, wanted: int | None) -> int:
     window = config.max_position_embeddings
     if wanted is None:
         return window
-    _check_count("max_seq_len", wanted)
+    wanted = _check_count("max_seq_len", wanted)
     dynamic = config.rope_scaling is not None and config.rope_scaling["rope_type"] == "dynamic"
     if wanted > window and not dynamic:
         raise ValueError(

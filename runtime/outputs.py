@@ -1,6 +1,6 @@
 """What a user gets back from LLM."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from .sampling import SamplingParams
 
@@ -47,13 +47,25 @@ class CompletionOutput:
 
 
 @dataclass(frozen=True)
+class Timings:
+    """Seconds. prompt: of its prefill, beside that of the prompts in the same batch. first_token: from the call to the
+    first token, so with the time that it waited for earlier batches. decode: from the first token to the last one.
+    """
+
+    prompt: float
+    first_token: float
+    decode: float
+
+
+@dataclass(frozen=True)
 class RequestOutput:
-    """The answers to one prompt, and the sampling parameters that were applied."""
+    """The answers to one prompt, the sampling parameters that were applied, and how long it took."""
 
     prompt: str | None
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
     sampling_params: SamplingParams
+    timings: Timings = field(compare=False)
 
     @property
     def text(self) -> str:
