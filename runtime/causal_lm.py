@@ -13,14 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .cache import KVCache
-from .checkpoint import DTYPES, load_weights, resolve_device, resolve_dtype, save_weights
+from .checkpoint import DTYPES, Weights, load_weights, resolve_device, resolve_dtype, save_weights
 from .config import InternLM3Config
-from .files import locate
 from .generation import GENERATION_CONFIG, Generation, read_generation_config
 from .keywords import reject_unknown
 from .model import Decoder
 from .pages import Pages, pages_of
 from .rope import inverse_frequencies
+from .snapshots import locate
 from .token_ids import check_ids
 
 
@@ -209,12 +209,19 @@ class InternLM3ForCausalLM(Generation):
         where = resolve_device(_agreed(device=device, device_map=device_map))
         wanted = _agreed(dtype=resolve_dtype(dtype), torch_dtype=resolve_dtype(torch_dtype))
         folder = locate(
-            id_or_path, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
+            id_or_path,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            progress=progress,
         )
         config = config or InternLM3Config.from_file(folder / "config.json")
         generation_config = read_generation_config(folder)
+        stored = Weights.of(folder)
+        stored.check_layers(config.num_hidden_layers)
         model = cls(config, device="meta")
-        load_weights(model, folder, dtype=wanted or DTYPES.get(config.dtype or ""), device=where, progress=progress)
+        load_weights(model, stored, dtype=wanted or DTYPES.get(config.dtype or ""), device=where, progress=progress)
         model.generation_config = generation_config
         return model.eval()
 

@@ -88,9 +88,9 @@ def _info(args: argparse.Namespace) -> None:
     from .causal_lm import InternLM3ForCausalLM
     from .checkpoint import resolve_dtype
     from .config import InternLM3Config
-    from .files import locate
     from .generation import read_generation_config
     from .sampling import SamplingParams
+    from .snapshots import locate
 
     folder = locate(args.model, revision=args.revision, local_files_only=args.local_files_only, weights=False)
     config = InternLM3Config.from_file(folder / "config.json")

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .files import locate, read_json, write_json
+from .files import read_json, write_json
 from .keywords import reject_unknown
+from .snapshots import locate
 from .token_ids import check_ids
 
 ROPE_TYPES = ("default", "dynamic")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -218,6 +219,7 @@ class Engine:
         pages = shared + self.pages.take(missing, behind=shared[-1] if shared else None)
         running = _Running(request, self._rows.index(None), pages, tier_of(request))
         self._rows[running.row] = running
+        request.began = time.perf_counter()
         request.cached_tokens = len(ids) if twin else len(shared) * PAGE
         inv_freq = inverse_frequencies(self._model.config, len(ids), self._model.device)
         self._state.load(running.row, request, pages, inv_freq)

@@ -1,6 +1,6 @@
 """What a user gets back from LLM."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from .sampling import SamplingParams
 
@@ -49,8 +49,19 @@ class CompletionOutput:
 
 
 @dataclass(frozen=True)
+class Timings:
+    """Seconds. prompt: from when the model began with it to its first token. first_token: from the call to the first
+    token, so with the time that it waited for others. decode: from the first token to the last one.
+    """
+
+    prompt: float
+    first_token: float
+    decode: float
+
+
+@dataclass(frozen=True)
 class RequestOutput:
-    """The answers to one prompt, and the sampling parameters that were applied.
+    """The answers to one prompt, the sampling parameters that were applied, and how long it took.
 
     cached_tokens: those of the prompt whose keys and values lay in the cache already.
     """
@@ -60,6 +71,7 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     sampling_params: SamplingParams
     cached_tokens: int
+    timings: Timings = field(compare=False)
 
     @property
     def text(self) -> str:

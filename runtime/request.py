@@ -22,6 +22,7 @@ class Request:
     answer: its index among the `n` answers to one prompt.
     watch: what its call must see of every step on the host.
     cached_tokens: how many of the prompt's tokens lay in the cache already.
+    began: when it was given a row, by time.perf_counter.
     finish_reason: None while it runs, "stop" (an end token or stop string), "length", or "abort".
     stop_reason: the stop token or string that ended it, None for the model's own ends.
     """
@@ -38,6 +39,7 @@ class Request:
     logprobs: list[float] = field(default_factory=list)
     top_logprobs: list[dict[int, float]] = field(default_factory=list)
     cached_tokens: int = 0
+    began: float = 0.0
     finish_reason: str | None = None
     stop_reason: int | str | None = None
 

@@ -5,7 +5,7 @@ import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypedDict
 
 from torch import Tensor
 
@@ -60,6 +60,40 @@ def _as_tuple(name: str, values: object) -> tuple[Any, ...]:
     if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable):
         raise ValueError(f"{name} must be a sequence; got {values!r}")
     return tuple(values.tolist() if hasattr(values, "tolist") else values)
+
+
+class SamplingKeywords(TypedDict, total=False):
+    """What SamplingParams.from_kwargs takes, for type checkers; None for a setting's default."""
+
+    n: int | None
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    typical_p: float | None
+    repetition_penalty: float | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
+    logit_bias: Mapping[int, float] | None
+    allowed_token_ids: Sequence[int] | None
+    seed: int | None
+    max_tokens: int | None
+    min_tokens: int | None
+    stop: str | Sequence[str] | None
+    stop_token_ids: Sequence[int] | None
+    ignore_eos: bool | None
+    include_stop_str_in_output: bool | None
+    logprobs: int | None
+    skip_special_tokens: bool | None
+    do_sample: bool | None
+    max_new_tokens: int | None
+    min_new_tokens: int | None
+    temp: float | None
+    repeat_penalty: float | None
+    stop_words: str | Sequence[str] | None
+    stop_strings: str | Sequence[str] | None
+    random_seed: int | None
+    num_return_sequences: int | None
 
 
 _RANGES: tuple[tuple[str, str, Callable[[float], bool]], ...] = (

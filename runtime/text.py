@@ -36,11 +36,14 @@ class TextStream:
         self._detokenizer = tokenizer.detokenizer()
         self._held = ""
 
-    def push(self, token_id: int) -> str:
-        """The text that this token makes certain; "" while a character or a possible stop string is unfinished."""
+    def push(self, token_id: int, may_stop: bool = True) -> str:
+        """The text that this token makes certain; "" while a character or a possible stop string is unfinished.
+
+        A stop string that is whole with a token that may not stop is text as any other.
+        """
         if self.stopped is not None or token_id in self._skipped:
             return ""
-        return self._release(self._detokenizer.push(self._tokenizer.convert_ids_to_tokens(token_id)))
+        return self._release(self._detokenizer.push(self._tokenizer.convert_ids_to_tokens(token_id)), may_stop)
 
     def flush(self) -> str:
         """What was held back, when no token follows: an unfinished character shows as U+FFFD."""
@@ -50,10 +53,11 @@ class TextStream:
         rest, self._held = ("", "") if self.stopped is not None else (self._held, "")
         return text + rest
 
-    def _release(self, new: str) -> str:
+    def _release(self, new: str, may_stop: bool = True) -> str:
         """`new` behind what was held, up to a stop string or to what may become one."""
         text = self._held + new
-        found = [(text.find(stop) + len(stop), -len(stop), stop) for stop in self._stops if stop in text]
+        stops = self._stops if may_stop else ()
+        found = [(text.find(stop) + len(stop), -len(stop), stop) for stop in stops if stop in text]
         if found:
             end, _, self.stopped = min(found)
             return text[:end] if self._include_stop else text[: end - len(self.stopped)]
@@ -97,8 +101,13 @@ class Writer:
         last = request.finish_reason is not None and self.told == len(request.token_ids)
         # The token that ends a text is no part of it, unless it was asked for.
         is_end = last and request.finish_reason == "stop" and not request.params.include_stop_str_in_output
-        text = "" if is_end else stream.push(token)
+        text = "" if is_end else stream.push(token, self.told >= request.params.min_tokens)
         return text + stream.flush() if last and stream.stopped is None else text
+
+    def stop_string(self, token_id: int) -> int | str:
+        """The stop string that is this token, which was looked for as one; else the id."""
+        token = self._tokenizer.convert_ids_to_tokens(token_id)
+        return token if token in self.request.params.stops else token_id
 
 
 def _overlap(text: str, stop: str) -> int:

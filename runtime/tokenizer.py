@@ -20,8 +20,9 @@ from .batch_encoding import (
 )
 from .control_tokens import control_tokens, encode_marked, marked
 from .detokenizer import Detokenizer
-from .files import locate, write, write_json
+from .files import write, write_json
 from .keywords import nearest, reject_unknown
+from .snapshots import locate
 from .tokenizer_files import (
     CONFIG_FILE,
     NAMED_TOKENS,

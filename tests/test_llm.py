@@ -356,6 +356,66 @@ def test_thinking_is_the_published_prompt(llm, own):
         assert chunk.prompt_tokens == len(output.prompt_token_ids)
 
 
+def test_min_tokens_holds_a_stop_string_back(tiny):
+    free = tiny.generate("hello", temperature=0, max_tokens=12).outputs[0]
+    stop = tiny.tokenizer.decode(free.token_ids[:1]).strip() or free.text[:1]
+    for least in (0, 5, 12):
+        answer = tiny.generate("hello", temperature=0, max_tokens=12, stop=stop, min_tokens=least).outputs[0]
+        assert len(answer.token_ids) >= max(least, 1)
+        assert answer.token_ids == free.token_ids[: len(answer.token_ids)]
+        if least == 12:
+            assert answer.text.startswith(free.text[:-1][:20])
+
+
+def test_settings_for_each_prompt(tiny):
+    prompts = ["hello", "what is it", "one two"]
+    params = [SamplingParams(temperature=0, max_tokens=2), SamplingParams(seed=3, n=2, max_tokens=4),
+              SamplingParams(temperature=0, max_tokens=3, logprobs=1)]  # fmt: skip
+    together = tiny.generate(prompts, params)
+    assert same(together, [tiny.generate(prompt, each) for prompt, each in zip(prompts, params, strict=True)])
+    assert [output.sampling_params for output in together] == params
+    assert [len(output.outputs) for output in together] == [1, 2, 1]
+    shorter = tiny.generate(prompts, tuple(params), max_tokens=1)
+    assert [output.sampling_params.max_tokens for output in shorter] == [1, 1, 1]
+    asked = tiny.chat(prompts, params)
+    assert same(asked, [tiny.chat(prompt, each) for prompt, each in zip(prompts, params, strict=True)])
+    with pytest.raises(ValueError, match="there are 2 sampling_params for 3 prompts"):
+        tiny.generate(prompts, params[:2])
+    with pytest.raises(TypeError, match="sampling_params must be one SamplingParams"):
+        tiny.generate("hello", params[:1])
+    with pytest.raises(TypeError, match="sampling_params must be a SamplingParams, or a list of them"):
+        tiny.generate(["hello"], [{}])
+
+
+def test_timings(tiny, monkeypatch):
+    """On a clock that ticks once a look: the second batch waits for the first, and decodes as long as it has tokens."""
+    ticks = iter(range(10_000))
+    monkeypatch.setattr("internlm3.runtime.llm.time.perf_counter", lambda: float(next(ticks)))
+    monkeypatch.setattr(tiny, "max_batch_size", 1)
+    one, two = (output.timings for output in tiny.generate(["hello", "one two"], temperature=0, max_tokens=4))
+    steps = [
+        len(output.outputs[0].token_ids) - 1
+        for output in tiny.generate(["hello", "one two"], temperature=0, max_tokens=4)
+    ]
+    assert (one.prompt, one.first_token, one.decode) == (1, 2, steps[0])
+    assert (two.prompt, two.first_token, two.decode) == (1, 2 + steps[0] + 2, steps[1])
+
+
+@pytest.mark.parametrize("given", [b"hello", bytearray(b"hello"), [b"hello"], [True, False], [[1.5]], {"a": 1}, None])
+def test_what_is_no_prompt(tiny, given):
+    with pytest.raises((TypeError, ValueError), match="prompt"):
+        tiny.generate(given, max_tokens=1)
+
+
+def test_numbers_of_numpy_are_numbers(tiny_folder):
+    llm = LLM(tiny_folder, progress=False, max_seq_len=np.int64(64), max_batch_size=np.int32(2))
+    ids = [5, 6, 7]
+    expected = llm.generate(ids, temperature=0, max_tokens=2)
+    for given in (np.array(ids), torch.tensor(ids), [np.int64(5), np.int32(6), 7], [torch.tensor(5), 6, 7]):
+        assert same([llm.generate(given, temperature=0, max_tokens=np.int64(2))], [expected])
+    assert same(llm.generate([[np.int64(5), 6, 7]], temperature=0, max_tokens=2), [expected])
+
+
 def test_a_pad_token_may_lie_beyond_the_embedding(make, tiny_folder, tmp_path):
     folder = shutil.copytree(tiny_folder, tmp_path / "padded")
     config = json.loads((folder / "tokenizer_config.json").read_text())
