@@ -322,15 +322,14 @@ class LLM:
         answer = _Answer(request, Writer(request, self.tokenizer))
         told = 0
 
-        begin = first = time.perf_counter()
+        begin = time.perf_counter()
         with self._run([request]) as engine:
             while not answer.writer.done or told < len(answer.parts):
                 engine.step(unless=lambda: answer.read(engine) or answer.writer.done)
                 while told < len(answer.parts):
                     text = answer.parts[told]
                     told += 1
-                    now = time.perf_counter()
-                    first = now if told == 1 else first
+                    first, now = answer.times[0], answer.times[told - 1]
                     last = answer.writer.done and told == len(answer.parts)
                     yield Chunk(
                         text,
@@ -354,6 +353,10 @@ class LLM:
         engine.add(requests)
         try:
             yield engine
+            if any(request.finish_reason == "abort" for request in requests):
+                raise RuntimeError(
+                    "the answer was broken off by an error in a step that another thread shared: try again"
+                )
         finally:
             engine.cancel(requests)
 
@@ -362,23 +365,22 @@ class LLM:
 
 
 class _Answer:
-    """One answer as it comes: its text, token by token, and when its first token came and its last one."""
+    """One answer as it comes: its text, token by token, and when each token came."""
 
     def __init__(self, request: Request, writer: Writer):
         self.request, self.writer = request, writer
         self.parts: list[str] = []
-        self.first = self.last = 0.0
+        self.times: list[float] = []
 
     def read(self, engine: Engine) -> bool:
         """Whether there was anything new. What a stop string cuts off is no part of the answer."""
         request, writer = self.request, self.writer
-        before = writer.told
+        if writer.done or writer.told == len(request.token_ids):
+            return False
+        now = time.perf_counter()
         while not writer.done and writer.told < len(request.token_ids):
             self.parts.append(writer.write())
-        if writer.told == before:
-            return False
-        self.last = time.perf_counter()
-        self.first = self.first or self.last
+            self.times.append(now)
         if writer.stopped is not None:
             engine.cancel([request])
             request.cut(writer.told)
@@ -401,9 +403,9 @@ class _Answer:
 
 
 def _timings(answers: Sequence[_Answer], called: float) -> Timings:
-    first = min(answers, key=lambda answer: answer.first)
-    last = max(answer.last for answer in answers)
-    return Timings(first.first - first.request.began, first.first - called, last - first.first)
+    first = min(answers, key=lambda answer: answer.times[0])
+    began, last = first.request.began, max(answer.times[-1] for answer in answers)
+    return Timings(first.times[0] - began, first.times[0] - called, last - first.times[0])
 
 
 def peak_memory(device: torch.device) -> float:
