@@ -105,11 +105,10 @@ def _rope_tables(positions: Tensor, inv_freq: Tensor, dtype: torch.dtype) -> tup
 
     positions [...] int, inv_freq [..., D/2] float32 -> two [..., D] of `dtype`. The angle is the float32 product; its
     cosine and sine are exact to float32 however large it is, and then cast. The sine's first half carries rotate_half's
-    minus sign.
+    minus sign, which is its frequencies' here.
     """
-    angles = positions.to(torch.float32).unsqueeze(-1) * inv_freq
-    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
-    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+    angles = positions.unsqueeze(-1) * torch.cat((-inv_freq, inv_freq), dim=-1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def _rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -160,12 +159,18 @@ def _joined(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return torch.lerp(of_own.float(), of_past.reshape(of_own.shape).float(), share)[0].to(q.dtype)
 
 
+def _on_host(block_table: Tensor, seq_lens: Tensor, page_size: int) -> list[tuple[int, list[int]]]:
+    """For each sequence its length and the pages that it fills."""
+    lengths = seq_lens.tolist()
+    table = block_table[:, : -(-max(lengths) // page_size)].tolist()
+    return [(length, pages[: -(-length // page_size)]) for length, pages in zip(lengths, table, strict=True)]
+
+
 def _held(cache: Tensor, pages: list[int], length: int) -> Tensor:
-    """What a sequence holds on its pages. cache [P, K, S, D] -> [K, L, D]; a view where they lie in a run."""
-    heads = cache.transpose(0, 1)
+    """What a sequence holds on its pages. cache [K, P, S, D] -> [K, L, D]; a view where they lie in a run."""
     first, last = pages[0], pages[-1]
     run = pages == list(range(first, last + 1))
-    return (heads[:, first : last + 1] if run else heads[:, pages]).flatten(1, 2)[:, :length]
+    return (cache[:, first : last + 1] if run else cache[:, pages]).flatten(1, 2)[:, :length]
 
 
 def rope_and_cache(
@@ -188,18 +193,20 @@ def rope_and_cache(
     tokens, heads = qkv.shape[0] // sequences, qkv.shape[1] // dim - 2 * kv_heads
     x = qkv.view(sequences, tokens, -1, dim)
     if positions is None:
-        positions = seq_lens[:, None] + torch.arange(-tokens, 0, device=qkv.device)
+        positions = seq_lens[:, None] + torch.arange(-tokens, 0, dtype=torch.int32, device=qkv.device)
     cos, sin = _rope_tables(positions.view(sequences, tokens), inv_freq[:, None], qkv.dtype)
     qk, v = _rotary(x[:, :, : heads + kv_heads], cos, sin), x[:, :, heads + kv_heads :]
-    for b, (length, pages) in enumerate(zip(seq_lens.tolist(), block_table.tolist(), strict=True)):
+    k = qk[:, :, heads:]
+    for b, (length, pages) in enumerate(_on_host(block_table, seq_lens, page_size)):
         before = length - tokens  # token t stands at place before + t
         start = max(before, 0)
-        qk[b, : start - before] = 0
-        for slot in range(start // page_size, -(-length // page_size)):
+        if before < 0:
+            qk[b, :-before] = 0
+        for slot, page in enumerate(pages[start // page_size :], start // page_size):
             first, last = max(start - slot * page_size, 0), min(length - slot * page_size, page_size)
             here = slice(slot * page_size + first - before, slot * page_size + last - before)
-            k_cache[pages[slot], :, first:last] = qk[b, here, heads:].transpose(0, 1)
-            v_cache[pages[slot], :, first:last] = v[b, here].transpose(0, 1)
+            k_cache[page, :, first:last] = k[b, here].transpose(0, 1)
+            v_cache[page, :, first:last] = v[b, here].transpose(0, 1)
     return qk[:, :, :heads].flatten(0, 1)
 
 
@@ -227,19 +234,16 @@ def paged_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seq_lens: Tensor, scale: float
 ) -> Tensor:
     """Causal attention of each sequence's last T tokens over its pages. q [B*T, H, D] -> [B*T, H*D], idle rows zero."""
-    sequences, page_size = block_table.shape[0], k_cache.shape[2]
-    q = q.view(sequences, -1, *q.shape[1:])
-    tokens = q.shape[1]
-    out = q.new_zeros(q.shape)
-    lengths = seq_lens.tolist()
-    widest = -(-max(lengths) // page_size)
-    for b, (length, pages) in enumerate(zip(lengths, block_table[:, :widest].tolist(), strict=True)):
-        first = max(tokens - length, 0)
-        if first < tokens:
-            held = pages[: -(-length // page_size)]
-            k, v = _held(k_cache, held, length), _held(v_cache, held, length)
-            out[b, first:] = _attention(q[b, first:], k, v, scale)
-    return out.view(sequences * tokens, -1)
+    page_size, tokens = k_cache.shape[2], q.shape[0] // block_table.shape[0]
+    k_cache, v_cache = k_cache.transpose(0, 1), v_cache.transpose(0, 1)
+    out = []
+    for mine, (length, pages) in zip(q.split(tokens), _on_host(block_table, seq_lens, page_size), strict=True):
+        if length < tokens:
+            out.append(torch.zeros_like(mine[length:]))
+        if length:
+            k, v = _held(k_cache, pages, length), _held(v_cache, pages, length)
+            out.append(_attention(mine[-length:], k, v, scale))
+    return torch.cat(out).flatten(1)
 
 
 def advance(
