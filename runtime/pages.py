@@ -125,7 +125,8 @@ class Pages:
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """Keys and values of a layer, [P, K, S, D] each."""
-        return self.kv[index][0], self.kv[index][1]
+        k, v = self.kv[index].unbind()
+        return k, v
 
     def take(self, count: int, behind: int | None = None) -> list[int]:
         """Holds `count` free pages: those behind page `behind` if they are free, else the first run that is long
