@@ -19,12 +19,13 @@ from .causal_lm import InternLM3ForCausalLM
 from .chat_template import check_messages, joined_text
 from .config import InternLM3Config
 from .generation import GENERATION_CONFIG, Batch, read_generation_config
-from .keywords import reject_unknown
+from .generation_settings import refuse_unsupported
+from .keywords import reject_unknown, without_neutral
 from .outputs import Chunk, CompletionOutput, RequestOutput, Timings
 from .prompts import THINKING_SYSTEM_PROMPT
 from .request import Request, check_prompt
 from .sampling import RECOMMENDED_THINKING, SamplingKeywords, SamplingParams
-from .snapshots import locate
+from .snapshots import NEUTRAL, locate
 from .text import Writer
 from .token_ids import check_ids
 from .tokenizer import InternLM3Tokenizer
@@ -68,8 +69,7 @@ class LLM:
         progress: bool = True,
         **unknown: Any,
     ):
-        # Remote code is never run, so its switch means nothing here and may stay in people's calls.
-        unknown.pop("trust_remote_code", None)
+        unknown = without_neutral("LLM", unknown, NEUTRAL)
         reject_unknown("LLM", unknown, LLM.__init__.__kwdefaults__ or ())
         batch_size = _check_count("max_batch_size", max_batch_size)
         folder = locate(
@@ -402,6 +402,7 @@ def _generation_defaults(folder: Path, vocab_size: int) -> tuple[SamplingParams,
     ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
     try:
         check_ids("eos_token_id", ends, vocab_size)
+        refuse_unsupported(values)
         return SamplingParams.from_generation_config(values), ends
     except ValueError as error:
         raise ValueError(f"{folder / GENERATION_CONFIG}: {error}") from None
