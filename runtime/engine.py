@@ -6,7 +6,7 @@ import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -121,6 +121,20 @@ class Engine:
                 for running in self._running():
                     if running.request is request:
                         self._leave(running)
+
+    @contextlib.contextmanager
+    def running(self, requests: Sequence[Request]) -> Iterator[None]:
+        """Adds requests for the time of a block, at whose end those that have not ended are cancelled.
+
+        Raises RuntimeError at its end where an error in another thread's step broke one off.
+        """
+        self.add(requests)
+        try:
+            yield
+            if any(request.finish_reason == "abort" for request in requests):
+                raise RuntimeError("the answer was broken off by an error in a step shared with other calls: try again")
+        finally:
+            self.cancel(requests)
 
     def serves(self, model: LanguageModel, rows: int, max_seq_len: int) -> bool:
         """Whether this engine has room for so much, and lies where the model is."""

@@ -15,8 +15,10 @@ from torch import Tensor
 
 from .engine import Engine
 from .files import read_json
+from .generation_settings import SETTINGS, GenerationSettings, refuse_unsupported
 from .keywords import reject_unknown
 from .model import Decoder, LanguageModel
+from .model_outputs import Output
 from .request import LogitsProcessor, Request, Watch, check_prompt
 from .sampling import SamplingParams
 from .text import TextStream
@@ -32,7 +34,7 @@ _RESERVING = threading.Lock()
 
 
 @dataclass
-class GenerateOutput:
+class GenerateOutput(Output):
     """What `generate` returns with return_dict_in_generate.
 
     sequences: [B * n, T + longest] prompt and answer. logprobs: [B * n, longest] float32 log-probability of each
@@ -40,14 +42,13 @@ class GenerateOutput:
     each step, before and after penalties, temperature and filters; -inf for rows that had ended.
     """
 
+    order = ("sequences", "scores", "logits", "logprobs")
     sequences: Tensor
     logprobs: Tensor
     scores: tuple[Tensor, ...] | None = None
     logits: tuple[Tensor, ...] | None = None
 
 
-# Settings of transformers that this runtime has only one value of.
-_ONLY: dict[str, Any] = {"num_beams": 1, "use_cache": True, "num_beam_groups": 1, "early_stopping": False}
 _LENGTHS = ("max_length", "max_new_tokens", "min_length", "min_new_tokens")
 _SAMPLED_ONLY = ("temperature", "top_k", "top_p", "min_p", "typical_p", "seed")
 _SAMPLING = (
@@ -60,33 +61,43 @@ _SAMPLING = (
     "num_return_sequences",
 )
 _TOKENS = ("eos_token_id", "pad_token_id")
+_OUTPUTS = ("return_dict_in_generate", "output_scores", "output_logits")
 
 
 class Generation(LanguageModel):
     """A language model with transformers' `generate`.
 
     Attributes:
-        generation_config: the checkpoint's generation_config.json as read, where `generate` starts from.
+        generation_config: the checkpoint's generation_config.json as read, where `generate` starts from; a dictionary
+            whose entries are attributes too. transformers' GenerationConfig can take its place.
     """
 
     def __init__(self, decoder: Decoder, **factory: Any):
         super().__init__(decoder, **factory)
-        self.generation_config: dict[str, Any] = {}
+        self.generation_config = {}
         self._engine: Engine | None = None
+
+    @property
+    def generation_config(self) -> GenerationSettings:
+        return self._generation_config
+
+    @generation_config.setter
+    def generation_config(self, given: Any) -> None:
+        self._generation_config = GenerationSettings.of(given)
 
     def generate(
         self,
         input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
+        attention_mask: Tensor | Any = None,
         *,
         inputs: Tensor | None = None,
         generation_config: Any = None,
         logits_processor: Sequence[LogitsProcessor] | LogitsProcessor | None = None,
         streamer: Any = None,
         tokenizer: Any = None,
-        return_dict_in_generate: bool = False,
-        output_scores: bool = False,
-        output_logits: bool = False,
+        return_dict_in_generate: bool | None = None,
+        output_scores: bool | None = None,
+        output_logits: bool | None = None,
         **kwargs: Any,
     ) -> Tensor | GenerateOutput:
         """Continues prompts; names and meanings are those of transformers' `generate`.
@@ -99,9 +110,10 @@ class Generation(LanguageModel):
 
         Args:
             input_ids (or inputs): [B, T] integers, padded on either side.
-            attention_mask: [B, T], zero at padding.
-            logits_processor: callables (ids [B, L], logits [B, V]) -> logits, called before all other settings, on the
-                rows still running; ragged rows are padded on the left with 0.
+            attention_mask: [B, T], zero at padding. In its place by position, a generation_config, as in transformers.
+            logits_processor: callables (ids [B * n, L], scores [B * n, V] float32) -> scores, called where transformers
+                calls them: behind penalties and masks, before temperature and filters. They see every row, as given,
+                its answer behind it, padded where it has ended.
             streamer: an object with put(ids) and end(), given the prompt first and then every step's tokens.
             output_scores, output_logits: keep them in the GenerateOutput that return_dict_in_generate asks for.
 
@@ -116,7 +128,11 @@ class Generation(LanguageModel):
         ids = inputs if input_ids is None else input_ids
         if not isinstance(ids, Tensor):
             raise TypeError(f"input_ids must be a tensor [B, T] of integers; it is a {type(ids).__name__}")
-        options = _options(self, generation_config, kwargs)
+        if attention_mask is not None and not isinstance(attention_mask, Tensor) and generation_config is None:
+            generation_config, attention_mask = attention_mask, None
+        outputs = (return_dict_in_generate, output_scores, output_logits)
+        options = _options(self, generation_config, {**kwargs, **dict(zip(_OUTPUTS, outputs, strict=True))})
+        return_dict_in_generate, output_scores, output_logits = (bool(options.pop(name, False)) for name in _OUTPUTS)
         vocab_size = self.config.vocab_size
         eos = _token_ids("eos_token_id", options.get("eos_token_id", self.config.eos_token_ids), vocab_size)
         pads = _token_ids("pad_token_id", options.get("pad_token_id", self.config.pad_token_id), vocab_size)
@@ -193,14 +209,14 @@ class Generation(LanguageModel):
                 waves.append(wave)
             return bool(waves) or all(request.finish_reason is not None for request in requests)
 
-        engine.add(requests)
-        try:
-            while waves or any(request.finish_reason is None for request in requests):
+        with engine.running(requests):
+            while not all(
+                request.finish_reason and count == len(request.token_ids)
+                for request, count in zip(requests, told, strict=True)
+            ):
                 engine.step(unless=read)
                 while waves:
                     yield waves.popleft()
-        finally:
-            engine.cancel(requests)
 
     def reserve(self, rows: int, max_seq_len: int, cache_tokens: int | None = None) -> Engine:
         """The engine that everything of this model runs through, for as many rows and as long sequences at least.
@@ -233,21 +249,16 @@ def read_generation_config(folder: Path) -> dict[str, Any]:
 
 def _options(model: Generation, given: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The checkpoint's settings, under those of generation_config, under the keywords; None counts as not said."""
-    known = (*_LENGTHS, *_SAMPLING, *_TOKENS, "do_sample", *_ONLY)
-    reject_unknown("generate", kwargs, known)
-    config = given.to_dict() if hasattr(given, "to_dict") else given or {}
-    if not isinstance(config, Mapping):
-        raise TypeError(f"generation_config must be a dictionary or an object with to_dict; it is {given!r}")
+    known = (*_LENGTHS, *_SAMPLING, *_TOKENS, *_OUTPUTS, "do_sample")
+    reject_unknown("generate", kwargs, (*known, *SETTINGS))
+    config = GenerationSettings.of(given)
+    refuse_unsupported(kwargs, keywords=True)
     options: dict[str, Any] = {}
     for source in (model.generation_config, config, kwargs):
+        refuse_unsupported(source)
         options |= {name: value for name, value in source.items() if value is not None and name in known}
     if options.get("pad_token_id") == -1:
         del options["pad_token_id"]  # some checkpoints' way to say that there is none
-    for name, only in _ONLY.items():
-        if options.pop(name, only) != only:
-            raise ValueError(
-                f"{name} can only be {only} here: this runtime samples or is greedy, one token after the other"
-            )
     return options
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import operator
 import os
@@ -22,12 +21,13 @@ from .chat_template import check_messages, joined_text
 from .config import InternLM3Config
 from .engine import Engine
 from .generation import GENERATION_CONFIG, read_generation_config
-from .keywords import reject_unknown
+from .generation_settings import refuse_unsupported
+from .keywords import reject_unknown, without_neutral
 from .outputs import Chunk, CompletionOutput, RequestOutput, Timings
 from .prompts import THINKING_SYSTEM_PROMPT
 from .request import Request, check_prompt
 from .sampling import RECOMMENDED_THINKING, SamplingKeywords, SamplingParams
-from .snapshots import locate
+from .snapshots import NEUTRAL, locate
 from .text import Writer
 from .token_ids import check_ids
 from .tokenizer import InternLM3Tokenizer
@@ -74,8 +74,7 @@ class LLM:
         progress: bool = True,
         **unknown: Any,
     ):
-        # Remote code is never run, so its switch means nothing here and may stay in people's calls.
-        unknown.pop("trust_remote_code", None)
+        unknown = without_neutral("LLM", unknown, NEUTRAL)
         reject_unknown("LLM", unknown, LLM.__init__.__kwdefaults__ or ())
         batch_size = _check_count("max_batch_size", max_batch_size)
         folder = locate(
@@ -88,7 +87,7 @@ class LLM:
         )
         # What is small and may be wrong comes before the weights.
         self.config = InternLM3Config.from_file(folder / "config.json")
-        self.max_seq_len = _check_window(self.config, max_seq_len)
+        self.max_seq_len = check_window(self.config, max_seq_len)
         self.max_batch_size = batch_size
         self.tokenizer = InternLM3Tokenizer.from_pretrained(folder)
         # A pad token may lie beyond the embedding: fine-tuning scripts add one, and no model ever reads it.
@@ -297,7 +296,8 @@ class LLM:
             return fresh or not running
 
         bar = tqdm(total=len(answers), unit="answer", disable=None if self._progress and len(prompts) > 1 else True)
-        with bar, self._run(requests) as engine:
+        engine = self._engine()
+        with bar, engine.running(requests):
             while running:
                 engine.step(unless=read)
         outputs, done = [], iter(answers)
@@ -323,7 +323,8 @@ class LLM:
         told = 0
 
         begin = time.perf_counter()
-        with self._run([request]) as engine:
+        engine = self._engine()
+        with engine.running([request]):
             while not answer.writer.done or told < len(answer.parts):
                 engine.step(unless=lambda: answer.read(engine) or answer.writer.done)
                 while told < len(answer.parts):
@@ -345,20 +346,6 @@ class LLM:
                         peak_memory(device),
                         request.cached_tokens,
                     )
-
-    @contextlib.contextmanager
-    def _run(self, requests: list[Request]) -> Iterator[Engine]:
-        """Hands requests to the engine; what has not ended when the block does is cancelled."""
-        engine = self._engine()
-        engine.add(requests)
-        try:
-            yield engine
-            if any(request.finish_reason == "abort" for request in requests):
-                raise RuntimeError(
-                    "the answer was broken off by an error in a step that another thread shared: try again"
-                )
-        finally:
-            engine.cancel(requests)
 
     def _engine(self) -> Engine:
         return self.model.reserve(self.max_batch_size, self.max_seq_len, self._cache_tokens)
@@ -456,6 +443,7 @@ def _generation_defaults(folder: Path, vocab_size: int) -> tuple[SamplingParams,
     ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
     try:
         check_ids("eos_token_id", ends, vocab_size)
+        refuse_unsupported(values)
         return SamplingParams.from_generation_config(values), ends
     except ValueError as error:
         raise ValueError(f"{folder / GENERATION_CONFIG}: {error}") from None
@@ -470,7 +458,8 @@ def _check_count(name: str, value: Any) -> int:
     raise ValueError(f"{name} must be an integer of at least 1; it is {value!r}")
 
 
-def _check_window(config: InternLM3Config, wanted: int | None) -> int:
+def check_window(config: InternLM3Config, wanted: int | None) -> int:
+    """The length to open, at most: the trained window for None. Raises ValueError for what the model does not take."""
     window = config.max_position_embeddings
     if wanted is None:
         return window

@@ -21,8 +21,8 @@ from .batch_encoding import (
 from .control_tokens import control_tokens, encode_marked, marked
 from .detokenizer import Detokenizer
 from .files import write, write_json
-from .keywords import nearest, reject_unknown
-from .snapshots import locate
+from .keywords import nearest, reject_unknown, without_neutral
+from .snapshots import NEUTRAL, NEUTRAL_AT_SAVE, locate
 from .tokenizer_files import (
     CONFIG_FILE,
     NAMED_TOKENS,
@@ -34,6 +34,28 @@ from .tokenizer_files import (
     read_config,
     vocabulary_file,
 )
+
+# transformers' keywords that mean nothing here, see keywords.without_neutral.
+_NEUTRAL_AT_LOAD: dict[str, tuple[Any, ...]] = {
+    "use_fast": (True, False),
+    "legacy": (True, False),
+    "from_slow": (False,),
+    "use_default_system_prompt": (False,),
+    "spaces_between_special_tokens": (False,),
+}
+_NEUTRAL_AT_CALL: dict[str, tuple[Any, ...]] = {
+    "stride": (0,),
+    "is_split_into_words": (False,),
+    "pad_to_multiple_of": (),
+    "return_overflowing_tokens": (False,),
+    "return_special_tokens_mask": (False,),
+    "return_offsets_mapping": (False,),
+    "return_length": (False,),
+    "split_special_tokens": (False,),
+    "text_target": (),
+    "text_pair_target": (),
+    "verbose": (True, False),
+}
 
 
 class InternLM3Tokenizer:
@@ -110,7 +132,7 @@ class InternLM3Tokenizer:
     @classmethod
     def from_pretrained(
         cls,
-        id_or_path: str | os.PathLike[str],
+        pretrained_model_name_or_path: str | os.PathLike[str],
         *,
         revision: str | None = None,
         token: str | None = None,
@@ -122,10 +144,10 @@ class InternLM3Tokenizer:
 
         Nothing of a checkpoint is ever executed: a config's `auto_map` is ignored, and so is `trust_remote_code`.
         """
-        overrides.pop("trust_remote_code", None)
+        overrides = without_neutral("InternLM3Tokenizer.from_pretrained", overrides, {**NEUTRAL, **_NEUTRAL_AT_LOAD})
         reject_unknown("InternLM3Tokenizer.from_pretrained", overrides, SETTINGS)
         directory = locate(
-            id_or_path,
+            pretrained_model_name_or_path,
             revision=revision,
             token=token,
             cache_dir=cache_dir,
@@ -141,11 +163,13 @@ class InternLM3Tokenizer:
         tokenizer._extra_config = config
         return tokenizer
 
-    def save_pretrained(self, directory: str | os.PathLike[str]) -> tuple[str, ...]:
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **unknown: Any) -> tuple[str, ...]:
         """Writes tokenizer.model (or .json), tokenizer_config.json, special_tokens_map.json; returns their paths.
 
         Each file appears whole or not at all.
         """
+        unknown = without_neutral("save_pretrained", unknown, NEUTRAL_AT_SAVE)
+        reject_unknown("InternLM3Tokenizer.save_pretrained", unknown, ("save_directory",))
         special = {**self.special_tokens_map, "additional_special_tokens": self.additional_special_tokens}
         config = {
             "tokenizer_class": "InternLM3Tokenizer",
@@ -153,8 +177,8 @@ class InternLM3Tokenizer:
             **{name: getattr(self, name) for name in SETTINGS if name != "extra_special_tokens"},
             "added_tokens_decoder": self._vocabulary.added.to_json(),
         }
-        paths = [Path(directory) / CONFIG_FILE, Path(directory) / SPECIAL_TOKENS_FILE]
-        vocabulary = self.save_vocabulary(directory)
+        paths = [Path(save_directory) / CONFIG_FILE, Path(save_directory) / SPECIAL_TOKENS_FILE]
+        vocabulary = self.save_vocabulary(save_directory)
         for path, content in zip(paths, (config, special), strict=True):
             write_json(path, content)
         return (*vocabulary, *map(str, paths))
@@ -282,6 +306,7 @@ class InternLM3Tokenizer:
             ValueError: options that contradict each other, padding without a pad token, rows of different lengths
                 with return_tensors, text that is not valid Unicode.
         """
+        unknown = without_neutral("calling InternLM3Tokenizer", unknown, _NEUTRAL_AT_CALL)
         reject_unknown("calling InternLM3Tokenizer", unknown, InternLM3Tokenizer.__call__.__kwdefaults__ or ())
         encoded = [
             (self._vocabulary.encode(first), None if second is None else self._vocabulary.encode(second))
@@ -380,13 +405,19 @@ class InternLM3Tokenizer:
         return self.detokenizer(clean_up_tokenization_spaces=False).text(tokens)
 
     def decode(
-        self, ids: Any, skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool | None = None
+        self,
+        ids: Any,
+        skip_special_tokens: bool = False,
+        clean_up_tokenization_spaces: bool | None = None,
+        **unknown: Any,
     ) -> str:
         """The text of a sequence of ids (a list, a 1-D tensor or array, or one id).
 
         Raises:
             TypeError: ids that are no whole numbers. ValueError: a negative one, or more than one sequence.
         """
+        unknown = without_neutral("decode", unknown, {"spaces_between_special_tokens": (False,)})
+        reject_unknown("decode", unknown, ("skip_special_tokens", "clean_up_tokenization_spaces"))
         tokens = self.convert_ids_to_tokens(_as_ids(ids), skip_special_tokens)
         return self.detokenizer(clean_up_tokenization_spaces).text(tokens)
 

@@ -223,6 +223,56 @@ def test_a_tied_head_that_was_saved_too(tmp_path):
     assert same(model, load(tmp_path))
 
 
+NEUTRAL = {
+    "attn_implementation": "sdpa", "low_cpu_mem_usage": True, "use_safetensors": True, "trust_remote_code": True,
+    "quantization_config": None, "load_in_8bit": False, "force_download": False, "subfolder": "", "variant": None,
+    "max_memory": None, "output_loading_info": False, "ignore_mismatched_sizes": False, "proxies": None,
+}  # fmt: skip
+
+
+def test_keywords_of_copied_scripts(tmp_path):
+    """What means nothing here is accepted at the value at which it means nothing, and names are transformers'."""
+    model = make()
+    model.save_pretrained(save_directory=tmp_path, safe_serialization=True, push_to_hub=False)
+    again = InternLM3ForCausalLM.from_pretrained(
+        pretrained_model_name_or_path=tmp_path, device="cpu", progress=False, **NEUTRAL
+    )
+    assert same(model, again)
+    model.config.save_pretrained(save_directory=tmp_path, push_to_hub=False)
+    config = InternLM3Config.from_pretrained(pretrained_model_name_or_path=tmp_path, force_download=False)
+    assert config == model.config
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"attn_implementation": "flash_attention_2"}, "attn_implementation='flash_attention_2' .* 'sdpa' or 'eager'"),
+        ({"load_in_4bit": True}, "load_in_4bit=True is not supported; it can only be False"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config={'bits': 4} is not supported"),
+        ({"variant": "fp16"}, "variant='fp16'"),
+        ({"subfolder": "sub"}, "subfolder='sub'"),
+        ({"use_safetensors": False}, "use_safetensors=False"),
+        ({"force_download": True}, "force_download=True"),
+    ],
+    ids=str,
+)
+def test_keywords_that_would_mean_something(tmp_path, options, words):
+    make().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=words):
+        load(tmp_path, **options)
+    with pytest.raises(ValueError, match="safe_serialization=False is not supported"):
+        make().save_pretrained(tmp_path, safe_serialization=False)
+    with pytest.raises(TypeError, match="'max_shard_sise'; did you mean 'max_shard_size'"):
+        make().save_pretrained(tmp_path, max_shard_sise="5GB")
+
+
+def test_pickled_weights_where_safe_ones_are_asked_for(tmp_path):
+    make().config.save_pretrained(tmp_path)
+    torch.save(make().state_dict(), tmp_path / "pytorch_model.bin")
+    assert same(make(), load(tmp_path))
+    refused(tmp_path, FileNotFoundError, tmp_path, "use_safetensors=True", use_safetensors=True)
+
+
 # -------------------------------------------------------------------- memory
 
 
