@@ -145,6 +145,7 @@ class Generation(LanguageModel):
 
         most, least = _lengths(options, ids.shape[1])
         params = SamplingParams.from_kwargs(params, min_tokens=least)
+        params.check_vocab(vocab_size)
         processors = [logits_processor] if callable(logits_processor) else logits_processor or []
         if not isinstance(processors, list | tuple) or not all(map(callable, processors)):
             raise TypeError(f"logits_processor must be a callable or a list of them; it is {logits_processor!r}")

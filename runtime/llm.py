@@ -310,7 +310,7 @@ class LLM:
                     [each.output() for each in own],
                     wanted,
                     own[0].request.cached_tokens,
-                    _timings(own, called),
+                    _timings([each.request for each in own], called),
                 )
             )
         return outputs
@@ -330,7 +330,7 @@ class LLM:
                 while told < len(answer.parts):
                     text = answer.parts[told]
                     told += 1
-                    first, now = answer.times[0], answer.times[told - 1]
+                    first, now = request.times[0], request.times[told - 1]
                     last = answer.writer.done and told == len(answer.parts)
                     yield Chunk(
                         text,
@@ -352,22 +352,19 @@ class LLM:
 
 
 class _Answer:
-    """One answer as it comes: its text, token by token, and when each token came."""
+    """One answer as it comes, and its text, token by token."""
 
     def __init__(self, request: Request, writer: Writer):
         self.request, self.writer = request, writer
         self.parts: list[str] = []
-        self.times: list[float] = []
 
     def read(self, engine: Engine) -> bool:
         """Whether there was anything new. What a stop string cuts off is no part of the answer."""
         request, writer = self.request, self.writer
         if writer.done or writer.told == len(request.token_ids):
             return False
-        now = time.perf_counter()
         while not writer.done and writer.told < len(request.token_ids):
             self.parts.append(writer.write())
-            self.times.append(now)
         if writer.stopped is not None:
             engine.cancel([request])
             request.cut(writer.told)
@@ -389,10 +386,10 @@ class _Answer:
         )
 
 
-def _timings(answers: Sequence[_Answer], called: float) -> Timings:
-    first = min(answers, key=lambda answer: answer.times[0])
-    began, last = first.request.began, max(answer.times[-1] for answer in answers)
-    return Timings(first.times[0] - began, first.times[0] - called, last - first.times[0])
+def _timings(requests: Sequence[Request], called: float) -> Timings:
+    first = min(requests, key=lambda request: request.times[0])
+    begun, last = first.times[0], max(request.times[-1] for request in requests)
+    return Timings(begun - first.began, begun - called, last - begun)
 
 
 def peak_memory(device: torch.device) -> float:

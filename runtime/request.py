@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -22,7 +23,7 @@ class Request:
     answer: its index among the `n` answers to one prompt.
     watch: what its call must see of every step on the host.
     cached_tokens: how many of the prompt's tokens lay in the cache already.
-    began: when it was given a row, by time.perf_counter.
+    began, times: when it was given a row, and when each of its tokens came, by time.perf_counter.
     finish_reason: None while it runs, "stop" (an end token or stop string), "length", or "abort".
     stop_reason: the stop token or string that ended it, None for the model's own ends.
     """
@@ -38,6 +39,7 @@ class Request:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     top_logprobs: list[dict[int, float]] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)
     cached_tokens: int = 0
     began: float = 0.0
     finish_reason: str | None = None
@@ -64,6 +66,7 @@ class Request:
         """A token, and how it ended the answer: 0 not, 1 as an end, 2 as the last that was asked for."""
         self.token_ids.append(token_id)
         self.logprobs.append(logprob)
+        self.times.append(time.perf_counter())
         if end == 1:
             self.finish("stop", token_id if token_id in (self.params.stop_token_ids or ()) else None)
         elif end == 2:
@@ -74,7 +77,7 @@ class Request:
 
     def cut(self, tokens: int) -> None:
         """Forgets what came behind so many tokens."""
-        for told in (self.token_ids, self.logprobs, self.top_logprobs):
+        for told in (self.token_ids, self.logprobs, self.top_logprobs, self.times):
             del told[tokens:]
 
 
