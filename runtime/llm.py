@@ -82,7 +82,7 @@ class LLM:
         )
         # What is small and may be wrong comes before the weights.
         self.config = InternLM3Config.from_file(folder / "config.json")
-        self.max_seq_len = _check_window(self.config, max_seq_len)
+        self.max_seq_len = check_window(self.config, max_seq_len)
         self.max_batch_size = batch_size
         self.tokenizer = InternLM3Tokenizer.from_pretrained(folder)
         # A pad token may lie beyond the embedding: fine-tuning scripts add one, and no model ever reads it.
@@ -417,7 +417,8 @@ def _check_count(name: str, value: Any) -> int:
     raise ValueError(f"{name} must be an integer of at least 1; it is {value!r}")
 
 
-def _check_window(config: InternLM3Config, wanted: int | None) -> int:
+def check_window(config: InternLM3Config, wanted: int | None) -> int:
+    """The length to open, at most: the trained window for None. Raises ValueError for what the model does not take."""
     window = config.max_position_embeddings
     if wanted is None:
         return window

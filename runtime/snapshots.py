@@ -63,6 +63,8 @@ def locate(
         NotADirectoryError: `id_or_path` is a file. OSError: what is fetched cannot be written.
     """
     name = os.fspath(id_or_path)
+    if not name:
+        raise FileNotFoundError("no checkpoint is named: give a folder, or a hub repository as owner/name")
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
