@@ -439,8 +439,8 @@ def test_a_pad_token_may_lie_beyond_the_embedding(make, tiny_folder, tmp_path):
         ({"eos_token_id": "2"}, "eos_token_id holds '2'"),
         ({"do_sample": True, "temperature": "0.5"}, "temperature must be a number"),
         ({"do_sample": True, "top_k": True}, "top_k must be an integer"),
-        ({"no_repeat_ngram_size": 3}, "no_repeat_ngram_size=3 is not supported"),
-        ({"suppress_tokens": [1]}, r"suppress_tokens=\[1\] is not supported"),
+        ({"no_repeat_ngram_size": 3}, "generate: no_repeat_ngram_size=3 is not supported"),
+        ({"suppress_tokens": [1]}, r"generate: suppress_tokens=\[1\] is not supported"),
     ],
 )
 def test_settings_of_a_wrong_kind_in_a_file(tiny_folder, tmp_path, settings, message):
