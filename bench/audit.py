@@ -79,6 +79,11 @@ def violations(launch: Launch, code: MachineCode, target: Target, facts: Facts) 
         wrong.append(f"takes {shared} bytes of shared memory; a block may have {target.block_shared}")
     if facts.tensor_cores and not code.tensor_core:
         wrong.append("has no tensor-core instruction, though it is meant to")
+    # The order of rounding is part of an op's meaning.
+    if launch.compiled.metadata.enable_fp_fusion:
+        wrong.append("is launched so that the compiler may contract a product and a sum, which are rounded once then")
+    if code.fused_16_bits:
+        wrong.append(f"fused 16-bit operations: {len(code.fused_16_bits)}, as {code.fused_16_bits[0]}")
     if not target.is_cuda:
         return wrong
 

@@ -8,10 +8,11 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from launches import Launch
-from sass import TENSOR_CORE, Access, instructions, trace
+from sass import TENSOR_CORE, Access, fuses_16_bits, instructions, trace
 from targets import Target
 from triton import knobs
 
@@ -23,6 +24,7 @@ class MachineCode(NamedTuple):
     accesses: list[Access]
     waits: bool = False  # for the predecessor in programmatic dependent launch
     exits_unwaited: bool = False  # on some way
+    fused_16_bits: Sequence[str] = ()  # instructions that round a product and a sum once, to 16 bits
 
 
 def read(launch: Launch, target: Target) -> MachineCode:
@@ -38,7 +40,8 @@ def _read_nvidia(launch: Launch) -> MachineCode:
     held = {name: int(number) for name, number in re.findall(r"([A-Z]+)(?:\[0\])?:(\d+)", usage.split("Function")[1])}
     code = text[text.index(f"\n{launch.compiled.name}:") :]
     accesses, exits_unwaited = trace(code, _pointer_offsets(launch, held["CONSTANT"]))
-    names = Counter(instruction.base for instruction in instructions(code))
+    listing = list(instructions(code))
+    names = Counter(instruction.base for instruction in listing)
     return MachineCode(
         held["REG"],
         held["STACK"] + held["LOCAL"],
@@ -46,6 +49,7 @@ def _read_nvidia(launch: Launch) -> MachineCode:
         accesses,
         names["ACQBULK"] > 0,
         exits_unwaited,
+        [str(instruction) for instruction in listing if fuses_16_bits(instruction)],
     )
 
 

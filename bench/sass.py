@@ -62,6 +62,7 @@ _WRITE_NO_REGISTER = {
         "DEPBAR",
     ),
 }
+_ONES = (["1", "1"], ["-1", "-1"])
 _BYTES = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}
 
 
@@ -104,6 +105,15 @@ class _Instruction(NamedTuple):
         elif {"WIDE", "64"} & set(self.name.split(".")) or self.base == "CS2R":
             words = 2
         return [f"{found[1]}{int(found[2]) + i}" for i in range(words)], rest[1:]
+
+
+def fuses_16_bits(instruction: _Instruction) -> bool:
+    """Does it round a 16-bit product and sum once? Products and sums alone, and constants, may look alike."""
+    if instruction.base not in ("HFMA2", "HFMA"):
+        return False
+    # What it writes; two factors, the second of which may be a pair of numbers; what is added.
+    first, *second, addend = instruction.operands[1:]
+    return not first.lstrip("-").startswith("RZ") and not addend.lstrip("-").startswith("RZ") and second not in _ONES
 
 
 class _State:

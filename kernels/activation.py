@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import check_activation, pdl
+from .launch import check_activation, options
 
 # Columns of one program: 8 a thread, one 16-byte load of each half in a 16-bit dtype.
 BLOCK = 1024
@@ -51,6 +51,6 @@ def swiglu(gate_up: Tensor) -> Tensor:
     y = torch.empty((*lead, width // 2), dtype=gate_up.dtype, device=gate_up.device)
     rows = gate_up.reshape(-1, width)
     _swiglu[(rows.shape[0], triton.cdiv(width // 2, BLOCK))](
-        rows, y, rows.stride(0), I=width // 2, BLOCK=BLOCK, num_warps=NUM_WARPS, **pdl(gate_up.device)
+        rows, y, rows.stride(0), I=width // 2, BLOCK=BLOCK, num_warps=NUM_WARPS, **options(gate_up.device)
     )
     return y

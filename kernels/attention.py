@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import check, check_activation, pdl
+from .launch import check, check_activation, options
 
 MAX_HEAD_DIM = 256
 # Programs that share a sequence's work on one key/value head: twice as many, with InternLM3-8B's two, fill 132 SMs.
@@ -217,8 +217,8 @@ def paged_attention(
         raise ValueError(f"scale is {scale}, must be positive")
 
     T, G = rows // B, H // K
-    options = pdl(device)
-    BM, BN, BD, SPLITS, warps, stages = _tiling(T, G, D, q.dtype, sm90=options["PDL"])
+    shared = options(device)
+    BM, BN, BD, SPLITS, warps, stages = _tiling(T, G, D, q.dtype, sm90=shared["PDL"])
     out = torch.empty((rows, H * D), dtype=q.dtype, device=device)
     partial, weights = out, out
     if SPLITS > 1:
@@ -229,8 +229,8 @@ def paged_attention(
     _attend[grid](
         q, k_cache, v_cache, block_table, seq_lens, partial, weights, q.stride(0), q.stride(1),
         *k_cache.stride()[:3], block_table.stride(0), scale * math.log2(math.e), T, P, N,
-        G, K, S, D, SPLITS, BM, BN, BD, num_warps=warps, num_stages=stages, **options,
+        G, K, S, D, SPLITS, BM, BN, BD, num_warps=warps, num_stages=stages, **shared,
     )  # fmt: skip
     if SPLITS > 1:
-        _combine[(rows, H)](partial, weights, seq_lens, out, T, H, D, SPLITS, BN, BD, num_warps=4, **options)
+        _combine[(rows, H)](partial, weights, seq_lens, out, T, H, D, SPLITS, BN, BD, num_warps=4, **shared)
     return out

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import check, check_activation, pdl
+from .launch import check, check_activation, options
 
 # Columns of one program: 8 a thread, one 16-byte load in a 16-bit dtype.
 BLOCK = 1024
@@ -43,6 +43,6 @@ def embed(token_ids: Tensor, table: Tensor) -> Tensor:
     rows = token_ids.shape[0]
     y = torch.empty((rows, width), dtype=table.dtype, device=table.device)
     _embed[(rows, triton.cdiv(width, BLOCK))](
-        token_ids, table, y, vocab, table.stride(0), C=width, BLOCK=BLOCK, num_warps=NUM_WARPS, **pdl(table.device)
+        token_ids, table, y, vocab, table.stride(0), C=width, BLOCK=BLOCK, num_warps=NUM_WARPS, **options(table.device)
     )
     return y

@@ -1,4 +1,4 @@
-"""What every launcher shares: programmatic dependent launch, decided in one place, and the checks of its arguments."""
+"""What every launcher shares: the options of its launches, decided in one place, and the checks of its arguments."""
 
 from functools import lru_cache
 
@@ -12,16 +12,24 @@ INTERPRETED = triton.knobs.runtime.interpret
 
 
 @lru_cache
-def pdl(device: torch.device) -> dict[str, bool]:
-    """Launch options of programmatic dependent launch: `kernel[grid](..., **pdl(x.device))`.
+def options(device: torch.device) -> dict[str, bool]:
+    """Options of every launch: `kernel[grid](..., **options(x.device))`.
 
-    With it a kernel starts while its predecessor drains. The kernel's part, under `if PDL:`, is to call
-    `gdc_launch_dependents()` first, then load its weights, and `gdc_wait()` before it reads what a predecessor wrote
-    and before any write. CUDA has it from compute capability 9.0.
+    Rounding: the compiler contracts no product and sum, since that would skip a rounding which the op promises, in one
+    kernel and not in the next. Where a fused operation is meant there is `tl.fma`.
+
+    Programmatic dependent launch: a kernel starts while its predecessor drains. The kernel's part, under `if PDL:`, is
+    to call `gdc_launch_dependents()` first, then load its weights, and `gdc_wait()` before it reads what a predecessor
+    wrote and before any write. CUDA has it from compute capability 9.0. Before the wait only constants are read:
+    weights, biases and the weights of norms. A predecessor lets a kernel start before its own writes are to be seen,
+    even where it triggers nothing and merely ends. So between the launch that writes a constant and the first op that
+    reads it, there must be a synchronisation, or one more launch without this option, as PyTorch's are: it begins when
+    the writer is done. That holds for the loading of weights, and for what a test or a bench makes up.
     """
+    rounding = {"enable_fp_fusion": False}
     if INTERPRETED or torch.version.hip or torch.cuda.get_device_capability(device) < (9, 0):
-        return {"PDL": False}
-    return {"PDL": True, "launch_pdl": True}
+        return {"PDL": False, **rounding}
+    return {"PDL": True, "launch_pdl": True, **rounding}
 
 
 def check_activation(name: str, x: Tensor, *shape: int) -> None:

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import check, check_activation, pdl
+from .launch import check, check_activation, options
 
 
 def _num_warps(block: int) -> int:
@@ -50,6 +50,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     rows = x.reshape(-1, width)
     block = triton.next_power_of_2(width)
     _rms_norm[(rows.shape[0],)](
-        rows, weight, y, rows.stride(0), eps, C=width, BLOCK=block, num_warps=_num_warps(block), **pdl(x.device)
+        rows, weight, y, rows.stride(0), eps, C=width, BLOCK=block, num_warps=_num_warps(block), **options(x.device)
     )  # fmt: skip
     return y

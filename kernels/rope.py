@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import check, check_activation, pdl
+from .launch import check, check_activation, options
 
 # Heads of one program, one warp: many programs hide latency where rows are few, angles are shared where rows are many.
 FEW_ROWS = 64
@@ -131,7 +131,7 @@ def rope_and_cache(
         qkv.stride(0), inv_freq.stride(0), *k_cache.stride()[:3], *v_cache.stride()[:3], block_table.stride(0),
         rows // sequences, pages, slots,
         H=heads, K=kv_heads, D=dim, S=page_size,
-        HEADS=group, HALF=triton.next_power_of_2(dim // 2), num_warps=1, **pdl(device),
+        HEADS=group, HALF=triton.next_power_of_2(dim // 2), num_warps=1, **options(device),
     )  # fmt: skip
     return q
 

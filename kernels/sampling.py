@@ -9,8 +9,7 @@ The chain of launches, each over all rows at once:
     _pick         [B]           the block that holds the random point, the token in it, its log-probability
 
 Masses are integers, so neither the order of additions nor that of the candidates, which an atomic counter gives out,
-can change a result. The only arithmetic that decides is float32 rounded once per operation: no contraction to fused
-multiply-adds (`enable_fp_fusion=False`), division by `div_rn`.
+can change a result. The only arithmetic that decides is float32 rounded once per operation; division is `div_rn`.
 
 InternLM3-8B (V = 128512, 126 blocks), per row: the logits once (251 KiB in 16 bits), x written once and read up to
 three times (502 KiB each, from the L2 cache); about 60 operations per token. A top-k of at most as many tokens as there
@@ -22,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import check, check_activation, pdl
+from .launch import check, check_activation, options
 from .sampling_reference import EXP2_COEFFICIENTS, FLOAT32_MAX, LOG2_E, MASK32, SHARE_BITS, UNIT_BITS, check_counts
 
 # Tokens of one program: 8 a thread.
@@ -434,8 +433,8 @@ def sample(
     def stride(tensor: Tensor | None) -> int:
         return 0 if tensor is None else tensor.stride(0)
 
-    per_block = {"BLOCK": BLOCK, "num_warps": BLOCK_WARPS, "enable_fp_fusion": False, **pdl(device)}
-    per_row = {"BLOCKS": triton.next_power_of_2(blocks), "enable_fp_fusion": False, **pdl(device)}
+    per_block = {"BLOCK": BLOCK, "num_warps": BLOCK_WARPS, **options(device)}
+    per_row = {"BLOCKS": triton.next_power_of_2(blocks), **options(device)}
     typical = {"TYPICAL": searches and typical_p is not None}
     _penalize[(rows, blocks)](
         logits, logit_bias, repetition_penalty, frequency_penalty, presence_penalty, prompt_counts, output_counts,

@@ -22,7 +22,7 @@ What ptxas makes of it for sm_90 (Triton 3.7.1, bfloat16), nothing spilled; one 
     rms_norm_qkv_rope_cache       96           5                 80                  164          82
     linear_add (o)                56           9                144                   64          72
     rms_norm_swiglu               94           5                 80                   68          80
-    linear_add (down)             78           3                120                   56          72
+    linear_add (down)             77           3                120                   56          72
     rms_norm_linear (head)        93           5                 80                   70          80
 
 SwiGLU joins W's row i with row i + I, a rotation row d of a head with d + D/2. Both lie HALF rows apart in a group of
@@ -40,7 +40,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activation import silu
-from .launch import pdl
+from .launch import options
 from .rope import cos_sin, rotate
 
 
@@ -114,14 +114,15 @@ def _one_row(ws, norms, x_ptr, eps, C: tl.constexpr, BC: tl.constexpr):
     if len(norms) > 0:
         squares = tl.zeros((BC,), tl.float32)
         for i in tl.static_range(len(xs)):
-            squares += xs[i].to(tl.float32) * xs[i].to(tl.float32)
+            x = xs[i].to(tl.float32)
+            squares = tl.fma(x, x, squares)
         scale = tl.rsqrt(tl.sum(squares, 0) / C + eps)
     products = tl.zeros((ws[0].shape[0], BC), tl.float32)
     for i in tl.static_range(len(xs)):
         x = xs[i]
         if len(norms) > 0:
             x = _normed(x.to(tl.float32), scale, norms[i])
-        products += ws[i].to(tl.float32) * x.to(tl.float32)[None, :]
+        products = tl.fma(ws[i].to(tl.float32), x.to(tl.float32)[None, :], products)
     return tl.sum(products, 1)[:, None]
 
 
@@ -139,7 +140,7 @@ def _rows(
         for c in tl.static_range(0, C, BC):
             chunk = (c + tl.arange(0, BC))[None, :]
             x = tl.load(x_rows + chunk, mask=(row < R) & (chunk < C), other=0.0).to(tl.float32)
-            squares += x * x
+            squares = tl.fma(x, x, squares)
         scale = tl.rsqrt(tl.sum(squares, 1) / C + eps)[:, None]
     y = tl.zeros((BO, BR), tl.float32)
     for first in tl.range(0, C, BC, num_stages=STAGES):
@@ -286,5 +287,5 @@ def multiply(
         y, rows, **(cache or NO_CACHE),
         OUT=outputs, C=columns, W_STRIDE=weight.stride(0), HALF=half,
         BO=tile.rows, BC=min(tile.width // size, max(triton.next_power_of_2(columns), 16)),
-        BR=1 if alone else PADDED_ROWS, STAGES=tile.stages, AHEAD=AHEAD, num_warps=tile.warps, **pdl(x.device),
+        BR=1 if alone else PADDED_ROWS, STAGES=tile.stages, AHEAD=AHEAD, num_warps=tile.warps, **options(x.device),
     )  # fmt: skip

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import check, check_activation, pdl
+from .launch import check, check_activation, options
 
 BLOCK = 1024
 # The loads of one warp are all issued before its first store, so that nothing is read that this launch has written.
@@ -95,5 +95,5 @@ def advance(
     _advance[(rows,)](
         drawn, logprob, token, seq_lens, limit, ends, said, output_counts, free_from, permitted, allowed,
         ends.stride(0), output_counts.stride(0), said.stride(0), permitted.stride(0), allowed.stride(0), words,
-        BLOCK=BLOCK, num_warps=NUM_WARPS, **pdl(device),
+        BLOCK=BLOCK, num_warps=NUM_WARPS, **options(device),
     )  # fmt: skip

@@ -9,16 +9,18 @@ import sys
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
+from tqdm import tqdm
 
 from .causal_lm import InternLM3ForCausalLM
 from .chat_template import check_messages, joined_text
 from .config import InternLM3Config
-from .generation import GENERATION_CONFIG, Batch, read_generation_config
+from .engine import Engine
+from .generation import GENERATION_CONFIG, read_generation_config
 from .generation_settings import refuse_unsupported
 from .keywords import reject_unknown, without_neutral
 from .outputs import Chunk, CompletionOutput, RequestOutput, Timings
@@ -46,9 +48,11 @@ class LLM:
         device: "auto" (the GPU if there is one), "cpu", "cuda" or "cuda:N".
         max_seq_len: prompt and answer together, in tokens; by default the trained window. Beyond the window only with
             dynamic NTK in the checkpoint.
-        max_batch_size: prompts that are decoded together; more wait for their turn.
+        max_batch_size: answers that are decoded together; more wait for their turn.
+        cache_tokens: how many tokens' keys and values are kept in all; by default a window for every answer of a batch,
+            but at most half of the memory that is free.
         revision, token, cache_dir, local_files_only: as in huggingface_hub.
-        progress: show progress bars of download and load.
+        progress: show progress bars of download, of load, and of several prompts on a terminal.
 
     Raises:
         FileNotFoundError, ValueError, MemoryError, TypeError: as InternLM3ForCausalLM.from_pretrained.
@@ -62,6 +66,7 @@ class LLM:
         device: str | torch.device = "auto",
         max_seq_len: int | None = None,
         max_batch_size: int = 16,
+        cache_tokens: int | None = None,
         revision: str | None = None,
         token: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
@@ -94,7 +99,11 @@ class LLM:
             )
         self.default_params, ends = _generation_defaults(folder, self.config.vocab_size)
         self.eos_token_ids = sorted({*ends, *self.config.eos_token_ids, *self.tokenizer.eos_ids})
+        self._ends = frozenset(self.eos_token_ids)
+        self._progress = progress
         self.model = InternLM3ForCausalLM.from_pretrained(folder, dtype=dtype, device=device, progress=progress)
+        self._cache_tokens = cache_tokens
+        self._engine()
 
     # ---------------------------------------------------------------- the three verbs
 
@@ -206,7 +215,7 @@ class LLM:
             if len(several) != 1:
                 raise ValueError(f"stream answers one prompt; there are {len(several)}")
             _, ids = self._encode(several[0])
-        return self._chunks(self._rows([ids], [params])[0])
+        return self._chunks(self._requests([ids], [params])[0])
 
     # ---------------------------------------------------------------- prompts and settings
 
@@ -251,8 +260,8 @@ class LLM:
         text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return text, self.tokenizer.encode(text, add_special_tokens=False)
 
-    def _rows(self, prompts: Sequence[list[int]], params: Sequence[SamplingParams]) -> list[Request]:
-        rows = []
+    def _requests(self, prompts: Sequence[list[int]], params: Sequence[SamplingParams]) -> list[Request]:
+        requests = []
         for index, (prompt, wanted) in enumerate(zip(prompts, params, strict=True)):
             name = f"prompt {index}" if len(prompts) > 1 else "the prompt"
             check_prompt(name, prompt, self.config.vocab_size)
@@ -263,95 +272,124 @@ class LLM:
                     "shorten it, or load the model with a larger max_seq_len"
                 )
             limit = min(wanted.max_tokens or room, room)
-            rows += [Request(prompt, wanted, limit, answer) for answer in range(wanted.n)]
-        return rows
+            requests += [Request(prompt, wanted, limit, self._ends, answer) for answer in range(wanted.n)]
+        return requests
 
-    # ---------------------------------------------------------------- the loop
+    # ---------------------------------------------------------------- through the engine
 
     def _answer(
         self, prompts: Sequence[tuple[str | None, list[int]]], params: Sequence[SamplingParams]
     ) -> list[RequestOutput]:
         called = time.perf_counter()
-        rows = self._rows([ids for _, ids in prompts], params)
-        answers: list[_Answer] = []
-        for start in range(0, len(rows), self.max_batch_size):
-            answers += self._run(rows[start : start + self.max_batch_size])
+        requests = self._requests([ids for _, ids in prompts], params)
+        answers = [_Answer(request, Writer(request, self.tokenizer)) for request in requests]
+        running = answers
+
+        def read() -> bool:
+            """Whether there was anything to read; in the engine's own time, so that nothing comes in between."""
+            nonlocal running
+            fresh = False
+            for answer in running:
+                fresh |= answer.read(engine)
+            running = [answer for answer in running if not answer.writer.done]
+            bar.update(len(answers) - len(running) - bar.n)
+            return fresh or not running
+
+        bar = tqdm(total=len(answers), unit="answer", disable=None if self._progress and len(prompts) > 1 else True)
+        engine = self._engine()
+        with bar, engine.running(requests):
+            while running:
+                engine.step(unless=read)
         outputs, done = [], iter(answers)
         for (text, ids), wanted in zip(prompts, params, strict=True):
             own = list(itertools.islice(done, wanted.n))
-            outputs.append(RequestOutput(text, ids, [each.output() for each in own], wanted, _timings(own, called)))
+            outputs.append(
+                RequestOutput(
+                    text,
+                    ids,
+                    [each.output() for each in own],
+                    wanted,
+                    own[0].request.cached_tokens,
+                    _timings([each.request for each in own], called),
+                )
+            )
         return outputs
 
-    def _run(self, rows: list[Request]) -> list[_Answer]:
-        """Each row's answer."""
-        began = time.perf_counter()
-        batch = Batch(self.model, rows, self.eos_token_ids)
-        answers = [_Answer(row, Writer(row, self.tokenizer), began) for row in rows]
-        running = answers
-        while running:
-            batch.step()
-            now = time.perf_counter()
-            for answer in running:
-                answer.write(now)
-            running = [answer for answer in running if answer.row.finish_reason is None]
-            batch.drop_finished()
-        return answers
+    def _chunks(self, request: Request) -> Iterator[Chunk]:
+        device = self.model.device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        answer = _Answer(request, Writer(request, self.tokenizer))
+        told = 0
 
-    def _chunks(self, row: Request) -> Iterator[Chunk]:
-        batch = Batch(self.model, [row], self.eos_token_ids)
-        writer = Writer(row, self.tokenizer)
-        if self.model.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.model.device)
-        begin = first = time.perf_counter()
-        while row.finish_reason is None:
-            batch.step()
-            text = writer.write()
-            now = time.perf_counter()
-            decoded = len(row.token_ids)
-            if decoded == 1:
-                first = now
-            yield Chunk(
-                text,
-                row.token_ids[-1:],
-                row.logprobs[-1:],
-                row.top_logprobs[-1:] if row.params.logprobs else None,
-                row.finish_reason,
-                row.stop_reason,
-                len(row.prompt_ids),
-                decoded,
-                len(row.prompt_ids) / (first - begin),
-                (decoded - 1) / (now - first) if decoded > 1 else 0.0,
-                peak_memory(self.model.device),
-            )
+        begin = time.perf_counter()
+        engine = self._engine()
+        with engine.running([request]):
+            while not answer.writer.done or told < len(answer.parts):
+                engine.step(unless=lambda: answer.read(engine) or answer.writer.done)
+                while told < len(answer.parts):
+                    text = answer.parts[told]
+                    told += 1
+                    first, now = request.times[0], request.times[told - 1]
+                    last = answer.writer.done and told == len(answer.parts)
+                    yield Chunk(
+                        text,
+                        request.token_ids[told - 1 : told],
+                        request.logprobs[told - 1 : told],
+                        request.top_logprobs[told - 1 : told] if request.params.logprobs else None,
+                        request.finish_reason if last else None,
+                        request.stop_reason if last else None,
+                        len(request.prompt_ids),
+                        told,
+                        len(request.prompt_ids) / (first - begin),
+                        (told - 1) / (now - first) if told > 1 else 0.0,
+                        peak_memory(device),
+                        request.cached_tokens,
+                    )
+
+    def _engine(self) -> Engine:
+        return self.model.reserve(self.max_batch_size, self.max_seq_len, self._cache_tokens)
 
 
-@dataclass
 class _Answer:
-    """One answer as it comes: its text, and when its batch began, its first token came and its last one."""
+    """One answer as it comes, and its text, token by token."""
 
-    row: Request
-    writer: Writer
-    began: float
-    text: str = ""
-    first: float = 0.0
-    last: float = 0.0
+    def __init__(self, request: Request, writer: Writer):
+        self.request, self.writer = request, writer
+        self.parts: list[str] = []
 
-    def write(self, now: float) -> None:
-        self.text += self.writer.write()
-        self.first, self.last = self.first or now, now
+    def read(self, engine: Engine) -> bool:
+        """Whether there was anything new. What a stop string cuts off is no part of the answer."""
+        request, writer = self.request, self.writer
+        if writer.done or writer.told == len(request.token_ids):
+            return False
+        while not writer.done and writer.told < len(request.token_ids):
+            self.parts.append(writer.write())
+        if writer.stopped is not None:
+            engine.cancel([request])
+            request.cut(writer.told)
+            request.finish("stop", writer.stopped)
+        elif isinstance(request.stop_reason, int):
+            request.stop_reason = writer.stop_string(request.stop_reason)
+        return True
 
     def output(self) -> CompletionOutput:
-        row = self.row
-        top_logprobs = row.top_logprobs if row.params.logprobs else None
+        request = self.request
         return CompletionOutput(
-            row.answer, self.text, row.token_ids, row.logprobs, top_logprobs, row.finish_reason, row.stop_reason
+            request.answer,
+            "".join(self.parts),
+            request.token_ids,
+            request.logprobs,
+            request.top_logprobs if request.params.logprobs else None,
+            request.finish_reason,
+            request.stop_reason,
         )
 
 
-def _timings(answers: Sequence[_Answer], called: float) -> Timings:
-    first = min(answers, key=lambda answer: answer.first)
-    last = max(answer.last for answer in answers)
-    return Timings(first.first - first.began, first.first - called, last - first.first)
+def _timings(requests: Sequence[Request], called: float) -> Timings:
+    first = min(requests, key=lambda request: request.times[0])
+    begun, last = first.times[0], max(request.times[-1] for request in requests)
+    return Timings(begun - first.began, begun - called, last - begun)
 
 
 def peak_memory(device: torch.device) -> float:

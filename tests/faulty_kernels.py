@@ -29,6 +29,8 @@ FAULTS = {  # name -> launch options
     "spills": {"maxnreg": 24},
     "no tensor core": {},
     "too much shared memory": {"num_stages": 6},
+    "may contract": {"enable_fp_fusion": True},
+    "fuses in 16 bits": {},
 }
 
 
@@ -60,7 +62,11 @@ def dot_product(x_ptr, w_ptr, y_ptr, address, stride, C: tl.constexpr, FAULT: tl
         w = tl.load(w_ptr + row * stride + columns)
     if FAULT != "early activation":
         x = tl.load(x_ptr + columns)
+    if FAULT == "fuses in 16 bits":
+        x = tl.fma(x, w, x)
     y = tl.sum(x.to(tl.float32) * w.to(tl.float32), 0)
+    if FAULT == "spills":  # all that was loaded is needed again
+        y = tl.sum((x.to(tl.float32) + w.to(tl.float32)) * y, 0)
     if FAULT == "untraceable load":
         y += tl.load(address.to(tl.pointer_type(tl.float32)))
     tl.store(y_ptr + row, y)
@@ -84,7 +90,7 @@ def matrix_product(x_ptr, w_ptr, y_ptr, N: tl.constexpr, C: tl.constexpr, BC: tl
 
 def launch(x: torch.Tensor, w: torch.Tensor, fault: str) -> None:
     pdl = torch.cuda.get_device_capability() >= (9, 0)
-    options = {"PDL": pdl, "launch_pdl": pdl, **FAULTS[fault]}
+    options = {"PDL": pdl, "launch_pdl": pdl, "enable_fp_fusion": False, **FAULTS[fault]}
     y = torch.empty((ROWS, ROWS), dtype=torch.float32, device=x.device)
     if fault == "too much shared memory":
         matrix_product[(1,)](x, w, y, ROWS, COLUMNS, 256, **options)

@@ -29,6 +29,8 @@ ON_EVERY_TARGET = {
     "spills": {"spills"},
     "no tensor core": {"has no tensor-core instruction, though it is meant to"},
     "too much shared memory": {"takes too much shared memory"},
+    "may contract": {"is launched so that the compiler may contract a product and a sum, which are rounded once then"},
+    "fuses in 16 bits": {"fused 16-bit operations"},
 }
 OF_DEPENDENT_LAUNCH = {
     "late trigger": {"accesses before the successor may start"},
@@ -110,11 +112,15 @@ def test_the_command_fails_where_a_tool_fails(tmp_path):
 
 # What follows needs no compiler: machine code in the disassembler's words.
 @pytest.fixture(scope="module")
-def trace():
+def sass():
     spec = importlib.util.spec_from_file_location("sass", BENCH / "sass.py")
     sass = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sass)
+    return sass
 
+
+@pytest.fixture
+def trace(sass):
     def trace(*lines: str):
         text = "\n".join(line if line.endswith(":") else f"        /*0000*/        {line} ;" for line in lines)
         return sass.trace(text, {0x160: "x_ptr", 0x168: "w_ptr"})
@@ -191,3 +197,24 @@ def test_an_address_may_travel_through_shared_memory(trace):
 def test_what_is_loaded_is_a_number(trace):
     traced = trace("LDC.64 R2, c[0x0][0x160]", "LDG.E.64 R2, [R2.64]", "LDG.E R4, [R2.64]", "EXIT")
     assert origins(traced) == [{"x_ptr"}, set()]
+
+
+@pytest.mark.parametrize(
+    ("text", "fuses"),
+    [
+        ("HFMA2.BF16_V2 R16, R7, R17.reuse, R20", True),
+        ("@P0 HFMA2.MMA R16, R7.H0_H0, -R17.H1_H1, R16", True),
+        ("HFMA2 R16, R7, 0.5, 0.5, R16", True),
+        ("HFMA2.BF16_V2 R16, R7, c[0x0][0x160].H0_H0, R16", True),
+        ("HFMA2.BF16_V2 R22, R6, R18, -RZ.H0_H0", False),  # a product
+        ("HFMA2.MMA.BF16_V2 R20, R11, R19, -RZ", False),
+        ("HFMA2.BF16_V2 R22, R22, 1, 1, R23", False),  # a sum
+        ("HFMA2.BF16_V2 R0, R0.H0_H0, -1, -1, R0.H1_H1", False),
+        ("HFMA2.MMA R88, -RZ, RZ, 0, 1.1920928955078125e-07", False),  # a constant
+        ("HMUL2.BF16_V2 R15, R7, R23", False),
+        ("FFMA R15, R7, R23, R15", False),
+    ],
+)
+def test_a_fused_operation_is_known_from_a_product_a_sum_and_a_constant(sass, text, fuses):
+    (instruction,) = sass.instructions(f"/*0000*/ {text} ;")
+    assert sass.fuses_16_bits(instruction) == fuses

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from internlm3 import InternLM3Config, InternLM3ForCausalLM, InternLM3Tokenizer
-from internlm3.runtime import generation
+from internlm3.runtime import decode
 
 QUESTIONS = [
     "What is the capital of France?",
@@ -528,7 +528,7 @@ def test_a_long_prompt_in_chunks(tiny, monkeypatch, length):
     prompt = torch.randint(6, 50, (1, length), generator=torch.Generator().manual_seed(length))
     flags = {"do_sample": False, "max_new_tokens": 3, "return_dict_in_generate": True, "output_logits": True}
     whole = tiny.ours.generate(prompt, eos_token_id=[], **flags)
-    monkeypatch.setattr(generation, "PREFILL_CHUNK", 32)
+    monkeypatch.setattr(decode, "CHUNK", 32)
     chunks = tiny.ours.generate(prompt, eos_token_id=[], **flags)
     assert chunks.sequences.equal(whole.sequences)
     theirs = tiny.theirs(prompt).logits[:, -1]
