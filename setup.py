@@ -30,7 +30,7 @@ setup(
         "torch>=2.11",
         "triton>=3.6; sys_platform == 'linux'",
         "numpy>=1.26",  # torch works without it, but warns
-        "sentencepiece>=0.2",
+        "sentencepiece>=0.2.3",
         "tokenizers>=0.22",
         "safetensors>=0.5",
         "huggingface_hub>=1.0",

@@ -121,6 +121,7 @@ def show(chunks: Iterator[Chunk]) -> tuple[str, bool]:
             f"[prompt {chunk.prompt_tokens} tokens, {chunk.prompt_tps:.1f} tokens/s; "
             f"answer {chunk.decode_tokens} tokens, {chunk.decode_tps:.1f} tokens/s; "
             f"peak memory {chunk.peak_memory:.2f} GB]"
+            + (f" [{chunk.cached_tokens} of the prompt's tokens reused]" if chunk.cached_tokens else "")
         )
     return text, stopped
 

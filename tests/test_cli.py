@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import internlm3
 import pytest
 from internlm3 import Chunk, InternLM3Config, InternLM3Tokenizer, SamplingParams
-from internlm3.runtime.chat import Chat
+from internlm3.runtime.chat import Chat, show
 
 FIGURES = re.compile(
     r"\[prompt (\d+) tokens, [\d.]+ tokens/s; answer (\d+) tokens, [\d.]+ tokens/s; peak memory [\d.]+ GB\]"
@@ -218,7 +218,7 @@ def chat(monkeypatch, turns, answer=None, messages=()):
         for text in answer(conversation) if answer else [f"answer {len(asked)}"]:
             if isinstance(text, BaseException):
                 raise text
-            yield Chunk(text, [1], [0.0], None, None, None, 1, 1, 1.0, 1.0, 1.0)
+            yield Chunk(text, [1], [0.0], None, None, None, 1, 1, 1.0, 1.0, 1.0, 0)
 
     inputs = iter(turns)
 
@@ -244,6 +244,13 @@ def test_a_conversation_grows(monkeypatch, capsys):
     assert messages == [*turn("one", "answer 1"), *turn("two\nlines", "answer 2")]
     assert asked[1] == messages[:3]
     assert capsys.readouterr().out == "answer 1\nanswer 2\n\n"
+
+
+def test_a_turn_shows_what_was_reused_and_how_fast(capsys):
+    for reused, words in ((0, "2.00 GB]\n"), (512, "2.00 GB] [512 of the prompt's tokens reused]\n")):
+        show(iter([Chunk("hi", [1], [0.0], None, None, None, 600, 1, 900.0, 30.0, 2.0, reused)]))
+        said = capsys.readouterr().err
+        assert FIGURES.search(said).groups() == ("600", "1") and "30.0 tokens/s" in said and said.endswith(words)
 
 
 def test_control_c_loses_no_conversation(monkeypatch, capsys):
