@@ -23,8 +23,9 @@ from .text import TextStream
 from .token_ids import check_ids
 
 GENERATION_CONFIG = "generation_config.json"
-# A longer prompt goes through the model in pieces of this many tokens, which bounds the memory for activations.
-PREFILL_CHUNK = 2048
+# A longer prompt goes through the model in pieces of this many tokens, which bounds the memory for activations and
+# keeps them in a CPU's caches (2048 tokens at once took 1.05 times as long on an EPYC, 2026-11-25).
+PREFILL_CHUNK = 512
 DEFAULT_MAX_NEW_TOKENS = 20  # transformers' own
 DEFAULT_TOP_K = 50  # likewise, where sampling is asked for
 
