@@ -87,6 +87,7 @@ def _info(args: argparse.Namespace) -> None:
     from .generation import read_generation_config
     from .llm import check_window
     from .sampling import SamplingParams
+    from .pages import PAGE, page_bytes, pages_of
     from .snapshots import locate
 
     folder = locate(args.model, revision=args.revision, local_files_only=args.local_files_only, weights=False)
@@ -95,7 +96,8 @@ def _info(args: argparse.Namespace) -> None:
     assert dtype is not None
     size = dtype.itemsize
     parameters = sum(weight.numel() for weight in InternLM3ForCausalLM(config, device="meta").parameters())
-    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * size
+    per_token = page_bytes(config, dtype) // PAGE
+    whole = 16 * pages_of(length) * page_bytes(config, dtype)
     length = config.max_position_embeddings if args.length is None else args.length
     check_window(config, length)
     generation_config = read_generation_config(folder)
@@ -105,6 +107,9 @@ def _info(args: argparse.Namespace) -> None:
     print(f"{'parameters':24} {parameters:,}")
     print(f"{'weights':24} {parameters * size / 1e9:.2f} GB in {str(dtype).removeprefix('torch.')}")
     print(f"{'KV cache':24} {per_token:,} bytes a token, {length * per_token / 1e9:.2f} GB at {length:,} tokens")
+    print(
+        f"{'KV cache of LLM':24} {whole / 1e9:.2f} GB for 16 answers, but at most half of what is free after the weights"
+    )
     print(f"{'generation_config.json':24} {generation_config or 'none'}")
     print(f"{'default settings':24} {SamplingParams.from_generation_config(generation_config)}")
 
