@@ -86,8 +86,8 @@ def _info(args: argparse.Namespace) -> None:
     from .config import InternLM3Config
     from .generation import read_generation_config
     from .llm import check_window
-    from .sampling import SamplingParams
     from .pages import PAGE, page_bytes, pages_of
+    from .sampling import SamplingParams
     from .snapshots import locate
 
     folder = locate(args.model, revision=args.revision, local_files_only=args.local_files_only, weights=False)
@@ -97,9 +97,9 @@ def _info(args: argparse.Namespace) -> None:
     size = dtype.itemsize
     parameters = sum(weight.numel() for weight in InternLM3ForCausalLM(config, device="meta").parameters())
     per_token = page_bytes(config, dtype) // PAGE
-    whole = 16 * pages_of(length) * page_bytes(config, dtype)
     length = config.max_position_embeddings if args.length is None else args.length
     check_window(config, length)
+    windows = 16 * pages_of(length) * page_bytes(config, dtype) / 1e9
     generation_config = read_generation_config(folder)
     for key, value in config.to_dict().items():
         print(f"{key:24} {value}")
