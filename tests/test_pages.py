@@ -93,6 +93,7 @@ def test_rows_that_end_give_back_their_pages():
     seqs = joined.sequences(range(2), 1, None)
     assert seqs.block_table.tolist() == [[5, 6, 7, 8], [0, 1, 0, 0]] and seqs.seq_lens.tolist() == [256, 128]
     assert joined.sequences([1], 1, None).block_table.tolist() == [[0, 1, 0, 0]]
+    assert joined.sequences([1, 0], 1, None).block_table.tolist() == [[0, 1, 0, 0], [5, 6, 7, 8]]
 
 
 @pytest.fixture(scope="module")
