@@ -55,7 +55,7 @@ class KVCache:
         seq_lens = torch.tensor([self.lengths[row] + tokens for row in rows], dtype=torch.int32, device=device)
         if positions is not None:
             positions = positions.flatten().to(torch.int32).contiguous()
-        every = len(rows) == len(self.held)
+        every = list(rows) == list(range(len(self.held)))  # as in every decode step, which then copies nothing
         table, inv_freq = (x if every else x[list(rows)] for x in (self._table, self.inv_freq))
         return Sequences(table, seq_lens, inv_freq, positions)
 

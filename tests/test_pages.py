@@ -91,6 +91,7 @@ def test_where_the_rows_of_a_launch_stand():
     seqs = cache.sequences(range(2), 1, None)
     assert seqs.block_table.tolist() == [[5, 6, 7, 8], [0, 1, 0, 0]] and seqs.seq_lens.tolist() == [256, 128]
     assert cache.sequences([1], 1, None).block_table.tolist() == [[0, 1, 0, 0]]
+    assert cache.sequences([1, 0], 1, None).block_table.tolist() == [[0, 1, 0, 0], [5, 6, 7, 8]]
 
 
 @pytest.fixture(scope="module")
