@@ -6,7 +6,7 @@ Names are imported on first use, so that `import internlm3` and `internlm3 --hel
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from .runtime.version import VERSION as __version__
 
 if TYPE_CHECKING:
     from .runtime.causal_lm import InternLM3ForCausalLM as InternLM3ForCausalLM

@@ -30,7 +30,7 @@ setup(
         "torch>=2.11",
         "triton>=3.6; sys_platform == 'linux'",
         "numpy>=1.26",  # torch works without it, but warns
-        "sentencepiece>=0.2",
+        "sentencepiece>=0.2.3",
         "tokenizers>=0.22",
         "safetensors>=0.5",
         "huggingface_hub>=1.0",
@@ -39,12 +39,15 @@ setup(
         "tqdm>=4.60",
     ],
     extras_require={
-        # `internlm3 demo` converts a small GGUF model into InternLM3's format.
-        "demo": ["gguf>=0.17", "protobuf>=5"],
+        # History, editing and several lines at once in `internlm3 chat`.
+        "chat": ["prompt_toolkit>=3.0"],
+        # `internlm3 demo` converts a small GGUF model into InternLM3's format, and chats.
+        "demo": ["gguf>=0.17", "protobuf>=5", "prompt_toolkit>=3.0"],
         # transformers is the oracle of the tests and a peer of the benches, never a dependency of the runtime.
         "test": [
             "gguf>=0.17",
             "protobuf>=5",
+            "prompt_toolkit>=3.0",
             # the first that knows InternLM3; Python 3.10 has an older one, and leaves those comparisons out
             "transformers>=5.23; python_version >= '3.11'",
             "transformers>=5.20; python_version < '3.11'",

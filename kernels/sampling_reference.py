@@ -96,7 +96,7 @@ def sample(
         point = _share(total, random)
         chosen = torch.searchsorted(mass, point[:, None], right=True)[:, 0]
         token = torch.where((temperature == 0) | (total == 0), token, chosen)
-    return token, _logprob(logits, token)
+    return token, log_probability(logits, token)
 
 
 def penalize(
@@ -267,7 +267,7 @@ def _share_of_total(weights: Tensor, fraction: Tensor) -> Tensor:
     return _share(weights.sum(-1), (fraction * 2**SHARE_BITS).long()).clamp(min=1)
 
 
-def _logprob(logits: Tensor, token: Tensor) -> Tensor:
+def log_probability(logits: Tensor, token: Tensor) -> Tensor:
     """Natural log-softmax of the chosen tokens, [B] float32; NaN where a row holds NaN or +inf."""
     x = logits.float()
     best = x.amax(-1)

@@ -13,30 +13,58 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .cache import KVCache
-from .checkpoint import DTYPES, load_weights, resolve_device, resolve_dtype, save_weights
+from .checkpoint import DTYPES, Weights, load_weights, resolve_device, resolve_dtype, save_weights
 from .config import InternLM3Config
-from .files import locate
 from .generation import GENERATION_CONFIG, Generation, read_generation_config
-from .keywords import reject_unknown
+from .keywords import reject_unknown, without_neutral
 from .model import Decoder
+from .model_outputs import Output
 from .pages import Pages, pages_of
 from .rope import inverse_frequencies
+from .snapshots import NEUTRAL, NEUTRAL_AT_SAVE, locate
 from .token_ids import check_ids
+
+# transformers' keywords that mean nothing here, at the values at which they mean nothing; see snapshots.NEUTRAL.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "attn_implementation": ("sdpa", "eager"),
+    "low_cpu_mem_usage": (True, False),
+    "weights_only": (True,),
+    "quantization_config": (),
+    "load_in_8bit": (False,),
+    "load_in_4bit": (False,),
+    "max_memory": (),
+    "offload_folder": (),
+    "offload_state_dict": (False,),
+    "offload_buffers": (False,),
+    "ignore_mismatched_sizes": (False,),
+    "output_loading_info": (False,),
+    "from_tf": (False,),
+    "from_flax": (False,),
+    "state_dict": (),
+    "key_mapping": (),
+    "tp_plan": (),
+    "tp_size": (),
+    "device_mesh": (),
+    "use_kernels": (False,),
+    "adapter_kwargs": ({},),
+}
 
 
 @dataclass
-class ModelOutput:
+class ModelOutput(Output):
     """last_hidden_state [B, T, C]; hidden_states: the embeddings and each block's output, the last one normed."""
 
+    order = ("last_hidden_state", "past_key_values", "hidden_states")
     last_hidden_state: Tensor
     past_key_values: KVCache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
 
 
 @dataclass
-class CausalLMOutput:
+class CausalLMOutput(Output):
     """logits [B, kept T, V] in the model's dtype; loss, a float32 scalar, where labels were given."""
 
+    order = ("loss", "logits", "past_key_values", "hidden_states")
     logits: Tensor
     loss: Tensor | None = None
     past_key_values: KVCache | None = None
@@ -52,9 +80,9 @@ class InternLM3Model(Decoder):
     """
 
     @classmethod
-    def from_pretrained(cls, id_or_path: str | os.PathLike[str], **kwargs: Any) -> InternLM3Model:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> InternLM3Model:
         """The decoder of a checkpoint; arguments and errors of InternLM3ForCausalLM.from_pretrained."""
-        return InternLM3ForCausalLM.from_pretrained(id_or_path, **kwargs).model
+        return InternLM3ForCausalLM.from_pretrained(pretrained_model_name_or_path, **kwargs).model
 
     @torch.no_grad()
     def forward(
@@ -127,14 +155,14 @@ class InternLM3Model(Decoder):
     ) -> Tensor:
         """Each row by itself, over exactly its own tokens: no padding enters, and no row sees another's length."""
         out = torch.zeros_like(x)
-        of_layers = [torch.zeros_like(x) for _ in self.layers]
+        of_layers = [] if states is None else [torch.zeros_like(x) for _ in self.layers]
         for row, columns in enumerate(live):
             columns = torch.arange(x.shape[1], device=x.device) if columns is None else columns
             if len(columns):
-                own: list[Tensor] | None = None if states is None else []
+                own: list[Tensor] = []
                 seqs = cache.sequences([row], len(columns), positions[row, columns])
-                out[row, columns] = self.run(x[row, columns], seqs, cache.pages, own)
-                for state, mine in zip(of_layers, own or (), strict=False):
+                out[row, columns] = self.run(x[row, columns], seqs, cache.pages, own if of_layers else None)
+                for state, mine in zip(of_layers, own, strict=True):
                     state[row, columns] = mine
         if states is not None:
             states += of_layers
@@ -169,7 +197,7 @@ class InternLM3ForCausalLM(Generation):
     @classmethod
     def from_pretrained(
         cls,
-        id_or_path: str | os.PathLike[str],
+        pretrained_model_name_or_path: str | os.PathLike[str],
         *,
         config: InternLM3Config | None = None,
         revision: str | None = None,
@@ -180,6 +208,7 @@ class InternLM3ForCausalLM(Generation):
         torch_dtype: str | torch.dtype | None = None,
         device_map: str | Mapping[str, Any] | None = None,
         device: str | torch.device | None = None,
+        use_safetensors: bool | None = None,
         progress: bool = True,
         **unknown: Any,
     ) -> InternLM3ForCausalLM:
@@ -188,12 +217,13 @@ class InternLM3ForCausalLM(Generation):
         Host memory stays under the model's size plus one shard.
 
         Args:
-            id_or_path: a folder with config.json and weights, or a hub repository "owner/name".
+            pretrained_model_name_or_path: a folder with config.json and weights, or a hub repository "owner/name".
             config: use this configuration instead of the checkpoint's.
             revision, token, cache_dir, local_files_only: as in huggingface_hub.
             dtype (or torch_dtype): "auto" (the default: what the checkpoint says), "bfloat16", "float16" or "float32".
             device_map: "auto" (the default: the GPU if there is one), or a device; this runtime runs on one device.
             device: the same as device_map.
+            use_safetensors: True refuses pickled weights, which else are read where there is nothing else.
             progress: show progress bars of download and load.
 
         Raises:
@@ -202,23 +232,34 @@ class InternLM3ForCausalLM(Generation):
             TypeError: an unknown keyword.
             MemoryError: the weights don't fit into the device's free memory.
         """
-        if unknown:
-            known = InternLM3ForCausalLM.from_pretrained.__kwdefaults__ or {}
-            # Remote code is never run, so its switch means nothing here and may stay in people's calls.
-            reject_unknown("from_pretrained", [name for name in unknown if name != "trust_remote_code"], known)
+        unknown = without_neutral("from_pretrained", unknown, {**NEUTRAL, **_NEUTRAL})
+        reject_unknown("from_pretrained", unknown, InternLM3ForCausalLM.from_pretrained.__kwdefaults__ or {})
+        if use_safetensors not in (None, True):
+            raise ValueError(f"use_safetensors={use_safetensors!r} is not supported; it can only be True here")
         where = resolve_device(_agreed(device=device, device_map=device_map))
         wanted = _agreed(dtype=resolve_dtype(dtype), torch_dtype=resolve_dtype(torch_dtype))
         folder = locate(
-            id_or_path, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
+            pretrained_model_name_or_path,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            progress=progress,
         )
         config = config or InternLM3Config.from_file(folder / "config.json")
         generation_config = read_generation_config(folder)
+        stored = Weights.of(folder)
+        if use_safetensors and any(path.suffix == ".bin" for path in stored.files):
+            raise FileNotFoundError(f"{folder} holds pickled weights only, and use_safetensors=True asks for others")
+        stored.check_layers(config.num_hidden_layers)
         model = cls(config, device="meta")
-        load_weights(model, folder, dtype=wanted or DTYPES.get(config.dtype or ""), device=where, progress=progress)
+        load_weights(model, stored, dtype=wanted or DTYPES.get(config.dtype or ""), device=where, progress=progress)
         model.generation_config = generation_config
         return model.eval()
 
-    def save_pretrained(self, folder: str | os.PathLike[str], *, max_shard_size: int | str = "5GB") -> None:
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], *, max_shard_size: int | str = "5GB", **unknown: Any
+    ) -> None:
         """Writes config.json, generation_config.json and safetensors shards with their index, in the hub's format.
 
         All files are written before the first of them takes its place: after an error the folder is as it was. Shards
@@ -227,11 +268,13 @@ class InternLM3ForCausalLM(Generation):
         Raises:
             ValueError: a max_shard_size that is no size. OSError: the disk is full, or the folder cannot be written.
         """
+        unknown = without_neutral("save_pretrained", unknown, NEUTRAL_AT_SAVE)
+        reject_unknown("save_pretrained", unknown, ("save_directory", "max_shard_size"))
         self.config.dtype = str(self.dtype).removeprefix("torch.")
         notes = {"config.json": self.config.to_dict()}
         if self.generation_config:
             notes[GENERATION_CONFIG] = self.generation_config
-        save_weights(self, Path(folder), notes, max_shard_size=max_shard_size)
+        save_weights(self, Path(save_directory), notes, max_shard_size=max_shard_size)
 
     @torch.no_grad()
     def forward(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .files import read_json, whole, write_json
+from .files import draft_of, json_bytes, read_json, remove_dead_drafts, write, write_json
+from .snapshots import WEIGHTS
 
-INDEX = "model.safetensors.index.json"
+SINGLE, INDEX = WEIGHTS[0]
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _SHORT = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
 _FORMAT_NAMES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_OWN_SHARD = re.compile(r"model(-\d+)?-\d{5}-of-\d{5}\.safetensors")
 # Buffers that some tools save although they follow from the configuration.
 _DERIVED = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
 
@@ -27,29 +31,64 @@ _DERIVED = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cach
 Header = dict[str, tuple[tuple[int, ...], Any]]
 
 
-def load_weights(
-    module: nn.Module, folder: Path, *, dtype: torch.dtype | None, device: torch.device, progress: bool
-) -> None:
-    """Gives a module on the meta device its weights: the checkpoint in `folder`, as `dtype` (None: as it is stored).
+@dataclass(frozen=True)
+class Weights:
+    """A checkpoint's weight files, by their headers alone: which tensors they hold, and where each lies."""
 
-    A parameter that the module has under two names is read under the first.
+    folder: Path
+    files: dict[Path, Header]
+    origin: dict[str, Path]
+
+    @classmethod
+    def of(cls, folder: Path) -> Weights:
+        """Raises FileNotFoundError for a missing file, ValueError for one that is damaged or disagrees with another."""
+        files: dict[Path, Header] = {}
+        origin: dict[str, Path] = {}
+        paths, weight_map, index = _weight_files(folder)
+        for path in paths:
+            files[path] = header = _header(path)
+            for name in header:
+                if name in origin:
+                    raise ValueError(f"{path} and {origin[name]} both hold {name!r}: one of them is stale; remove it")
+                origin[name] = path
+        for name in {**weight_map, **origin} if index else ():
+            said, held = weight_map.get(name, "no file"), origin[name].name if name in origin else "no file"
+            if said != held:
+                raise ValueError(f"{index} says that {name!r} lies in {said}, but {held} holds it; fetch both again")
+        return cls(folder, files, origin)
+
+    def check_layers(self, layers: int) -> None:
+        """Raises ValueError for more layers than tensors, before anybody builds so many."""
+        if layers > len(self.origin):
+            raise ValueError(
+                f"{self.folder}: config.json describes {layers} layers, and the weight files hold {len(self.origin)} "
+                "tensors: they belong to different models"
+            )
+
+
+def load_weights(
+    module: nn.Module, stored: Weights, *, dtype: torch.dtype | None, device: torch.device, progress: bool
+) -> None:
+    """Gives a module on the meta device its weights, as `dtype` (None: as they are stored).
+
+    A parameter that the module has under two names is read under the first; where the second is stored too, it must
+    hold the same.
 
     Raises:
-        FileNotFoundError: a file that the checkpoint should have is missing.
-        ValueError: files that are damaged or disagree with each other or with the module; the message names them.
+        ValueError: files that disagree with the module, or are damaged; the message names them.
         MemoryError: the weights don't fit into the device's free memory.
     """
     tied = _tied(module)
     shapes = {name: tuple(weight.shape) for name, weight in module.state_dict().items() if name not in tied}
-    shards = _check_shards(folder, shapes, tied)
-    dtype = dtype or _common_dtype(shards)
+    _check(stored, shapes, tied)
+    dtype = dtype or _common_dtype(stored)
     _check_memory(module, dtype, device)
 
     _materialise(module, dtype, device)
     weights = module.state_dict()
     bar = tqdm(total=len(shapes), desc="Loading weights", unit="tensor", disable=None if progress else True)
     with bar:
-        for path in shards:
+        for path in stored.files:
             for name, tensor in _tensors(path, shapes, device):
                 weights[name].copy_(tensor)
                 bar.update()
@@ -60,8 +99,9 @@ def save_weights(
 ) -> None:
     """Writes safetensors shards with their index, and `notes`: file name -> JSON.
 
-    All files are written before the first of them takes its place: after an error the folder is as it was. Shards that
-    an earlier save left, and that this one does not name, are removed.
+    At every moment the folder holds the older weights or these: shards get names that no file has yet, and one step in
+    the end makes them count. After an error or an interruption all is as it was. What an older checkpoint has left, or
+    a process that was killed, is removed when the new one stands.
 
     Raises:
         ValueError: a max_shard_size that is no size. OSError: the disk is full, or the folder cannot be written.
@@ -69,29 +109,57 @@ def save_weights(
     tied = _tied(module)
     weights = {name: weight.detach() for name, weight in module.state_dict().items() if name not in tied}
     groups = _split(weights, _parse_size(max_shard_size))
-    names = (
-        ["model.safetensors"]
-        if len(groups) == 1
-        else [f"model-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)]
-    )
-    notes = dict(notes)
-    if len(groups) > 1:
-        total = sum(weight.nbytes for weight in weights.values())
-        weight_map = {key: name for name, group in zip(names, groups, strict=True) for key in group}
-        notes[INDEX] = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    folder.mkdir(parents=True, exist_ok=True)
+    single, index = folder / SINGLE, folder / INDEX
+    target = single if len(groups) == 1 else index
+    draft = draft_of(target)
+    shards = [draft] if target == single else _unused(folder, len(groups))
+    changed = [*(folder / name for name in notes), index]
+    before = {path: path.read_bytes() for path in changed if path.is_file()}
+    last = None  # what the last step takes away
     try:
-        with ExitStack() as drafts:
-            for name, content in notes.items():
-                write_json(drafts.enter_context(whole(folder / name)), content)
-            for name, group in zip(names, groups, strict=True):
-                draft = drafts.enter_context(whole(folder / name))
-                save_file({key: weights[key].contiguous() for key in group}, draft, metadata={"format": "pt"})
-    except (OSError, SafetensorError) as error:
-        raise OSError(f"the model was not saved into {folder}, which is as it was ({error})") from error
-    for pattern in ("model.safetensors", "model-?????-of-?????.safetensors", INDEX):
-        for path in folder.glob(pattern):
-            if path.name not in (*names, *notes):
-                path.unlink()
+        for path, group in zip(shards, groups, strict=True):
+            save_file({name: weights[name].contiguous() for name in group}, path, metadata={"format": "pt"})
+        if target == index:
+            weight_map = {name: path.name for path, group in zip(shards, groups, strict=True) for name in group}
+            total = sum(weight.nbytes for weight in weights.values())
+            draft.write_bytes(json_bytes({"metadata": {"total_size": total}, "weight_map": weight_map}))
+        for name, content in notes.items():
+            write_json(folder / name, content)
+        if target == index and single.is_file():
+            # A single file counts as long as it is there, whatever an index says.
+            draft.replace(index)
+            last = single
+            single.unlink()
+        else:
+            last = draft
+            draft.replace(target)
+    except BaseException as error:
+        if last is None or last.exists():
+            for path in (draft, *shards):
+                path.unlink(missing_ok=True)
+            for path in changed:
+                if path not in before:
+                    path.unlink(missing_ok=True)
+                elif not path.is_file() or path.read_bytes() != before[path]:
+                    write(path, before[path])
+        if isinstance(error, OSError | SafetensorError):
+            raise OSError(f"the model was not saved into {folder}, which is as it was ({error})") from error
+        raise
+    remove_dead_drafts(folder)
+    for path in folder.iterdir():
+        if path not in shards and (_OWN_SHARD.fullmatch(path.name) or (path == index != target)):
+            path.unlink()
+
+
+def _unused(folder: Path, count: int) -> list[Path]:
+    """Names for so many shards, of which there is none yet."""
+    for series in itertools.count(1):
+        stem = "model" if series == 1 else f"model-{series}"
+        paths = [folder / f"{stem}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+        if not any(path.exists() for path in paths):
+            return paths
+    raise AssertionError("there is always a next series")
 
 
 def resolve_device(wanted: str | torch.device | Mapping[str, Any] | None) -> torch.device:
@@ -128,10 +196,11 @@ def resolve_dtype(wanted: str | torch.dtype | None) -> torch.dtype | None:
     return DTYPES[name]
 
 
-def _tied(module: nn.Module) -> set[str]:
-    """The names of parameters that the module has under an earlier name too."""
-    every = dict(module.named_parameters(remove_duplicate=False))
-    return every.keys() - dict(module.named_parameters()).keys()
+def _tied(module: nn.Module) -> dict[str, str]:
+    """The names of parameters that the module has under an earlier name too, each with that name."""
+    first: dict[nn.Parameter, str] = {}
+    names = ((name, first.setdefault(weight, name)) for name, weight in module.named_parameters(remove_duplicate=False))
+    return {name: earlier for name, earlier in names if name != earlier}
 
 
 def _materialise(module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
@@ -148,29 +217,12 @@ def _materialise(module: nn.Module, dtype: torch.dtype, device: torch.device) ->
 # -------------------------------------------------------------------- reading
 
 
-def _check_shards(folder: Path, shapes: Mapping[str, tuple[int, ...]], tied: set[str]) -> dict[Path, Header]:
-    """The checkpoint's weight files with their headers, after every check that needs no weight read.
-
-    `tied` names may lie in the files, and are not read.
-    """
-    shards: dict[Path, Header] = {}
-    origin: dict[str, Path] = {}
-    files, weight_map, index = _weight_files(folder)
-    for path in files:
-        shards[path] = header = _header(path)
-        for name in header:
-            if name in origin:
-                raise ValueError(f"{path} and {origin[name]} both hold {name!r}: one of them is stale; remove it")
-            origin[name] = path
-    for name in {**weight_map, **origin} if index else ():
-        said, held = weight_map.get(name, "no file"), origin[name].name if name in origin else "no file"
-        if said != held:
-            raise ValueError(f"{index} says that {name!r} lies in {said}, but {held} holds it; fetch both again")
-
-    expected = set(shapes)
-    extra = {name for name in origin if not name.endswith(_DERIVED)} - expected - tied
+def _check(stored: Weights, shapes: Mapping[str, tuple[int, ...]], tied: Mapping[str, str]) -> None:
+    """Every check that needs no weight read, but for a `tied` one that is stored twice: both are read and compared."""
+    origin, expected = stored.origin, set(shapes)
+    extra = {name for name in origin if not name.endswith(_DERIVED)} - expected - tied.keys()
     if missing := sorted(expected - set(origin)):
-        raise ValueError(f"{folder}: {_listed(missing)} missing from the weights that config.json describes")
+        raise ValueError(f"{stored.folder}: {_listed(missing)} missing from the weights that config.json describes")
     if extra:
         first = min(extra)
         raise ValueError(
@@ -178,22 +230,27 @@ def _check_shards(folder: Path, shapes: Mapping[str, tuple[int, ...]], tied: set
             "(or the checkpoint is quantised, which this runtime does not read)"
         )
     for name, shape in shapes.items():
-        found, dtype = shards[origin[name]][name]
+        found, dtype = stored.files[origin[name]][name]
         if found != shape:
             raise ValueError(
                 f"{origin[name]}: {name!r} has shape {list(found)}, and config.json makes it {list(shape)}"
             )
         if not isinstance(dtype, torch.dtype) or dtype not in _FORMAT_NAMES.values():
             raise ValueError(f"{origin[name]}: {name!r} is {dtype}; weights must be bfloat16, float16 or float32")
-    return shards
+    for name, first in tied.items():
+        if name in origin and not torch.equal(*(_tensor(origin[each], each) for each in (name, first))):
+            raise ValueError(
+                f"{origin[name]}: {name!r} is another one than {first!r}, and config.json says that they are the same "
+                "(tie_word_embeddings): set that to false, or remove the tensor"
+            )
 
 
 def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str], Path | None]:
     """The weight files, and what the index says of them where there is one."""
-    for single, index_name in (
-        ("model.safetensors", INDEX),
-        ("pytorch_model.bin", "pytorch_model.bin.index.json"),
-    ):
+    for single, index_name in WEIGHTS:
+        # As in transformers: a file of all weights counts before an index, which may be its base's old one.
+        if (folder / single).is_file():
+            return [folder / single], {}, None
         index = folder / index_name
         if index.is_file():
             weight_map = read_json(index).get("weight_map")
@@ -207,8 +264,6 @@ def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str], Path | None
                 if not path.is_file():
                     raise FileNotFoundError(f"{path} is missing, and {index} names it; fetch the checkpoint again")
             return paths, weight_map, index
-        if (folder / single).is_file():
-            return [folder / single], {}, None
     raise FileNotFoundError(
         f"{folder} holds no weights: it needs model.safetensors, or shards with model.safetensors.index.json"
     )
@@ -240,6 +295,10 @@ def _tensors(path: Path, shapes: Mapping[str, Any], device: torch.device) -> Ite
                 yield name, shard.get_tensor(name)
 
 
+def _tensor(path: Path, name: str) -> Tensor:
+    return next(tensor for _, tensor in _tensors(path, {name: None}, torch.device("cpu"))).float()
+
+
 def _unpickle(path: Path) -> dict[str, Tensor]:
     """The tensors of a .bin file. Only weights are read: a pickle that would run code is refused."""
     try:
@@ -249,11 +308,17 @@ def _unpickle(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} is damaged or holds more than weights, and is not read ({reason})") from None
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise ValueError(f"{path} must hold a dictionary of tensors")
+    for name, tensor in state.items():
+        if not isinstance(name, str):
+            raise ValueError(f"{path} must hold tensors by name, and one is called {name!r}, a {type(name).__name__}")
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
+            kind = "a quantised" if tensor.is_quantized else "an empty" if tensor.is_meta else "a sparse"
+            raise ValueError(f"{path}: {name!r} is {kind} tensor; weights must be plain ones")
     return state
 
 
-def _common_dtype(shards: Mapping[Path, Header]) -> torch.dtype:
-    return next(dtype for header in shards.values() for _, dtype in header.values())
+def _common_dtype(stored: Weights) -> torch.dtype:
+    return next(dtype for header in stored.files.values() for _, dtype in header.values())
 
 
 def _check_memory(module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:

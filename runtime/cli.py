@@ -8,23 +8,16 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from .chat import Chat, show
+from .terminal import tolerate_other_encodings
+from .version import VERSION
+
 if TYPE_CHECKING:
     from .llm import LLM
     from .outputs import Chunk
 
 DEFAULT_MODEL = "internlm/internlm3-8b-instruct"
 DEMO_QUESTION = "What is the capital of France?"
-CHAT_HELP = "/reset begins anew, /exit or Ctrl-D ends, Ctrl-C stops an answer."
-_SAMPLING = (
-    "max_tokens",
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "repetition_penalty",
-    "seed",
-    "stop",
-)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,8 +25,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     # On a busy machine, threads that spin while they wait for each other make an answer thirty times slower.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    tolerate_other_encodings()
     try:
-        args.run(args)
+        return args.run(args) or 0
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
@@ -44,53 +38,56 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError, OSError, MemoryError, ImportError) as error:
         print(f"internlm3: error: {error}", file=sys.stderr)
         return 1
-    return 0
 
 
 # -------------------------------------------------------------------- commands
 
 
-def _generate(args: argparse.Namespace) -> None:
+def _generate(args: argparse.Namespace) -> int:
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     if not prompt:
         raise ValueError("the prompt is empty: give one with -p, or on standard input with -p -")
+    if args.raw and (args.system or args.thinking):
+        raise ValueError("--raw continues the bare text: it has no room for --system or --thinking")
     llm = _load(args)
     if args.raw:
-        if args.system or args.thinking:
-            raise ValueError("--raw continues the bare text: it has no room for --system or --thinking")
         chunks = llm.stream(prompt, _preset(args), **_settings(args))
     else:
         chunks = _answer(llm, [*_system(args), {"role": "user", "content": prompt}], args)
-    _show(chunks)
+    _, stopped = show(chunks)
+    return 130 if stopped else 0
 
 
 def _chat(args: argparse.Namespace) -> None:
     llm = _load(args)
-    print(CHAT_HELP, file=sys.stderr)
-    _converse(llm, _system(args), args)
+    Chat(lambda messages: _answer(llm, messages, args), _system(args)).run()
 
 
-def _demo(args: argparse.Namespace) -> None:
+def _demo(args: argparse.Namespace) -> int:
     from .standin import standin_checkpoint
 
-    args.model = str(standin_checkpoint())
+    args.model = str(standin_checkpoint(progress=sys.stderr.isatty()))
     llm = _load(args)
     question = args.prompt or DEMO_QUESTION
     print(f"> {question}")
     messages = [*_system(args), {"role": "user", "content": question}]
-    messages.append({"role": "assistant", "content": _show(_answer(llm, messages, args))})
+    text, stopped = show(_answer(llm, messages, args))
+    if stopped:
+        return 130
     if sys.stdin.isatty() and args.prompt is None:
-        print(CHAT_HELP, file=sys.stderr)
-        _converse(llm, messages, args)
+        messages.append({"role": "assistant", "content": text})
+        Chat(lambda messages: _answer(llm, messages, args), messages).run()
+    return 0
 
 
 def _info(args: argparse.Namespace) -> None:
     from .causal_lm import InternLM3ForCausalLM
     from .checkpoint import resolve_dtype
     from .config import InternLM3Config
-    from .files import locate
     from .generation import read_generation_config
+    from .llm import check_window
     from .sampling import SamplingParams
+    from .snapshots import locate
 
     folder = locate(args.model, revision=args.revision, local_files_only=args.local_files_only, weights=False)
     config = InternLM3Config.from_file(folder / "config.json")
@@ -99,7 +96,8 @@ def _info(args: argparse.Namespace) -> None:
     size = dtype.itemsize
     parameters = sum(weight.numel() for weight in InternLM3ForCausalLM(config, device="meta").parameters())
     per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * size
-    length = args.length or config.max_position_embeddings
+    length = config.max_position_embeddings if args.length is None else args.length
+    check_window(config, length)
     generation_config = read_generation_config(folder)
     for key, value in config.to_dict().items():
         print(f"{key:24} {value}")
@@ -112,6 +110,28 @@ def _info(args: argparse.Namespace) -> None:
 
 
 # -------------------------------------------------------------------- what they share
+
+
+# Those of SamplingParams that have a switch of their name: all but n and logprobs, of which a stream shows nothing.
+_SAMPLING = (
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "typical_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "allowed_token_ids",
+    "seed",
+    "max_tokens",
+    "min_tokens",
+    "stop",
+    "stop_token_ids",
+    "ignore_eos",
+    "include_stop_str_in_output",
+    "skip_special_tokens",
+)
 
 
 def _load(args: argparse.Namespace) -> LLM:
@@ -130,7 +150,15 @@ def _load(args: argparse.Namespace) -> LLM:
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
     """The sampling settings that were given."""
-    return {name: getattr(args, name) for name in _SAMPLING if getattr(args, name) is not None}
+    settings = {name: getattr(args, name) for name in _SAMPLING}
+    if args.logit_bias:
+        settings["logit_bias"] = dict(args.logit_bias)
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def _bias(text: str) -> tuple[int, float]:
+    token, _, bias = text.partition("=")
+    return int(token), float(bias)
 
 
 def _preset(args: argparse.Namespace) -> Any:
@@ -147,56 +175,12 @@ def _answer(llm: LLM, messages: list[dict[str, str]], args: argparse.Namespace) 
     return llm.stream(messages, _preset(args), thinking=args.thinking, **_settings(args))
 
 
-def _show(chunks: Iterator[Chunk]) -> str:
-    """Prints an answer as it comes, then its figures; returns its text. Ctrl-C ends the answer, not the program."""
-    text, chunk = "", None
-    try:
-        for chunk in chunks:
-            text += chunk.text
-            print(chunk.text, end="", flush=True)
-    except KeyboardInterrupt:
-        print(" [stopped]", end="")
-        if chunk is None:
-            raise
-    print(flush=True)
-    if chunk is not None:
-        print(
-            f"[prompt {chunk.prompt_tokens} tokens, {chunk.prompt_tps:.1f} tokens/s; "
-            f"answer {chunk.decode_tokens} tokens, {chunk.decode_tps:.1f} tokens/s; "
-            f"peak memory {chunk.peak_memory:.2f} GB]",
-            file=sys.stderr,
-        )
-    return text
-
-
-def _converse(llm: LLM, messages: list[dict[str, str]], args: argparse.Namespace) -> None:
-    """Question and answer until the input ends. A question that can't be answered is taken back, with the reason."""
-    if sys.stdin.isatty():
-        import readline  # noqa: F401 - line editing and history in input()
-    opening = [message for message in messages if message["role"] == "system"]
-    while True:
-        try:
-            question = input("> " if sys.stdin.isatty() else "")
-        except EOFError:
-            print()
-            return
-        if question.strip() == "/exit":
-            return
-        if question.strip() == "/reset":
-            messages = list(opening)
-        elif question.strip():
-            asked = [*messages, {"role": "user", "content": question}]
-            try:
-                messages = [*asked, {"role": "assistant", "content": _show(_answer(llm, asked, args))}]
-            except ValueError as error:
-                print(f"{error} (/reset begins anew)", file=sys.stderr)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="internlm3", description="InternLM3 at the lowest latency one GPU allows.")
+    parser.add_argument("--version", action="version", version=f"internlm3 {VERSION}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="{chat,generate,info,demo}")
 
-    def command(name: str, run: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
+    def command(name: str, run: Callable[[argparse.Namespace], int | None], text: str) -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=text, description=text)
         added.set_defaults(run=run)
         return added
@@ -231,12 +215,29 @@ def _parser() -> argparse.ArgumentParser:
         group.add_argument("--recommended", action="store_true", help="InternLM3's recommended settings")
         group.add_argument("-n", "--max-tokens", type=int, help="the longest answer, in tokens")
         group.add_argument("--temperature", "--temp", type=float, help="0 is greedy")
-        group.add_argument("--top-k", type=int)
-        group.add_argument("--top-p", type=float)
-        group.add_argument("--min-p", type=float)
-        group.add_argument("--repetition-penalty", type=float)
-        group.add_argument("--seed", type=int, help="the same seed gives the same text")
+        group.add_argument("--top-k", type=int, help="only among so many likeliest tokens")
+        group.add_argument("--top-p", type=float, help="only among the likeliest tokens of so much probability")
+        group.add_argument(
+            "--min-p", type=float, help="only tokens of at least so much of the likeliest one's probability"
+        )
+        group.add_argument("--typical-p", type=float, help="only among the most typical tokens of so much probability")
+        group.add_argument("--repetition-penalty", type=float, help="over prompt and answer; 1 is off")
+        group.add_argument("--presence-penalty", type=float, help="over the answer, -2 to 2")
+        group.add_argument("--frequency-penalty", type=float, help="over the answer, -2 to 2")
+        group.add_argument("--logit-bias", type=_bias, action="append", metavar="ID=BIAS", help="may be given again")
+        group.add_argument("--allowed-token-ids", type=int, nargs="+", metavar="ID", help="only these tokens")
+        group.add_argument("--seed", type=int, help="the same seed gives the same text; -1 draws one")
+        group.add_argument("--min-tokens", type=int, help="the shortest answer, in tokens")
         group.add_argument("--stop", action="append", help="end the answer at this text; may be given again")
+        group.add_argument("--stop-token-ids", type=int, nargs="+", metavar="ID", help="end the answer at these tokens")
+        group.add_argument("--ignore-eos", action="store_true", default=None, help="go on behind the model's own ends")
+        group.add_argument(
+            "--include-stop-str-in-output", action="store_true", default=None, help="print the text that ended it"
+        )
+        group.add_argument(
+            "--no-skip-special-tokens", dest="skip_special_tokens", action="store_false", default=None,
+            help="print special tokens too",
+        )  # fmt: skip
     # The demo's answer should be the same for everybody.
     demo.set_defaults(temperature=0.0)
     return parser

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .files import locate, read_json, write_json
-from .keywords import reject_unknown
+from .files import read_json, write_json
+from .keywords import reject_unknown, without_neutral
+from .snapshots import NEUTRAL, NEUTRAL_AT_SAVE, locate
 from .token_ids import check_ids
 
 ROPE_TYPES = ("default", "dynamic")
@@ -112,7 +113,7 @@ class InternLM3Config:
     @classmethod
     def from_pretrained(
         cls,
-        id_or_path: str | os.PathLike[str],
+        pretrained_model_name_or_path: str | os.PathLike[str],
         *,
         revision: str | None = None,
         token: str | None = None,
@@ -128,15 +129,14 @@ class InternLM3Config:
             TypeError: an override that is no configuration key.
         """
         folder = locate(
-            id_or_path,
+            pretrained_model_name_or_path,
             revision=revision,
             token=token,
             cache_dir=cache_dir,
             local_files_only=local_files_only,
             weights=False,
         )
-        # Remote code is never run, so its switch means nothing here and may stay in people's calls.
-        overrides.pop("trust_remote_code", None)
+        overrides = without_neutral("InternLM3Config.from_pretrained", overrides, NEUTRAL)
         reject_unknown("InternLM3Config.from_pretrained", overrides, {**cls().to_dict(), **_NEWER})
         return cls.from_file(folder / "config.json", **overrides)
 
@@ -183,9 +183,11 @@ class InternLM3Config:
             **self.extra,
         }
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Writes config.json into `folder`, which is made where it does not exist."""
-        write_json(Path(folder) / "config.json", self.to_dict())
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **unknown: Any) -> None:
+        """Writes config.json into a folder, which is made where it does not exist."""
+        unknown = without_neutral("save_pretrained", unknown, NEUTRAL_AT_SAVE)
+        reject_unknown("InternLM3Config.save_pretrained", unknown, ("save_directory",))
+        write_json(Path(save_directory) / "config.json", self.to_dict())
 
     @property
     def rope_parameters(self) -> dict[str, Any]:

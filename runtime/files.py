@@ -1,72 +1,14 @@
-"""The files of a checkpoint: found in a folder or on the hub, read with clear errors, written whole or not at all."""
+"""Files of a checkpoint: read with clear errors, written whole or not at all."""
 
 import json
 import os
+import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-SMALL_FILES = ["*.json", "*.jinja", "tokenizer.model"]
-WEIGHT_FILES = ["*.safetensors"]
-
-
-def locate(
-    id_or_path: str | os.PathLike[str],
-    *,
-    revision: str | None = None,
-    token: str | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-    local_files_only: bool = False,
-    weights: bool = True,
-) -> Path:
-    """The folder of a checkpoint: `id_or_path` itself if it is one, else its snapshot from the Hugging Face hub.
-
-    Only data is downloaded (JSON, Jinja, SentencePiece, safetensors; pickled .bin weights where there is nothing else),
-    never code. `weights=False` leaves the weights out. HF_ENDPOINT, HF_HOME, HF_TOKEN and HF_HUB_OFFLINE are honoured.
-
-    Raises:
-        FileNotFoundError: no such folder, no such repository or revision, or no network and nothing in the cache.
-        NotADirectoryError: `id_or_path` is a file.
-    """
-    name = os.fspath(id_or_path)
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return folder
-    if folder.exists():
-        raise NotADirectoryError(f"{folder} is a file: give the folder that holds config.json and the weights")
-    parts = name.split("/")
-    if len(parts) != 2 or not all(part and part[0] not in "~." for part in parts) or os.path.isabs(name):
-        raise FileNotFoundError(f"there is no folder {name!r} (and a hub repository would be named owner/name)")
-
-    # Imported here: a local folder, the common case, does not wait for it.
-    import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    def snapshot(patterns: list[str]) -> Path:
-        return Path(
-            huggingface_hub.snapshot_download(
-                name,
-                revision=revision,
-                token=token,
-                cache_dir=None if cache_dir is None else Path(cache_dir),
-                local_files_only=local_files_only,
-                allow_patterns=patterns,
-            )
-        )
-
-    try:
-        folder = snapshot(SMALL_FILES + WEIGHT_FILES if weights else SMALL_FILES)
-        if weights and not any(folder.glob("*.safetensors")):
-            folder = snapshot([*SMALL_FILES, "*.bin"])
-    except (LocalEntryNotFoundError, OSError, HfHubHTTPError, HFValidationError) as error:
-        at = f" at revision {revision!r}" if revision else ""
-        hint = "nothing of it is in the cache" if local_files_only else "check the name, the network and HF_TOKEN"
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise FileNotFoundError(
-            f"{name!r} is no local folder, and the hub gave no repository of that name{at}: {hint} ({reason[0]})"
-        ) from error
-    return folder
+_DRAFT = re.compile(r"\..+\.(?:json|model|safetensors)\.(\d+)")
 
 
 def read_text(path: Path) -> str:
@@ -89,11 +31,38 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def draft_of(path: Path) -> Path:
+    """Where this process writes what is to become `path`."""
+    return path.with_name(f".{path.name}.{os.getpid()}")
+
+
+def remove_dead_drafts(folder: Path) -> None:
+    """Removes the drafts of processes that have ended: one that was killed could not do so itself."""
+    for path in folder.iterdir():
+        match = _DRAFT.fullmatch(path.name)
+        if match and not _runs(int(match[1])):
+            with suppress(PermissionError):  # Windows': somebody writes it
+                path.unlink(missing_ok=True)
+
+
+def _runs(process: int) -> bool:
+    if process == os.getpid() or os.name != "posix":
+        return process == os.getpid()
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
     """Yields a draft's path beside `path`, moved into place when the block ends well and removed when it does not."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    remove_dead_drafts(path.parent)
+    draft = draft_of(path)
     try:
         yield draft
         draft.replace(path)
@@ -107,6 +76,11 @@ def write(path: Path, content: bytes) -> None:
         draft.write_bytes(content)
 
 
+def json_bytes(content: dict[str, Any]) -> bytes:
+    """A JSON object as a file holds it: readable, and in UTF-8."""
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+
+
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes a JSON object, readable and in UTF-8, whole or not at all."""
-    write(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+    """Writes a JSON object whole or not at all."""
+    write(path, json_bytes(content))

@@ -1,9 +1,11 @@
-"""The plain decode loop, one token of every unfinished row a step, and transformers' `generate` on top of it."""
+"""transformers' `generate`: its options become requests to the engine, and their tokens its tensors."""
 
 from __future__ import annotations
 
+import threading
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,146 +13,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cache import KVCache
+from .engine import Engine
 from .files import read_json
+from .generation_settings import SETTINGS, GenerationSettings, refuse_unsupported
 from .keywords import reject_unknown
 from .model import Decoder, LanguageModel
-from .pages import Pages, pages_of
-from .request import Request, check_prompt
-from .rope import inverse_frequencies
-from .sampling import Sampler, SamplingParams, top_logprobs
+from .model_outputs import Output
+from .request import LogitsProcessor, Request, Watch, check_prompt
+from .sampling import SamplingParams
 from .text import TextStream
 from .token_ids import check_ids
 
 GENERATION_CONFIG = "generation_config.json"
-# A longer prompt goes through the model in pieces of this many tokens, which bounds the memory for activations.
-PREFILL_CHUNK = 2048
+MOST_ROWS = 64  # decoded together; more wait
+LEAST_WINDOW = 1024  # of an engine, so that a few calls of growing length don't make one each
 DEFAULT_MAX_NEW_TOKENS = 20  # transformers' own
 DEFAULT_TOP_K = 50  # likewise, where sampling is asked for
 
-LogitsProcessor = Callable[[Tensor, Tensor], Tensor]
+_RESERVING = threading.Lock()
 
 
 @dataclass
-class Step:
-    """One step's logits [B, V] and what `Sampler.scores` made of them, of the rows that were running."""
-
-    rows: list[Request]
-    logits: Tensor
-    scores: Tensor | None
-
-
-class Batch:
-    """Rows that are decoded together. A row's tokens do not depend on the others (see README, Reproducibility).
-
-    Rows leave the batch when they finish; a caller ends one early with `row.finish(...)`.
-    """
-
-    def __init__(
-        self,
-        model: LanguageModel,
-        rows: Sequence[Request],
-        eos_token_ids: Iterable[int],
-        logits_processor: Sequence[LogitsProcessor] = (),
-        keep_scores: bool = False,
-    ):
-        self._model = model
-        self._eos = frozenset(eos_token_ids)
-        self._logits_processor = logits_processor
-        self._keep_scores = keep_scores
-        self._cache: KVCache | None = None
-        self._sampler = Sampler(
-            [(row.params, row.prompt_ids, row.answer) for row in rows],
-            vocab_size=model.config.vocab_size,
-            device=model.device,
-            eos_token_ids=self._eos,
-        )
-        self.rows = list(rows)
-
-    @torch.inference_mode()
-    def step(self) -> Step:
-        """The next token of every row that is still running."""
-        logits = self._prefill() if self._cache is None else self._decode(self._cache)
-        processed = logits
-        if self._logits_processor:
-            history = _padded([row.prompt_ids + row.token_ids for row in self.rows]).to(logits.device)
-            processed = logits.to(torch.float32, copy=True)  # a processor may write into it
-            for process in self._logits_processor:
-                processed = process(history, processed)
-        scores = self._sampler.scores(processed) if self._keep_scores else None
-        tokens, logprobs = self._sampler(processed)
-        if self._logits_processor:
-            logprobs = logits.float().log_softmax(-1).gather(1, tokens[:, None])[:, 0]
-        step = Step(self.rows, logits, scores)
-        self._note_alternatives(logits)
-        for row, token, logprob in zip(self.rows, tokens.tolist(), logprobs.tolist(), strict=True):
-            row.token_ids.append(token)
-            row.logprobs.append(logprob)
-            self._stop(row, token)
-        return step
-
-    def drop_finished(self) -> None:
-        """Frees what finished rows held."""
-        kept = [index for index, row in enumerate(self.rows) if row.finish_reason is None]
-        if len(kept) == len(self.rows):
-            return
-        self.rows = [self.rows[index] for index in kept]
-        if self.rows and self._cache is not None:
-            self._cache.keep(kept)
-            self._sampler.keep(kept)
-
-    def _note_alternatives(self, logits: Tensor) -> None:
-        for index, row in enumerate(self.rows):
-            if row.params.logprobs:
-                ids, logprobs = top_logprobs(logits[index : index + 1], row.params.logprobs)
-                row.top_logprobs.append(dict(zip(ids[0].tolist(), logprobs[0].tolist(), strict=True)))
-
-    def _stop(self, row: Request, token: int) -> None:
-        if token in (row.params.stop_token_ids or ()):
-            row.finish("stop", token)
-        elif token in self._eos and not row.params.ignore_eos:
-            row.finish("stop")
-        elif len(row.token_ids) >= row.max_tokens:
-            row.finish("length")
-
-    def _prefill(self) -> Tensor:
-        """Every prompt by itself, and each but once: a row's numbers are those that it would have alone."""
-        model = self._model
-        needed = [pages_of(len(row.prompt_ids) + row.max_tokens) for row in self.rows]
-        pages = Pages(model.config, sum(needed), model.dtype, model.device)
-        filled: dict[tuple[int, ...], tuple[KVCache, Tensor]] = {}
-        caches, logits = [], []
-        for row, count in zip(self.rows, needed, strict=True):
-            held, prompt = [pages.take(count)], tuple(row.prompt_ids)
-            if prompt in filled:
-                first, last_logits = filled[prompt]
-                cache = first.copy(held)
-            else:
-                cache = KVCache(pages, held)
-                last_logits = self._fill(cache, torch.tensor([prompt], device=model.device))
-                filled[prompt] = cache, last_logits
-            caches.append(cache)
-            logits.append(last_logits)
-        self._cache = KVCache.join(caches)
-        return torch.cat(logits)
-
-    def _fill(self, cache: KVCache, ids: Tensor) -> Tensor:
-        """The prompt's tokens [1, T] into its cache; the last one's logits [1, V]."""
-        model = self._model
-        # By the whole prompt's length, which the first chunk does not show.
-        cache.inv_freq = inverse_frequencies(model.config, ids.shape[1], model.device)[None]
-        for chunk in ids.split(PREFILL_CHUNK, dim=1):
-            logits = model(chunk, past_key_values=cache, logits_to_keep=1).logits
-        return logits[:, -1]
-
-    def _decode(self, cache: KVCache) -> Tensor:
-        ids = torch.tensor([row.token_ids[-1:] for row in self.rows], device=self._model.device)
-        positions = torch.tensor([[length] for length in cache.lengths], device=self._model.device)
-        return self._model(ids, position_ids=positions, past_key_values=cache).logits[:, -1]
-
-
-@dataclass
-class GenerateOutput:
+class GenerateOutput(Output):
     """What `generate` returns with return_dict_in_generate.
 
     sequences: [B * n, T + longest] prompt and answer. logprobs: [B * n, longest] float32 log-probability of each
@@ -158,14 +42,13 @@ class GenerateOutput:
     each step, before and after penalties, temperature and filters; -inf for rows that had ended.
     """
 
+    order = ("sequences", "scores", "logits", "logprobs")
     sequences: Tensor
     logprobs: Tensor
     scores: tuple[Tensor, ...] | None = None
     logits: tuple[Tensor, ...] | None = None
 
 
-# Settings of transformers that this runtime has only one value of.
-_ONLY: dict[str, Any] = {"num_beams": 1, "use_cache": True, "num_beam_groups": 1, "early_stopping": False}
 _LENGTHS = ("max_length", "max_new_tokens", "min_length", "min_new_tokens")
 _SAMPLED_ONLY = ("temperature", "top_k", "top_p", "min_p", "typical_p", "seed")
 _SAMPLING = (
@@ -178,32 +61,43 @@ _SAMPLING = (
     "num_return_sequences",
 )
 _TOKENS = ("eos_token_id", "pad_token_id")
+_OUTPUTS = ("return_dict_in_generate", "output_scores", "output_logits")
 
 
 class Generation(LanguageModel):
     """A language model with transformers' `generate`.
 
     Attributes:
-        generation_config: the checkpoint's generation_config.json as read, where `generate` starts from.
+        generation_config: the checkpoint's generation_config.json as read, where `generate` starts from; a dictionary
+            whose entries are attributes too. transformers' GenerationConfig can take its place.
     """
 
     def __init__(self, decoder: Decoder, **factory: Any):
         super().__init__(decoder, **factory)
-        self.generation_config: dict[str, Any] = {}
+        self.generation_config = {}
+        self._engine: Engine | None = None
+
+    @property
+    def generation_config(self) -> GenerationSettings:
+        return self._generation_config
+
+    @generation_config.setter
+    def generation_config(self, given: Any) -> None:
+        self._generation_config = GenerationSettings.of(given)
 
     def generate(
         self,
         input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
+        attention_mask: Tensor | Any = None,
         *,
         inputs: Tensor | None = None,
         generation_config: Any = None,
         logits_processor: Sequence[LogitsProcessor] | LogitsProcessor | None = None,
         streamer: Any = None,
         tokenizer: Any = None,
-        return_dict_in_generate: bool = False,
-        output_scores: bool = False,
-        output_logits: bool = False,
+        return_dict_in_generate: bool | None = None,
+        output_scores: bool | None = None,
+        output_logits: bool | None = None,
         **kwargs: Any,
     ) -> Tensor | GenerateOutput:
         """Continues prompts; names and meanings are those of transformers' `generate`.
@@ -216,9 +110,10 @@ class Generation(LanguageModel):
 
         Args:
             input_ids (or inputs): [B, T] integers, padded on either side.
-            attention_mask: [B, T], zero at padding.
-            logits_processor: callables (ids [B, L], logits [B, V]) -> logits, called before all other settings, on the
-                rows still running; ragged rows are padded on the left with 0.
+            attention_mask: [B, T], zero at padding. In its place by position, a generation_config, as in transformers.
+            logits_processor: callables (ids [B * n, L], scores [B * n, V] float32) -> scores, called where transformers
+                calls them: behind penalties and masks, before temperature and filters. They see every row, as given,
+                its answer behind it, padded where it has ended.
             streamer: an object with put(ids) and end(), given the prompt first and then every step's tokens.
             output_scores, output_logits: keep them in the GenerateOutput that return_dict_in_generate asks for.
 
@@ -233,7 +128,11 @@ class Generation(LanguageModel):
         ids = inputs if input_ids is None else input_ids
         if not isinstance(ids, Tensor):
             raise TypeError(f"input_ids must be a tensor [B, T] of integers; it is a {type(ids).__name__}")
-        options = _options(self, generation_config, kwargs)
+        if attention_mask is not None and not isinstance(attention_mask, Tensor) and generation_config is None:
+            generation_config, attention_mask = attention_mask, None
+        outputs = (return_dict_in_generate, output_scores, output_logits)
+        options = _options(self, generation_config, {**kwargs, **dict(zip(_OUTPUTS, outputs, strict=True))})
+        return_dict_in_generate, output_scores, output_logits = (bool(options.pop(name, False)) for name in _OUTPUTS)
         vocab_size = self.config.vocab_size
         eos = _token_ids("eos_token_id", options.get("eos_token_id", self.config.eos_token_ids), vocab_size)
         pads = _token_ids("pad_token_id", options.get("pad_token_id", self.config.pad_token_id), vocab_size)
@@ -246,43 +145,101 @@ class Generation(LanguageModel):
 
         most, least = _lengths(options, ids.shape[1])
         params = SamplingParams.from_kwargs(params, min_tokens=least)
-        rows = [Request(prompt, params, most, answer) for prompt in prompts for answer in range(params.n)]
+        params.check_vocab(vocab_size)
         processors = [logits_processor] if callable(logits_processor) else logits_processor or []
         if not isinstance(processors, list | tuple) or not all(map(callable, processors)):
             raise TypeError(f"logits_processor must be a callable or a list of them; it is {logits_processor!r}")
-        batch = Batch(self, rows, eos, processors, keep_scores=output_scores)
-        spelled = {row: TextStream(tokenizer, texts, skip_special_tokens=False) for row in rows} if texts else {}
-        scores: list[Tensor] = []
-        logits: list[Tensor] = []
+        given = ids.repeat_interleave(params.n, dim=0)
+        watch = Watch(given.cpu().long(), pad, processors, keep_logits=output_logits, keep_scores=output_scores)
+        ends = frozenset(eos)
+        requests = [
+            Request(prompt, params, most, ends, answer, watch if watch.watches else None)
+            for prompt in prompts
+            for answer in range(params.n)
+        ]
+        watch.requests = requests
         if streamer is not None:
             streamer.put(ids.cpu())
-        while batch.rows:
-            step = batch.step()
-            for row in step.rows if texts else ():
-                spelled[row].push(row.token_ids[-1])
-                if spelled[row].stopped is not None:
-                    row.finish("stop", spelled[row].stopped)
-            if output_scores and step.scores is not None:
-                scores.append(_of_all(rows, step.rows, step.scores))
-            if output_logits:
-                logits.append(_of_all(rows, step.rows, step.logits.float()))
+        streams = [TextStream(tokenizer, texts, skip_special_tokens=False) if texts else None for _ in requests]
+        for wave in self._waves(requests, streams):
             if streamer is not None:
-                running = set(step.rows)
-                streamer.put(torch.tensor([row.token_ids[-1] if row in running else pad for row in rows]))
-            batch.drop_finished()
+                streamer.put(torch.tensor([pad if token is None else token for token in wave]))
         if streamer is not None:
             streamer.end()
 
-        answers = _padded([row.token_ids for row in rows], pad, left=False)
-        sequences = torch.cat([ids.repeat_interleave(params.n, dim=0), answers.to(ids)], dim=1)
+        answers = _padded([request.token_ids for request in requests], pad)
+        sequences = torch.cat([given, answers.to(ids)], dim=1)
         if not return_dict_in_generate:
             return sequences
         logprobs = torch.zeros(answers.shape)
-        for index, row in enumerate(rows):
-            logprobs[index, : len(row.logprobs)] = torch.tensor(row.logprobs)
+        for index, request in enumerate(requests):
+            logprobs[index, : len(request.logprobs)] = torch.tensor(request.logprobs)
         return GenerateOutput(
-            sequences, logprobs, tuple(scores) if output_scores else None, tuple(logits) if output_logits else None
+            sequences,
+            logprobs,
+            _by_step(watch.scores, requests, vocab_size) if output_scores else None,
+            _by_step(watch.logits, requests, vocab_size) if output_logits else None,
         )
+
+    def _waves(self, requests: list[Request], streams: list[TextStream | None]) -> Iterator[list[int | None]]:
+        """Runs requests, and gives every step's tokens as they come: None for one that has ended, or waits.
+
+        A stop string in a request's stream ends it.
+        """
+        longest = max(len(request.prompt_ids) + request.max_tokens for request in requests)
+        engine = self.reserve(min(_power_of_2(len(requests)), MOST_ROWS), max(_power_of_2(longest), LEAST_WINDOW))
+        waves: deque[list[int | None]] = deque()
+        told, silence = [0] * len(requests), [None] * len(requests)
+
+        def next_token(index: int) -> int | None:
+            request, stream = requests[index], streams[index]
+            if told[index] == len(request.token_ids):
+                return None
+            token = request.token_ids[told[index]]
+            told[index] += 1
+            if stream is not None:
+                stream.push(token)
+                if stream.stopped is not None:
+                    engine.cancel([request])
+                    request.cut(told[index])
+                    request.finish("stop", stream.stopped)
+            return token
+
+        def read() -> bool:
+            while (wave := [*map(next_token, range(len(requests)))]) != silence:
+                waves.append(wave)
+            return bool(waves) or all(request.finish_reason is not None for request in requests)
+
+        with engine.running(requests):
+            while not all(
+                request.finish_reason and count == len(request.token_ids)
+                for request, count in zip(requests, told, strict=True)
+            ):
+                engine.step(unless=read)
+                while waves:
+                    yield waves.popleft()
+
+    def reserve(self, rows: int, max_seq_len: int, cache_tokens: int | None = None) -> Engine:
+        """The engine that everything of this model runs through, for as many rows and as long sequences at least.
+
+        One that is too small, or that the model has left for another device, is replaced as soon as it is idle. Raises
+        as Engine.
+        """
+        with _RESERVING:
+            engine = self._engine
+            if engine is not None and engine.serves(self, rows, max_seq_len):
+                return engine
+            if engine is not None:
+                rows, max_seq_len = max(rows, engine.max_rows), max(max_seq_len, engine.max_seq_len)
+                while engine.busy:
+                    engine.step()
+                self._engine = engine = None  # its memory is free before the next one takes some
+            self._engine = Engine(self, max_rows=rows, max_seq_len=max_seq_len, cache_tokens=cache_tokens)
+            return self._engine
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy of a model begins without an engine."""
+        return {**self.__dict__, "_engine": None}
 
 
 def read_generation_config(folder: Path) -> dict[str, Any]:
@@ -293,21 +250,16 @@ def read_generation_config(folder: Path) -> dict[str, Any]:
 
 def _options(model: Generation, given: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The checkpoint's settings, under those of generation_config, under the keywords; None counts as not said."""
-    known = (*_LENGTHS, *_SAMPLING, *_TOKENS, "do_sample", *_ONLY)
-    reject_unknown("generate", kwargs, known)
-    config = given.to_dict() if hasattr(given, "to_dict") else given or {}
-    if not isinstance(config, Mapping):
-        raise TypeError(f"generation_config must be a dictionary or an object with to_dict; it is {given!r}")
+    known = (*_LENGTHS, *_SAMPLING, *_TOKENS, *_OUTPUTS, "do_sample")
+    reject_unknown("generate", kwargs, (*known, *SETTINGS))
+    config = GenerationSettings.of(given)
+    refuse_unsupported(kwargs, keywords=True)
     options: dict[str, Any] = {}
     for source in (model.generation_config, config, kwargs):
+        refuse_unsupported(source)
         options |= {name: value for name, value in source.items() if value is not None and name in known}
     if options.get("pad_token_id") == -1:
         del options["pad_token_id"]  # some checkpoints' way to say that there is none
-    for name, only in _ONLY.items():
-        if options.pop(name, only) != only:
-            raise ValueError(
-                f"{name} can only be {only} here: this runtime samples or is greedy, one token after the other"
-            )
     return options
 
 
@@ -356,21 +308,28 @@ def _prompts(ids: Tensor, mask: Tensor | None, vocab_size: int, pad: int | None)
     return prompts
 
 
-def _padded(rows: Sequence[Sequence[int]], pad: int = 0, left: bool = True) -> Tensor:
+def _padded(rows: Sequence[Sequence[int]], pad: int) -> Tensor:
     """Ragged rows as one [B, L] int64 tensor."""
     width = max(map(len, rows))
-    filled = [
-        [pad] * (width - len(row)) + list(row) if left else list(row) + [pad] * (width - len(row)) for row in rows
-    ]
-    return torch.tensor(filled, dtype=torch.int64)
+    return torch.tensor([[*row] + [pad] * (width - len(row)) for row in rows], dtype=torch.int64)
 
 
-def _of_all(rows: Sequence[Request], running: Sequence[Request], values: Tensor) -> Tensor:
-    """[B * n, V] of the running rows' values; -inf for rows that have ended."""
-    full = values.new_full((len(rows), values.shape[1]), -torch.inf)
-    place = {row: index for index, row in enumerate(rows)}
-    full[[place[row] for row in running]] = values
-    return full
+def _by_step(
+    kept: Mapping[Request, Sequence[Tensor]], requests: Sequence[Request], vocab_size: int
+) -> tuple[Tensor, ...]:
+    """For each step [B * n, V] float32 of what was kept of every request; -inf for those that had ended."""
+    gone = torch.full((vocab_size,), -torch.inf)
+    steps = max(len(kept.get(request, ())) for request in requests)
+    rows = [[*kept.get(request, ())] for request in requests]
+    return tuple(
+        torch.stack([row[step] if step < len(row) else gone.to(rows[0][0].device) for row in rows])
+        for step in range(steps)
+    )
+
+
+def _power_of_2(count: int) -> int:
+    """The smallest that is not under `count`."""
+    return 1 << (count - 1).bit_length()
 
 
 def _token_ids(name: str, value: int | Sequence[int] | None, vocab_size: int) -> list[int]:

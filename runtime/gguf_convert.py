@@ -229,7 +229,7 @@ def _write_weights(folder: Path, tensors: Tensors, progress: bool) -> None:
             shards.append([])
         shards[-1].append(name)
     weight_map = {}
-    with tqdm(total=len(tensors), desc="Converting weights", unit="tensor", disable=not progress) as bar:
+    with tqdm(total=len(tensors), desc="Converting weights", unit="tensor", disable=None if progress else True) as bar:
         for number, names in enumerate(shards, start=1):
             file = f"model-{number:05}-of-{len(shards):05}.safetensors"
             shard = {}

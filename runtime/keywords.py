@@ -1,7 +1,8 @@
-"""One clear error for a misspelt keyword argument."""
+"""One clear error for a misspelt keyword argument, and for one of transformers' that has no meaning here."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
@@ -16,3 +17,16 @@ def reject_unknown(where: str, given: Iterable[str], known: Iterable[str]) -> No
             match = nearest(name, known)
             hint = f"did you mean {match!r}?" if match else f"known are {', '.join(known)}"
             raise TypeError(f"{where}: unknown keyword {name!r}; {hint}")
+
+
+def without_neutral(where: str, given: Mapping[str, Any], neutral: Mapping[str, Iterable[Any]]) -> dict[str, Any]:
+    """`given` without the keywords of other libraries that mean nothing here; None is neutral for each of them.
+
+    Raises ValueError for such a keyword with a value that would mean something.
+    """
+    for name in given.keys() & neutral.keys():
+        value, allowed = given[name], list(neutral[name])
+        if value is not None and not any(type(value) is type(other) and value == other for other in allowed):
+            only = " or ".join(map(repr, allowed)) or "None"
+            raise ValueError(f"{where}: {name}={value!r} is not supported; it can only be {only} here")
+    return {name: value for name, value in given.items() if name not in neutral}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import operator
 import os
 import sys
 import time
@@ -9,23 +11,29 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
+from tqdm import tqdm
 
 from .causal_lm import InternLM3ForCausalLM
 from .chat_template import check_messages, joined_text
 from .config import InternLM3Config
-from .files import locate
-from .generation import GENERATION_CONFIG, Batch, read_generation_config
-from .keywords import reject_unknown
-from .outputs import Chunk, CompletionOutput, RequestOutput
+from .engine import Engine
+from .generation import GENERATION_CONFIG, read_generation_config
+from .generation_settings import refuse_unsupported
+from .keywords import reject_unknown, without_neutral
+from .outputs import Chunk, CompletionOutput, RequestOutput, Timings
 from .prompts import THINKING_SYSTEM_PROMPT
 from .request import Request, check_prompt
-from .sampling import RECOMMENDED_THINKING, SamplingParams
+from .sampling import RECOMMENDED_THINKING, SamplingKeywords, SamplingParams
+from .snapshots import NEUTRAL, locate
 from .text import Writer
 from .token_ids import check_ids
 from .tokenizer import InternLM3Tokenizer
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class LLM:
@@ -40,9 +48,11 @@ class LLM:
         device: "auto" (the GPU if there is one), "cpu", "cuda" or "cuda:N".
         max_seq_len: prompt and answer together, in tokens; by default the trained window. Beyond the window only with
             dynamic NTK in the checkpoint.
-        max_batch_size: prompts that are decoded together; more wait for their turn.
+        max_batch_size: answers that are decoded together; more wait for their turn.
+        cache_tokens: how many tokens' keys and values are kept in all; by default a window for every answer of a batch,
+            but at most half of the memory that is free.
         revision, token, cache_dir, local_files_only: as in huggingface_hub.
-        progress: show progress bars of download and load.
+        progress: show progress bars of download, of load, and of several prompts on a terminal.
 
     Raises:
         FileNotFoundError, ValueError, MemoryError, TypeError: as InternLM3ForCausalLM.from_pretrained.
@@ -56,6 +66,7 @@ class LLM:
         device: str | torch.device = "auto",
         max_seq_len: int | None = None,
         max_batch_size: int = 16,
+        cache_tokens: int | None = None,
         revision: str | None = None,
         token: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
@@ -63,15 +74,21 @@ class LLM:
         progress: bool = True,
         **unknown: Any,
     ):
-        # Remote code is never run, so its switch means nothing here and may stay in people's calls.
-        unknown.pop("trust_remote_code", None)
+        unknown = without_neutral("LLM", unknown, NEUTRAL)
         reject_unknown("LLM", unknown, LLM.__init__.__kwdefaults__ or ())
-        _check_count("max_batch_size", max_batch_size)
-        folder = locate(model, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
+        batch_size = _check_count("max_batch_size", max_batch_size)
+        folder = locate(
+            model,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            progress=progress,
+        )
         # What is small and may be wrong comes before the weights.
         self.config = InternLM3Config.from_file(folder / "config.json")
-        self.max_seq_len = _check_window(self.config, max_seq_len)
-        self.max_batch_size = max_batch_size
+        self.max_seq_len = check_window(self.config, max_seq_len)
+        self.max_batch_size = batch_size
         self.tokenizer = InternLM3Tokenizer.from_pretrained(folder)
         # A pad token may lie beyond the embedding: fine-tuning scripts add one, and no model ever reads it.
         ids = {self.tokenizer.vocab_size - 1, *self.tokenizer.added_tokens_decoder} - {self.tokenizer.pad_token_id}
@@ -82,30 +99,80 @@ class LLM:
             )
         self.default_params, ends = _generation_defaults(folder, self.config.vocab_size)
         self.eos_token_ids = sorted({*ends, *self.config.eos_token_ids, *self.tokenizer.eos_ids})
+        self._ends = frozenset(self.eos_token_ids)
+        self._progress = progress
         self.model = InternLM3ForCausalLM.from_pretrained(folder, dtype=dtype, device=device, progress=progress)
+        self._cache_tokens = cache_tokens
+        self._engine()
 
     # ---------------------------------------------------------------- the three verbs
 
-    def generate(self, prompts: Any, sampling_params: SamplingParams | None = None, **kwargs: Any) -> Any:
+    @overload
+    def generate(
+        self,
+        prompts: str | Sequence[int],
+        sampling_params: SamplingParams | None = None,
+        **kwargs: Unpack[SamplingKeywords],
+    ) -> RequestOutput: ...
+    @overload
+    def generate(
+        self,
+        prompts: list[str] | tuple[str, ...] | list[list[int]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        **kwargs: Unpack[SamplingKeywords],
+    ) -> list[RequestOutput]: ...
+    @overload
+    def generate(
+        self,
+        prompts: Iterable[Any],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        **kwargs: Unpack[SamplingKeywords],
+    ) -> Any: ...
+    def generate(self, prompts: Any, sampling_params: Any = None, **kwargs: Any) -> Any:
         """Continues a text or a sequence of token ids, or each in a list: a RequestOutput, or a list of them in order.
 
         Ids may be a list of integers, or a tensor or array: [T], or [B, T] for several. `sampling_params` replaces the
-        checkpoint's defaults; keywords (SamplingParams' names and their aliases) go over either. Raises ValueError for
-        an empty or too long prompt or a bad setting, TypeError for an unknown keyword or what is no prompt.
+        checkpoint's defaults, for all prompts or in a list for each; keywords (SamplingParams' names and their aliases)
+        go over either. Raises ValueError for an empty or too long prompt or a bad setting, TypeError for an unknown
+        keyword or what is no prompt.
         """
-        params = self._params(sampling_params, kwargs)
         several, single = _prompts(prompts)
+        params = self._params(sampling_params, kwargs, None if single else len(several))
         outputs = self._answer([self._encode(prompt) for prompt in several], params)
         return outputs[0] if single else outputs
 
+    @overload
     def chat(
         self,
-        messages: Any,
+        messages: str | Sequence[Mapping[str, Any]],
         sampling_params: SamplingParams | None = None,
         *,
         thinking: bool = False,
-        stream: bool = False,
-        **kwargs: Any,
+        stream: Literal[False] = False,
+        **kwargs: Unpack[SamplingKeywords],
+    ) -> RequestOutput: ...
+    @overload
+    def chat(
+        self,
+        messages: str | Sequence[Mapping[str, Any]],
+        sampling_params: SamplingParams | None = None,
+        *,
+        thinking: bool = False,
+        stream: Literal[True],
+        **kwargs: Unpack[SamplingKeywords],
+    ) -> Iterator[Chunk]: ...
+    @overload
+    def chat(
+        self,
+        messages: list[str] | Sequence[list[dict[str, Any]]] | Sequence[list[dict[str, str]]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        thinking: bool = False,
+        stream: Literal[False] = False,
+        **kwargs: Unpack[SamplingKeywords],
+    ) -> list[RequestOutput]: ...
+    def chat(
+        self, messages: Any, sampling_params: Any = None, *, thinking: bool = False, stream: bool = False, **kwargs: Any
     ) -> Any:
         """Answers a conversation ([{"role": ..., "content": ...}, ...], or one user message as a string), or several.
 
@@ -122,23 +189,23 @@ class LLM:
             if not single:
                 raise ValueError(f"stream answers one conversation; there are {len(conversations)}")
             return self.stream(conversations[0], sampling_params or _preset(thinking), **kwargs)
-        params = self._params(sampling_params or _preset(thinking), kwargs)
+        params = self._params(sampling_params or _preset(thinking), kwargs, None if single else len(conversations))
         outputs = self._answer([self._render(conversation) for conversation in conversations], params)
         return outputs[0] if single else outputs
 
     def stream(
         self,
-        prompt: Any,
+        prompt: str | Sequence[int] | Sequence[Mapping[str, Any]] | torch.Tensor,
         sampling_params: SamplingParams | None = None,
         *,
         thinking: bool = False,
-        **kwargs: Any,
+        **kwargs: Unpack[SamplingKeywords],
     ) -> Iterator[Chunk]:
         """As `generate` (for a text or ids) or `chat` (for messages), giving the answer as it comes.
 
         Closing the iterator stops generation at once, and so does Ctrl-C.
         """
-        params = self._params(sampling_params or _preset(thinking), kwargs)
+        [params] = self._params(sampling_params or _preset(thinking), kwargs, None)
         if params.n != 1:
             raise ValueError(f"stream gives one answer; n is {params.n}")
         if thinking or (isinstance(prompt, (list, tuple)) and prompt and isinstance(prompt[0], Mapping)):
@@ -148,17 +215,28 @@ class LLM:
             if len(several) != 1:
                 raise ValueError(f"stream answers one prompt; there are {len(several)}")
             _, ids = self._encode(several[0])
-        return self._chunks(self._rows([ids], params)[0])
+        return self._chunks(self._requests([ids], [params])[0])
 
     # ---------------------------------------------------------------- prompts and settings
 
-    def _params(self, params: SamplingParams | None, kwargs: dict[str, Any]) -> SamplingParams:
-        if params is not None and not isinstance(params, SamplingParams):
-            raise TypeError(f"sampling_params must be one SamplingParams, not {params!r:.60}; or give keywords")
-        merged = SamplingParams.from_kwargs(self.default_params if params is None else params, **kwargs)
+    def _params(self, given: Any, kwargs: Mapping[str, Any], count: int | None) -> list[SamplingParams]:
+        """The settings of each of `count` prompts; None: of the one that stands alone, which takes no list."""
+        several = list(given) if isinstance(given, (list, tuple)) and count is not None else None
+        if several is not None and len(several) != count:
+            raise ValueError(f"there are {len(several)} sampling_params for {count} prompts: give one for each, or one")
+        each = [given] if several is None else several
+        for params in each:
+            if params is not None and not isinstance(params, SamplingParams):
+                what = "one SamplingParams" if count is None else "a SamplingParams, or a list of them"
+                raise TypeError(f"sampling_params must be {what}, not {given!r:.60}; or give keywords")
+        merged = [self._merged(self.default_params if params is None else params, kwargs) for params in each]
         idle = [name for name in ("top_k", "top_p", "min_p", "typical_p") if kwargs.get(name) is not None]
-        if merged.greedy and idle:
+        if idle and any(params.greedy for params in merged):
             warnings.warn(f"{', '.join(idle)} have no effect at temperature 0, which is greedy", stacklevel=3)
+        return merged * (1 if count is None else count) if several is None else merged
+
+    def _merged(self, params: SamplingParams, kwargs: Mapping[str, Any]) -> SamplingParams:
+        merged = SamplingParams.from_kwargs(params, **kwargs)
         # A stop string that is a special token never shows in the text: it is met as a token.
         added = self.tokenizer.added_tokens_encoder
         tokens = [added[stop] for stop in merged.stops if stop in added]
@@ -170,17 +248,21 @@ class LLM:
     def _encode(self, prompt: Any) -> tuple[str | None, list[int]]:
         if isinstance(prompt, str):
             return prompt, self.tokenizer.encode(prompt) if prompt else []
-        if not isinstance(prompt, Sequence) or not all(isinstance(token, int) for token in prompt):
-            raise TypeError(f"a prompt must be a string or token ids (messages go to chat), not {prompt!r:.60}")
-        return None, list(prompt)
+        try:
+            others = isinstance(prompt, (bytes, bytearray)) or any(isinstance(token, bool) for token in prompt)
+            if isinstance(prompt, Sequence) and not others:
+                return None, [operator.index(token) for token in prompt]
+        except TypeError:
+            pass
+        raise TypeError(f"a prompt must be a string or token ids (messages go to chat), not {prompt!r:.60}")
 
     def _render(self, messages: list[dict[str, Any]]) -> tuple[str | None, list[int]]:
         text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return text, self.tokenizer.encode(text, add_special_tokens=False)
 
-    def _rows(self, prompts: Sequence[list[int]], params: SamplingParams) -> list[Request]:
-        rows = []
-        for index, prompt in enumerate(prompts):
+    def _requests(self, prompts: Sequence[list[int]], params: Sequence[SamplingParams]) -> list[Request]:
+        requests = []
+        for index, (prompt, wanted) in enumerate(zip(prompts, params, strict=True)):
             name = f"prompt {index}" if len(prompts) > 1 else "the prompt"
             check_prompt(name, prompt, self.config.vocab_size)
             room = self.max_seq_len - len(prompt)
@@ -189,82 +271,135 @@ class LLM:
                     f"{name} has {len(prompt)} tokens, and max_seq_len is {self.max_seq_len}: "
                     "shorten it, or load the model with a larger max_seq_len"
                 )
-            limit = min(params.max_tokens or room, room)
-            rows += [Request(prompt, params, limit, answer) for answer in range(params.n)]
-        return rows
+            limit = min(wanted.max_tokens or room, room)
+            requests += [Request(prompt, wanted, limit, self._ends, answer) for answer in range(wanted.n)]
+        return requests
 
-    # ---------------------------------------------------------------- the loop
+    # ---------------------------------------------------------------- through the engine
 
-    def _answer(self, prompts: Sequence[tuple[str | None, list[int]]], params: SamplingParams) -> list[RequestOutput]:
-        rows = self._rows([ids for _, ids in prompts], params)
-        texts: list[str] = []
-        for start in range(0, len(rows), self.max_batch_size):
-            texts += self._run(rows[start : start + self.max_batch_size])
-        answers = [
-            CompletionOutput(
-                row.answer,
-                text,
-                row.token_ids,
-                row.logprobs,
-                row.top_logprobs if params.logprobs else None,
-                row.finish_reason,
-                row.stop_reason,
+    def _answer(
+        self, prompts: Sequence[tuple[str | None, list[int]]], params: Sequence[SamplingParams]
+    ) -> list[RequestOutput]:
+        called = time.perf_counter()
+        requests = self._requests([ids for _, ids in prompts], params)
+        answers = [_Answer(request, Writer(request, self.tokenizer)) for request in requests]
+        running = answers
+
+        def read() -> bool:
+            """Whether there was anything to read; in the engine's own time, so that nothing comes in between."""
+            nonlocal running
+            fresh = False
+            for answer in running:
+                fresh |= answer.read(engine)
+            running = [answer for answer in running if not answer.writer.done]
+            bar.update(len(answers) - len(running) - bar.n)
+            return fresh or not running
+
+        bar = tqdm(total=len(answers), unit="answer", disable=None if self._progress and len(prompts) > 1 else True)
+        engine = self._engine()
+        with bar, engine.running(requests):
+            while running:
+                engine.step(unless=read)
+        outputs, done = [], iter(answers)
+        for (text, ids), wanted in zip(prompts, params, strict=True):
+            own = list(itertools.islice(done, wanted.n))
+            outputs.append(
+                RequestOutput(
+                    text,
+                    ids,
+                    [each.output() for each in own],
+                    wanted,
+                    own[0].request.cached_tokens,
+                    _timings([each.request for each in own], called),
+                )
             )
-            for row, text in zip(rows, texts, strict=True)
-        ]
-        return [
-            RequestOutput(text, ids, answers[index * params.n : (index + 1) * params.n], params)
-            for index, (text, ids) in enumerate(prompts)
-        ]
+        return outputs
 
-    def _run(self, rows: list[Request]) -> list[str]:
-        """The whole text of each row's answer."""
-        batch = Batch(self.model, rows, self.eos_token_ids)
-        writers = [Writer(row, self.tokenizer) for row in rows]
-        texts = [""] * len(rows)
-        running = list(range(len(rows)))
-        while running:
-            batch.step()
-            for index in running:
-                texts[index] += writers[index].write()
-            running = [index for index in running if rows[index].finish_reason is None]
-            batch.drop_finished()
-        return texts
+    def _chunks(self, request: Request) -> Iterator[Chunk]:
+        device = self.model.device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        answer = _Answer(request, Writer(request, self.tokenizer))
+        told = 0
 
-    def _chunks(self, row: Request) -> Iterator[Chunk]:
-        batch = Batch(self.model, [row], self.eos_token_ids)
-        writer = Writer(row, self.tokenizer)
-        if self.model.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.model.device)
-        begin = first = time.perf_counter()
-        while row.finish_reason is None:
-            batch.step()
-            text = writer.write()
-            now = time.perf_counter()
-            decoded = len(row.token_ids)
-            if decoded == 1:
-                first = now
-            yield Chunk(
-                text,
-                row.token_ids[-1:],
-                row.logprobs[-1:],
-                row.top_logprobs[-1:] if row.params.logprobs else None,
-                row.finish_reason,
-                row.stop_reason,
-                len(row.prompt_ids),
-                decoded,
-                len(row.prompt_ids) / (first - begin),
-                (decoded - 1) / (now - first) if decoded > 1 else 0.0,
-                peak_memory(self.model.device),
-            )
+        begin = time.perf_counter()
+        engine = self._engine()
+        with engine.running([request]):
+            while not answer.writer.done or told < len(answer.parts):
+                engine.step(unless=lambda: answer.read(engine) or answer.writer.done)
+                while told < len(answer.parts):
+                    text = answer.parts[told]
+                    told += 1
+                    first, now = request.times[0], request.times[told - 1]
+                    last = answer.writer.done and told == len(answer.parts)
+                    yield Chunk(
+                        text,
+                        request.token_ids[told - 1 : told],
+                        request.logprobs[told - 1 : told],
+                        request.top_logprobs[told - 1 : told] if request.params.logprobs else None,
+                        request.finish_reason if last else None,
+                        request.stop_reason if last else None,
+                        len(request.prompt_ids),
+                        told,
+                        len(request.prompt_ids) / (first - begin),
+                        (told - 1) / (now - first) if told > 1 else 0.0,
+                        peak_memory(device),
+                        request.cached_tokens,
+                    )
+
+    def _engine(self) -> Engine:
+        return self.model.reserve(self.max_batch_size, self.max_seq_len, self._cache_tokens)
+
+
+class _Answer:
+    """One answer as it comes, and its text, token by token."""
+
+    def __init__(self, request: Request, writer: Writer):
+        self.request, self.writer = request, writer
+        self.parts: list[str] = []
+
+    def read(self, engine: Engine) -> bool:
+        """Whether there was anything new. What a stop string cuts off is no part of the answer."""
+        request, writer = self.request, self.writer
+        if writer.done or writer.told == len(request.token_ids):
+            return False
+        while not writer.done and writer.told < len(request.token_ids):
+            self.parts.append(writer.write())
+        if writer.stopped is not None:
+            engine.cancel([request])
+            request.cut(writer.told)
+            request.finish("stop", writer.stopped)
+        elif isinstance(request.stop_reason, int):
+            request.stop_reason = writer.stop_string(request.stop_reason)
+        return True
+
+    def output(self) -> CompletionOutput:
+        request = self.request
+        return CompletionOutput(
+            request.answer,
+            "".join(self.parts),
+            request.token_ids,
+            request.logprobs,
+            request.top_logprobs if request.params.logprobs else None,
+            request.finish_reason,
+            request.stop_reason,
+        )
+
+
+def _timings(requests: Sequence[Request], called: float) -> Timings:
+    first = min(requests, key=lambda request: request.times[0])
+    begun, last = first.times[0], max(request.times[-1] for request in requests)
+    return Timings(begun - first.began, begun - called, last - begun)
 
 
 def peak_memory(device: torch.device) -> float:
-    """The most memory held so far, in gigabytes: PyTorch's on a GPU, else the process's resident set."""
+    """The most memory held so far, in gigabytes: PyTorch's on a GPU, else the process's; 0 where nothing tells."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    import resource
-
+    try:
+        import resource
+    except ImportError:  # Windows has none
+        return 0.0
     # Kilobytes on Linux, bytes on macOS.
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
@@ -275,7 +410,7 @@ def _prompts(given: Any) -> tuple[list[Any], bool]:
     if isinstance(given, str):
         return [given], True
     given = given.tolist() if hasattr(given, "tolist") else given
-    if isinstance(given, Mapping) or not isinstance(given, Iterable):
+    if isinstance(given, (Mapping, bytes, bytearray)) or not isinstance(given, Iterable):
         raise TypeError(f"prompts must be a string, token ids, or a list of them, not {given!r:.60}")
     listed = [each.tolist() if hasattr(each, "tolist") else each for each in given]
     single = bool(listed) and isinstance(listed[0], int)
@@ -305,21 +440,27 @@ def _generation_defaults(folder: Path, vocab_size: int) -> tuple[SamplingParams,
     ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
     try:
         check_ids("eos_token_id", ends, vocab_size)
+        refuse_unsupported(values)
         return SamplingParams.from_generation_config(values), ends
     except ValueError as error:
         raise ValueError(f"{folder / GENERATION_CONFIG}: {error}") from None
 
 
-def _check_count(name: str, value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} must be an integer of at least 1; it is {value!r}")
+def _check_count(name: str, value: Any) -> int:
+    try:
+        if not isinstance(value, bool) and operator.index(value) >= 1:
+            return operator.index(value)
+    except TypeError:
+        pass
+    raise ValueError(f"{name} must be an integer of at least 1; it is {value!r}")
 
 
-def _check_window(config: InternLM3Config, wanted: int | None) -> int:
+def check_window(config: InternLM3Config, wanted: int | None) -> int:
+    """The length to open, at most: the trained window for None. Raises ValueError for what the model does not take."""
     window = config.max_position_embeddings
     if wanted is None:
         return window
-    _check_count("max_seq_len", wanted)
+    wanted = _check_count("max_seq_len", wanted)
     dynamic = config.rope_scaling is not None and config.rope_scaling["rope_type"] == "dynamic"
     if wanted > window and not dynamic:
         raise ValueError(

@@ -116,6 +116,11 @@ class LanguageModel(nn.Module):
         else:
             _initialise(self.lm_head, config)
 
+    def head(self, x: Tensor) -> Tensor:
+        """Logits [R, V] of rows [R, C] that the last block gave."""
+        norm, ops = self.model.norm, self.model.ops
+        return ops.rms_norm_linear(x, norm.weight, norm.eps, self.lm_head.weight)
+
     @property
     def device(self) -> torch.device:
         return self.model.device

@@ -1,6 +1,6 @@
 """What a user gets back from LLM."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from .sampling import SamplingParams
 
@@ -14,6 +14,7 @@ class Chunk:
     string or stop token id that ended it, None for the model's own ends. prompt_tokens, decode_tokens: counts so far.
     prompt_tps, decode_tps: tokens per second of prefill (its time ends with the first token) and of the tokens after
     the first (0.0 while there are none). peak_memory: gigabytes, of the GPU or of the process.
+    cached_tokens: those of the prompt whose keys and values lay in the cache already.
     """
 
     text: str
@@ -27,6 +28,7 @@ class Chunk:
     prompt_tps: float
     decode_tps: float
     peak_memory: float
+    cached_tokens: int
 
 
 @dataclass(frozen=True)
@@ -47,13 +49,29 @@ class CompletionOutput:
 
 
 @dataclass(frozen=True)
+class Timings:
+    """Seconds. prompt: from when the model began with it to its first token. first_token: from the call to the first
+    token, so with the time that it waited for others. decode: from the first token to the last one.
+    """
+
+    prompt: float
+    first_token: float
+    decode: float
+
+
+@dataclass(frozen=True)
 class RequestOutput:
-    """The answers to one prompt, and the sampling parameters that were applied."""
+    """The answers to one prompt, the sampling parameters that were applied, and how long it took.
+
+    cached_tokens: those of the prompt whose keys and values lay in the cache already.
+    """
 
     prompt: str | None
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
     sampling_params: SamplingParams
+    cached_tokens: int
+    timings: Timings = field(compare=False)
 
     @property
     def text(self) -> str:

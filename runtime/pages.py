@@ -1,6 +1,12 @@
 """Pages of keys and values, who holds which, and where the rows of a launch stand."""
 
+import hashlib
+import sys
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -14,6 +20,51 @@ PAGE = 64
 def pages_of(tokens: int) -> int:
     """How many pages hold so many tokens."""
     return -(-tokens // PAGE)
+
+
+def budget(
+    config: InternLM3Config,
+    dtype: torch.dtype,
+    device: torch.device,
+    rows: int,
+    max_seq_len: int,
+    cache_tokens: int | None = None,
+) -> int:
+    """How many pages a cache has: for `cache_tokens` tokens, or by default for windows of max_seq_len for all rows, but
+    in at most half of the device's free memory.
+
+    Raises ValueError where `cache_tokens` is under one window, MemoryError, with the arithmetic, where memory is.
+    """
+    window, each = pages_of(max_seq_len), page_bytes(config, dtype)
+    free = free_memory(device)
+    if cache_tokens is not None and cache_tokens < max_seq_len:
+        raise ValueError(f"cache_tokens is {cache_tokens}, less than one window: max_seq_len is {max_seq_len}")
+    room = (free if cache_tokens is not None else free // 2) // each
+    wanted = rows * window if cache_tokens is None else pages_of(cache_tokens)
+    if room < (window if cache_tokens is None else wanted):
+        tokens = max_seq_len if cache_tokens is None else cache_tokens
+        raise MemoryError(
+            f"a KV cache of {tokens:,} tokens needs {pages_of(tokens) * each / 1e9:.2f} GB ({each // PAGE:,} bytes a "
+            f"token), and of {free / 1e9:.2f} GB that are free on {device} it may have {room * each / 1e9:.2f}: "
+            f"lower {'max_seq_len' if cache_tokens is None else 'cache_tokens'}"
+        )
+    return min(wanted, room)
+
+
+def page_bytes(config: InternLM3Config, dtype: torch.dtype) -> int:
+    """Bytes of a page, in all layers."""
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize * PAGE
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that a device has free; on a CPU what Linux says is available, and no bound on other systems."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        known = Path("/proc/meminfo").read_text(encoding="ascii")
+    except OSError:
+        return sys.maxsize
+    return int(known.split("MemAvailable:")[1].split()[0]) * 1024
 
 
 @dataclass
@@ -57,41 +108,101 @@ class Pages:
         shape = (2, heads, count, PAGE, config.head_dim)
         kv = [torch.empty(shape, dtype=dtype, device=device).transpose(1, 2) for _ in range(1 if scratch else layers)]
         self.kv = kv * layers if scratch else kv
-        self._held = bytearray(count)  # 1 for a page that is held
+        self._holders = [0] * count
+        # 0: free, 1: free and named, 2: held. Bytes, since a run of equal ones is found fast.
+        self._kind = bytearray(count)
+        self._names: dict[int, bytes] = {}
+        self._named: dict[bytes, int] = {}
+        self._resting: dict[int, None] = {}  # free and named, the longest unused first
+
+    def __len__(self) -> int:
+        return len(self._kind)
 
     @property
     def free(self) -> int:
         """How many pages nobody holds."""
-        return self._held.count(0)
+        return len(self._kind) - self._kind.count(2)
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """Keys and values of a layer, [P, K, S, D] each."""
-        return self.kv[index][0], self.kv[index][1]
+        k, v = self.kv[index].unbind()
+        return k, v
 
-    def take(self, count: int) -> list[int]:
-        """Holds `count` free pages: the first run that is long enough, else the first ones.
+    def take(self, count: int, behind: int | None = None) -> list[int]:
+        """Holds `count` free pages: those behind page `behind` if they are free, else the first run that is long
+        enough, else any, named ones last.
 
         Raises ValueError, and holds nothing, where fewer are free.
         """
         if count > self.free:
             raise ValueError(
-                f"{count} pages of {PAGE} tokens are needed, and {self.free} of {len(self._held)} are free: "
+                f"{count} pages of {PAGE} tokens are needed, and {self.free} of {len(self)} are free: "
                 "make more of them, or take fewer or shorter sequences"
             )
-        first = self._held.find(bytes(count))
-        free = range(first, first + count) if first >= 0 else (i for i, held in enumerate(self._held) if not held)
-        pages = [page for page, _ in zip(free, range(count), strict=False)]
+        first = len(self) if behind is None else behind + 1
+        if self._kind[first : first + count] != bytes(count):
+            first = self._kind.find(bytes(count))
+        unnamed = (page for page, kind in enumerate(self._kind) if kind == 0)
+        pages = list(range(first, first + count) if first >= 0 else islice(chain(unnamed, self._resting), count))
         for page in pages:
-            self._held[page] = 1
+            self._forget(page)
+        self.hold(pages)
         return pages
 
-    def release(self, pages: list[int]) -> None:
-        """Lets go of pages. Raises ValueError, and releases nothing, where one of them is not held, or named twice."""
-        for index, page in enumerate(pages):
-            if page not in range(len(self._held)) or not self._held[page] or page in pages[:index]:
-                raise ValueError(f"page {page} of {len(self._held)} is released, and nobody holds it")
+    def hold(self, pages: Iterable[int]) -> None:
+        """Holds pages once more, whether they are held or not."""
         for page in pages:
-            self._held[page] = 0
+            self._holders[page] += 1
+            self._kind[page] = 2
+            self._resting.pop(page, None)
+
+    def release(self, pages: Sequence[int]) -> None:
+        """Lets go of pages once. Raises ValueError, and releases nothing, where one of them is not held so often."""
+        for page in pages:
+            if page not in range(len(self)) or self._holders[page] < pages.count(page):
+                raise ValueError(f"page {page} of {len(self)} is released, and nobody holds it")
+        for page in reversed(pages):  # a sequence's last page is taken for something else before its first
+            self._holders[page] -= 1
+            if not self._holders[page]:
+                named = page in self._names
+                self._kind[page] = named
+                if named:
+                    self._resting[page] = None
+
+    def name(self, pages: Sequence[int], ids: Sequence[int], root: bytes) -> None:
+        """Lets `match` find these pages, which hold these tokens, PAGE each, until they are taken for others.
+
+        root: what else their keys and values follow from.
+        """
+        for page, name in zip(pages, _names(ids, root), strict=True):
+            if name not in self._named:
+                self._forget(page)
+                self._named[name], self._names[page] = page, name
+
+    def match(self, ids: Sequence[int], root: bytes, whole: int) -> list[int]:
+        """Holds the pages of the longest known beginning of these tokens, in multiples of `whole` pages."""
+        pages: list[int] = []
+        for name in _names(ids, root):
+            if name not in self._named:
+                break
+            pages.append(self._named[name])
+        del pages[len(pages) // whole * whole :]
+        self.hold(pages)
+        return pages
+
+    def reset(self) -> None:
+        """Frees every page, and forgets what it held."""
+        count = len(self)
+        self._holders, self._kind = [0] * count, bytearray(count)
+        for known in (self._names, self._named, self._resting):
+            known.clear()
+
+    def _forget(self, page: int) -> None:
+        """Takes a page's name."""
+        name = self._names.pop(page, None)
+        if name is not None:
+            del self._named[name]
+        self._resting.pop(page, None)
 
     def copy(self, source: list[int], target: list[int]) -> None:
         """Writes what the pages `source` hold to as many others."""
@@ -103,7 +214,7 @@ class Pages:
 
         `held` is what each holder had so far; returns what each has now. Raises ValueError where others hold pages too.
         """
-        if sum(map(len, held)) != sum(self._held):
+        if sum(map(len, held)) != sum(self._holders):
             raise ValueError("pages that others hold cannot be moved: these sequences have no room left")
         runs = [list(range(first, first + each)) for first in range(0, len(held) * each, each)]
         for layer, old in enumerate(self.kv):
@@ -112,5 +223,13 @@ class Pages:
             for pages, run in zip(held, runs, strict=True):
                 new[:, run[0] : run[0] + len(pages)] = old[:, pages]
             self.kv[layer] = new
-        self._held = bytearray(b"\1" * len(held) * each)
+        self._kind, self._holders = bytearray(b"\2" * len(held) * each), [1] * (len(held) * each)
         return runs
+
+
+def _names(ids: Sequence[int], root: bytes) -> Iterator[bytes]:
+    """For every whole page of these tokens a digest of all up to its end."""
+    digest = hashlib.sha256(root)
+    for end in range(PAGE, len(ids) + 1, PAGE):
+        digest.update(array("q", ids[end - PAGE : end]).tobytes())
+        yield digest.digest()

@@ -1,17 +1,29 @@
 """One sequence: what was asked, and what has come of it so far."""
 
-from collections.abc import Sequence
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
 
 from .sampling import SamplingParams
 from .token_ids import check_ids
 
+LogitsProcessor = Callable[[Tensor, Tensor], Tensor]
+
 
 @dataclass(eq=False)
 class Request:
-    """A prompt to be continued, and its answer as it comes.
+    """A prompt to be continued, and its answer as it comes. What has come is written by the engine.
 
+    ends: the model's own ends of text.
     answer: its index among the `n` answers to one prompt.
+    watch: what its call must see of every step on the host.
+    cached_tokens: how many of the prompt's tokens lay in the cache already.
+    began, times: when it was given a row, and when each of its tokens came, by time.perf_counter.
     finish_reason: None while it runs, "stop" (an end token or stop string), "length", or "abort".
     stop_reason: the stop token or string that ended it, None for the model's own ends.
     """
@@ -19,15 +31,95 @@ class Request:
     prompt_ids: list[int]
     params: SamplingParams
     max_tokens: int
+    eos_token_ids: frozenset[int] = frozenset()
     answer: int = 0
+    watch: Watch | None = None
+    seed: int = field(init=False)
+    ends: frozenset[int] = field(init=False)
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     top_logprobs: list[dict[int, float]] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)
+    cached_tokens: int = 0
+    began: float = 0.0
     finish_reason: str | None = None
     stop_reason: int | str | None = None
 
+    def __post_init__(self) -> None:
+        params = self.params
+        self.seed = int(torch.randint(-(2**63), 2**63 - 1, ())) if params.seed is None else params.seed
+        own = frozenset() if params.ignore_eos else self.eos_token_ids
+        self.ends = own | frozenset(params.stop_token_ids or ())
+        permitted = params.allowed_token_ids
+        if params.min_tokens and permitted is not None and self.ends.issuperset(permitted):
+            raise ValueError(
+                f"min_tokens={params.min_tokens} holds back every token of allowed_token_ids={list(permitted)}; "
+                "allow one that does not end the text, or set min_tokens=0"
+            )
+
+    @property
+    def watched(self) -> bool:
+        """Whether every step must show its logits to the host."""
+        return self.watch is not None or bool(self.params.logprobs)
+
+    def add(self, token_id: int, logprob: float, end: int) -> None:
+        """A token, and how it ended the answer: 0 not, 1 as an end, 2 as the last that was asked for."""
+        self.token_ids.append(token_id)
+        self.logprobs.append(logprob)
+        self.times.append(time.perf_counter())
+        if end == 1:
+            self.finish("stop", token_id if token_id in (self.params.stop_token_ids or ()) else None)
+        elif end == 2:
+            self.finish("length")
+
     def finish(self, reason: str, stop_reason: int | str | None = None) -> None:
         self.finish_reason, self.stop_reason = reason, stop_reason
+
+    def cut(self, tokens: int) -> None:
+        """Forgets what came behind so many tokens."""
+        for told in (self.token_ids, self.logprobs, self.top_logprobs, self.times):
+            del told[tokens:]
+
+
+@dataclass(eq=False)
+class Watch:
+    """What the host does with the logits of one call's requests, between the two halves of every step.
+
+    prompts: [B, T] int64, the call's prompts as they were given, padding included.
+    pad: stands in the ids behind an answer that has ended.
+    processors: (ids [B, T + longest answer], scores [B, V] float32) -> scores, called one after the other.
+    logits, scores: by request, a float32 [V] for every token, where they are kept.
+    """
+
+    prompts: Tensor
+    pad: int
+    processors: Sequence[LogitsProcessor] = ()
+    requests: list[Request] = field(default_factory=list)
+    keep_logits: bool = False
+    keep_scores: bool = False
+    logits: dict[Request, list[Tensor]] = field(default_factory=dict)
+    scores: dict[Request, list[Tensor]] = field(default_factory=dict)
+
+    @property
+    def watches(self) -> bool:
+        """Whether there is anything to see."""
+        return bool(self.processors) or self.keep_logits or self.keep_scores
+
+    def process(self, scores: dict[Request, Tensor]) -> dict[Request, Tensor]:
+        """What the processors make of the running requests' scores, [V] float32 each.
+
+        They see the whole call: the scores of requests that have ended, or wait, are zero.
+        """
+        if not self.processors:
+            return scores
+        some = next(iter(scores.values()))
+        every = torch.stack([scores.get(request, torch.zeros_like(some)) for request in self.requests])
+        longest = max(len(request.token_ids) for request in self.requests)
+        answers = [request.token_ids + [self.pad] * (longest - len(request.token_ids)) for request in self.requests]
+        ids = torch.cat((self.prompts, torch.tensor(answers, dtype=torch.int64).view(len(answers), longest)), 1)
+        for processor in self.processors:
+            every = processor(ids.to(every.device), every)
+        return {request: row for request, row in zip(self.requests, every, strict=True) if request in scores}
 
 
 def check_prompt(name: str, prompt: Sequence[int], vocab_size: int) -> None:

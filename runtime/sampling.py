@@ -1,16 +1,14 @@
-"""How the next token is chosen: `SamplingParams` is what a user asks for, `Sampler` the state of a batch of rows."""
+"""What a user asks for when the next token is chosen."""
 
 import math
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypedDict
 
-import torch
 from torch import Tensor
 
-from ..kernels import sampling_reference
 from .keywords import reject_unknown
 from .token_ids import check_ids
 
@@ -62,6 +60,40 @@ def _as_tuple(name: str, values: object) -> tuple[Any, ...]:
     if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable):
         raise ValueError(f"{name} must be a sequence; got {values!r}")
     return tuple(values.tolist() if hasattr(values, "tolist") else values)
+
+
+class SamplingKeywords(TypedDict, total=False):
+    """What SamplingParams.from_kwargs takes, for type checkers; None for a setting's default."""
+
+    n: int | None
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    typical_p: float | None
+    repetition_penalty: float | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
+    logit_bias: Mapping[int, float] | None
+    allowed_token_ids: Sequence[int] | None
+    seed: int | None
+    max_tokens: int | None
+    min_tokens: int | None
+    stop: str | Sequence[str] | None
+    stop_token_ids: Sequence[int] | None
+    ignore_eos: bool | None
+    include_stop_str_in_output: bool | None
+    logprobs: int | None
+    skip_special_tokens: bool | None
+    do_sample: bool | None
+    max_new_tokens: int | None
+    min_new_tokens: int | None
+    temp: float | None
+    repeat_penalty: float | None
+    stop_words: str | Sequence[str] | None
+    stop_strings: str | Sequence[str] | None
+    random_seed: int | None
+    num_return_sequences: int | None
 
 
 _RANGES: tuple[tuple[str, str, Callable[[float], bool]], ...] = (
@@ -216,148 +248,7 @@ RECOMMENDED = SamplingParams(temperature=1.0, top_p=0.8, top_k=40, repetition_pe
 RECOMMENDED_THINKING = replace(RECOMMENDED, max_tokens=8192)
 
 
-class Sampler:
-    """Chooses one token for each row of a batch, step by step.
-
-    A row is `(params, prompt_ids, stream)`; `stream` counts the answers to a prompt. A stage that no row needs is off.
-    The result of a row depends on that row alone. The random number of a token is keyed by the seed, the stream and the
-    token's place in its sequence, so that a text taken up again at any point goes on as it would have.
-    `sample` is the op of the backend; `eos_token_ids` are the ends that `min_tokens` holds back.
-    """
-
-    def __init__(
-        self,
-        rows: Sequence[tuple[SamplingParams, Sequence[int], int]],
-        *,
-        vocab_size: int,
-        device: torch.device | str = "cpu",
-        eos_token_ids: Iterable[int] = (),
-        sample: Callable[..., tuple[Tensor, Tensor]] = sampling_reference.sample,
-    ) -> None:
-        self._sample = sample
-        self._vocab_size = vocab_size
-        self._device = torch.device(device)
-        self._steps = 0
-        params = [row[0] for row in rows]
-        for p in params:
-            p.check_vocab(vocab_size)
-        self._per_row: dict[str, Tensor] = {
-            "seed": self._integers([_draw_seed() if p.seed is None else p.seed for p in params]),
-            "stream": self._integers([stream for _, _, stream in rows]),
-            "position": self._integers([len(prompt_ids) for _, prompt_ids, _ in rows]),
-        }
-        sampled = [p for p in params if not p.greedy]
-        if sampled:
-            self._per_row["temperature"] = self._floats([p.temperature for p in params])
-        if any(p.top_k > 0 for p in sampled):
-            self._per_row["top_k"] = self._integers([max(p.top_k, 0) for p in params])
-        for name, off, users in (
-            ("top_p", 1, sampled),
-            ("min_p", 0, sampled),
-            ("typical_p", 1, sampled),
-            ("repetition_penalty", 1, params),
-            ("presence_penalty", 0, params),
-            ("frequency_penalty", 0, params),
-        ):
-            if any(getattr(p, name) != off for p in users):
-                self._per_row[name] = self._floats([getattr(p, name) for p in params])
-        if "repetition_penalty" in self._per_row:
-            self._per_row["prompt_counts"] = torch.stack([self._count(prompt_ids) for _, prompt_ids, _ in rows])
-        if self._per_row.keys() & {"repetition_penalty", "presence_penalty", "frequency_penalty"}:
-            self._per_row["output_counts"] = torch.stack([self._count(()) for _ in rows])
-        if any(p.logit_bias for p in params):
-            bias = torch.zeros(len(rows), vocab_size)
-            for row, p in enumerate(params):
-                for token, value in (p.logit_bias or {}).items():
-                    bias[row, token] = value
-            self._per_row["logit_bias"] = bias.to(self._device)
-        self._masks = [_TokenMask(p, tuple(eos_token_ids), vocab_size) for p in params]
-
-    def __call__(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """`logits` [B, V] -> the next tokens, int64 [B], and their log-probabilities (plain softmax), float32 [B]."""
-        per_row = self._per_row
-        if any(self._steps in mask.changes for mask in self._masks):
-            self._set_allowed()
-        token, logprob = self._sample(logits, **{"temperature": None, **per_row})
-        if "output_counts" in per_row:
-            per_row["output_counts"].scatter_add_(1, token[:, None], torch.ones_like(token, dtype=torch.int32)[:, None])
-        per_row["position"] += 1
-        self._steps += 1
-        return token, logprob
-
-    def scores(self, logits: Tensor) -> Tensor:
-        """The logits that the next call draws from: float32 [B, V], -inf where never chosen; greedy rows unfiltered."""
-        stages = self._per_row
-        if any(self._steps in mask.changes for mask in self._masks):
-            self._set_allowed()
-        penalties = {name: stages[name] for name in sampling_reference.PENALTIES if name in stages}
-        x = sampling_reference.penalize(logits, **penalties)
-        temperature = stages.get("temperature")
-        if temperature is None:
-            return x
-        filters = {name: stages[name] for name in sampling_reference.FILTERS if name in stages}
-        kept = sampling_reference.filter_logits(x, temperature=temperature, **filters)
-        return torch.where(temperature[:, None] == 0, x, kept)
-
-    def keep(self, rows: Sequence[int]) -> None:
-        """Goes on with these rows only, in this order."""
-        index = self._integers(list(rows))
-        self._per_row = {name: values[index] for name, values in self._per_row.items()}
-        self._masks = [self._masks[row] for row in rows]
-
-    def _set_allowed(self) -> None:
-        words = [mask.words(self._steps) for mask in self._masks]
-        self._per_row.pop("allowed", None)
-        if any(word is not None for word in words):
-            everything = torch.full((-(-self._vocab_size // 32),), -1, dtype=torch.int32)
-            self._per_row["allowed"] = torch.stack([everything if word is None else word for word in words]).to(
-                self._device
-            )
-
-    def _integers(self, values: Sequence[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self._device)
-
-    def _floats(self, values: Sequence[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float32, device=self._device)
-
-    def _count(self, token_ids: Sequence[int]) -> Tensor:
-        counts = torch.bincount(torch.tensor(list(token_ids), dtype=torch.int64), minlength=self._vocab_size)
-        return counts.to(self._device, torch.int32)
-
-
-class _TokenMask:
-    """The tokens one row may choose from: its allowed ones, less the ends of text until it has `min_tokens`."""
-
-    def __init__(self, params: SamplingParams, eos_token_ids: tuple[int, ...], vocab_size: int) -> None:
-        ends = [*(() if params.ignore_eos else eos_token_ids), *(params.stop_token_ids or ())]
-        self.min_tokens = params.min_tokens if ends else 0
-        self.changes = {0, self.min_tokens}  # the steps at which `words` may differ from the step before
-        allowed = torch.zeros(-(-vocab_size // 32) * 32, dtype=torch.bool)
-        allowed[list(params.allowed_token_ids) if params.allowed_token_ids is not None else slice(vocab_size)] = True
-        self.late = _bit_words(allowed) if params.allowed_token_ids is not None else None
-        if self.min_tokens:
-            allowed[ends] = False
-            if not allowed.any():
-                raise ValueError(
-                    f"min_tokens={params.min_tokens} holds back every token of allowed_token_ids="
-                    f"{list(params.allowed_token_ids or ())}; allow one that does not end the text, or set min_tokens=0"
-                )
-            self.early = _bit_words(allowed)
-
-    def words(self, step: int) -> Tensor | None:
-        """int32 [ceil(V / 32)], a bit for each allowed token; None if all are allowed."""
-        return self.early if step < self.min_tokens else self.late
-
-
 def top_logprobs(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The `count` likeliest tokens of each row of `logits` [B, V]: ids, int64, and log-probabilities, float32."""
     logprobs, token_ids = logits.float().log_softmax(-1).topk(min(count, logits.shape[-1]))
     return token_ids, logprobs
-
-
-def _bit_words(mask: Tensor) -> Tensor:
-    return (mask.view(-1, 32).long() << torch.arange(32)).sum(-1).to(torch.int32)
-
-
-def _draw_seed() -> int:
-    return int(torch.randint(-(2**63), 2**63 - 1, ()))

@@ -165,7 +165,13 @@ def _check_size(size: int) -> None:
 
 
 def _checked(value: Any) -> Any:
-    """`value`, if all that it holds is not too much. One object in several places counts in each: so it is printed."""
+    """`value`, if all that it holds is not too much."""
+    _size(value)
+    return value
+
+
+def _size(value: Any) -> int:
+    """How much a value holds, if not too much. One object in several places counts in each: so it is printed."""
     size, waiting = 0, [value]
     while waiting:
         item = waiting.pop()
@@ -176,13 +182,12 @@ def _checked(value: Any) -> Any:
             waiting += item.values()
         elif isinstance(item, (list, tuple)):
             waiting += item
-    return value
+    return size
 
 
 def _check_growth(operation: str, values: Sequence[Any]) -> None:
     """Raises SecurityError where the result of an operator, a filter or a string's method may be too large."""
-    for value in values:
-        _checked(value)
+    held = sum(map(_size, values))
     numbers = [value for value in values if isinstance(value, int)]
     lengths = [len(value) for value in values if isinstance(value, _SIZED)]
     texts = [value for value in values if isinstance(value, str)]
@@ -201,8 +206,18 @@ def _check_growth(operation: str, values: Sequence[Any]) -> None:
         size = len(text) + text.count(texts[1]) * len(texts[2])
     elif operation in ("center", "ljust", "rjust", "zfill", "expandtabs", "indent"):
         size = sum(lengths) + (text.count("\n") + text.count("\t") + 1) * (number + sum(lengths[1:]))
-    elif operation in ("join", "wordwrap", "translate"):
+    elif operation in ("join", "translate"):
         size = math.prod(length + 1 for length in lengths)
+    elif operation in ("wordwrap", "urlize", "pprint"):  # slow ones
+        size = held * max([100, *lengths[1:]])
+    elif operation == "tojson":
+        # Only its options make more of it than there is: an indent, as a number or a text.
+        indents = [
+            value if isinstance(value, int) else len(value) for value in values[1:] if isinstance(value, int | str)
+        ]
+        size = held * sum(indents)
+    elif operation == "sum":
+        size = held * (lengths[0] if len(lengths) > 1 else 1)
     elif operation in ("batch", "slice"):
         size = number
     else:

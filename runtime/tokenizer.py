@@ -6,22 +6,22 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import chat_template as chat
 from .added_tokens import AddedToken, parse_added_tokens
 from .batch_encoding import (
     BatchEncoding,
     check_side,
     frame,
-    mask_of,
     pad,
     padding_strategy,
     to_tensor,
     truncation_strategy,
 )
-from .control_tokens import control_tokens, encode_marked, marked
+from .chat_template import PUBLISHED_TEMPLATE
+from .conversations import Conversations
 from .detokenizer import Detokenizer
-from .files import locate, write, write_json
-from .keywords import nearest, reject_unknown
+from .files import write, write_json
+from .keywords import reject_unknown, without_neutral
+from .snapshots import NEUTRAL, NEUTRAL_AT_SAVE, locate
 from .tokenizer_files import (
     CONFIG_FILE,
     NAMED_TOKENS,
@@ -34,8 +34,30 @@ from .tokenizer_files import (
     vocabulary_file,
 )
 
+# transformers' keywords that mean nothing here, see keywords.without_neutral.
+_NEUTRAL_AT_LOAD: dict[str, tuple[Any, ...]] = {
+    "use_fast": (True, False),
+    "legacy": (True, False),
+    "from_slow": (False,),
+    "use_default_system_prompt": (False,),
+    "spaces_between_special_tokens": (False,),
+}
+_NEUTRAL_AT_CALL: dict[str, tuple[Any, ...]] = {
+    "stride": (0,),
+    "is_split_into_words": (False,),
+    "pad_to_multiple_of": (),
+    "return_overflowing_tokens": (False,),
+    "return_special_tokens_mask": (False,),
+    "return_offsets_mapping": (False,),
+    "return_length": (False,),
+    "split_special_tokens": (False,),
+    "text_target": (),
+    "text_pair_target": (),
+    "verbose": (True, False),
+}
 
-class InternLM3Tokenizer:
+
+class InternLM3Tokenizer(Conversations):
     """Text to ids and back.
 
     Args:
@@ -70,8 +92,8 @@ class InternLM3Tokenizer:
         self.padding_side: str = settings["padding_side"]
         self.truncation_side: str = settings["truncation_side"]
         self.model_max_length: int = settings["model_max_length"]
-        self.chat_template: str | dict[str, str] = settings["chat_template"] or chat.PUBLISHED_TEMPLATE
-        self.chat_control_tokens: list[str] | None = settings["chat_control_tokens"]
+        self.chat_template = settings["chat_template"] or PUBLISHED_TEMPLATE
+        self.chat_control_tokens = settings["chat_control_tokens"]
         self._extra_config: dict[str, Any] = {}
 
         self.bos_token, self.eos_token, self.unk_token, self.pad_token = (
@@ -109,7 +131,7 @@ class InternLM3Tokenizer:
     @classmethod
     def from_pretrained(
         cls,
-        id_or_path: str | os.PathLike[str],
+        pretrained_model_name_or_path: str | os.PathLike[str],
         *,
         revision: str | None = None,
         token: str | None = None,
@@ -121,10 +143,10 @@ class InternLM3Tokenizer:
 
         Nothing of a checkpoint is ever executed: a config's `auto_map` is ignored, and so is `trust_remote_code`.
         """
-        overrides.pop("trust_remote_code", None)
+        overrides = without_neutral("InternLM3Tokenizer.from_pretrained", overrides, {**NEUTRAL, **_NEUTRAL_AT_LOAD})
         reject_unknown("InternLM3Tokenizer.from_pretrained", overrides, SETTINGS)
         directory = locate(
-            id_or_path,
+            pretrained_model_name_or_path,
             revision=revision,
             token=token,
             cache_dir=cache_dir,
@@ -140,11 +162,13 @@ class InternLM3Tokenizer:
         tokenizer._extra_config = config
         return tokenizer
 
-    def save_pretrained(self, directory: str | os.PathLike[str]) -> tuple[str, ...]:
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **unknown: Any) -> tuple[str, ...]:
         """Writes tokenizer.model (or .json), tokenizer_config.json, special_tokens_map.json; returns their paths.
 
         Each file appears whole or not at all.
         """
+        unknown = without_neutral("save_pretrained", unknown, NEUTRAL_AT_SAVE)
+        reject_unknown("InternLM3Tokenizer.save_pretrained", unknown, ("save_directory",))
         special = {**self.special_tokens_map, "additional_special_tokens": self.additional_special_tokens}
         config = {
             "tokenizer_class": "InternLM3Tokenizer",
@@ -152,8 +176,8 @@ class InternLM3Tokenizer:
             **{name: getattr(self, name) for name in SETTINGS if name != "extra_special_tokens"},
             "added_tokens_decoder": self._vocabulary.added.to_json(),
         }
-        paths = [Path(directory) / CONFIG_FILE, Path(directory) / SPECIAL_TOKENS_FILE]
-        vocabulary = self.save_vocabulary(directory)
+        paths = [Path(save_directory) / CONFIG_FILE, Path(save_directory) / SPECIAL_TOKENS_FILE]
+        vocabulary = self.save_vocabulary(save_directory)
         for path, content in zip(paths, (config, special), strict=True):
             write_json(path, content)
         return (*vocabulary, *map(str, paths))
@@ -281,6 +305,7 @@ class InternLM3Tokenizer:
             ValueError: options that contradict each other, padding without a pad token, rows of different lengths
                 with return_tensors, text that is not valid Unicode.
         """
+        unknown = without_neutral("calling InternLM3Tokenizer", unknown, _NEUTRAL_AT_CALL)
         reject_unknown("calling InternLM3Tokenizer", unknown, InternLM3Tokenizer.__call__.__kwdefaults__ or ())
         encoded = [
             (self._vocabulary.encode(first), None if second is None else self._vocabulary.encode(second))
@@ -379,138 +404,25 @@ class InternLM3Tokenizer:
         return self.detokenizer(clean_up_tokenization_spaces=False).text(tokens)
 
     def decode(
-        self, ids: Any, skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool | None = None
+        self,
+        ids: Any,
+        skip_special_tokens: bool = False,
+        clean_up_tokenization_spaces: bool | None = None,
+        **unknown: Any,
     ) -> str:
         """The text of a sequence of ids (a list, a 1-D tensor or array, or one id).
 
         Raises:
             TypeError: ids that are no whole numbers. ValueError: a negative one, or more than one sequence.
         """
+        unknown = without_neutral("decode", unknown, {"spaces_between_special_tokens": (False,)})
+        reject_unknown("decode", unknown, ("skip_special_tokens", "clean_up_tokenization_spaces"))
         tokens = self.convert_ids_to_tokens(_as_ids(ids), skip_special_tokens)
         return self.detokenizer(clean_up_tokenization_spaces).text(tokens)
 
     def batch_decode(self, sequences: Iterable[Any], **options: Any) -> list[str]:
         """`decode` of every sequence: of a list of lists or tensors, or of each row of a 2-D tensor."""
         return [self.decode(ids, **options) for ids in sequences]
-
-    # Chat
-
-    def get_chat_template(self, chat_template: str | None = None, tools: Any = None) -> str:
-        """The Jinja source: of the template by that name, if there are several, else `chat_template` itself.
-
-        None stands for the checkpoint's: of several the one for tools, if there are tools, or else the default.
-        Raises ValueError where none of several is the default.
-        """
-        named = {"default": self.chat_template} if isinstance(self.chat_template, str) else self.chat_template
-        if chat_template is not None:
-            return named.get(chat_template, chat_template) if isinstance(self.chat_template, dict) else chat_template
-        name = "tool_use" if tools is not None and "tool_use" in named else "default"
-        if name not in named:
-            raise ValueError(f"the checkpoint has chat templates by the names {', '.join(named)} and no default: "
-                             "give chat_template one of them")  # fmt: skip
-        return named[name]
-
-    def apply_chat_template(
-        self,
-        conversation: Sequence[Any],
-        *,
-        tools: list[dict[str, Any]] | None = None,
-        documents: list[dict[str, Any]] | None = None,
-        chat_template: str | None = None,
-        add_generation_prompt: bool = False,
-        continue_final_message: bool | str = False,
-        tokenize: bool = True,
-        sanitize_control_tokens: bool = False,
-        padding: bool | str = False,
-        truncation: bool | str = False,
-        max_length: int | None = None,
-        return_tensors: str | None = None,
-        return_dict: bool = False,
-        return_assistant_tokens_mask: bool = False,
-        tokenizer_kwargs: Mapping[str, Any] | None = None,
-        **variables: Any,
-    ) -> Any:
-        """The prompt of a conversation (a list of messages), or of each in a list of conversations.
-
-        Args:
-            tools, documents: JSON data for the template; InternLM3's published template reads neither.
-            chat_template: instead of the checkpoint's, or the name of one of its several.
-            add_generation_prompt: end with the header of an assistant's message.
-            continue_final_message: end inside the last message, for the model to go on with it; a string names the
-                message's field, where it is another one than "content".
-            sanitize_control_tokens: control tokens in messages, tools, documents and variables are encoded as the text
-                that they look like; those of the template itself stay what they are.
-            return_dict: a BatchEncoding instead of the ids alone.
-            return_assistant_tokens_mask: with `assistant_masks` in it: 1 for the tokens of the template's
-                `{% generation %}` blocks.
-            tokenizer_kwargs: further keywords for calling the tokenizer.
-            variables: further names for the template.
-
-        Returns:
-            text with tokenize=False; else ids: a list, or int64 [rows, length] with return_tensors="pt".
-
-        Raises:
-            ValueError: wrong messages, switches that exclude each other, or a template that fails; see
-                chat_template.render.
-            TypeError: a keyword that is none of these and that the template does not read.
-        """
-        template = self.get_chat_template(chat_template, tools)
-        for name in variables.keys() - chat.template_variables(template):
-            match = nearest(name, InternLM3Tokenizer.apply_chat_template.__kwdefaults__ or ())
-            hint = f"did you mean {match!r}?" if match else "the chat template does not read it"
-            raise TypeError(f"apply_chat_template: unknown keyword {name!r}; {hint}")
-        if return_assistant_tokens_mask and not (tokenize and return_dict):
-            raise ValueError("return_assistant_tokens_mask needs tokenize=True and return_dict=True")
-        if return_assistant_tokens_mask and (continue_final_message or sanitize_control_tokens):
-            other = "continue_final_message" if continue_final_message else "sanitize_control_tokens"
-            raise ValueError(f"return_assistant_tokens_mask does not go with {other}")
-        if sanitize_control_tokens and not tokenize:
-            raise ValueError("sanitize_control_tokens needs tokenize=True: in a text nothing tells the tokens apart")
-        batched = isinstance(conversation, (list, tuple)) and isinstance(next(iter(conversation), None), (list, tuple))
-        conversations = conversation if batched else [conversation]
-        given: dict[str, Any] = {"tools": tools, "documents": documents, **variables}
-        if sanitize_control_tokens:
-            tokens = control_tokens(
-                self._vocabulary.added.by_id.values(), self.chat_control_tokens, chat.literals(template)
-            )
-            conversations, given = marked(conversations, tokens), marked(given, tokens)
-        given = {**self.special_tokens_map, **given}
-        switches: dict[str, Any] = {"add_generation_prompt": add_generation_prompt}
-
-        columns = {}
-        if return_assistant_tokens_mask:
-            rendered = [chat.render_generated(template, messages, **switches, **given) for messages in conversations]
-            spans = [self._vocabulary.spans(prompt) for prompt, _ in rendered]
-            encoded = [[id for id, _, _ in row] for row in spans]
-            columns["assistant_masks"] = [
-                mask_of(row, generated) for row, (_, generated) in zip(spans, rendered, strict=True)
-            ]
-        else:
-            switches["continue_final_message"] = continue_final_message
-            prompts = [chat.render(template, messages, **switches, **given) for messages in conversations]
-            if not tokenize:
-                return prompts if batched else prompts[0]
-            encoded = [self._encode_prompt(prompt, sanitize_control_tokens) for prompt in prompts]
-        extra = dict(tokenizer_kwargs or {})
-        reject_unknown("tokenizer_kwargs", extra, ("padding_side", "return_attention_mask", "return_token_type_ids"))
-        encoding = self._fitted(
-            [(ids, None) for ids in encoded],
-            columns,
-            not batched,
-            add_special_tokens=False,
-            padding=padding,
-            truncation=truncation,
-            max_length=max_length,
-            return_tensors=return_tensors,
-            **extra,
-        )
-        return encoding if return_dict else encoding["input_ids"]
-
-    def _encode_prompt(self, prompt: str, sanitize: bool) -> list[int]:
-        if not sanitize:
-            return self._vocabulary.encode(prompt)
-        vocabulary = self._vocabulary
-        return encode_marked(prompt, vocabulary.added.ids, vocabulary.encode, vocabulary.encode_plain)
 
 
 def _pairs(text: Any, text_pair: Any) -> list[tuple[str, str | None]]:

@@ -45,6 +45,7 @@ _UNSUPPORTED = (
     "spaces_for_interleaved_special_tokens",
     "spaces_between_special_tokens",
     "split_special_tokens",
+    "do_lower_case",
 )
 
 

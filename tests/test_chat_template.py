@@ -259,6 +259,12 @@ DOUBLING = "{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = 
         "{{ range(99999) | map('center', 9999) | list | length }}",
         "{{ ('a\n' * 99999) | indent(999999) }}",
         "{{ [1] | batch(10000000000, 0) | list }}",
+        "{{ ('a' * 999999) | wordwrap(1) }}",
+        "{{ ('a' * 9999) | wordwrap(1, wrapstring='b' * 9999) }}",
+        "{{ messages | tojson(indent=10000000) }}",
+        "{{ messages | tojson(indent='a' * 999999) }}",
+        "{{ ([[1, 2, 3, 4, 5, 6, 7, 8, 9]] * 99999) | sum(start=[]) | length }}",
+        "{{ range(99999) | list | pprint }}",
         "{{ [1] | slice(10000000000) | list }}",
         DOUBLING.replace("%s", "n.x ~ n.x"),
         DOUBLING.replace("%s", "n.x + n.x"),
@@ -280,6 +286,8 @@ def test_a_long_conversation_is_within_the_bounds():
     messages = [MESSAGES[0], *MESSAGES[1:3] * 2000]
     template = RICH_TEMPLATE.replace("state.turns == 5", "false")
     assert render(template, messages, bos_token="<s>") == by_transformers(template, messages, bos_token="<s>")
+    numbers = "{{ [99999999, -5] | tojson }}{{ 99999999 | tojson(indent=2, ensure_ascii=true) }}{{ 99999999 ~ 'a' }}"
+    assert render(numbers, MESSAGES) == by_transformers(numbers, MESSAGES) == "[99999999, -5]9999999999999999a"
     long = [{"role": "user", "content": "a b\n" * 1_000_000}]
     template = "{{ messages[0].content | replace('\n', '<br>') | trim }}"
     assert render(template, long) == by_transformers(template, long)

@@ -1,5 +1,6 @@
 """Checkpoints: what is saved is what is loaded, in bounded memory, and damage is met with a sentence that names it."""
 
+import contextlib
 import json
 import os
 import pickle
@@ -220,6 +221,56 @@ def test_a_tied_head_that_was_saved_too(tmp_path):
     head = {"lm_head.weight": model.lm_head.weight.clone()}
     change(tmp_path / "model.safetensors", lambda weights: weights.update(head))
     assert same(model, load(tmp_path))
+
+
+NEUTRAL = {
+    "attn_implementation": "sdpa", "low_cpu_mem_usage": True, "use_safetensors": True, "trust_remote_code": True,
+    "quantization_config": None, "load_in_8bit": False, "force_download": False, "subfolder": "", "variant": None,
+    "max_memory": None, "output_loading_info": False, "ignore_mismatched_sizes": False, "proxies": None,
+}  # fmt: skip
+
+
+def test_keywords_of_copied_scripts(tmp_path):
+    """What means nothing here is accepted at the value at which it means nothing, and names are transformers'."""
+    model = make()
+    model.save_pretrained(save_directory=tmp_path, safe_serialization=True, push_to_hub=False)
+    again = InternLM3ForCausalLM.from_pretrained(
+        pretrained_model_name_or_path=tmp_path, device="cpu", progress=False, **NEUTRAL
+    )
+    assert same(model, again)
+    model.config.save_pretrained(save_directory=tmp_path, push_to_hub=False)
+    config = InternLM3Config.from_pretrained(pretrained_model_name_or_path=tmp_path, force_download=False)
+    assert config == model.config
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"attn_implementation": "flash_attention_2"}, "attn_implementation='flash_attention_2' .* 'sdpa' or 'eager'"),
+        ({"load_in_4bit": True}, "load_in_4bit=True is not supported; it can only be False"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config={'bits': 4} is not supported"),
+        ({"variant": "fp16"}, "variant='fp16'"),
+        ({"subfolder": "sub"}, "subfolder='sub'"),
+        ({"use_safetensors": False}, "use_safetensors=False"),
+        ({"force_download": True}, "force_download=True"),
+    ],
+    ids=str,
+)
+def test_keywords_that_would_mean_something(tmp_path, options, words):
+    make().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=words):
+        load(tmp_path, **options)
+    with pytest.raises(ValueError, match="safe_serialization=False is not supported"):
+        make().save_pretrained(tmp_path, safe_serialization=False)
+    with pytest.raises(TypeError, match="'max_shard_sise'; did you mean 'max_shard_size'"):
+        make().save_pretrained(tmp_path, max_shard_sise="5GB")
+
+
+def test_pickled_weights_where_safe_ones_are_asked_for(tmp_path):
+    make().config.save_pretrained(tmp_path)
+    torch.save(make().state_dict(), tmp_path / "pytorch_model.bin")
+    assert same(make(), load(tmp_path))
+    refused(tmp_path, FileNotFoundError, tmp_path, "use_safetensors=True", use_safetensors=True)
 
 
 # -------------------------------------------------------------------- memory
@@ -556,6 +607,195 @@ def test_disk_full_at_any_file(tmp_path, monkeypatch, failing):
         model.save_pretrained(tmp_path, max_shard_size=20000)
     monkeypatch.undo()
     assert contents(tmp_path) == old
+
+
+# -------------------------------------------------------------------- a save that is cut off
+
+LIMITS = {"none": None, "one file": "5GB", "shards": 20000, "other shards": 9000}
+
+
+def stand(seed, limit, folder):
+    """A checkpoint of its own values, configuration and settings in the folder."""
+    model = make(seed, rope_theta=1000.0 + seed)
+    model.generation_config = {"eos_token_id": [2, seed]}
+    if limit is not None:
+        model.save_pretrained(folder, max_shard_size=limit)
+    return model
+
+
+def is_whole(model, folder):
+    again = load(folder)
+    return same(model, again) and (again.config, again.generation_config) == (model.config, model.generation_config)
+
+
+class Cut:
+    """Cuts a save off at its n-th step on files: before that step is done, or just behind it."""
+
+    def __init__(self, monkeypatch, at, behind, error):
+        self.at, self.behind, self.error, self.steps = at, behind, error, 0
+        monkeypatch.setattr(checkpoint, "save_file", self.wrapped(checkpoint.save_file))
+        for name in ("write_bytes", "replace", "unlink"):
+            monkeypatch.setattr(Path, name, self.wrapped(getattr(Path, name)))
+
+    def wrapped(self, step):
+        def cut(*args, **options):
+            self.steps += 1
+            if self.steps != self.at:
+                return step(*args, **options)
+            if self.behind:
+                step(*args, **options)
+            raise self.error
+
+        return cut
+
+
+@pytest.mark.parametrize("behind", [False, True], ids=["before", "behind"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")], ids=repr)
+@pytest.mark.parametrize("new", ["one file", "shards"])
+@pytest.mark.parametrize("old", LIMITS)
+def test_a_save_that_is_cut_off_leaves_one_checkpoint_whole(tmp_path, old, new, error, behind):
+    for at in range(1, 60):
+        folder = tmp_path / str(at)
+        before = stand(1, LIMITS[old], folder)
+        files = contents(folder) if folder.is_dir() else {}
+        after = make(2, rope_theta=1002.0)
+        after.generation_config = {"eos_token_id": [2, 2]}
+        with pytest.MonkeyPatch.context() as patch:
+            cut = Cut(patch, at, behind, error)
+            with contextlib.suppress(KeyboardInterrupt, OSError):
+                after.save_pretrained(folder, max_shard_size=LIMITS[new])
+        if cut.steps < at:  # nothing was cut off
+            assert at > 8 and is_whole(after, folder)
+            break
+        if contents(folder) != files:
+            assert is_whole(after, folder), at
+        elif old != "none":
+            assert is_whole(before, folder), at
+        last = stand(3, LIMITS[new], folder)
+        assert is_whole(last, folder)
+        kept = {path.name for path in folder.iterdir()}
+        stand(3, LIMITS[new], tmp_path / "alone")
+        assert len(kept) == len(list((tmp_path / "alone").iterdir())), (at, kept)
+    else:
+        raise AssertionError("a save has more steps than were tried")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+@pytest.mark.parametrize(("old", "signal"), [("one file", "SIGTERM"), ("shards", "SIGKILL")])
+def test_a_save_that_is_killed_leaves_one_checkpoint_whole(tmp_path, old, signal):
+    """A process dies by a signal at every step of its save in turn; what it leaves goes with the next save."""
+    script = textwrap.dedent("""
+        import os, signal, sys, pathlib
+        sys.path.insert(0, sys.argv[1])
+        import test_checkpoint as tests
+        def hit(step):
+            def struck(*args, **options):
+                step(*args, **options)
+                os.kill(os.getpid(), getattr(signal, sys.argv[4]))
+            return struck
+        for name in ("write_bytes", "replace", "unlink", "save_file"):
+            at = tests.checkpoint if name == "save_file" else pathlib.Path
+            step = getattr(at, name)
+            for i in range(12):
+                pid = os.fork()
+                if pid:
+                    os.waitpid(pid, 0)
+                    continue
+                calls = []
+                def counted(*args, **options):
+                    calls.append(1)
+                    return (hit(step) if len(calls) == i + 1 else step)(*args, **options)
+                folder = pathlib.Path(sys.argv[2], name + str(i))
+                tests.stand(1, tests.LIMITS[sys.argv[3]], folder)
+                setattr(at, name, counted)
+                try:
+                    tests.make(2, rope_theta=1001.0).save_pretrained(folder, max_shard_size=20000)
+                finally:
+                    os._exit(0)
+    """)
+    arguments = [str(Path(__file__).parent), str(tmp_path), old, signal]
+    subprocess.run([sys.executable, "-c", script, *arguments], check=True, capture_output=True)
+    before, after, seen = stand(1, None, None), make(2, rope_theta=1001.0), set()
+    for folder in sorted(tmp_path.iterdir()):
+        weights = load(folder)
+        seen.add(same(after, weights))
+        assert same(before, weights) or same(after, weights), folder.name
+        drafts = [path.name for path in folder.iterdir() if path.name.startswith(".")]
+        stand(4, "5GB", folder)
+        left = {path.name for path in folder.iterdir()}
+        assert left == {"config.json", "generation_config.json", "model.safetensors"}, (folder.name, drafts)
+    assert seen == {True, False}
+
+
+def test_drafts_of_others(tmp_path):
+    """A draft of a process that runs is left alone, one of a process that has ended goes; other files are nobody's."""
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    dead = [f".{name}.{ended.pid}" for name in ("model.safetensors", "config.json", "tokenizer.model")]
+    dead += [f".model-00001-of-00003.safetensors.{ended.pid}", f".model.safetensors.{10**30}"]
+    kept = [f".config.json.{os.getppid()}", ".cache.123", f"model.safetensors.{ended.pid}", ".gitattributes", "notes"]
+    for name in (*dead, *kept):
+        (tmp_path / name).write_text("x")
+    make().save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {*kept, "config.json", "model.safetensors"}
+
+
+@pytest.mark.parametrize("weights", ["model.safetensors", "pytorch_model.bin"])
+def test_merged_weights_beside_their_bases_index(tmp_path, weights):
+    """transformers takes the one file, and so does this runtime."""
+    make(1).save_pretrained(tmp_path, max_shard_size=20000)
+    merged = {name: weight.clone() for name, weight in make(2).state_dict().items()}
+    if weights.endswith(".bin"):
+        for path in shards(tmp_path):
+            torch.save(load_file(path), path.with_suffix(".bin"))
+            path.unlink()
+        index = json.loads((tmp_path / INDEX).read_text())
+        index["weight_map"] = {name: file.replace("safetensors", "bin") for name, file in index["weight_map"].items()}
+        (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+        (tmp_path / INDEX).unlink()
+        torch.save(merged, tmp_path / weights)
+    else:
+        save_file(merged, tmp_path / weights, metadata={"format": "pt"})
+    assert same(make(2), load(tmp_path))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    torch.testing.assert_close(theirs(IDS).logits, make(2)(IDS).logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("nothing_is_allocated")
+class TestSourcesThatDisagree:
+    @pytest.mark.parametrize(
+        "head", [torch.ones(64, 32), torch.ones(60, 32), torch.ones(32)], ids=lambda t: str(t.shape)
+    )
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_a_tied_configuration_with_another_head(self, tmp_path, head, dtype):
+        make(tie_word_embeddings=True).save_pretrained(tmp_path)
+        change(tmp_path / "model.safetensors", lambda weights: weights.update({"lm_head.weight": head.to(dtype)}))
+        path = tmp_path / "model.safetensors"
+        refused(tmp_path, ValueError, path, "'lm_head.weight'", "'model.embed_tokens.weight'", "tie_word_embeddings")
+
+    def test_more_layers_than_anything(self, sharded, monkeypatch):
+        """Before anybody builds 50 000 layers, which would take a minute and gigabytes."""
+        monkeypatch.setattr(InternLM3ForCausalLM, "__init__", lambda *_: pytest.fail("the model was built"))
+        change(sharded / "config.json", lambda config: config.update(num_hidden_layers=50_000))
+        refused(sharded, ValueError, sharded, "50000 layers", "config.json", "21 tensors")
+
+    @pytest.mark.filterwarnings("ignore::UserWarning")
+    @pytest.mark.parametrize(
+        ("name", "tensor", "words"),
+        [
+            (1, lambda: torch.ones(2), ["called 1, a int"]),
+            (None, lambda: torch.ones(2), ["called None"]),
+            (("a", 1), lambda: torch.ones(2), ["called ('a', 1)"]),
+            ("model.norm.weight", lambda: torch.ones(32).to_sparse(), ["'model.norm.weight' is a sparse tensor"]),
+            ("a", lambda: torch.eye(4).to_sparse_csr(), ["'a' is a sparse tensor"]),
+            ("a", lambda: torch.quantize_per_tensor(torch.ones(4), 1.0, 0, torch.qint8), ["'a' is a quantised tensor"]),
+            ("a", lambda: torch.ones(4, device="meta"), ["'a' is an empty tensor"]),
+        ],
+    )
+    def test_a_bin_of_other_tensors(self, tmp_path, name, tensor, words):
+        make().config.save_pretrained(tmp_path)
+        torch.save({name: tensor()}, tmp_path / "pytorch_model.bin")
+        refused(tmp_path, ValueError, tmp_path / "pytorch_model.bin", *words)
 
 
 @pytest.mark.parametrize("size", [0, -1, "5XB", "", "MB", "-5GB", "nan", "infGB", None, [1]])

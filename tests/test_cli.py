@@ -5,9 +5,15 @@ import re
 import signal
 import subprocess
 import sys
+import threading
+from dataclasses import fields
+from pathlib import Path
+from types import SimpleNamespace
 
+import internlm3
 import pytest
-from internlm3 import InternLM3Config
+from internlm3 import Chunk, InternLM3Config, InternLM3Tokenizer, SamplingParams
+from internlm3.runtime.chat import Chat, show
 
 FIGURES = re.compile(
     r"\[prompt (\d+) tokens, [\d.]+ tokens/s; answer (\d+) tokens, [\d.]+ tokens/s; peak memory [\d.]+ GB\]"
@@ -131,10 +137,222 @@ def test_bad_usage_is_status_2():
 def test_control_c_ends_an_answer_at_once(standin):
     options = ("generate", standin, "-p", "Tell me a very long story.", "--temp", 0)
     with subprocess.Popen(
-        [*COMMAND, *map(str, options)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
+        [*COMMAND, *map(str, options)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0, env=ENVIRONMENT
     ) as process:
-        assert process.stdout.read(1)  # the answer has begun
+        begun = process.stdout.read(1)  # the answer has begun
         process.send_signal(signal.SIGINT)
         out, err = process.communicate()
-    assert process.returncode == 0
-    assert "[stopped]" in out and FIGURES.search(err)
+    assert process.returncode == 130
+    said = int(FIGURES.search(err.decode())[2])
+    whole = run("generate", standin, "-p", "Tell me a very long story.", "--temp", 0, "-n", said).stdout
+    assert whole.startswith((begun + out).decode())  # the model's words, and nothing of its own
+
+
+def test_the_command_by_its_other_name_and_its_version():
+    other = [sys.executable, "-m", "internlm3"]
+    for command in (other, COMMAND):
+        done = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True)
+        assert done.stdout == f"internlm3 {internlm3.__version__}\n"
+    assert f'version="{internlm3.__version__}"' in Path(__file__).parents[1].joinpath("setup.py").read_text()
+    assert "{chat,generate,info,demo}" in subprocess.run([*other, "--help"], capture_output=True, text=True).stdout
+
+
+def test_every_sampling_parameter_has_a_switch(standin):
+    shown = run("generate", "--help").stdout
+    for field in fields(SamplingParams):
+        if field.name not in ("n", "logprobs"):  # of which a stream shows nothing
+            assert f"--{field.name.replace('_', '-')}" in shown.replace("--no-skip", "--skip"), field.name
+    tokens = InternLM3Tokenizer.from_pretrained(standin)
+    said = tokens.encode("Paris", add_special_tokens=False)
+    options = ("generate", standin, "-p", "What is the capital of France?", "--temp", 0, "-n", 12)
+    assert run(*options, "--allowed-token-ids", *said, "--min-tokens", 3, "-n", 3).stdout == "Paris" * 3 + "\n"
+    assert run(*options, "--logit-bias", f"{said[0]}=100", "-n", 2).stdout == "ParisParis\n"
+    capital = tokens.encode(" capital", add_special_tokens=False)
+    assert run(*options, "--stop-token-ids", *capital).stdout == "The\n"
+    assert run(*options, "--stop", " of", "--include-stop-str-in-output").stdout == "The capital of\n"
+    assert run(*options, "--ignore-eos", "--no-skip-special-tokens").stdout.count("<|im_end|>") > 0
+    assert run(*options, "--frequency-penalty", 2, "--presence-penalty", -2, "--typical-p", 0.5, "--seed", -1).stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (("--length", -5), "must be an integer of at least 1; it is -5"),
+        (("--length", 0), "must be an integer of at least 1; it is 0"),
+        (("--length", 10**6), "is 1000000, and the model was trained for"),
+    ],
+)
+def test_info_of_a_length_that_no_model_takes(standin, args, says):
+    done = run("info", standin, *args, expect=1)
+    assert says in done.stderr and done.stderr.count("\n") == 1 and done.stdout == ""
+    assert "no checkpoint is named" in run("info", "", expect=1).stderr
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "gbk", "utf-8"])
+def test_a_terminal_of_another_encoding(standin, encoding):
+    """What it cannot show is replaced, and what it sends may be cut in the middle of a character."""
+    environment = {**ENVIRONMENT, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
+    smile = InternLM3Tokenizer.from_pretrained(standin).encode("🙂", add_special_tokens=False)
+    options = ["chat", standin, "--temp", 0, "-n", 2 * len(smile), "--allowed-token-ids", *smile[:1]]
+    turns = "你好".encode()[:4] + b"\n" + b"\xff\xfe\n" + b"Hi\n"
+    done = subprocess.run(
+        [*COMMAND, *map(str, options)], input=turns, capture_output=True, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(FIGURES.findall(done.stderr.decode(errors="replace"))) == 3
+    asked = ["generate", standin, "-p", "-", "--temp", 0, "-n", 12]
+    done = subprocess.run([*COMMAND, *map(str, asked)], input=b"What is the capital of France? \xe4\xbd",
+                          capture_output=True, env=environment, check=False)  # fmt: skip
+    assert done.returncode == 0 and done.stdout, done.stderr
+
+
+# The conversation itself, with an answer that the test gives
+
+
+def chat(monkeypatch, turns, answer=None, messages=()):
+    """The chat after these inputs; `answer` gives the text for a conversation, or raises."""
+    asked: list[list[dict]] = []
+
+    def chunks(conversation):
+        asked.append(conversation)
+        for text in answer(conversation) if answer else [f"answer {len(asked)}"]:
+            if isinstance(text, BaseException):
+                raise text
+            yield Chunk(text, [1], [0.0], None, None, None, 1, 1, 1.0, 1.0, 1.0, 0)
+
+    inputs = iter(turns)
+
+    def read():
+        turn = next(inputs, EOFError())
+        if isinstance(turn, BaseException):
+            raise turn
+        return turn
+
+    monkeypatch.setattr("internlm3.runtime.chat.reader", lambda: read)
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True))
+    talk = Chat(chunks, list(messages))
+    talk.run()
+    return talk.messages, asked
+
+
+def turn(question, answer):
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def test_a_conversation_grows(monkeypatch, capsys):
+    messages, asked = chat(monkeypatch, ["one", "  ", "two\nlines"])
+    assert messages == [*turn("one", "answer 1"), *turn("two\nlines", "answer 2")]
+    assert asked[1] == messages[:3]
+    assert capsys.readouterr().out == "answer 1\nanswer 2\n\n"
+
+
+def test_a_turn_shows_what_was_reused_and_how_fast(capsys):
+    for reused, words in ((0, "2.00 GB]\n"), (512, "2.00 GB] [512 of the prompt's tokens reused]\n")):
+        show(iter([Chunk("hi", [1], [0.0], None, None, None, 600, 1, 900.0, 30.0, 2.0, reused)]))
+        said = capsys.readouterr().err
+        assert FIGURES.search(said).groups() == ("600", "1") and "30.0 tokens/s" in said and said.endswith(words)
+
+
+def test_control_c_loses_no_conversation(monkeypatch, capsys):
+    """Before an answer begins its question is taken back, in its middle what was said stays, at the prompt all."""
+    answers = iter([["first"], [KeyboardInterrupt()], ["half", KeyboardInterrupt()], ["last"]])
+    turns = ["one", KeyboardInterrupt(), "two", "three", "four"]
+    messages, _ = chat(monkeypatch, turns, lambda _: next(answers))
+    assert messages == [*turn("one", "first"), *turn("three", "half"), *turn("four", "last")]
+    said = capsys.readouterr()
+    assert "taken back" in said.err and "[stopped]" in said.err and "stopped" not in said.out
+
+
+def test_a_question_that_fails_is_taken_back(monkeypatch, capsys):
+    answers = iter([["first"], [ValueError("too long")], ["last"]])
+    messages, _ = chat(monkeypatch, ["one", "two", "three"], lambda _: next(answers))
+    assert messages == [*turn("one", "first"), *turn("three", "last")]
+    assert "too long (/undo takes a turn back, /reset begins anew)" in capsys.readouterr().err
+
+
+SYSTEM = [{"role": "system", "content": "Be brief."}]
+
+
+@pytest.mark.parametrize(
+    ("turns", "left", "says"),
+    [
+        (["one", "/undo", "two"], [*SYSTEM, *turn("two", "answer 2")], "taken back: one"),
+        (["/undo"], SYSTEM, "nothing to take back"),
+        (["one", "/clear", "two"], [*SYSTEM, *turn("two", "answer 2")], "begins anew"),
+        (["one", "/reset"], SYSTEM, "begins anew"),
+        (["one", "/quit", "two"], [*SYSTEM, *turn("one", "answer 1")], ""),
+        (["one", " /exit ", "two"], [*SYSTEM, *turn("one", "answer 1")], ""),
+        (["one", "/system Rhyme\nalways."], [{"role": "system", "content": "Rhyme\nalways."}, *turn("one", "answer 1")],
+         "system prompt: Rhyme"),
+        (["/system"], SYSTEM, "system prompt: Be brief."),
+        (["/help"], SYSTEM, "/undo"),
+        (["/hepl"], SYSTEM, "there is no /hepl; did you mean /help?"),
+        (["/quti", "/cler"], SYSTEM, "did you mean /clear?"),
+        (["/zzzz"], SYSTEM, "there is no /zzzz; /help lists the commands"),
+        (["/usr/bin is a folder?"], [*SYSTEM, *turn("/usr/bin is a folder?", "answer 1")], ""),
+        (["/ 2"], [*SYSTEM, *turn("/ 2", "answer 1")], ""),
+    ],
+)  # fmt: skip
+def test_commands(monkeypatch, capsys, turns, left, says):
+    messages, _ = chat(monkeypatch, turns, messages=SYSTEM)
+    assert messages == left
+    assert says in capsys.readouterr().err
+
+
+def test_system_where_there_was_none(monkeypatch, capsys):
+    messages, _ = chat(monkeypatch, ["/system", "one", "/system Be kind.", "two"])
+    assert messages == [{"role": "system", "content": "Be kind."}, *turn("one", "answer 1"), *turn("two", "answer 2")]
+    assert "system prompt: none" in capsys.readouterr().err
+
+
+# A terminal
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a terminal of one's own is POSIX's")
+@pytest.mark.parametrize("toolkit", [True, False])
+def test_a_paste_is_one_question(tmp_path, toolkit):
+    """Four lines at once are one input, with prompt_toolkit and without; the next run knows it, with prompt_toolkit."""
+    import pty
+
+    if toolkit:
+        pytest.importorskip("prompt_toolkit")
+    code = f"""
+import sys
+if not {toolkit}:
+    sys.modules["prompt_toolkit"] = None
+from internlm3.runtime.terminal import history_file, reader
+read = reader()
+sys.stderr.write("ready\\n")
+for _ in range(2):
+    sys.stderr.write(ascii(read()) + "\\n")
+sys.stderr.write(f"{{history_file().exists()}}\\n")
+"""
+    ours, theirs = pty.openpty()
+    environment = {**os.environ, "XDG_STATE_HOME": str(tmp_path), "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"}
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=theirs, stdout=theirs, stderr=subprocess.PIPE,
+                               env=environment, start_new_session=True)  # fmt: skip
+    os.close(theirs)
+    assert process.stderr.readline() == b"ready\n"
+    drain = threading.Thread(target=_drain, args=(ours,), daemon=True)
+    drain.start()
+    lines = b"def f():\r    return 1\r\rprint(f())"
+    os.write(ours, b"\x1b[200~" + lines + b"\x1b[201~\r" if toolkit else lines.replace(b"\r", b"\n") + b"\n")
+    assert process.stderr.readline() == b"'def f():\\n    return 1\\n\\nprint(f())'\n"
+    os.write(ours, b"next\r" if toolkit else b"next\n")
+    assert process.stderr.readline() == b"'next'\n"
+    assert process.stderr.readline().strip() == str(toolkit).encode()
+    assert process.wait() == 0
+    process.stderr.close()
+    if toolkit:
+        assert "print(f())" in (tmp_path / "internlm3" / "history").read_text()
+        assert (tmp_path / "internlm3" / "history").stat().st_mode & 0o077 == 0
+
+
+def _drain(terminal):
+    """Reads what the program writes to its terminal, so that it never waits."""
+    try:
+        while os.read(terminal, 4096):
+            pass
+    except OSError:
+        pass
+    os.close(terminal)

@@ -268,10 +268,20 @@ def test_refused(tmp_path, change, words):
         assert word in message.replace(str(tmp_path), "")
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '"text"', "null", "\x00", '{"a": 1,}'])
+DEEP = ["[" * 100_000, '{"a": ' * 100_000, '{"a": ' + "[" * 100_000 + "]" * 100_000 + "}"]
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '"text"', "null", "\x00", '{"a": 1,}', *DEEP], ids=lambda c: c[:9])
 def test_malformed_file(tmp_path, content):
-    with pytest.raises(ValueError, match=r"config\.json"):
+    with pytest.raises(ValueError, match=r"config\.json") as caught:
         read(tmp_path, content)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+def test_a_file_that_is_no_utf8(tmp_path):
+    (tmp_path / "config.json").write_bytes('{"a": "书"}'.encode("gbk"))
+    with pytest.raises(ValueError, match=r"config\.json is not UTF-8 text"):
+        InternLM3Config.from_pretrained(tmp_path)
 
 
 def test_missing_file(tmp_path):

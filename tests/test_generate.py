@@ -1,5 +1,6 @@
 """`generate` against transformers' own: the same tokens, scores, lengths, padding, streamers and refusals."""
 
+import re
 import warnings
 from types import SimpleNamespace
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 import transformers
 from internlm3 import InternLM3Config, InternLM3ForCausalLM, InternLM3Tokenizer
-from internlm3.runtime import generation
+from internlm3.runtime import decode
 
 QUESTIONS = [
     "What is the capital of France?",
@@ -359,6 +360,97 @@ def test_generation_config_objects(tiny):
         tiny.ours.generation_config = {}
 
 
+def test_a_generation_config_in_its_places(tiny):
+    """By position, as transformers has it, and in the place of the model's own, where its entries are attributes."""
+    plain = tiny.ours.generate(PROMPTS, do_sample=False, max_new_tokens=7)
+    config = transformers.GenerationConfig(do_sample=False, max_new_tokens=7)
+    assert tiny.ours.generate(PROMPTS, config).equal(plain)
+    assert tiny.ours.generate(PROMPTS, {"max_new_tokens": 7}).equal(plain)
+    with pytest.raises(TypeError, match="generation_config"):
+        tiny.ours.generate(PROMPTS, 5)
+    try:
+        tiny.ours.generation_config = transformers.GenerationConfig(max_new_tokens=3, pad_token_id=40)
+        assert (tiny.ours.generation_config.pad_token_id, tiny.ours.generation_config.top_k) == (40, None)
+        assert plain[0, 6] == 2  # the end of text, and padding behind it
+        padding = (plain == 0).long()
+        assert tiny.ours.generate(PROMPTS).equal((plain + 40 * padding)[:, :9])
+        tiny.ours.generation_config.pad_token_id = 44
+        tiny.ours.generation_config.max_new_tokens = 2
+        assert tiny.ours.generate(PROMPTS).equal((plain + 44 * padding)[:, :8])
+        for wants in ({"return_dict_in_generate": True, "output_scores": True}, {"return_dict_in_generate": True}):
+            out = tiny.ours.generate(PROMPTS, transformers.GenerationConfig(**wants))
+            assert (out.scores is not None) == ("output_scores" in wants)
+    finally:
+        tiny.ours.generation_config = {}
+
+
+NEUTRAL = {
+    "num_beams": 1, "no_repeat_ngram_size": 0, "length_penalty": 1.0, "stopping_criteria": None, "use_cache": True,
+    "early_stopping": False, "num_beam_groups": 1, "diversity_penalty": 0.0, "bad_words_ids": None, "penalty_alpha": 0,
+    "suppress_tokens": [], "guidance_scale": 1.0, "encoder_repetition_penalty": 1, "output_attentions": False,
+    "prefix_allowed_tokens_fn": None, "synced_gpus": False, "cache_implementation": None, "max_time": None,
+    "renormalize_logits": False, "assistant_model": None, "epsilon_cutoff": 0.0, "return_dict_in_generate": False,
+}  # fmt: skip
+
+
+def test_neutral_values_are_accepted(tiny):
+    plain = tiny.ours.generate(PROMPTS, do_sample=False, max_new_tokens=7)
+    assert tiny.ours.generate(PROMPTS, do_sample=False, max_new_tokens=7, **NEUTRAL).equal(plain)
+    for name, value in NEUTRAL.items():
+        assert tiny.ours.generate(PROMPTS, max_new_tokens=7, **{name: value}).equal(plain), name
+
+
+CHANGING = [
+    {"num_beams": 4}, {"no_repeat_ngram_size": 2}, {"bad_words_ids": [[3]]}, {"suppress_tokens": [3]}, {"max_time": 1},
+    {"begin_suppress_tokens": [3]}, {"forced_eos_token_id": 2}, {"sequence_bias": {(3,): 1.0}}, {"guidance_scale": 1.5},
+    {"exponential_decay_length_penalty": (1, 1.1)}, {"epsilon_cutoff": 0.1}, {"eta_cutoff": 0.1},
+    {"penalty_alpha": 0.6}, {"encoder_repetition_penalty": 1.1}, {"top_h": 0.5}, {"token_healing": True},
+    {"num_beams": True},
+]  # fmt: skip
+IDLE = [{"use_cache": False}, {"early_stopping": True}, {"num_beam_groups": 2}, {"length_penalty": 2.0},
+        {"cache_implementation": "static"}, {"low_memory": True}]  # fmt: skip
+
+
+@pytest.mark.parametrize("setting", [*CHANGING, *IDLE], ids=str)
+def test_what_is_not_supported_is_refused_by_name(tiny, setting):
+    """From a keyword always; from a file or an object only where it would change the tokens."""
+    [(name, value)] = setting.items()
+    with pytest.raises(ValueError, match=re.escape(f"{name}={value!r} is not supported")):
+        tiny.ours.generate(PROMPTS, **setting)
+    plain = tiny.ours.generate(PROMPTS, max_new_tokens=2)
+    as_object = SimpleNamespace(to_dict=lambda: setting)
+    try:
+        for given in (setting, as_object):
+            tiny.ours.generation_config = given
+            if setting in IDLE:
+                assert tiny.ours.generate(PROMPTS, max_new_tokens=2).equal(plain)
+                assert tiny.ours.generate(PROMPTS, given, max_new_tokens=2).equal(plain)
+                continue
+            with pytest.raises(ValueError, match=re.escape(f"{name}={value!r} is not supported")):
+                tiny.ours.generate(PROMPTS)
+            tiny.ours.generation_config = {}
+            with pytest.raises(ValueError, match=re.escape(f"{name}={value!r} is not supported")):
+                tiny.ours.generate(PROMPTS, given)
+    finally:
+        tiny.ours.generation_config = {}
+
+
+def test_outputs_are_read_as_transformers_are(tiny):
+    for options in ({}, {"labels": PROMPTS}, {"output_hidden_states": True, "use_cache": False}):
+        ours, theirs = tiny.ours(PROMPTS, **options), tiny.theirs(PROMPTS, **options)
+        assert list(ours) == list(theirs.keys()) and len(ours) == len(theirs)
+        for index, name in enumerate(theirs.keys()):
+            assert ours[name] is ours[index] is ours.to_tuple()[index] is getattr(ours, name)
+        assert torch.allclose(ours[0], theirs[0], atol=1e-4)
+        assert [name for name, _ in ours.items()] == list(dict(**ours)) == list(ours)
+    with pytest.raises(KeyError, match="CausalLMOutput holds logits, past_key_values; it has no 'loss'"):
+        tiny.ours(PROMPTS)["loss"]
+    wants = {"return_dict_in_generate": True, "output_scores": True, "max_new_tokens": 2, "do_sample": False}
+    ours, theirs = tiny.ours.generate(PROMPTS, **wants), tiny.theirs.generate(PROMPTS, **wants)
+    assert ours[0].equal(theirs[0]) and torch.allclose(ours[1][0], theirs[1][0], atol=1e-4)
+    assert list(ours) == ["sequences", "scores", "logprobs"]
+
+
 def test_streamer(tiny):
     """put(prompt), put(each step's tokens), end(): what transformers' streamers are given."""
     calls: dict[str, list] = {"ours": [], "theirs": []}
@@ -436,7 +528,7 @@ def test_a_long_prompt_in_chunks(tiny, monkeypatch, length):
     prompt = torch.randint(6, 50, (1, length), generator=torch.Generator().manual_seed(length))
     flags = {"do_sample": False, "max_new_tokens": 3, "return_dict_in_generate": True, "output_logits": True}
     whole = tiny.ours.generate(prompt, eos_token_id=[], **flags)
-    monkeypatch.setattr(generation, "PREFILL_CHUNK", 32)
+    monkeypatch.setattr(decode, "CHUNK", 32)
     chunks = tiny.ours.generate(prompt, eos_token_id=[], **flags)
     assert chunks.sequences.equal(whole.sequences)
     theirs = tiny.theirs(prompt).logits[:, -1]

@@ -5,8 +5,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 FLOORS = {"kernels": set(), "runtime": {"kernels"}, "tests": {"kernels", "runtime"}, "bench": {"kernels", "runtime"}}
-# Where the runtime meets the kernels: the model runs them, and sampling asks what a step draws from.
-MEETS_KERNELS = {"model", "sampling"}
+# Where the runtime meets the kernels: the model runs them, and a watched step asks what it draws from.
+MEETS_KERNELS = {"decode", "model"}
 
 
 def modules(path: Path) -> set[tuple[str, ...]]:

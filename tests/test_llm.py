@@ -1,6 +1,5 @@
 """LLM as its users meet it: what they type, what comes back, how it ends, and what it says to a mistake."""
 
-import gc
 import hashlib
 import json
 import os
@@ -28,8 +27,6 @@ from internlm3 import (
     RequestOutput,
     SamplingParams,
 )
-from internlm3.runtime.cache import KVCache
-from internlm3.runtime.causal_lm import CausalLMOutput
 
 PROMPTS = [
     "The capital of France is",
@@ -93,19 +90,25 @@ def tiny(tiny_folder: Path) -> LLM:
 
 
 @pytest.fixture
-def script(tiny: LLM, monkeypatch: pytest.MonkeyPatch) -> Callable[[Sequence[int]], list[int]]:
+def as_op() -> Callable[..., Any]:
+    """What makes of a function an op of the backend; here every function is one. See test_llm_captured.py."""
+    return lambda function: function
+
+
+@pytest.fixture
+def script(tiny: LLM, monkeypatch: pytest.MonkeyPatch, as_op: Any) -> Callable[[Sequence[int]], list[int]]:
     """Makes `tiny` say exactly these tokens; returns the list that grows by each token it was asked for."""
 
     def script(tokens: Sequence[int]) -> list[int]:
         said: list[int] = []
 
-        def forward(ids: torch.Tensor, **_: Any) -> CausalLMOutput:
-            said.append(tokens[len(said)])
-            logits = torch.zeros(ids.shape[0], 1, tiny.config.vocab_size)
-            logits[..., said[-1]] = 99
-            return CausalLMOutput(logits)
+        def head(x: torch.Tensor) -> torch.Tensor:
+            said.append(tokens[min(len(said), len(tokens) - 1)])  # steps may run ahead of what is read
+            logits = torch.zeros(len(x), tiny.config.vocab_size)
+            logits[:, said[-1]] = 99
+            return logits
 
-        monkeypatch.setattr(tiny.model, "forward", forward)
+        monkeypatch.setattr(tiny.model, "head", as_op(head))
         return said
 
     return script
@@ -256,7 +259,7 @@ def test_a_stream_is_generate_in_pieces(llm, settings):
 
 
 def test_figures_of_a_stream(tiny, monkeypatch):
-    clock = iter([10.0, 10.5, 10.75, 11.0])  # a prefill of half a second, then a token each quarter
+    clock = iter([10.0, 10.0, 10.5, 10.75, 11.0])  # a prefill of half a second, then a token each quarter
     monkeypatch.setattr("time.perf_counter", lambda: next(clock))
     chunks = list(tiny.stream([504] * 20, max_tokens=3))
     monkeypatch.undo()
@@ -356,6 +359,66 @@ def test_thinking_is_the_published_prompt(llm, own):
         assert chunk.prompt_tokens == len(output.prompt_token_ids)
 
 
+def test_min_tokens_holds_a_stop_string_back(tiny):
+    free = tiny.generate("hello", temperature=0, max_tokens=12).outputs[0]
+    stop = tiny.tokenizer.decode(free.token_ids[:1]).strip() or free.text[:1]
+    for least in (0, 5, 12):
+        answer = tiny.generate("hello", temperature=0, max_tokens=12, stop=stop, min_tokens=least).outputs[0]
+        assert len(answer.token_ids) >= max(least, 1)
+        assert answer.token_ids == free.token_ids[: len(answer.token_ids)]
+        if least == 12:
+            assert answer.text.startswith(free.text[:-1][:20])
+
+
+def test_settings_for_each_prompt(tiny):
+    prompts = ["hello", "what is it", "one two"]
+    params = [SamplingParams(temperature=0, max_tokens=2), SamplingParams(seed=3, n=2, max_tokens=4),
+              SamplingParams(temperature=0, max_tokens=3, logprobs=1)]  # fmt: skip
+    together = tiny.generate(prompts, params)
+    assert same(together, [tiny.generate(prompt, each) for prompt, each in zip(prompts, params, strict=True)])
+    assert [output.sampling_params for output in together] == params
+    assert [len(output.outputs) for output in together] == [1, 2, 1]
+    shorter = tiny.generate(prompts, tuple(params), max_tokens=1)
+    assert [output.sampling_params.max_tokens for output in shorter] == [1, 1, 1]
+    asked = tiny.chat(prompts, params)
+    assert same(asked, [tiny.chat(prompt, each) for prompt, each in zip(prompts, params, strict=True)])
+    with pytest.raises(ValueError, match="there are 2 sampling_params for 3 prompts"):
+        tiny.generate(prompts, params[:2])
+    with pytest.raises(TypeError, match="sampling_params must be one SamplingParams"):
+        tiny.generate("hello", params[:1])
+    with pytest.raises(TypeError, match="sampling_params must be a SamplingParams, or a list of them"):
+        tiny.generate(["hello"], [{}])
+
+
+def test_timings(tiny_folder, tiny, monkeypatch):
+    """On a clock that ticks once a look: the second waits for the first one's row, and decodes all its tokens."""
+    single = LLM(tiny_folder, max_batch_size=1, progress=False)
+    ticks = iter(range(10_000))
+    monkeypatch.setattr("internlm3.runtime.llm.time.perf_counter", lambda: float(next(ticks)))
+    one, two = (output.timings for output in single.generate(["hello", "one two"], temperature=0, max_tokens=4))
+    steps = [
+        len(output.outputs[0].token_ids) - 1
+        for output in tiny.generate(["hello", "one two"], temperature=0, max_tokens=4)
+    ]
+    assert (one.prompt, one.first_token, one.decode) == (1, 2, steps[0])
+    assert (two.prompt, two.first_token, two.decode) == (1, 2 + steps[0] + 2, steps[1])
+
+
+@pytest.mark.parametrize("given", [b"hello", bytearray(b"hello"), [b"hello"], [True, False], [[1.5]], {"a": 1}, None])
+def test_what_is_no_prompt(tiny, given):
+    with pytest.raises((TypeError, ValueError), match="prompt"):
+        tiny.generate(given, max_tokens=1)
+
+
+def test_numbers_of_numpy_are_numbers(tiny_folder):
+    llm = LLM(tiny_folder, progress=False, max_seq_len=np.int64(64), max_batch_size=np.int32(2))
+    ids = [5, 6, 7]
+    expected = llm.generate(ids, temperature=0, max_tokens=2)
+    for given in (np.array(ids), torch.tensor(ids), [np.int64(5), np.int32(6), 7], [torch.tensor(5), 6, 7]):
+        assert same([llm.generate(given, temperature=0, max_tokens=np.int64(2))], [expected])
+    assert same(llm.generate([[np.int64(5), 6, 7]], temperature=0, max_tokens=2), [expected])
+
+
 def test_a_pad_token_may_lie_beyond_the_embedding(make, tiny_folder, tmp_path):
     folder = shutil.copytree(tiny_folder, tmp_path / "padded")
     config = json.loads((folder / "tokenizer_config.json").read_text())
@@ -382,6 +445,8 @@ def test_a_pad_token_may_lie_beyond_the_embedding(make, tiny_folder, tmp_path):
         ({"eos_token_id": "2"}, "eos_token_id holds '2'"),
         ({"do_sample": True, "temperature": "0.5"}, "temperature must be a number"),
         ({"do_sample": True, "top_k": True}, "top_k must be an integer"),
+        ({"no_repeat_ngram_size": 3}, "generate: no_repeat_ngram_size=3 is not supported"),
+        ({"suppress_tokens": [1]}, r"generate: suppress_tokens=\[1\] is not supported"),
     ],
 )
 def test_settings_of_a_wrong_kind_in_a_file(tiny_folder, tmp_path, settings, message):
@@ -591,40 +656,39 @@ def test_a_stop_string_within_multibyte_text(tiny, script):
 # -------------------------------------------------------------------- stopping in the middle
 
 
-def living_caches() -> int:
-    gc.collect()
-    return sum(type(thing) is KVCache for thing in gc.get_objects())
+def held_pages(llm: LLM) -> int:
+    pages = llm._engine().pages
+    return len(pages) - pages.free
 
 
 def counted(monkeypatch: pytest.MonkeyPatch, llm: LLM) -> list[int]:
+    """Grows by one with every pass through the model that draws tokens."""
     calls: list[int] = []
-    forward = llm.model.forward
+    head = llm.model.head
 
-    def counting(*args: Any, **kwargs: Any) -> CausalLMOutput:
+    def counting(x: torch.Tensor) -> torch.Tensor:
         calls.append(1)
-        return forward(*args, **kwargs)
+        return head(x)
 
-    monkeypatch.setattr(llm.model, "forward", counting)
+    monkeypatch.setattr(llm.model, "head", counting)
     return calls
 
 
 def test_closing_a_stream_stops_it_and_frees_it(tiny, monkeypatch):
-    before = living_caches()
     calls = counted(monkeypatch, tiny)
     stream = tiny.stream("hello", max_tokens=30, ignore_eos=True)
     assert calls == []
     for chunk in stream:
         if chunk.decode_tokens == 3:
             break
-    assert len(calls) == 3 and living_caches() == before + 1
+    assert len(calls) == 3 and held_pages(tiny) == 1
     stream.close()
-    assert len(calls) == 3 and living_caches() == before
+    assert len(calls) == 3 and held_pages(tiny) == 0
     assert list(stream) == []
 
 
 def test_ctrl_c_in_a_step_reaches_the_caller_and_leaves_the_model_well(tiny, monkeypatch):
     expected = tiny.generate("hello", max_tokens=6)
-    before = living_caches()
     for verb in (tiny.generate, lambda *args, **kwargs: list(tiny.stream(*args, **kwargs))):
         calls: list[int] = []
         forward = tiny.model.model.layers[1].forward
@@ -641,7 +705,7 @@ def test_ctrl_c_in_a_step_reaches_the_caller_and_leaves_the_model_well(tiny, mon
         monkeypatch.undo()
         assert len(calls) == 3
         assert tiny.generate("hello", max_tokens=6) == expected
-    assert living_caches() == before
+    assert held_pages(tiny) == 0
 
 
 @pytest.mark.parametrize("where", ["logits_processor", "put", "end"])
@@ -660,12 +724,12 @@ def test_a_users_exception_leaves_the_model_well(tiny, where):
             raise RuntimeError("mine")
         return logits
 
-    prompt, before = torch.tensor([[504, 300]]), living_caches()
+    prompt = torch.tensor([[504, 300]])
     expected = tiny.model.generate(prompt, max_new_tokens=5)
     with pytest.raises(RuntimeError, match="mine"):
         tiny.model.generate(prompt, max_new_tokens=5, streamer=Streamer(), logits_processor=process)
     assert torch.equal(tiny.model.generate(prompt, max_new_tokens=5), expected)
-    assert living_caches() == before
+    assert held_pages(tiny) == 0
 
 
 def test_threads_do_not_disturb_each_other(tiny):
@@ -685,7 +749,8 @@ def test_threads_do_not_disturb_each_other(tiny):
         thread.start()
     for thread in threads:
         thread.join()
-    assert together == [(output, output.text) for output in alone]
+    assert same([output for output, _ in together], alone)
+    assert [text for _, text in together] == [output.text for output in alone]
 
 
 def test_streams_may_be_read_by_turns(tiny):

@@ -13,7 +13,6 @@ from internlm3.kernels.sampling_reference import filter_logits, penalize, philox
 from internlm3.runtime.sampling import (
     RECOMMENDED,
     RECOMMENDED_THINKING,
-    Sampler,
     SamplingParams,
     top_logprobs,
 )
@@ -354,82 +353,7 @@ def test_the_token_is_always_a_possible_one(vocab, seed, temperature, top_k, top
         assert kept.sum() <= top_k
 
 
-# --- the state of a batch ------------------------------------------------------------------------------------------
-
-
-def run(sampler, logits, steps):
-    return torch.stack([sampler(logits)[0] for _ in range(steps)], dim=1).tolist()
-
-
-def test_sampler_repeats_itself_and_its_streams_differ():
-    logits = random_logits(1, 500, 31).expand(3, -1)
-    params = SamplingParams(seed=5)
-    rows = [(params, [1, 2], 0), (params, [1, 2], 1), (params, [1, 2], 0)]
-    first, second, again = run(Sampler(rows, vocab_size=500), logits, 20)
-    assert first == again and first != second and len(set(first)) > 5
-    assert [first] == run(Sampler(rows[:1], vocab_size=500), logits[:1], 20)
-
-
-def test_sampler_without_a_seed_follows_torch_manual_seed():
-    logits = random_logits(2, 500, 32)
-
-    def generated():
-        return run(Sampler([(SamplingParams(), [1], 0)] * 2, vocab_size=500), logits, 10)
-
-    torch.manual_seed(1)
-    first = generated()
-    assert generated() != first
-    torch.manual_seed(1)
-    assert generated() == first
-
-
-def test_sampler_continues_a_text_as_it_would_have_gone_on():
-    logits = random_logits(1, 300, 33)
-    params = SamplingParams(seed=9, repetition_penalty=1.2)
-    whole = run(Sampler([(params, [4, 5], 0)], vocab_size=300), logits, 12)[0]
-    assert run(Sampler([(params, [4, 5, *whole[:7]], 0)], vocab_size=300), logits, 5)[0] == whole[7:]
-
-
-def test_sampler_keeps_rows():
-    rows = [
-        (SamplingParams(seed=1, frequency_penalty=1.0, top_k=20), [1], 0),
-        (SamplingParams(temperature=0, min_tokens=4, logit_bias={2: 50.0}), [2, 3], 0),
-        (SamplingParams(seed=3, allowed_token_ids=[7, 8, 9], typical_p=0.9), [5], 2),
-        (SamplingParams(seed=4, temperature=1.5), [6], 0),
-    ]
-    logits = random_logits(4, 400, 34)
-    assert run(Sampler(rows[3:], vocab_size=400), logits[3:], 8) == run(Sampler(rows, vocab_size=400), logits, 8)[3:]
-    whole = run(Sampler(rows, vocab_size=400, eos_token_ids=[2]), logits, 8)
-    sampler = Sampler(rows, vocab_size=400, eos_token_ids=[2])
-    run(sampler, logits, 3)
-    sampler.keep([2, 1])
-    assert run(sampler, logits[[2, 1]], 5) == [whole[2][3:], whole[1][3:]]
-    assert whole[1][4:] == [2] * 4 and 2 not in whole[1][:4]
-    assert set(whole[2]) <= {7, 8, 9}
-
-
-def test_penalties_count_what_was_generated():
-    logits = torch.zeros(1, 5)
-    logits[0] = floats(5.0, 4.0, 3.0, 2.0, 1.0)
-    greedy = SamplingParams(temperature=0, presence_penalty=2.0)
-    assert run(Sampler([(greedy, [0, 1], 0)], vocab_size=5), logits, 4)[0] == [0, 1, 0, 0]
-    greedy = SamplingParams(temperature=0, frequency_penalty=1.5)
-    assert run(Sampler([(greedy, [0, 1], 0)], vocab_size=5), logits, 4)[0] == [0, 1, 0, 2]
-    greedy = SamplingParams(temperature=0, repetition_penalty=2.0)
-    assert run(Sampler([(greedy, [0], 0)], vocab_size=5), logits, 4)[0] == [1, 2, 0, 0]
-
-
-@pytest.mark.parametrize("ignore_eos, expected", [(False, [1, 1, 0]), (True, [0, 0, 0])])
-def test_min_tokens_holds_back_the_ends(ignore_eos, expected):
-    params = SamplingParams(temperature=0, min_tokens=2, stop_token_ids=[2], ignore_eos=ignore_eos)
-    sampler = Sampler([(params, [3], 0)], vocab_size=4, eos_token_ids=[0])
-    assert run(sampler, floats(9.0, 1.0, 5.0, 0.0)[None], 3)[0] == expected
-
-
-def test_min_tokens_that_forbids_everything_is_refused():
-    params = SamplingParams(min_tokens=1, allowed_token_ids=[2])
-    with pytest.raises(ValueError, match=r"min_tokens=1 holds back every token of allowed_token_ids=\[2\]"):
-        Sampler([(params, [1], 0)], vocab_size=10, eos_token_ids=[2])
+# --- parameters ---------------------------------------------------------------------------------------------------
 
 
 def test_top_logprobs():
@@ -439,9 +363,6 @@ def test_top_logprobs():
     assert torch.equal(token_ids, expected.indices)
     torch.testing.assert_close(logprobs.double(), expected.values, rtol=1e-6, atol=1e-6)
     assert top_logprobs(logits, 99)[0].shape == (2, 50)
-
-
-# --- parameters ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

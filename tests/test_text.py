@@ -268,6 +268,20 @@ def test_a_stop_string_wins_by_the_text_and_not_by_its_tokens(tokenizer):
             assert ("".join(parts), stream.stopped) == (before, met)
 
 
+def test_a_stop_string_before_its_time_is_text(tokenizer):
+    ids = tokenizer.convert_tokens_to_ids([f"<0x{byte:02X}>" for byte in b"#ab-ab-aab"])
+    for stop, first, text in (
+        ("ab", 0, "#"),
+        ("ab", 3, "#ab-"),
+        ("b-a", 3, "#a"),
+        ("b-a", 5, "#ab-a"),
+        ("ab", 7, "#ab-ab-a"),
+    ):
+        stream = TextStream(tokenizer, [stop])
+        assert "".join(stream.push(token, at >= first) for at, token in enumerate(ids)) == text
+        assert stream.stopped == stop
+
+
 def test_a_stop_string_across_tokens(tokenizer):
     text = "the quick brown fox jumps over the lazy dog"
     ids = tokenizer.encode(text, add_special_tokens=False)

@@ -813,6 +813,30 @@ def test_padding_without_a_pad_token(plain):
     assert tokenizer(["a", "b c"], padding=True).input_ids[0][-1] == tokenizer.eos_token_id
 
 
+def test_keywords_of_copied_scripts(plain, tmp_path):
+    tokenizer = InternLM3Tokenizer.from_pretrained(
+        pretrained_model_name_or_path=plain, use_fast=False, legacy=True, trust_remote_code=True, subfolder=""
+    )
+    ids = tokenizer(
+        "the dog", stride=0, is_split_into_words=False, return_offsets_mapping=False, verbose=False
+    ).input_ids
+    assert ids == InternLM3Tokenizer.from_pretrained(plain).encode("the dog")
+    assert tokenizer.decode(ids, spaces_between_special_tokens=False) == "<s>the dog"
+    tokenizer.save_pretrained(save_directory=tmp_path, push_to_hub=False)
+    assert InternLM3Tokenizer.from_pretrained(tmp_path).encode("the dog") == ids
+    for call in (
+        lambda: tokenizer("the dog", return_offsets_mapping=True),
+        lambda: tokenizer("the dog", pad_to_multiple_of=8),
+        lambda: tokenizer.decode(ids, spaces_between_special_tokens=True),
+        lambda: tokenizer.save_pretrained(tmp_path, push_to_hub=True),
+        lambda: InternLM3Tokenizer.from_pretrained(plain, subfolder="sub"),
+    ):
+        with pytest.raises(ValueError, match="is not supported; it can only be"):
+            call()
+    with pytest.raises(TypeError, match="'skip_special_token'; did you mean 'skip_special_tokens'"):
+        tokenizer.decode(ids, skip_special_token=True)
+
+
 def test_misspelt_override_names_the_nearest(plain):
     assert InternLM3Tokenizer.from_pretrained(plain, trust_remote_code=True).padding_side == "right"
     with pytest.raises(TypeError, match="'padding_sid'; did you mean 'padding_side'"):

@@ -112,6 +112,19 @@ def test_long_queries_in_splits(launch):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("tokens", [2, 7, 64])
+def test_the_reference_joins_a_long_past(dtype, tokens):
+    """A chunk behind pasts of every length, one of them not long, and one that it begins with."""
+    rng = generator(tokens)
+    lengths = [tokens + past for past in (600, 512, 511, 0, 513)] + [1]
+    cache = paged_cache(rng, lengths, 2, 32, 16, dtype)
+    q = normal(rng, len(lengths) * tokens, 6, 32, dtype=dtype)
+    truth, size = exact(q, cache, 0.3)
+    # The two parts are rounded before they are joined: half an ulp more.
+    assert_near(truth, ULPS[dtype] + 0.5, size, reference=reference.paged_attention(q, *cache, 0.3))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize(("lengths", "tokens", "programs"), [([300, 0], 1, 64), ([37], 4, 64), ([90], 24, 1)])
 def test_internlm3_shapes(dtype, lengths, tokens, programs):
     rng = generator(1)

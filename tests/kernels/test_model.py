@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from internlm3 import InternLM3Config, InternLM3ForCausalLM, kernels
-from internlm3.runtime import generation
+from internlm3.runtime import decode
 from internlm3.runtime import model as runtime_model
 
 from .support import DEVICE
@@ -36,7 +36,7 @@ def make(dtype, **shape):
 )
 def test_generation(monkeypatch, dtype, shape):
     """Three ragged prompts, one in chunks and past the window, decoded together: tokens and logits."""
-    monkeypatch.setattr(generation, "PREFILL_CHUNK", 18)
+    monkeypatch.setattr(decode, "CHUNK", 16)
     model = make(dtype, **shape)
     ids = torch.randint(1, 320, (3, 24), generator=torch.Generator().manual_seed(1)).to(DEVICE)
     mask = torch.ones_like(ids)

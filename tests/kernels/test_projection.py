@@ -216,6 +216,19 @@ def test_a_row_has_the_same_bits_in_any_company(seed, dtype, shape, other, scale
         assert torch.equal(op(case.x, case.residual)[row], op(alone, residual)[0])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("outputs", "width"), [(576, 1536), (960, 576), (1024, 4096)])
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_row_of_the_reference_has_the_same_bits_in_any_company(dtype, outputs, width, biased):
+    """On a CPU: alone, and at any place among up to 16."""
+    rng = generator(width)
+    x, weight = (torch.randn(shape, generator=rng).to(dtype) for shape in ((16, width), (outputs, width)))
+    bias = torch.randn(outputs, generator=rng).to(dtype) if biased else None
+    alone = torch.cat([reference.linear(row[None], weight, bias) for row in x])
+    for count in (2, 3, 4, 8, 11, 16):
+        assert torch.equal(reference.linear(x[-count:], weight, bias), alone[-count:]), f"{count} rows"
+
+
 @pytest.mark.parametrize("batch_invariant", [False, True])
 def test_qkv_has_the_same_bits_in_any_company(batch_invariant):
     """Two sequences with two tokens each, and the second alone: the same q, and the same bits in the cache."""

@@ -1,0 +1,7 @@
+"""`python -m internlm3` is the command `internlm3`."""
+
+import sys
+
+from .runtime.cli import main
+
+sys.exit(main())

@@ -1,0 +1,143 @@
+"""What a tokenizer makes of conversations: prompts by the checkpoint's chat template, as text or as ids."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from . import chat_template as chat
+from .batch_encoding import BatchEncoding, mask_of
+from .control_tokens import control_tokens, encode_marked, marked
+from .keywords import nearest, reject_unknown
+from .vocabulary import Vocabulary
+
+
+class Conversations(ABC):
+    """The part of a tokenizer that knows messages and templates."""
+
+    chat_template: str | dict[str, str]
+    chat_control_tokens: list[str] | None
+    _vocabulary: Vocabulary
+
+    @property
+    @abstractmethod
+    def special_tokens_map(self) -> dict[str, str]: ...
+
+    @abstractmethod
+    def _fitted(self, *args: Any, **options: Any) -> BatchEncoding: ...
+
+    def get_chat_template(self, chat_template: str | None = None, tools: Any = None) -> str:
+        """The Jinja source: of the template by that name, if there are several, else `chat_template` itself.
+
+        None stands for the checkpoint's: of several the one for tools, if there are tools, or else the default.
+        Raises ValueError where none of several is the default.
+        """
+        named = {"default": self.chat_template} if isinstance(self.chat_template, str) else self.chat_template
+        if chat_template is not None:
+            return named.get(chat_template, chat_template) if isinstance(self.chat_template, dict) else chat_template
+        name = "tool_use" if tools is not None and "tool_use" in named else "default"
+        if name not in named:
+            raise ValueError(f"the checkpoint has chat templates by the names {', '.join(named)} and no default: "
+                             "give chat_template one of them")  # fmt: skip
+        return named[name]
+
+    def apply_chat_template(
+        self,
+        conversation: Sequence[Any],
+        *,
+        tools: list[dict[str, Any]] | None = None,
+        documents: list[dict[str, Any]] | None = None,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool | str = False,
+        tokenize: bool = True,
+        sanitize_control_tokens: bool = False,
+        padding: bool | str = False,
+        truncation: bool | str = False,
+        max_length: int | None = None,
+        return_tensors: str | None = None,
+        return_dict: bool = False,
+        return_assistant_tokens_mask: bool = False,
+        tokenizer_kwargs: Mapping[str, Any] | None = None,
+        **variables: Any,
+    ) -> Any:
+        """The prompt of a conversation (a list of messages), or of each in a list of conversations.
+
+        Args:
+            tools, documents: JSON data for the template; InternLM3's published template reads neither.
+            chat_template: instead of the checkpoint's, or the name of one of its several.
+            add_generation_prompt: end with the header of an assistant's message.
+            continue_final_message: end inside the last message, for the model to go on with it; a string names the
+                message's field, where it is another one than "content".
+            sanitize_control_tokens: control tokens in messages, tools, documents and variables are encoded as the text
+                that they look like; those of the template itself stay what they are.
+            return_dict: a BatchEncoding instead of the ids alone.
+            return_assistant_tokens_mask: with `assistant_masks` in it: 1 for the tokens of the template's
+                `{% generation %}` blocks.
+            tokenizer_kwargs: further keywords for calling the tokenizer.
+            variables: further names for the template.
+
+        Returns:
+            text with tokenize=False; else ids: a list, or int64 [rows, length] with return_tensors="pt".
+
+        Raises:
+            ValueError: wrong messages, switches that exclude each other, or a template that fails; see
+                chat_template.render.
+            TypeError: a keyword that is none of these and that the template does not read.
+        """
+        template = self.get_chat_template(chat_template, tools)
+        for name in variables.keys() - chat.template_variables(template):
+            match = nearest(name, Conversations.apply_chat_template.__kwdefaults__ or ())
+            hint = f"did you mean {match!r}?" if match else "the chat template does not read it"
+            raise TypeError(f"apply_chat_template: unknown keyword {name!r}; {hint}")
+        if return_assistant_tokens_mask and not (tokenize and return_dict):
+            raise ValueError("return_assistant_tokens_mask needs tokenize=True and return_dict=True")
+        if return_assistant_tokens_mask and (continue_final_message or sanitize_control_tokens):
+            other = "continue_final_message" if continue_final_message else "sanitize_control_tokens"
+            raise ValueError(f"return_assistant_tokens_mask does not go with {other}")
+        if sanitize_control_tokens and not tokenize:
+            raise ValueError("sanitize_control_tokens needs tokenize=True: in a text nothing tells the tokens apart")
+        batched = isinstance(conversation, (list, tuple)) and isinstance(next(iter(conversation), None), (list, tuple))
+        conversations = conversation if batched else [conversation]
+        given: dict[str, Any] = {"tools": tools, "documents": documents, **variables}
+        if sanitize_control_tokens:
+            tokens = control_tokens(
+                self._vocabulary.added.by_id.values(), self.chat_control_tokens, chat.literals(template)
+            )
+            conversations, given = marked(conversations, tokens), marked(given, tokens)
+        given = {**self.special_tokens_map, **given}
+        switches: dict[str, Any] = {"add_generation_prompt": add_generation_prompt}
+
+        columns = {}
+        if return_assistant_tokens_mask:
+            rendered = [chat.render_generated(template, messages, **switches, **given) for messages in conversations]
+            spans = [self._vocabulary.spans(prompt) for prompt, _ in rendered]
+            encoded = [[id for id, _, _ in row] for row in spans]
+            columns["assistant_masks"] = [
+                mask_of(row, generated) for row, (_, generated) in zip(spans, rendered, strict=True)
+            ]
+        else:
+            switches["continue_final_message"] = continue_final_message
+            prompts = [chat.render(template, messages, **switches, **given) for messages in conversations]
+            if not tokenize:
+                return prompts if batched else prompts[0]
+            encoded = [self._encode_prompt(prompt, sanitize_control_tokens) for prompt in prompts]
+        extra = dict(tokenizer_kwargs or {})
+        reject_unknown("tokenizer_kwargs", extra, ("padding_side", "return_attention_mask", "return_token_type_ids"))
+        encoding = self._fitted(
+            [(ids, None) for ids in encoded],
+            columns,
+            not batched,
+            add_special_tokens=False,
+            padding=padding,
+            truncation=truncation,
+            max_length=max_length,
+            return_tensors=return_tensors,
+            **extra,
+        )
+        return encoding if return_dict else encoding["input_ids"]
+
+    def _encode_prompt(self, prompt: str, sanitize: bool) -> list[int]:
+        if not sanitize:
+            return self._vocabulary.encode(prompt)
+        vocabulary = self._vocabulary
+        return encode_marked(prompt, vocabulary.added.ids, vocabulary.encode, vocabulary.encode_plain)

@@ -1,0 +1,89 @@
+"""The decode step, as calls of ops on the device's tensors and nothing else; and the prompt that comes before it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from ..kernels.sampling_reference import FILTERS, PENALTIES, filter_logits, log_probability, penalize
+from .model import LanguageModel
+from .pages import Pages, Sequences
+from .request import Request
+from .sampling import top_logprobs
+from .state import DecodeState, Tier
+
+# A prompt goes through the model in pieces of so many tokens, cut at multiples of it whatever lies in the cache: where
+# it is cut decides the bits of its keys and values. It also bounds the memory for activations, and keeps them in a CPU's
+# caches (2048 tokens at once took 1.05 times as long on an EPYC, 2026-11-25).
+CHUNK = 512
+
+
+def step(model: LanguageModel, pages: Pages, state: DecodeState, tier: Tier) -> None:
+    """The next token of every row that is not idle: reads and writes the tensors of the state, and the pages."""
+    choose(model.model.ops, forward(model, pages, state), state, tier)
+
+
+def forward(model: LanguageModel, pages: Pages, state: DecodeState) -> Tensor:
+    """The first half of a step: logits [B, V] of the next token."""
+    x = model.model.ops.embed(state.token, model.model.embed_tokens.weight)
+    return model.head(model.model.run(x, state.seqs, pages))
+
+
+def choose(ops: ModuleType, logits: Tensor, state: DecodeState, tier: Tier) -> None:
+    """The second half: draws from logits [B, V], and moves every row on that is not idle."""
+    drawn, logprob = ops.sample(logits, **state.stages(tier))
+    ops.advance(drawn, logprob, **state.advanced())
+
+
+def prefill(model: LanguageModel, pages: Pages, seqs: Sequences, prompt: Tensor, begin: int) -> Tensor:
+    """A prompt [T] from token `begin`, a multiple of CHUNK, into its pages; logits [1, V] behind the last one.
+
+    `seqs` is its row of the state, whose `seq_lens` is left alone: until the prompt is filled the row is idle.
+    """
+    for start in range(begin, len(prompt), CHUNK):
+        chunk = prompt[start : start + CHUNK]
+        seq_lens = torch.full_like(seqs.seq_lens, start + len(chunk))
+        x = model.model.ops.embed(chunk, model.model.embed_tokens.weight)
+        x = model.model.run(x, Sequences(seqs.block_table, seq_lens, seqs.inv_freq), pages)
+    return model.head(x[-1:])
+
+
+def watched(
+    ops: ModuleType, logits: Tensor, state: DecodeState, tier: Tier, requests: Sequence[Request | None]
+) -> None:
+    """As `choose` from logits [B, V], where calls see and change what is drawn from; requests[b] stands in row b.
+
+    A processor stands where transformers has it: behind bias, penalties and masks, before temperature and filters.
+    Log-probabilities stay the model's own. Rows of no request are left alone.
+    """
+    rows = {request: row for row, request in enumerate(requests) if request is not None}
+    ahead = {name: x for name, x in state.stages(tier).items() if name in PENALTIES}
+    penalized = penalize(logits, **ahead)
+    scores = {request: penalized[row] for request, row in rows.items()}
+    for call in {request.watch: None for request in rows if request.watch is not None}:
+        scores |= call.process({request: x for request, x in scores.items() if request.watch is call})
+    for request, row in rows.items():
+        own, mine, x = state.rows(row, row + 1), logits[row : row + 1], scores[request][None]
+        stages = {name: stage for name, stage in own.stages(tier).items() if name not in PENALTIES}
+        drawn, _ = ops.sample(x, **stages)
+        watch = request.watch
+        if watch is not None and watch.keep_logits:
+            watch.logits.setdefault(request, []).append(mine[0].float())
+        if watch is not None and watch.keep_scores:
+            watch.scores.setdefault(request, []).append(_drawn_from(x, stages)[0])
+        if request.params.logprobs:
+            ids, values = top_logprobs(mine, request.params.logprobs)
+            request.top_logprobs.append(dict(zip(ids[0].tolist(), values[0].tolist(), strict=True)))
+        ops.advance(drawn, log_probability(mine, drawn), **own.advanced())
+
+
+def _drawn_from(x: Tensor, stages: Mapping[str, Tensor | None]) -> Tensor:
+    """The logits that `sample` draws from: float32 [B, V], -inf where never chosen; greedy rows unfiltered."""
+    temperature = stages["temperature"]
+    if temperature is None:
+        return x
+    kept = filter_logits(x, **{name: stage for name, stage in stages.items() if name in ("temperature", *FILTERS)})
+    return torch.where(temperature[:, None] == 0, x, kept)

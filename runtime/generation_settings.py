@@ -1,0 +1,88 @@
+"""transformers' generation settings: where they come from, and those that this runtime has one value of.
+
+None counts as not said everywhere. A setting that would change the tokens is refused by its name from every source: a
+keyword, a GenerationConfig, generation_config.json. One that changes nothing here is refused as a keyword, so that
+nobody waits for its effect, and passed over in the others, which hold many that nobody asked for.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from .keywords import without_neutral
+
+# name -> its neutral values. Anything else would change which tokens come.
+_CHANGING: dict[str, tuple[Any, ...]] = {
+    "num_beams": (1,),
+    "no_repeat_ngram_size": (0,),
+    "encoder_no_repeat_ngram_size": (0,),
+    "encoder_repetition_penalty": (1, 1.0),
+    "bad_words_ids": ([],),
+    "suppress_tokens": ([],),
+    "begin_suppress_tokens": ([],),
+    "forced_bos_token_id": (),
+    "forced_eos_token_id": (),
+    "sequence_bias": ({}, []),
+    "exponential_decay_length_penalty": (),
+    "top_h": (),
+    "epsilon_cutoff": (0, 0.0),
+    "eta_cutoff": (0, 0.0),
+    "guidance_scale": (1, 1.0),
+    "watermarking_config": (),
+    "penalty_alpha": (0, 0.0),
+    "dola_layers": (),
+    "diversity_penalty": (0, 0.0),
+    "constraints": ([],),
+    "force_words_ids": ([],),
+    "token_healing": (False,),
+    "max_time": (),
+    "stopping_criteria": ([], ()),
+    "prefix_allowed_tokens_fn": (),
+    "negative_prompt_ids": (),
+    "negative_prompt_attention_mask": (),
+    "custom_generate": (),
+}
+# With one sequence at a time, one token after the other, all that is kept of a step: these change nothing.
+_IDLE: dict[str, tuple[Any, ...]] = {
+    "use_cache": (True,),
+    "early_stopping": (False,),
+    "num_beam_groups": (1,),
+    "length_penalty": (1, 1.0),
+    "low_memory": (False,),
+    "renormalize_logits": (False,),
+    "remove_invalid_values": (False,),
+    "cache_implementation": ("dynamic",),
+    "disable_compile": (True, False),
+    "synced_gpus": (False,),
+    "assistant_model": (),
+    "prompt_lookup_num_tokens": (),
+    "use_mtp": (False,),
+    "use_model_defaults": (True,),
+    "output_attentions": (False,),
+    "output_hidden_states": (False,),
+}
+SETTINGS = (*_CHANGING, *_IDLE)
+
+
+class GenerationSettings(dict[str, Any]):
+    """A model's generation settings, by name and as attributes; a name that is not there is None."""
+
+    @classmethod
+    def of(cls, given: Any) -> "GenerationSettings":
+        """From a dictionary, or from an object with to_dict such as transformers' GenerationConfig; None is none."""
+        values = given.to_dict() if hasattr(given, "to_dict") else given or {}
+        if not isinstance(values, Mapping):
+            raise TypeError(f"generation_config must be a dictionary or an object with to_dict; it is {given!r}")
+        return cls({name: value for name, value in values.items() if value is not None})
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self.get(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self[name] = value
+
+
+def refuse_unsupported(settings: Mapping[str, Any], *, keywords: bool = False) -> None:
+    """Raises ValueError for a setting with another value than its neutral ones; `keywords`: also for idle ones."""
+    without_neutral("generate", settings, {**_CHANGING, **(_IDLE if keywords else {})})

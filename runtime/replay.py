@@ -1,0 +1,121 @@
+"""Steps that run ahead of the host: captured once for each shape, their tokens back through pinned memory."""
+
+from __future__ import annotations
+
+import warnings
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .state import Tier
+
+# Runs a step once, really, and returns what runs it again.
+Capture = Callable[[Callable[[], None]], Callable[[], None]]
+
+
+def eager(step: Callable[[], None]) -> Callable[[], None]:
+    step()
+    return step
+
+
+def cuda_graphs() -> Capture:
+    """Each step a CUDA graph; all of them share one pool of memory, since no two run at once.
+
+    The first run compiles and settles what a capture may not do; the capture behind it executes nothing. Where memory
+    is too short for it, that step stays eager, with a warning.
+    """
+    pool = torch.cuda.graph_pool_handle()
+
+    def capture(step: Callable[[], None]) -> Callable[[], None]:
+        step()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                step()
+        except torch.cuda.OutOfMemoryError as error:
+            warnings.warn(f"no memory to capture a decode step: it runs eagerly, and slower ({error})", stacklevel=2)
+            return step
+        return graph.replay
+
+    return capture
+
+
+@dataclass
+class Told:
+    """What the host is told of a row by one step: see `advance`."""
+
+    token: int
+    end: int
+    logprob: float
+
+
+@dataclass
+class _Slot:
+    """Host memory for what one step says, and when it is there."""
+
+    said: Tensor
+    there: Any  # torch.cuda.Event, None on a CPU
+
+
+class Replays:
+    """Steps that are under way, oldest first, each with what its reader noted of it.
+
+    Args:
+        step: (rows, tier) -> None: one decode step of the first `rows` rows, on the device's tensors alone.
+        said: [B, 3] int32, where a step leaves what the host is told.
+    """
+
+    def __init__(self, step: Callable[[int, Tier], None], said: Tensor, capture: Capture):
+        self._step, self._said, self._capture = step, said, capture
+        self._captured: dict[tuple[int, Tier], Callable[[], None]] = {}
+        self._idle: list[_Slot] = []
+        self._flights: deque[tuple[_Slot, Sequence[Any]]] = deque()
+
+    def __len__(self) -> int:
+        """How many steps are under way."""
+        return len(self._flights)
+
+    def queue(self, rows: int, tier: Tier, notes: Sequence[Any]) -> None:
+        """Queues one step. notes: one for each row, None where nobody asks for it."""
+        shape = rows, tier
+        if shape in self._captured:
+            self._captured[shape]()
+        else:
+            self._captured[shape] = self._capture(lambda: self._step(*shape))
+        self.tell(notes)
+
+    def tell(self, notes: Sequence[Any]) -> None:
+        """Brings what the rows say now to the host, in its turn."""
+        slot = self._idle.pop() if self._idle else self._slot()
+        slot.said.copy_(self._said, non_blocking=True)
+        if slot.there is not None:
+            slot.there.record()
+        self._flights.append((slot, notes))
+
+    def take(self) -> list[tuple[Any, Told]]:
+        """Waits for the oldest step: each note with what its row said, unless it was idle."""
+        slot, notes = self._flights.popleft()
+        if slot.there is not None:
+            slot.there.synchronize()
+        logprobs = slot.said[:, 2].contiguous().view(torch.float32).tolist()
+        told = [
+            (note, Told(token, end, logprob))
+            for note, (token, end, _), logprob in zip(notes, slot.said.tolist(), logprobs, strict=False)
+            if note is not None and token >= 0
+        ]
+        self._idle.append(slot)
+        return told
+
+    def drop(self) -> None:
+        """Forgets what is under way, once it is done."""
+        while self._flights:
+            self.take()
+
+    def _slot(self) -> _Slot:
+        on_gpu = self._said.is_cuda
+        said = torch.empty(self._said.shape, dtype=torch.int32, pin_memory=on_gpu)
+        return _Slot(said, torch.cuda.Event() if on_gpu else None)

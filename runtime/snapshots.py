@@ -1,0 +1,150 @@
+"""A checkpoint's folder: a local one, or the hub's, of which is fetched what this runtime reads and nothing else."""
+
+import glob
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from .files import read_json
+
+NOTES = ("config.json", "generation_config.json")
+TOKENIZER = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+             "added_tokens.json", "chat_template.jinja")  # fmt: skip
+# The weights in one file, or by the shards that an index names; pickled ones where there is nothing else.
+WEIGHTS = (
+    ("model.safetensors", "model.safetensors.index.json"),
+    ("pytorch_model.bin", "pytorch_model.bin.index.json"),
+)
+
+# Keywords of transformers' from_pretrained that mean nothing here, at the values at which they mean nothing. Remote
+# code is never run, so that its switch may say what it likes.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "trust_remote_code": (True, False),
+    "force_download": (False,),
+    "resume_download": (True, False),
+    "proxies": ({},),
+    "subfolder": ("",),
+    "mirror": (),
+    "variant": (),
+    "gguf_file": (),
+    "use_auth_token": (),
+    "return_unused_kwargs": (False,),
+}
+NEUTRAL_AT_SAVE: dict[str, tuple[Any, ...]] = {
+    "safe_serialization": (True,),
+    "is_main_process": (True,),
+    "push_to_hub": (False,),
+    "legacy_format": (False,),
+    "variant": (),
+    "state_dict": (),
+    "filename_prefix": (),
+    "save_peft_format": (True, False),
+}
+
+
+def locate(
+    id_or_path: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+    weights: bool = True,
+    progress: bool = True,
+) -> Path:
+    """The folder of a checkpoint: `id_or_path` itself if it is one, else its snapshot from the Hugging Face hub.
+
+    `weights=False` leaves the weights out; only files that are read are fetched, and never code. HF_ENDPOINT,
+    HF_HOME, HF_TOKEN and HF_HUB_OFFLINE are honoured. `progress` shows bars on a terminal.
+
+    Raises:
+        FileNotFoundError: no such folder, no such repository or revision, or no network and nothing in the cache.
+        NotADirectoryError: `id_or_path` is a file. OSError: what is fetched cannot be written.
+    """
+    name = os.fspath(id_or_path)
+    if not name:
+        raise FileNotFoundError("no checkpoint is named: give a folder, or a hub repository as owner/name")
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise NotADirectoryError(f"{folder} is a file: give the folder that holds config.json and the weights")
+    parts = name.split("/")
+    if len(parts) != 2 or not all(part and part[0] not in "~." for part in parts) or os.path.isabs(name):
+        raise FileNotFoundError(f"there is no folder {name!r} (and a hub repository would be named owner/name)")
+
+    hub = {
+        "revision": revision,
+        "token": token,
+        "cache_dir": None if cache_dir is None else Path(cache_dir),
+        "local_files_only": local_files_only,
+    }
+    return _fetch(name, hub, weights, progress)
+
+
+def _fetch(name: str, hub: dict[str, Any], weights: bool, progress: bool) -> Path:
+    # Imported here: a local folder, the common case, does not wait for it.
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.utils import tqdm
+
+    class Bar(tqdm):
+        def __init__(self, *args: Any, **options: Any):
+            super().__init__(*args, **{**options, "disable": None if progress else True})
+
+    def snapshot(files: Iterable[str]) -> Path:
+        patterns = [glob.escape(file) for file in files]
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns, tqdm_class=Bar, **hub))
+
+    try:
+        folder = snapshot((*NOTES, *TOKENIZER, *(WEIGHTS[0] if weights else ())))
+        if weights and not _have(folder, *WEIGHTS[0]):
+            snapshot(WEIGHTS[1])
+        for single, index in WEIGHTS if weights else ():
+            if not _have(folder, single) and _have(folder, index):
+                snapshot(_shards(folder / index))
+            if _have(folder, single, index):
+                break
+    except (OSError, HfHubHTTPError, HFValidationError) as error:
+        raise _explained(error, name, hub) from error
+    return folder
+
+
+def _have(folder: Path, *names: str) -> bool:
+    return any((folder / name).is_file() for name in names)
+
+
+def _shards(index: Path) -> set[str]:
+    """The files that an index names, of those that may lie beside it; the loader says what is wrong with the others."""
+    weight_map = read_json(index).get("weight_map")
+    files = weight_map.values() if isinstance(weight_map, dict) else ()
+    return {file for file in files if isinstance(file, str) and Path(file).name == file}
+
+
+def _explained(error: Exception, name: str, hub: dict[str, Any]) -> OSError:
+    from huggingface_hub import constants
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    at = f" at revision {hub['revision']!r}" if hub["revision"] else ""
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if isinstance(error, RevisionNotFoundError):
+        said = f"its repository on the hub has no revision {hub['revision']!r}"
+    elif isinstance(error, GatedRepoError):
+        said = "its repository on the hub asks for consent: accept its terms there, and set HF_TOKEN"
+    elif isinstance(error, RepositoryNotFoundError | HFValidationError):
+        said = "the hub has no repository of that name, or it is private: check the name and HF_TOKEN"
+    elif hub["local_files_only"] or constants.HF_HUB_OFFLINE:
+        said = f"nothing of it{at} is in the cache, and the hub may not be asked"
+    elif isinstance(error, LocalEntryNotFoundError | HfHubHTTPError | ConnectionError | TimeoutError):
+        said = f"the hub cannot be reached, nor is all of it{at} in the cache: check the network, or set HF_ENDPOINT"
+    else:
+        return OSError(f"{name!r} could not be fetched from the hub ({reason})")
+    return FileNotFoundError(f"{name!r} is no local folder, and {said} ({reason})")

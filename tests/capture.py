@@ -1,0 +1,124 @@
+"""A graph for machines without a GPU: what a step does once is recorded, and done again without its Python.
+
+As in a CUDA graph, a host value of the first run is frozen and every tensor stays where it was. What a capture forbids
+is an error: reading a tensor's value on the host, and, since nothing may stand between the kernels of a step, any op of
+PyTorch but a view.
+"""
+
+import contextlib
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from internlm3.kernels import for_device
+from internlm3.runtime import generation
+from internlm3.runtime import model as runtime_model
+from internlm3.runtime.engine import Engine
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
+
+
+class NoHostReads(TorchDispatchMode):
+    """Raises on every op of PyTorch that a captured step may not have."""
+
+    def __init__(self, only_reads: bool):
+        super().__init__()
+        self._only_reads = only_reads
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags:
+            raise RuntimeError(f"{func} in a step reads a value on the host, which a graph would freeze")
+        if not self._only_reads and not func.is_view:
+            raise RuntimeError(f"{func} in a step stands between its kernels")
+        return func(*args, **(kwargs or {}))
+
+
+class Recorder:
+    """The ops of a model, recorded while a step is captured.
+
+    nodes: (name, op, arguments, keywords, results) of the last capture. replays: how many there were.
+    """
+
+    def __init__(self, monkeypatch: Any):
+        self.nodes: list[tuple[str, Callable[..., Any], tuple[Any, ...], dict[str, Any], Any]] = []
+        self.replays = 0
+        self._recording = False
+        self._only_reads = False
+        ops = for_device(torch.device("cpu"))
+
+        class Ops:
+            def __getattr__(_, name: str) -> Callable[..., Any]:
+                return self.op(getattr(ops, name))
+
+        monkeypatch.setattr(runtime_model, "for_device", lambda device: Ops())
+
+    def op(self, op: Callable[..., Any]) -> Callable[..., Any]:
+        """`op`, so that it is a node of the step in which it is called."""
+
+        def node(*args: Any, **kwargs: Any) -> Any:
+            with _disable_current_modes():
+                out = op(*args, **kwargs)
+            if self._recording:
+                self.nodes.append((op.__name__, op, args, kwargs, out))
+            return out
+
+        return node
+
+    @contextlib.contextmanager
+    def allowing_torch(self) -> Any:
+        """Inside, a step may have ops of PyTorch, which no replay repeats."""
+        self._only_reads = True
+        yield
+        self._only_reads = False
+
+    def capture(self, step: Callable[[], None]) -> Callable[[], None]:
+        """A `Capture`, as `cuda_graphs()` gives one."""
+        self.nodes = nodes = []
+        self._recording = True
+        try:
+            with NoHostReads(self._only_reads):
+                step()
+        finally:
+            self._recording = False
+
+        def replay() -> None:
+            self.replays += 1
+            for _, op, args, kwargs, out in nodes:
+                for old, new in zip(tree_leaves(out), tree_leaves(op(*args, **kwargs)), strict=True):
+                    if isinstance(old, torch.Tensor):
+                        old.copy_(new)
+
+        return replay
+
+
+class CapturedEngines:
+    """Makes every engine that a model gets one whose steps are captured.
+
+    recorder: of the ops of all models.
+    """
+
+    def __init__(self, monkeypatch: Any):
+        self.recorder = recorder = Recorder(monkeypatch)
+        self._made: weakref.WeakSet[Engine] = weakref.WeakSet()
+        self._depth = 1
+        made = self._made
+
+        class Captured(Engine):
+            def __init__(engine, *args: Any, **options: Any):
+                super().__init__(*args, **options, capture=recorder.capture, depth=self._depth)
+                made.add(engine)
+
+        monkeypatch.setattr(generation, "Engine", Captured)
+
+    def begin(self, depth: int) -> None:
+        """All engines know no graph, and have so many steps under way from now on."""
+        self.forget()
+        self._depth = depth
+        for engine in self._made:
+            engine._depth = depth
+
+    def forget(self) -> None:
+        """All engines know no graph."""
+        for engine in self._made:
+            engine._replays._captured.clear()

@@ -1,0 +1,296 @@
+"""The engine: requests come and go between steps, each gets what it gets alone, and every page is accounted for."""
+
+import threading
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from internlm3 import InternLM3Config, InternLM3ForCausalLM
+from internlm3.runtime import decode
+from internlm3.runtime.engine import Engine
+from internlm3.runtime.pages import PAGE, budget, page_bytes, pages_of
+from internlm3.runtime.request import Request
+from internlm3.runtime.sampling import SamplingParams
+
+SHAPE = {
+    "vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 512, "initializer_range": 0.3,
+    "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(1)
+    # bfloat16: on a CPU a row's bits do not depend on its batch there.
+    return InternLM3ForCausalLM(InternLM3Config(**SHAPE), dtype=torch.bfloat16)
+
+
+@pytest.fixture(autouse=True)
+def short_chunks(monkeypatch):
+    """A page each, so that short prompts have several."""
+    monkeypatch.setattr(decode, "CHUNK", PAGE)
+
+
+def ids(length, seed=0):
+    return torch.randint(320, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def ask(prompt, max_tokens=8, answer=0, ends=(), **params):
+    return Request(prompt, SamplingParams(**{"temperature": 0, **params}), max_tokens, frozenset(ends), answer)
+
+
+def run(engine, *requests):
+    engine.add(requests)
+    while any(request.finish_reason is None for request in requests):
+        engine.step()
+    return requests
+
+
+def said(request):
+    """All of an answer, to the last bit."""
+    return request.token_ids, request.logprobs, request.top_logprobs, request.finish_reason, request.stop_reason
+
+
+def alone(model, request):
+    """The same request, in an engine of its own."""
+    twin = Request(
+        request.prompt_ids, request.params, request.max_tokens, request.eos_token_ids, request.answer, request.watch
+    )
+    twin.seed = request.seed
+    return said(*run(Engine(model, max_rows=1, max_seq_len=512), twin))
+
+
+def fed(monkeypatch, model):
+    """A list that grows by the number of tokens of every pass through the blocks."""
+    tokens, through = [], model.model.run
+
+    def counting(x, *args):
+        tokens.append(len(x))
+        return through(x, *args)
+
+    monkeypatch.setattr(model.model, "run", counting)
+    return tokens
+
+
+# -------------------------------------------------------------------- pages that remember
+
+
+def test_a_second_turn_fills_only_what_is_new(model, monkeypatch):
+    engine, first = Engine(model, max_rows=2, max_seq_len=512), ids(150)
+    (one,) = run(engine, ask(first))
+    turn = first + one.token_ids + ids(40, 1)
+    tokens = fed(monkeypatch, model)
+    (two,) = run(engine, ask(turn))
+    assert (one.cached_tokens, two.cached_tokens) == (0, 128)
+    assert sum(tokens) == len(turn) - 128 + 7  # and seven steps behind the first token
+    assert said(two) == alone(model, two)
+
+
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 128, 200])
+def test_the_same_question_again(model, length):
+    """All but the chunk of the last token, which must run."""
+    engine = Engine(model, max_rows=2, max_seq_len=512)
+    (one,), (two,) = run(engine, ask(ids(length))), run(engine, ask(ids(length)))
+    assert two.cached_tokens == (length - 1) // PAGE * PAGE
+    assert said(one) == said(two) == alone(model, two)
+
+
+@pytest.mark.parametrize("place", [0, 63, 64, 100, 170])
+def test_an_edit_in_the_middle_shares_what_comes_before(model, place):
+    engine, first = Engine(model, max_rows=2, max_seq_len=512), ids(200)
+    run(engine, ask(first))
+    edited = [*first[:place], (first[place] + 1) % 320, *first[place + 1 :]]
+    (request,) = run(engine, ask(edited))
+    assert request.cached_tokens == place // PAGE * PAGE
+    assert said(request) == alone(model, request)
+
+
+def test_answers_to_one_prompt_fill_it_once(model, monkeypatch):
+    engine, prompt = Engine(model, max_rows=4, max_seq_len=512), ids(150)
+    tokens = fed(monkeypatch, model)
+    requests = [ask(prompt, answer=answer, temperature=1.0, seed=5) for answer in range(4)]
+    engine.add(requests)
+    engine.step()
+    assert tokens == [64, 64, 22]
+    # Two whole pages together, and one each for what both write.
+    assert len(engine.pages) - engine.pages.free == 2 + 4
+    run(engine)
+    while engine.busy:
+        engine.step()
+    assert len({tuple(request.token_ids) for request in requests}) == 4
+    assert [said(request) for request in requests] == [alone(model, request) for request in requests]
+
+
+def test_sequences_of_different_rotary_bases_share_nothing():
+    shape = {**SHAPE, "max_position_embeddings": 64, "rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}
+    torch.manual_seed(1)
+    model = InternLM3ForCausalLM(InternLM3Config(**shape), dtype=torch.bfloat16)
+    engine, prompt = Engine(model, max_rows=2, max_seq_len=512), ids(200)
+    for length, cached in ((200, 0), (199, 0), (200, 192), (150, 0), (199, 192)):
+        (request,) = run(engine, ask(prompt[:length]))
+        assert request.cached_tokens == cached
+        assert said(request) == alone(model, request)
+
+
+# -------------------------------------------------------------------- room
+
+
+def test_out_of_pages_waits(model):
+    """One window of pages, five requests that take most of it: one after the other, and none fails."""
+    engine = Engine(model, max_rows=4, max_seq_len=512, cache_tokens=512)
+    requests = run(engine, *(ask(ids(300, seed), 100) for seed in range(5)))
+    assert [request.finish_reason for request in requests] == ["length"] * 5
+    assert said(requests[4]) == alone(model, requests[4])
+    assert engine.pages.free == len(engine.pages) == 8
+
+
+def test_what_can_never_fit_is_refused_at_once(model):
+    engine = Engine(model, max_rows=4, max_seq_len=100)
+    with pytest.raises(ValueError, match="a prompt of 90 tokens and 11 more are 101, and the window is 100"):
+        engine.add([ask(ids(5)), ask(ids(90), 11)])
+    assert not engine.busy
+
+
+def test_the_budget_says_its_arithmetic(model, monkeypatch):
+    with pytest.raises(ValueError, match="cache_tokens is 100, less than one window: max_seq_len is 512"):
+        Engine(model, max_seq_len=512, cache_tokens=100)
+    each = page_bytes(model.config, torch.bfloat16)
+    assert each == 2 * 2 * 2 * 16 * 2 * PAGE
+    monkeypatch.setattr("internlm3.runtime.pages.free_memory", lambda device: 20 * each)
+    where = (model.config, torch.bfloat16, torch.device("cpu"))
+    assert budget(*where, rows=1, max_seq_len=512) == 8
+    assert budget(*where, rows=4, max_seq_len=512) == 10  # half of what is free
+    assert budget(*where, rows=1, max_seq_len=512, cache_tokens=1200) == 19
+    with pytest.raises(
+        MemoryError, match=r"KV cache of 1,000 tokens needs 0.00 GB \(256 bytes a token\).*lower max_seq"
+    ):
+        budget(*where, rows=1, max_seq_len=1000)
+    with pytest.raises(MemoryError, match="lower cache_tokens"):
+        budget(*where, rows=1, max_seq_len=512, cache_tokens=1300)
+
+
+# -------------------------------------------------------------------- coming and going
+
+
+def test_cancelled_requests_free_their_rows_and_pages_at_once(model):
+    engine = Engine(model, max_rows=2, max_seq_len=512)
+    one, two, three = (ask(ids(70, seed), 50) for seed in range(3))
+    engine.add([one, two, three])
+    for _ in range(5):
+        engine.step()
+    engine.cancel([one, three])
+    assert (one.finish_reason, three.finish_reason) == ("abort", "abort") and three.token_ids == []
+    assert len(engine.pages) - engine.pages.free == pages_of(120)
+    have = len(one.token_ids)
+    engine.add([four := ask(ids(10, 4), 5)])
+    while engine.busy:
+        engine.step()
+    assert len(one.token_ids) == have and engine.pages.free == len(engine.pages)
+    assert said(two) == alone(model, two) and said(four) == alone(model, four)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_an_error_in_a_step_ends_every_request_and_leaves_the_engine_as_new(model, monkeypatch, error):
+    engine = Engine(model, max_rows=2, max_seq_len=512)
+    requests = [ask(ids(100, seed), 20) for seed in range(3)]
+    engine.add(requests)
+    for _ in range(3):
+        engine.step()
+    with monkeypatch.context() as patch, pytest.raises(error):
+        patch.setattr(model, "head", lambda x: (_ for _ in ()).throw(error("in a step")))
+        engine.step()
+    assert [request.finish_reason for request in requests] == ["abort"] * 3
+    assert not engine.busy and engine.pages.free == len(engine.pages)
+    (again,) = run(engine, ask(ids(100)))
+    assert again.cached_tokens == 0 and said(again) == alone(model, again)
+
+
+def test_threads_share_steps_and_each_gets_its_own(model):
+    engine = Engine(model, max_rows=4, max_seq_len=512)
+    requests = [ask(ids(20 + seed, seed), 30, temperature=1.0, seed=seed) for seed in range(6)]
+    begin = threading.Barrier(len(requests))
+
+    def read(request):
+        begin.wait()
+        with engine.running([request]):
+            while request.finish_reason is None:
+                engine.step(unless=lambda: request.finish_reason is not None)
+
+    threads = [threading.Thread(target=read, args=(request,)) for request in requests]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [said(request) for request in requests] == [alone(model, request) for request in requests]
+
+
+def test_a_call_that_another_one_broke_off_is_told(model, monkeypatch):
+    engine = Engine(model, max_rows=2, max_seq_len=512)
+    mine, other = ask(ids(5)), ask(ids(6))
+    with (
+        pytest.raises(RuntimeError, match="broken off by an error in a step shared with other calls"),
+        engine.running([mine]),
+    ):
+        engine.add([other])
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(model, "head", lambda x: (_ for _ in ()).throw(KeyboardInterrupt))
+            engine.step()
+
+
+asked = st.fixed_dictionaries(
+    {
+        "prompt": st.tuples(st.sampled_from([1, 30, 64, 65, 130, 200]), st.integers(0, 1)),
+        "max_tokens": st.integers(1, 40),
+        "seed": st.integers(0, 3),
+        "temperature": st.sampled_from([0.0, 1.0]),
+        "min_tokens": st.sampled_from([0, 1]),
+        "logprobs": st.sampled_from([None, None, 2]),
+    }
+)
+actions = st.one_of(
+    asked, st.tuples(st.just("step"), st.integers(1, 9)), st.tuples(st.just("cancel"), st.integers(0, 30))
+)
+
+
+@settings(max_examples=40)
+@given(st.lists(actions, max_size=25), st.sampled_from([512, 900, None]), st.integers(1, 3), st.integers(1, 4))
+def test_whatever_comes_and_goes(model, actions, cache_tokens, depth, max_rows):
+    """Every page is free or held by those who run, every request ends once, with the tokens that it gets alone."""
+    engine = Engine(model, max_rows=max_rows, max_seq_len=512, cache_tokens=cache_tokens, depth=depth)
+    requests, cancelled = [], set()
+
+    def check():
+        held = {page for running in engine._running() for page in running.pages}
+        assert len(engine.pages) - engine.pages.free == len(held)
+        assert len({running.row for running in engine._running()}) == len(engine._running()) <= max_rows
+
+    for action in actions:
+        if isinstance(action, dict):
+            action = dict(action)
+            length, seed = action.pop("prompt")
+            requests.append(ask(ids(length, seed), action.pop("max_tokens"), ends=range(0, 320, 9), **action))
+            if requests[-1].params.min_tokens <= requests[-1].max_tokens:
+                engine.add(requests[-1:])
+        elif action[0] == "step":
+            for _ in range(action[1]):
+                engine.step()
+                check()
+        elif requests:
+            request = requests[action[1] % len(requests)]
+            if request.finish_reason is None:
+                cancelled.add(request)
+            engine.cancel([request])
+            check()
+    while engine.busy:
+        engine.step()
+        check()
+    assert engine.pages.free == len(engine.pages)
+    for request in requests:
+        assert (request.finish_reason == "abort") == (request in cancelled)
+        expected = alone(model, request)
+        if request in cancelled:
+            assert request.token_ids == expected[0][: len(request.token_ids)]
+        else:
+            assert said(request) == expected
