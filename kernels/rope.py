@@ -58,7 +58,7 @@ def _rope_and_cache(
 ):  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    row = tl.program_id(0).to(tl.int64)
+    row = tl.program_id(0)
     head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
     column = tl.arange(0, HALF)
     dtype = q_ptr.dtype.element_ty
@@ -67,10 +67,11 @@ def _rope_and_cache(
     is_q = (head < H) & inside
     is_k = (head >= H) & (head < H + K) & inside
     is_v = (head >= H + K) & (head < H + 2 * K) & inside
-    sequence = row // tokens
+    sequence, token = (row // tokens).to(tl.int64), row % tokens
+    row = row.to(tl.int64)
     if PDL:
         tl.extra.cuda.gdc_wait()
-    position = tl.load(seq_lens_ptr + sequence) - tokens + (row % tokens).to(tl.int32)
+    position = tl.load(seq_lens_ptr + sequence) - tokens + token
     live = position >= 0
     slot = position // S
     placed = live & (slot < slots)
@@ -93,10 +94,11 @@ def _rope_and_cache(
     q_target = q_ptr + (row * H + head) * D + column[None, :]
     tl.store(q_target, rotated_first, mask=is_q)
     tl.store(q_target + half, rotated_second, mask=is_q)
-    k_target = k_cache_ptr + page * k_page_stride + (head - H) * k_head_stride + (position % S) * k_token_stride
+    place = (position % S).to(tl.int64)
+    k_target = k_cache_ptr + page * k_page_stride + (head - H).to(tl.int64) * k_head_stride + place * k_token_stride
     tl.store(k_target + column[None, :], rotated_first, mask=is_k & placed)
     tl.store(k_target + half + column[None, :], rotated_second, mask=is_k & placed)
-    v_target = v_cache_ptr + page * v_page_stride + (head - H - K) * v_head_stride + (position % S) * v_token_stride
+    v_target = v_cache_ptr + page * v_page_stride + (head - H - K).to(tl.int64) * v_head_stride + place * v_token_stride
     tl.store(v_target + column[None, :], first, mask=is_v & placed)
     tl.store(v_target + half + column[None, :], second, mask=is_v & placed)
 

@@ -133,7 +133,7 @@ def _rows(
 ):  # fmt: skip
     """The product [BO, BR] of W's rows and up to BR rows of x, on the tensor cores."""
     row = tl.arange(0, BR)[:, None]
-    x_rows = x_ptr + row * x_stride
+    x_rows = x_ptr + row.to(tl.int64) * x_stride
     scale = 1.0
     if norm_ptr is not None:
         squares = tl.zeros((BR, BC), tl.float32)
@@ -162,7 +162,7 @@ def _places(
 ):  # fmt: skip
     """Cosines and sines [BO / 2, BR] of the rows' tokens; [1, BR] each: is it live, has it a page, which, and where."""
     row = tl.arange(0, BR)[None, :]
-    sequence = row // tokens
+    sequence = (row // tokens).to(tl.int64)
     position = tl.load(seq_lens_ptr + sequence, mask=row < R, other=0) - tokens + row % tokens
     live = (position >= 0) & (row < R)
     column = ((tl.program_id(0) * (BO // 2) + tl.arange(0, BO // 2)) % HALF)[:, None]
@@ -174,7 +174,7 @@ def _places(
     paged = live & (position // S < slots)
     page = tl.load(block_table_ptr + sequence * table_stride + position // S, mask=paged, other=0).to(tl.int64)
     tl.device_assert((page >= 0) & (page < pages), "block_table names a page that the cache has not")
-    return cos, sin, live, paged & (page >= 0) & (page < pages), page, position % S
+    return cos, sin, live, paged & (page >= 0) & (page < pages), page, (position % S).to(tl.int64)
 
 
 @triton.jit(do_not_specialize=["R", "tokens", "pages", "slots"])
@@ -211,7 +211,8 @@ def _skinny(
 
     row = tl.arange(0, BR)[None, :]
     if residual_ptr is not None:
-        residual = tl.load(residual_ptr + row * residual_stride + rows[:, None], mask=row < R, other=0.0)
+        residual_rows = residual_ptr + row.to(tl.int64) * residual_stride
+        residual = tl.load(residual_rows + rows[:, None], mask=row < R, other=0.0)
     if inv_freq_ptr is not None:
         places = _places(
             R, inv_freq_ptr, inv_freq_stride, block_table_ptr, table_stride, seq_lens_ptr, positions_ptr,
@@ -246,11 +247,13 @@ def _skinny(
             tl.store(q, tl.where(live, turned_first, 0.0).to(dtype), mask=is_q)
             tl.store(q + HALF, tl.where(live, turned_second, 0.0).to(dtype), mask=is_q)
             is_k = inside & paged & (head >= H) & (head < H + K)
-            k = k_cache_ptr + page * k_page_stride + (head - H) * k_head_stride + slot * k_token_stride + column
+            place = page * k_page_stride + (head - H).to(tl.int64) * k_head_stride + slot * k_token_stride
+            k = k_cache_ptr + place + column
             tl.store(k, turned_first.to(dtype), mask=is_k)
             tl.store(k + HALF, turned_second.to(dtype), mask=is_k)
             is_v = inside & paged & (head >= H + K)
-            v = v_cache_ptr + page * v_page_stride + (head - H - K) * v_head_stride + slot * v_token_stride + column
+            place = page * v_page_stride + (head - H - K).to(tl.int64) * v_head_stride + slot * v_token_stride
+            v = v_cache_ptr + place + column
             tl.store(v, first.to(dtype), mask=is_v)
             tl.store(v + HALF, second.to(dtype), mask=is_v)
 

@@ -1,0 +1,113 @@
+"""Every product of an index and a stride is one of 64 bits: arguments whose rows, heads, pages or slots lie far apart.
+
+Of memory that spans 2^31 elements and more only the few pages that hold something exist. A product of 32 bits reads and
+writes elsewhere, or crashes.
+"""
+
+import pytest
+import torch
+from internlm3 import kernels
+
+from .support import DEVICE, generator, normal
+
+ROWS, WIDTH, HEADS, DIM, PAGES, PAGE, VOCAB = 3, 64, 3, 16, 4, 16, 70
+
+
+def arguments(op):
+    """Three rows, each a sequence of its own, three heads, four pages: the least of which the last lies far enough."""
+    rng = generator(1)
+
+    def random(*shape, dtype=torch.bfloat16):
+        return normal(rng, *shape, dtype=dtype)
+
+    def whole(*shape, below):
+        return torch.randint(below, shape, generator=rng, dtype=torch.int32).to(DEVICE)
+
+    x, norm, eps = random(ROWS, WIDTH), random(WIDTH), 1e-5
+    weight, residual = random(6, WIDTH), random(ROWS, 6)
+    caches = {"k_cache": random(PAGES, HEADS, PAGE, DIM), "v_cache": random(PAGES, HEADS, PAGE, DIM)}
+    places = {
+        "block_table": torch.tensor([[3, 3, 3], [1, 2, 0], [0, 0, 0]], dtype=torch.int32, device=DEVICE),
+        "seq_lens": torch.tensor([16, 33, 48], dtype=torch.int32, device=DEVICE),
+    }
+    rope = {"inv_freq": random(ROWS, DIM // 2, dtype=torch.float32), **caches, **places}
+    ones = torch.ones(ROWS, device=DEVICE)
+    numbers = torch.arange(ROWS, device=DEVICE)
+    words = -(-VOCAB // 32)
+    return {
+        "advance": lambda: {
+            "drawn": numbers,
+            "logprob": ones,
+            "token": numbers.clone(),
+            "seq_lens": places["seq_lens"],
+            "limit": places["seq_lens"] + 9,
+            "free_from": places["seq_lens"] + 1,
+            "said": whole(ROWS, 3, below=9),
+            "output_counts": whole(ROWS, VOCAB, below=9),
+            **{name: whole(ROWS, words, below=2**31 - 1) for name in ("ends", "permitted", "allowed")},
+        },
+        "embed": lambda: {"token_ids": numbers, "table": x},
+        "linear": lambda: {"x": x, "weight": weight},
+        "linear_add": lambda: {"x": x, "weight": weight, "residual": residual},
+        "paged_attention": lambda: {"q": random(ROWS, HEADS, DIM), **caches, **places, "scale": 0.3},
+        "rms_norm": lambda: {"x": x, "weight": norm, "eps": eps},
+        "rms_norm_linear": lambda: {"x": x, "norm": norm, "eps": eps, "weight": weight},
+        "rms_norm_qkv_rope_cache": lambda: {
+            "x": x,
+            "norm": norm,
+            "eps": eps,
+            "weight": random(3 * HEADS * DIM, WIDTH),
+            "bias": None,
+            **rope,
+        },
+        "rms_norm_swiglu": lambda: {"x": x, "norm": norm, "eps": eps, "weight": weight},
+        "rope_and_cache": lambda: {"qkv": random(ROWS, 3 * HEADS * DIM), **rope},
+        "sample": lambda: {
+            "logits": random(ROWS, VOCAB),
+            "temperature": ones,
+            "top_p": ones * 0.9,
+            "repetition_penalty": ones * 2,
+            "prompt_counts": whole(ROWS, VOCAB, below=2),
+            "output_counts": whole(ROWS, VOCAB, below=2),
+            "logit_bias": random(ROWS, VOCAB, dtype=torch.float32),
+            "allowed": whole(ROWS, words, below=2**31 - 1),
+            "seed": numbers,
+            "stream": numbers,
+            "position": numbers,
+        },
+        "swiglu": lambda: {"gate_up": x},
+    }[op]()
+
+
+def far(x, axis):
+    """A copy of x in memory of its own, whose last slice along the axis begins 2^31 elements behind the first."""
+    stride = -(-(2**31) // (x.shape[axis] - 1))
+    stride = -(-stride // 16) * 16
+    shape = [*x.shape]
+    del shape[axis]
+    strides = list(torch.empty(shape, device="meta").stride())
+    strides.insert(axis, stride)
+    extent = sum((size - 1) * step for size, step in zip(x.shape, strides, strict=True)) + 1
+    memory = torch.empty(extent, dtype=x.dtype, device=DEVICE)
+    return memory.as_strided(x.shape, strides).copy_(x)
+
+
+def axes():
+    for op in kernels.__all__:
+        for name, x in arguments(op).items():
+            if isinstance(x, torch.Tensor) and name != "v_cache":
+                yield from (pytest.param(op, name, axis, id=f"{op}-{name}-{axis}") for axis in range(x.dim() - 1))
+
+
+@pytest.mark.parametrize(("op", "name", "axis"), list(axes()))
+def test_far_slices_are_found(op, name, axis):
+    near, wide = arguments(op), arguments(op)
+    # Attention asks for caches that are laid out alike.
+    for each in ("k_cache", "v_cache") if name == "k_cache" else (name,):
+        wide[each] = far(wide[each], axis)
+    expected, found = (getattr(kernels, op)(**args) for args in (near, wide))
+    if expected is not None:
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    for each, x in near.items():
+        if isinstance(x, torch.Tensor):
+            assert torch.equal(wide[each], x), each
