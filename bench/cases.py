@@ -48,9 +48,9 @@ def _weight(device: torch.device, outputs: int, inputs: int) -> Tensor:
 
 
 def _pages(size: Size, device: torch.device, sequences: int, context: int) -> Arguments:
-    """Sequences of `context` tokens each on shuffled pages."""
+    """Sequences of `context` tokens each on shuffled pages, which lie in memory as the runtime's do, head by head."""
     count = context // PAGE
-    k_cache, v_cache = _random(device, 2, sequences * count, size.kv_heads, PAGE, size.head_dim)
+    k_cache, v_cache = _random(device, 2, size.kv_heads, sequences * count, PAGE, size.head_dim).transpose(1, 2)
     return {
         "k_cache": k_cache,
         "v_cache": v_cache,

@@ -1,10 +1,12 @@
 """Ours beside transformers on the stand-in model and this machine's CPU: decode, prefill and start-up, in one run.
 
-    python bench/standin.py [--dtype bfloat16 float32] [--rounds 5] [--json FILE]
+    python bench/standin.py [--dtype bfloat16 float32] [--prompt 128 512 2048 6000] [--batch 1 4 16]
+                            [--before CHECKOUT] [--rounds 5] [--json FILE]
 
 Each engine runs in a process of its own, in turns (A B A B ...), through the same call, `model.generate`, greedy, with
-the same prompt. Start-up is from the start of the process to the first token, imports and loading included. Reported
+the same prompts. Start-up is from the start of the process to the first token, imports and loading included. Reported
 are medians with their spread, and the median of the ratios pair by pair: a machine that drifts slows both of a pair.
+`--before` sets another checkout of this project, a folder named internlm3, beside them.
 """
 
 import argparse
@@ -17,22 +19,16 @@ import subprocess
 import sys
 import time
 
-PROMPT_TOKENS = 512
 DECODE_TOKENS = 64
-ENGINES = ("internlm3", "transformers")
-FIGURES = {  # name -> (unit, whether more is better)
-    "decode": ("tokens/s", True),
-    "prefill": ("tokens/s", True),
-    "start to first token": ("s", False),
-}
+START = "start to first token"
 QUESTION = "Give three reasons to read old books, and name one that you would begin with."
 
 
-def worker(engine: str, folder: str, dtype: str, begun: float) -> dict[str, float]:
-    """One engine's figures, measured in this process, which began at `begun` (seconds of time.time)."""
+def worker(engine: str, folder: str, dtype: str, shapes: list[list[int]], begun: float) -> dict[str, float]:
+    """One engine's figures at these [prompt, batch], measured in this process, which began at `begun` (time.time)."""
     import torch
 
-    if engine == "internlm3":
+    if engine != "transformers":
         from internlm3 import InternLM3ForCausalLM as Model
         from internlm3 import InternLM3Tokenizer as Tokenizer
 
@@ -44,7 +40,7 @@ def worker(engine: str, folder: str, dtype: str, begun: float) -> dict[str, floa
 
         logging.disable_progress_bar()
         logging.set_verbosity_error()
-        options = {}
+        options = {"attn_implementation": "sdpa"}
     tokenizer = Tokenizer.from_pretrained(folder)
     model = Model.from_pretrained(folder, dtype=dtype, **options)
     question = tokenizer(QUESTION, return_tensors="pt")
@@ -57,21 +53,25 @@ def worker(engine: str, folder: str, dtype: str, begun: float) -> dict[str, floa
         return time.perf_counter() - begin
 
     generate(question["input_ids"], 1)
-    first_token = time.time() - begun
-    long = question["input_ids"].repeat(1, PROMPT_TOKENS)[:, :PROMPT_TOKENS]
-    generate(long, 2)
-    prefill = min(generate(long, 1) for _ in range(3))
-    whole = min(generate(long, 1 + DECODE_TOKENS) for _ in range(3))
-    return {
-        "decode": DECODE_TOKENS / (whole - prefill),
-        "prefill": PROMPT_TOKENS / prefill,
-        "start to first token": first_token,
-    }
+    figures = {START: time.time() - begun}
+    for prompt, batch in shapes:
+        # Rows begin at different places of the text: no two are alike.
+        text = question["input_ids"].repeat(1, prompt + batch)[0]
+        ids = torch.stack([text[row : row + prompt] for row in range(batch)])
+        generate(ids, 2)
+        prefill = min(generate(ids, 1) for _ in range(2))
+        whole = min(generate(ids, 1 + DECODE_TOKENS) for _ in range(2))
+        figures[f"prefill, {batch} x {prompt}"] = batch * prompt / prefill
+        figures[f"decode, {batch} x {prompt}"] = batch * DECODE_TOKENS / (whole - prefill)
+    return figures
 
 
-def run_worker(engine: str, folder: str, dtype: str) -> dict[str, float]:
-    command = [sys.executable, __file__, "--worker", engine, folder, dtype, repr(time.time())]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+def run_worker(engine: str, folder: str, dtype: str, shapes: list[list[int]], before: str | None) -> dict[str, float]:
+    command = [sys.executable, __file__, "--worker", engine, folder, dtype, json.dumps(shapes), repr(time.time())]
+    environment = dict(os.environ)
+    if engine == "before" and before:
+        environment["PYTHONPATH"] = os.path.dirname(os.path.abspath(before))
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         sys.exit(f"{engine} failed:\n{done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -88,13 +88,16 @@ def machine() -> dict[str, str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", nargs="+", default=["bfloat16", "float32"])
+    parser.add_argument("--prompt", nargs="+", type=int, default=[512], help="tokens of a prompt")
+    parser.add_argument("--batch", nargs="+", type=int, default=[1], help="prompts decoded together")
+    parser.add_argument("--before", help="another checkout, to be compared with this one as transformers is")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", help="write all figures here")
-    parser.add_argument("--worker", nargs=4, metavar=("ENGINE", "FOLDER", "DTYPE", "BEGUN"), help=argparse.SUPPRESS)
+    parser.add_argument("--worker", nargs=5, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        engine, folder, dtype, begun = args.worker
-        print(json.dumps(worker(engine, folder, dtype, float(begun))))
+        engine, folder, dtype, shapes, begun = args.worker
+        print(json.dumps(worker(engine, folder, dtype, json.loads(shapes), float(begun))))
         return
 
     from internlm3.runtime.standin import standin_checkpoint
@@ -102,20 +105,25 @@ def main() -> None:
     folder = str(standin_checkpoint())
     here = machine()
     print(f"SmolLM2-135M in InternLM3's format; {'; '.join(f'{key} {value}' for key, value in here.items())}")
-    print(f"prompt {PROMPT_TOKENS} tokens, {DECODE_TOKENS} decoded, batch 1, greedy, median of {args.rounds} rounds\n")
-    print("| dtype | figure | internlm3 | transformers | ratio, pair by pair |")
-    print("|---|---|---|---|---|")
+    print(f"{DECODE_TOKENS} tokens decoded, greedy, medians of {args.rounds} rounds; batch x prompt\n")
+    print("| dtype | figure | internlm3 | beside | its figure | ratio, pair by pair |")
+    print("|---|---|---|---|---|---|")
+    shapes = [[prompt, batch] for prompt in args.prompt for batch in args.batch]
+    engines = ["internlm3", "transformers", *(["before"] if args.before else [])]
     results = {}
     for dtype in args.dtype:
         runs = results[dtype] = [
-            {engine: run_worker(engine, folder, dtype) for engine in ENGINES} for _ in range(args.rounds)
+            {engine: run_worker(engine, folder, dtype, shapes, args.before) for engine in engines}
+            for _ in range(args.rounds)
         ]
-        for figure, (unit, more_is_better) in FIGURES.items():
-            ours, theirs = ([run[engine][figure] for run in runs] for engine in ENGINES)
-            ratios = [a / b if more_is_better else b / a for a, b in zip(ours, theirs, strict=True)]
-            cells = [f"{statistics.median(x):.3g} ({min(x):.3g} to {max(x):.3g}) {unit}" for x in (ours, theirs)]
-            times = f"{statistics.median(ratios):.2f} times as fast ({min(ratios):.2f} to {max(ratios):.2f})"
-            print(f"| {dtype} | {figure} | {cells[0]} | {cells[1]} | {times} |", flush=True)
+        for figure in runs[0]["internlm3"]:
+            for peer in engines[1:]:
+                ours, theirs = ([run[engine][figure] for run in runs] for engine in ("internlm3", peer))
+                ratios = [b / a if figure == START else a / b for a, b in zip(ours, theirs, strict=True)]
+                unit = "s" if figure == START else "tokens/s"
+                cells = [f"{statistics.median(x):.3g} ({min(x):.3g} to {max(x):.3g}) {unit}" for x in (ours, theirs)]
+                times = f"{statistics.median(ratios):.2f} times as fast ({min(ratios):.2f} to {max(ratios):.2f})"
+                print(f"| {dtype} | {figure} | {cells[0]} | {peer} | {cells[1]} | {times} |", flush=True)
     if args.json:
         with open(args.json, "w") as file:
             json.dump({"machine": here, "rounds": results}, file, indent=1)

@@ -8,11 +8,12 @@ and even one token fills a tensor-core tile. It walks the keys in tiles of conse
             tile of keys   0    1    2    3    4    5  ...
             split          0    1    2    3    0    1  ...          (4 splits; the lengths live on the device)
 
-Tile j belongs to split j mod SPLITS, whatever the length. A split leaves its normalised sum and the logarithm of its
-weight in float32; `_combine` joins the splits in the order of their numbers. SPLITS and the tiles are functions of T,
-G, D and the dtype. So for given T, G and D the bits of a row depend on nothing but its query and the keys and values
-that it sees: not on the other sequences, nor the other rows of its tile, the page size, the order of the pages, or the
-width of the block table. Dao et al. 2022 (online softmax), Dao et al. 2023 (split keys), Kwon et al. 2023 (pages).
+Tile j belongs to split j mod SPLITS, whatever the length. A split leaves its normalised sum, its largest score and its
+weight beside that in float32; `_combine` joins the splits in the order of their numbers. SPLITS and the tiles are
+functions of T, G, D and the dtype. So for given T, G and D the bits of a row depend on nothing but its query and the
+keys and values that it sees: not on the other sequences, nor the other rows of its tile, the page size, the order of
+the pages, or the width of the block table. Dao et al. 2022 (online softmax), Dao et al. 2023 (split keys), Kwon et al.
+2023 (pages).
 
 At InternLM3-8B's shapes (48 layers, H 32, K 2, D 128, bfloat16) a token's keys and values are 1 KiB a layer, 48 KiB in
 all. One decode step of one sequence moves, and does, per layer:
@@ -72,7 +73,8 @@ def _fold(
 ):  # fmt: skip
     """Fold key tiles first, first + step, ... < last into the running maximum, weight and weighted sum of each row.
 
-    The maximum is one of products before the scale, which is positive: scaling is then one operation with the shift.
+    The maximum is one of products before the scale, which is positive. It is subtracted before they are scaled: so the
+    weight of the maximum itself is 1, and what was summed stays as it is while the maximum stays.
     """
     dims = tl.arange(0, BD)
     for tile in range(first, last, step):
@@ -81,7 +83,7 @@ def _fold(
         page = tl.load(pages_ptr + tokens // S, mask=there, other=0)
         tl.device_assert((page >= 0) & (page < P), "block_table names a page that the cache has not")
         page = tl.minimum(tl.maximum(page, 0), P - 1)
-        cells = (page.to(tl.int64) * page_stride + tokens % S * slot_stride)[:, None] + dims[None, :]
+        cells = (page.to(tl.int64) * page_stride + (tokens % S).to(tl.int64) * slot_stride)[:, None] + dims[None, :]
         # An unused slot may hold a NaN, and 0 * NaN is one: values are masked as well as keys.
         mask = (there[:, None] if MASKED else True) & (dims[None, :] < D)
         k = tl.load(k_ptr + cells, mask=mask, other=0.0)
@@ -90,9 +92,9 @@ def _fold(
             scores = tl.where(tokens[None, :] <= positions[:, None], scores, float("-inf"))
         new_best = tl.maximum(best, tl.max(scores, 1))
         # A row that has seen no key keeps -inf; subtracting 0 instead leaves its weights at 2^-inf = 0.
-        shift = tl.where(new_best == float("-inf"), 0.0, new_best * qk_scale)
-        weights = tl.exp2(scores * qk_scale - shift[:, None])
-        decay = tl.exp2(best * qk_scale - shift)
+        shift = tl.where(new_best == float("-inf"), 0.0, new_best)
+        weights = tl.exp2((scores - shift[:, None]) * qk_scale)
+        decay = tl.exp2((best - shift) * qk_scale)
         v = tl.load(v_ptr + cells, mask=mask, other=0.0)
         total = total * decay + tl.sum(weights, 1)
         acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
@@ -102,14 +104,15 @@ def _fold(
 
 @triton.jit(do_not_specialize=["T", "P", "N"])
 def _attend(
-    q_ptr, k_ptr, v_ptr, pages_ptr, lens_ptr, out_ptr, weight_ptr, q_row_stride, q_head_stride,
+    q_ptr, k_ptr, v_ptr, pages_ptr, lens_ptr, out_ptr, best_ptr, total_ptr, q_row_stride, q_head_stride,
     page_stride, head_stride, slot_stride, table_stride, qk_scale, T, P, N,
     G: tl.constexpr, K: tl.constexpr, S: tl.constexpr, D: tl.constexpr,
     SPLITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One tile of rows of one sequence and key/value head against one split of its keys. Grid (splits, tiles, B * K).
 
-    A lone split writes the output; one of many its partial sums [B*T, H, SPLITS, D] and log2 weights [B*T, H, SPLITS].
+    A lone split writes the output; one of many its partial sums [B*T, H, SPLITS, D], and its largest product before the
+    scale and its weight [B*T, H, SPLITS] each.
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -126,11 +129,12 @@ def _attend(
 
     rows = first_row + tl.arange(0, BM)
     dims = tl.arange(0, BD)
-    positions = length - T + rows // G
+    positions = tl.minimum(length - T + rows // G, N * S - 1)
     heads = kv_head * G + rows % G
     q_rows = (b * T + rows // G).to(tl.int64)
     mask = (rows <= last_row)[:, None] & (dims < D)[None, :]
-    q = tl.load(q_ptr + (q_rows * q_row_stride + heads * q_head_stride)[:, None] + dims[None, :], mask=mask, other=0.0)
+    q_ptrs = q_ptr + (q_rows * q_row_stride + heads.to(tl.int64) * q_head_stride)[:, None] + dims[None, :]
+    q = tl.load(q_ptrs, mask=mask, other=0.0)
 
     best = tl.full((BM,), float("-inf"), tl.float32)
     total = tl.zeros((BM,), tl.float32)
@@ -156,29 +160,31 @@ def _attend(
     places = (q_rows * (K * G) + heads) * SPLITS + split
     tl.store(out_ptr + places[:, None] * D + dims[None, :], acc.to(out_ptr.dtype.element_ty), mask=mask)
     if SPLITS > 1:
-        tl.store(weight_ptr + places, best * qk_scale + tl.log2(total), mask=rows <= last_row)
+        tl.store(best_ptr + places, best, mask=rows <= last_row)
+        tl.store(total_ptr + places, total, mask=rows <= last_row)
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "tokens"])
 def _combine(
-    partial_ptr, weight_ptr, lens_ptr, out_ptr, T,
+    partial_ptr, best_ptr, total_ptr, lens_ptr, out_ptr, qk_scale, T, tokens,
     H: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Join the splits that hold a key of this program's row and head. Grid (B*T, H)."""
+    """Join the splits that hold a key of this program's row and head, of `tokens` that a table holds. Grid (B*T, H)."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     row, head = tl.program_id(0), tl.program_id(1)
-    keys = tl.load(lens_ptr + row // T) - T + row % T + 1
+    keys = tl.minimum(tl.load(lens_ptr + row // T) - T + row % T + 1, tokens)
     splits = tl.arange(0, SPLITS)
     dims = tl.arange(0, BD)
     # The other splits wrote nothing: what they left is not to be read.
     written = splits * BN < keys
     places = (row * H + head).to(tl.int64) * SPLITS + splits
-    weights = tl.load(weight_ptr + places, mask=written, other=float("-inf"))
+    best = tl.load(best_ptr + places, mask=written, other=float("-inf"))
+    weights = tl.load(total_ptr + places, mask=written, other=0.0)
     mask = written[:, None] & (dims < D)[None, :]
     partial = tl.load(partial_ptr + places[:, None] * D + dims[None, :], mask=mask, other=0.0)
-    weights = tl.where(written, tl.exp2(weights - tl.max(weights, 0)), 0.0)
+    weights *= tl.where(written, tl.exp2((best - tl.max(best, 0)) * qk_scale), 0.0)
     total = tl.sum(weights, 0)
     out = tl.sum(partial * weights[:, None], 0) / tl.where(total > 0, total, 1.0)
     tl.store(out_ptr + (row * H + head).to(tl.int64) * D + dims, out.to(out_ptr.dtype.element_ty), mask=dims < D)
@@ -220,17 +226,20 @@ def paged_attention(
     shared = options(device)
     BM, BN, BD, SPLITS, warps, stages = _tiling(T, G, D, q.dtype, sm90=shared["PDL"])
     out = torch.empty((rows, H * D), dtype=q.dtype, device=device)
-    partial, weights = out, out
+    partial, best, total = out, out, out
     if SPLITS > 1:
         partial = torch.empty((rows, H, SPLITS, D), dtype=torch.float32, device=device)
-        weights = torch.empty((rows, H, SPLITS), dtype=torch.float32, device=device)
+        best, total = torch.empty((2, rows, H, SPLITS), dtype=torch.float32, device=device)
+    log2_scale = scale * math.log2(math.e)
     # A split beyond the widest sequence has no tile.
     grid = (min(SPLITS, triton.cdiv(N * S, BN)), triton.cdiv(T * G, BM), B * K)
     _attend[grid](
-        q, k_cache, v_cache, block_table, seq_lens, partial, weights, q.stride(0), q.stride(1),
-        *k_cache.stride()[:3], block_table.stride(0), scale * math.log2(math.e), T, P, N,
+        q, k_cache, v_cache, block_table, seq_lens, partial, best, total, q.stride(0), q.stride(1),
+        *k_cache.stride()[:3], block_table.stride(0), log2_scale, T, P, N,
         G, K, S, D, SPLITS, BM, BN, BD, num_warps=warps, num_stages=stages, **shared,
     )  # fmt: skip
     if SPLITS > 1:
-        _combine[(rows, H)](partial, weights, seq_lens, out, T, H, D, SPLITS, BN, BD, num_warps=4, **shared)
+        _combine[(rows, H)](
+            partial, best, total, seq_lens, out, log2_scale, T, N * S, H, D, SPLITS, BN, BD, num_warps=4, **shared
+        )
     return out

@@ -155,14 +155,14 @@ class InternLM3Model(Decoder):
     ) -> Tensor:
         """Each row by itself, over exactly its own tokens: no padding enters, and no row sees another's length."""
         out = torch.zeros_like(x)
-        of_layers = [torch.zeros_like(x) for _ in self.layers]
+        of_layers = [] if states is None else [torch.zeros_like(x) for _ in self.layers]
         for row, columns in enumerate(live):
             columns = torch.arange(x.shape[1], device=x.device) if columns is None else columns
             if len(columns):
-                own: list[Tensor] | None = None if states is None else []
+                own: list[Tensor] = []
                 seqs = cache.sequences([row], len(columns), positions[row, columns])
-                out[row, columns] = self.run(x[row, columns], seqs, cache.pages, own)
-                for state, mine in zip(of_layers, own or (), strict=False):
+                out[row, columns] = self.run(x[row, columns], seqs, cache.pages, own if of_layers else None)
+                for state, mine in zip(of_layers, own, strict=True):
                     state[row, columns] = mine
         if states is not None:
             states += of_layers

@@ -6,12 +6,15 @@ PyTorch but a view.
 """
 
 import contextlib
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from internlm3.kernels import for_device
+from internlm3.runtime import generation
 from internlm3.runtime import model as runtime_model
+from internlm3.runtime.engine import Engine
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
@@ -87,3 +90,35 @@ class Recorder:
                         old.copy_(new)
 
         return replay
+
+
+class CapturedEngines:
+    """Makes every engine that a model gets one whose steps are captured.
+
+    recorder: of the ops of all models.
+    """
+
+    def __init__(self, monkeypatch: Any):
+        self.recorder = recorder = Recorder(monkeypatch)
+        self._made: weakref.WeakSet[Engine] = weakref.WeakSet()
+        self._depth = 1
+        made = self._made
+
+        class Captured(Engine):
+            def __init__(engine, *args: Any, **options: Any):
+                super().__init__(*args, **options, capture=recorder.capture, depth=self._depth)
+                made.add(engine)
+
+        monkeypatch.setattr(generation, "Engine", Captured)
+
+    def begin(self, depth: int) -> None:
+        """All engines know no graph, and have so many steps under way from now on."""
+        self.forget()
+        self._depth = depth
+        for engine in self._made:
+            engine._depth = depth
+
+    def forget(self) -> None:
+        """All engines know no graph."""
+        for engine in self._made:
+            engine._replays._captured.clear()

@@ -155,6 +155,24 @@ def test_one_key_dominates(dtype, score):
             assert torch.equal(out.view(3, 32), cache.v_cache[page, 0, slot].expand(3, 32))
 
 
+@pytest.mark.parametrize("programs", [1, 4, 64])
+@pytest.mark.parametrize("offset", [-4096, 333, 8191])
+def test_a_constant_beside_every_score_changes_no_bit(offset, programs):
+    """Softmax knows scores by their differences. These are exact in float32, at whatever size, and not scaled ones."""
+    rng = generator(7)
+    cache = paged_cache(rng, [300], 1, 16, 16, torch.float16)
+    held = cache.block_table[0, : -(-300 // 16)].long()
+    cache.k_cache[held] = 0
+    cache.k_cache[held, ..., 0] = torch.randint(-9, 10, (len(held), 1, 16), generator=rng).to(DEVICE).half() / 8
+    cache.k_cache[held, ..., 1] = 1
+    q = torch.zeros(1, 2, 16, dtype=torch.float16, device=DEVICE)
+    q[..., 0] = 1
+    with mock.patch.object(attention, "_PROGRAMS", programs):
+        expected = call(kernels.paged_attention, q, *cache, 0.3)
+        q[..., 1] = offset
+        assert torch.equal(call(kernels.paged_attention, q, *cache, 0.3), expected)
+
+
 @pytest.mark.parametrize("scale", [1e-4, 1.0])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_huge_keys(dtype, scale):
@@ -201,6 +219,22 @@ def check_bits(seed, dtype, tokens, group, length):
     assert torch.equal(found[1, -1], expected[-1])
     if tokens > 1:
         assert torch.equal(found[3, -1], expected[-2]), "the last but one of a launch, as the last of another"
+
+
+@pytest.mark.parametrize("programs", [1, 8, 64])
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_a_length_beyond_the_table_reads_what_the_table_has(tokens, programs):
+    """As in a late replay of a graph. The other sequences have their own bits, and this one numbers."""
+    cache = paged_cache(generator(8), [160, 70], 1, 32, 16, torch.bfloat16)
+    cache = cache._replace(block_table=cache.block_table[:, :10].contiguous())
+    q = normal(generator(9), 2 * tokens, 4, 32, dtype=torch.bfloat16)
+    with mock.patch.object(attention, "_PROGRAMS", programs):
+        expected = call(kernels.paged_attention, q, *cache, 0.3)
+        cache.seq_lens[0] = 5000
+        found = call(kernels.paged_attention, q, *cache, 0.3)
+    assert torch.equal(found[tokens:], expected[tokens:])
+    assert torch.equal(found[tokens - 1], expected[tokens - 1])  # the last row sees all keys, before and now
+    assert found.isfinite().all()
 
 
 def test_page_ids_outside_the_cache_do_no_harm():
