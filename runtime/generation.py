@@ -159,7 +159,7 @@ class Generation(LanguageModel):
         ]
         watch.requests = requests
         if streamer is not None:
-            streamer.put(ids.cpu())
+            streamer.put(ids.repeat_interleave(params.n, dim=0).cpu())  # a row for each answer, as in transformers
         streams = [TextStream(tokenizer, texts, skip_special_tokens=False) if texts else None for _ in requests]
         for wave in self._waves(requests, streams):
             if streamer is not None:

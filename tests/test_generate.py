@@ -474,6 +474,16 @@ def test_streamer(tiny):
     assert [token for (token,) in calls["ours"][1:-1]] == out[0, 6:].tolist()
 
 
+@pytest.mark.parametrize("several", [{"num_return_sequences": 2, "do_sample": True}, {}])
+def test_several_answers_are_refused_by_transformers_own_streamer(tiny, standin, several):
+    """It would print them interleaved; it says so by the rows that it is given first."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(standin)
+    prompts = PROMPTS[: 1 if several else 2]
+    for model in (tiny.ours, tiny.theirs):
+        with pytest.raises(ValueError, match="batch size 1"):
+            model.generate(prompts, streamer=transformers.TextStreamer(tokenizer), max_new_tokens=2, **several)
+
+
 @pytest.mark.parametrize("in_place", [True, False])
 def test_logits_processor(tiny, in_place):
     """Called with the texts so far and their logits; the logits that come back stay the model's own."""
