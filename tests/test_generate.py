@@ -515,6 +515,36 @@ def test_logits_processor(tiny, in_place):
         torch.testing.assert_close(ours.logprobs[:, 0], own)
 
 
+@pytest.mark.parametrize("repetition_penalty", [1.0, 1.7])
+def test_a_processor_sees_every_row_of_the_call(tiny, repetition_penalty):
+    """As transformers hands it over: rows in their order and columns, ended ones padded, scores behind the penalty."""
+    ids, mask = padded([PROMPTS[0].tolist(), PROMPTS[1].tolist()[:3], PROMPTS[2].tolist()], 0, left=True)
+    seen = {"ours": [], "theirs": []}
+
+    def process(name):
+        def process(ids, scores):
+            """Every row has its own favourite, and ends at a step of its own."""
+            step = len(seen[name])
+            seen[name].append((ids.tolist(), scores.argmax(-1).tolist(), scores.clone()))
+            scores = scores.clone()
+            scores[torch.arange(3), torch.tensor([30, 31, 32])] += 3 + torch.arange(3)
+            scores[:, 2] = -torch.inf
+            scores[step % 3, 2] = 1000 if step in (3, 7) else -torch.inf
+            return scores
+
+        return process
+
+    options = {"do_sample": False, "max_new_tokens": 9, "eos_token_id": 2, "repetition_penalty": repetition_penalty}
+    ours = tiny.ours.generate(ids, mask, logits_processor=process("ours"), **options)
+    listed = transformers.LogitsProcessorList([process("theirs")])
+    theirs = tiny.theirs.generate(ids, attention_mask=mask, logits_processor=listed, pad_token_id=0, **options)
+    assert ours.equal(theirs)
+    assert [each[0] for each in seen["ours"]] == [each[0] for each in seen["theirs"]]
+    for (tokens, _, mine), (_, _, other) in zip(seen["ours"], seen["theirs"], strict=True):
+        running = [row for row, so_far in enumerate(tokens) if 2 not in so_far[6:]]
+        torch.testing.assert_close(mine[running], other[running], rtol=1e-3, atol=1e-3)
+
+
 def test_penalties_and_bias(tiny):
     """Presence, frequency and bias act as OpenAI's: on what was generated, by count."""
     greedy = {"do_sample": False, "max_new_tokens": 20, "eos_token_id": 2, "min_new_tokens": 20}
