@@ -545,6 +545,43 @@ def test_a_processor_sees_every_row_of_the_call(tiny, repetition_penalty):
         torch.testing.assert_close(mine[running], other[running], rtol=1e-3, atol=1e-3)
 
 
+def test_allowed_tokens_by_prefix(tiny):
+    """The functions that transformers takes, on ragged rows: the same tokens; none allowed is an error."""
+    ids, mask = padded([PROMPTS[0].tolist(), PROMPTS[1].tolist()[:3]], 0, left=True)
+
+    def allowed(row, text):
+        return [int(text[-1] * 7 + row + i) % 44 + 6 for i in range(4)]
+
+    options = {"do_sample": False, "max_new_tokens": 8, "eos_token_id": 2}
+    ours = tiny.ours.generate(ids, mask, prefix_allowed_tokens_fn=allowed, **options)
+    theirs = tiny.theirs.generate(ids, attention_mask=mask, prefix_allowed_tokens_fn=allowed, pad_token_id=0, **options)
+    assert ours.equal(theirs)
+    with pytest.raises(ValueError, match="allows row 0 no token"):
+        tiny.ours.generate(ids, mask, prefix_allowed_tokens_fn=lambda row, text: [], **options)
+
+
+@pytest.mark.parametrize("one", [True, False])
+def test_stopping_criteria(tiny, one):
+    """Each is asked of all rows behind every step, as in transformers; a row of which one is true ends there."""
+    seen = {"ours": [], "theirs": []}
+
+    def criterion(name):
+        def stop(ids, scores, **_):
+            seen[name].append(ids.tolist())
+            return torch.tensor([len(ids[0]) >= 9, len(ids[0]) >= 11])
+
+        return stop
+
+    options = {"do_sample": False, "max_new_tokens": 9, "eos_token_id": 49, "pad_token_id": 0}
+    given = criterion("ours") if one else [criterion("ours")]
+    ours = tiny.ours.generate(PROMPTS[:2], stopping_criteria=given, **options)
+    listed = transformers.StoppingCriteriaList([criterion("theirs")])
+    theirs = tiny.theirs.generate(PROMPTS[:2], attention_mask=torch.ones(2, 6), stopping_criteria=listed, **options)
+    assert ours.equal(theirs) and ours.shape == (2, 11)
+    assert seen["ours"] == seen["theirs"]
+    assert tiny.ours.generate(PROMPTS[:1], stopping_criteria=lambda ids, scores: True, **options).shape == (1, 7)
+
+
 def test_penalties_and_bias(tiny):
     """Presence, frequency and bias act as OpenAI's: on what was generated, by count."""
     greedy = {"do_sample": False, "max_new_tokens": 20, "eos_token_id": 2, "min_new_tokens": 20}
