@@ -11,6 +11,7 @@ are medians with their spread, and the median of the ratios pair by pair: a mach
 
 import argparse
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -44,8 +45,10 @@ def worker(engine: str, folder: str, dtype: str, shapes: list[list[int]], begun:
     tokenizer = Tokenizer.from_pretrained(folder)
     model = Model.from_pretrained(folder, dtype=dtype, **options)
     question = tokenizer(QUESTION, return_tensors="pt")
+    firsts = itertools.count(100)
 
     def generate(ids: torch.Tensor, tokens: int) -> float:
+        ids[:, 0] = next(firsts)  # another beginning each time: ours would fill none twice
         begin = time.perf_counter()
         model.generate(
             ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=tokens, min_new_tokens=tokens
