@@ -89,8 +89,11 @@ def test_the_command_is_content_with_a_sound_kernel():
     header, *rows, verdict = done.stdout.splitlines()
     assert header.split()[:3] == ["target", "op", "kernel"]
     assert [row.split()[:3] for row in rows] == [
-        [target, "swiglu", "_swiglu"] for target in ("sm_80", "sm_90", "gfx942")
+        [target, "swiglu", "_swiglu"] for target in ("sm_80", "sm_90", "gfx942") for _ in ("1 row", "16 rows")
     ]
+    # 10 and 160 programs, of which 16 fit each of an H100's 132 multiprocessors.
+    waves = header.split().index("waves")
+    assert [row.split()[waves] for row in rows if row.startswith("sm_90")] == ["0.00", "0.08"]
     assert verdict == "6 launches audited, 0 violations"
 
 
