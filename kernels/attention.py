@@ -37,7 +37,9 @@ MAX_HEAD_DIM = 256
 _PROGRAMS = 64
 # Rows in a tile -> keys in a tile, warps, stages. Chosen by compiling for sm_80 to sm_100, not yet by measuring: none
 # spills, and all fit the 99 KB of sm_86. Page numbers take a stage of their own: with five, two tiles are under way.
-_TILES = {16: (64, 4, 5), 32: (64, 4, 5), 64: (32, 8, 5), 128: (32, 8, 5)}
+# One token's are small: a short context is more programs, and on sm_90 each takes 38 KB of shared memory and 86
+# registers, where tiles of 64 keys take 72 KB and 114. Those may be the faster ones at 32k tokens: measure there.
+_TILES = {16: (32, 4, 5), 32: (64, 4, 5), 64: (32, 8, 5), 128: (32, 8, 5)}
 # Tensor cores that take both factors from shared memory, sm_90's and later, leave registers for more keys.
 _TALL_OF_SM90 = (64, 8, 2)
 
@@ -122,20 +124,20 @@ def _attend(
     # The last rows see the most keys: they begin first, so that none of them begins last.
     first_row = (tl.num_programs(1) - 1 - tl.program_id(1)) * BM
     last_row = tl.minimum(first_row + BM, T * G) - 1
+    rows = first_row + tl.arange(0, BM)
+    dims = tl.arange(0, BD)
+    heads = kv_head * G + rows % G
+    q_rows = (b * T + rows // G).to(tl.int64)
+    mask = (rows <= last_row)[:, None] & (dims < D)[None, :]
+    # On its way beside the length, which a split without keys does not know yet that it ends with.
+    q_ptrs = q_ptr + (q_rows * q_row_stride + heads.to(tl.int64) * q_head_stride)[:, None] + dims[None, :]
+    q = tl.load(q_ptrs, mask=mask, other=0.0)
     # One past the last key that any row of the tile sees; none when all stand at negative positions.
     end = tl.minimum(tl.maximum(length - T + last_row // G + 1, 0), N * S)
     if SPLIT & (split * BN >= end):
         return
 
-    rows = first_row + tl.arange(0, BM)
-    dims = tl.arange(0, BD)
     positions = tl.minimum(length - T + rows // G, N * S - 1)
-    heads = kv_head * G + rows % G
-    q_rows = (b * T + rows // G).to(tl.int64)
-    mask = (rows <= last_row)[:, None] & (dims < D)[None, :]
-    q_ptrs = q_ptr + (q_rows * q_row_stride + heads.to(tl.int64) * q_head_stride)[:, None] + dims[None, :]
-    q = tl.load(q_ptrs, mask=mask, other=0.0)
-
     best = tl.full((BM,), float("-inf"), tl.float32)
     total = tl.zeros((BM,), tl.float32)
     acc = tl.zeros((BM, BD), tl.float32)

@@ -7,7 +7,7 @@ compiled everything once it has run
     one sequence of T tokens, for every T of `token_counts`      (a piece of a prompt, and its logits)
     a decode step of one row, and of two, with every set of stages that its sampling knows, and every dtype of logits
 
-where its vocabulary is a multiple of 4: else where a row of counts begins decides how wide it is read.
+where its vocabulary is a multiple of 8: else where a row of it begins decides how wide it is read.
 """
 
 import torch
