@@ -76,11 +76,14 @@ def sample(
     Returns the tokens, int64 [B], and their log-probabilities, float32 [B], under the softmax of the `logits` given
     (before bias, penalties and temperature, as vLLM reports them).
     """
+    # A stage that no row uses changes nothing, and over a whole vocabulary takes a CPU milliseconds.
+    temperature, top_k = _used(temperature, 0), None if top_k is None else _used(top_k.clamp(min=0), 0)
+    top_p, min_p, typical_p = _used(top_p, 1), _used(min_p, 0), _used(typical_p, 1)
     x = penalize(
         logits,
-        repetition_penalty=repetition_penalty,
-        presence_penalty=presence_penalty,
-        frequency_penalty=frequency_penalty,
+        repetition_penalty=_used(repetition_penalty, 1),
+        presence_penalty=_used(presence_penalty, 0),
+        frequency_penalty=_used(frequency_penalty, 0),
         prompt_counts=prompt_counts,
         output_counts=output_counts,
         logit_bias=logit_bias,
@@ -97,6 +100,11 @@ def sample(
         chosen = torch.searchsorted(mass, point[:, None], right=True)[:, 0]
         token = torch.where((temperature == 0) | (total == 0), token, chosen)
     return token, log_probability(logits, token)
+
+
+def _used(setting: Tensor | None, idle: float) -> Tensor | None:
+    """A stage's setting, None where it is idle in every row."""
+    return None if setting is None or bool((setting == idle).all()) else setting
 
 
 def penalize(

@@ -55,7 +55,7 @@ class KVCache:
         seq_lens = torch.tensor([self.lengths[row] + tokens for row in rows], dtype=torch.int32, device=device)
         if positions is not None:
             positions = positions.flatten().to(torch.int32).contiguous()
-        every = len(rows) == len(self.held)
+        every = list(rows) == list(range(len(self.held)))  # as in every decode step, which then copies nothing
         table, inv_freq = (x if every else x[list(rows)] for x in (self._table, self.inv_freq))
         return Sequences(table, seq_lens, inv_freq, positions)
 
@@ -63,32 +63,6 @@ class KVCache:
         """Sequence b now holds tokens[b] more, of `columns` columns of input."""
         self.lengths = [length + new for length, new in zip(self.lengths, tokens, strict=True)]
         self.columns += columns
-
-    def keep(self, rows: Sequence[int]) -> None:
-        """Goes on with these sequences only, in this order; the others' pages are free."""
-        for row in set(range(len(self.held))) - set(rows):
-            self.pages.release(self.held[row])
-        self.held, self.lengths = [self.held[row] for row in rows], [self.lengths[row] for row in rows]
-        if self.inv_freq is not None:
-            self.inv_freq = self.inv_freq[list(rows)]
-        self._table = self._block_table()
-
-    def copy(self, held: list[list[int]]) -> KVCache:
-        """The same sequences once more, on other pages of the same room."""
-        for own, other, length in zip(self.held, held, self.lengths, strict=True):
-            self.pages.copy(own[: pages_of(length)], other[: pages_of(length)])
-        return KVCache(self.pages, held, list(self.lengths), self.columns, self.inv_freq)
-
-    @classmethod
-    def join(cls, caches: Sequence[KVCache]) -> KVCache:
-        """All the sequences of caches that have begun and lie on the same pages; nothing is copied."""
-        return cls(
-            caches[0].pages,
-            [held for cache in caches for held in cache.held],
-            [length for cache in caches for length in cache.lengths],
-            max(cache.columns for cache in caches),
-            torch.cat([cache.inv_freq for cache in caches if cache.inv_freq is not None]),
-        )
 
     def _block_table(self) -> Tensor:
         widest = max(map(len, self.held))

@@ -86,6 +86,7 @@ def _info(args: argparse.Namespace) -> None:
     from .config import InternLM3Config
     from .generation import read_generation_config
     from .llm import check_window
+    from .pages import PAGE, page_bytes, pages_of
     from .sampling import SamplingParams
     from .snapshots import locate
 
@@ -95,9 +96,10 @@ def _info(args: argparse.Namespace) -> None:
     assert dtype is not None
     size = dtype.itemsize
     parameters = sum(weight.numel() for weight in InternLM3ForCausalLM(config, device="meta").parameters())
-    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * size
+    per_token = page_bytes(config, dtype) // PAGE
     length = config.max_position_embeddings if args.length is None else args.length
     check_window(config, length)
+    windows = 16 * pages_of(length) * page_bytes(config, dtype) / 1e9
     generation_config = read_generation_config(folder)
     for key, value in config.to_dict().items():
         print(f"{key:24} {value}")
@@ -105,6 +107,7 @@ def _info(args: argparse.Namespace) -> None:
     print(f"{'parameters':24} {parameters:,}")
     print(f"{'weights':24} {parameters * size / 1e9:.2f} GB in {str(dtype).removeprefix('torch.')}")
     print(f"{'KV cache':24} {per_token:,} bytes a token, {length * per_token / 1e9:.2f} GB at {length:,} tokens")
+    print(f"{'KV cache of LLM':24} {windows:.2f} GB for 16 answers, but at most half of what the weights leave free")
     print(f"{'generation_config.json':24} {generation_config or 'none'}")
     print(f"{'default settings':24} {SamplingParams.from_generation_config(generation_config)}")
 

@@ -16,8 +16,8 @@ from .sampling import top_logprobs
 from .state import DecodeState, Tier
 
 # A prompt goes through the model in pieces of so many tokens, cut at multiples of it whatever lies in the cache: where
-# it is cut decides the bits of its keys and values. It also bounds the memory for activations, and keeps them in a CPU's
-# caches (2048 tokens at once took 1.05 times as long on an EPYC, 2026-11-25).
+# it is cut decides the bits of its keys and values. It also bounds the memory for activations, and keeps them in the
+# caches of a CPU (2048 tokens at once took 1.05 times as long on an EPYC, 2026-11-25).
 CHUNK = 512
 
 

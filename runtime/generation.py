@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,9 @@ MOST_ROWS = 64  # decoded together; more wait
 LEAST_WINDOW = 1024  # of an engine, so that a few calls of growing length don't make one each
 DEFAULT_MAX_NEW_TOKENS = 20  # transformers' own
 DEFAULT_TOP_K = 50  # likewise, where sampling is asked for
+
+# (ids [B, L], None) -> whether all rows end, or which.
+StoppingCriterion = Callable[[Tensor, None], bool | Tensor]
 
 _RESERVING = threading.Lock()
 
@@ -93,6 +96,8 @@ class Generation(LanguageModel):
         inputs: Tensor | None = None,
         generation_config: Any = None,
         logits_processor: Sequence[LogitsProcessor] | LogitsProcessor | None = None,
+        prefix_allowed_tokens_fn: Callable[[int, Tensor], Sequence[int]] | None = None,
+        stopping_criteria: Sequence[StoppingCriterion] | StoppingCriterion | None = None,
         streamer: Any = None,
         tokenizer: Any = None,
         return_dict_in_generate: bool | None = None,
@@ -114,6 +119,9 @@ class Generation(LanguageModel):
             logits_processor: callables (ids [B * n, L], scores [B * n, V] float32) -> scores, called where transformers
                 calls them: behind penalties and masks, before temperature and filters. They see every row, as given,
                 its answer behind it, padded where it has ended.
+            prefix_allowed_tokens_fn: (row, its ids [L]) -> the tokens that may come next.
+            stopping_criteria: callables (ids [B * n, L], None) -> one bool, or [B * n], asked behind every step; a row
+                that one of them is true of ends.
             streamer: an object with put(ids) and end(), given the prompt first and then every step's tokens.
             output_scores, output_logits: keep them in the GenerateOutput that return_dict_in_generate asks for.
 
@@ -146,9 +154,10 @@ class Generation(LanguageModel):
         most, least = _lengths(options, ids.shape[1])
         params = SamplingParams.from_kwargs(params, min_tokens=least)
         params.check_vocab(vocab_size)
-        processors = [logits_processor] if callable(logits_processor) else logits_processor or []
-        if not isinstance(processors, list | tuple) or not all(map(callable, processors)):
-            raise TypeError(f"logits_processor must be a callable or a list of them; it is {logits_processor!r}")
+        processors = _callables("logits_processor", logits_processor)
+        criteria = _callables("stopping_criteria", stopping_criteria)
+        if prefix_allowed_tokens_fn is not None:
+            processors = [_constrained(*_callables("prefix_allowed_tokens_fn", prefix_allowed_tokens_fn)), *processors]
         given = ids.repeat_interleave(params.n, dim=0)
         watch = Watch(given.cpu().long(), pad, processors, keep_logits=output_logits, keep_scores=output_scores)
         ends = frozenset(eos)
@@ -159,9 +168,9 @@ class Generation(LanguageModel):
         ]
         watch.requests = requests
         if streamer is not None:
-            streamer.put(ids.cpu())
+            streamer.put(ids.repeat_interleave(params.n, dim=0).cpu())  # a row for each answer, as in transformers
         streams = [TextStream(tokenizer, texts, skip_special_tokens=False) if texts else None for _ in requests]
-        for wave in self._waves(requests, streams):
+        for wave in self._waves(requests, streams, watch, criteria):
             if streamer is not None:
                 streamer.put(torch.tensor([pad if token is None else token for token in wave]))
         if streamer is not None:
@@ -181,10 +190,16 @@ class Generation(LanguageModel):
             _by_step(watch.logits, requests, vocab_size) if output_logits else None,
         )
 
-    def _waves(self, requests: list[Request], streams: list[TextStream | None]) -> Iterator[list[int | None]]:
+    def _waves(
+        self,
+        requests: list[Request],
+        streams: list[TextStream | None],
+        watch: Watch,
+        criteria: Sequence[StoppingCriterion],
+    ) -> Iterator[list[int | None]]:
         """Runs requests, and gives every step's tokens as they come: None for one that has ended, or waits.
 
-        A stop string in a request's stream ends it.
+        A stop string in a request's stream ends it, and so does a criterion that is true of it.
         """
         longest = max(len(request.prompt_ids) + request.max_tokens for request in requests)
         engine = self.reserve(min(_power_of_2(len(requests)), MOST_ROWS), max(_power_of_2(longest), LEAST_WINDOW))
@@ -200,14 +215,22 @@ class Generation(LanguageModel):
             if stream is not None:
                 stream.push(token)
                 if stream.stopped is not None:
-                    engine.cancel([request])
-                    request.cut(told[index])
-                    request.finish("stop", stream.stopped)
+                    end(index, stream.stopped)
             return token
+
+        def end(index: int, stop: str | None = None) -> None:
+            engine.cancel([requests[index]])
+            requests[index].cut(told[index])
+            requests[index].finish("stop", stop)
 
         def read() -> bool:
             while (wave := [*map(next_token, range(len(requests)))]) != silence:
                 waves.append(wave)
+                for criterion in criteria:
+                    ends = torch.as_tensor(criterion(watch.ids(told), None)).expand(len(requests)).tolist()
+                    for index, token in enumerate(wave):
+                        if ends[index] and token is not None:
+                            end(index)
             return bool(waves) or all(request.finish_reason is not None for request in requests)
 
         with engine.running(requests):
@@ -240,6 +263,29 @@ class Generation(LanguageModel):
     def __getstate__(self) -> dict[str, Any]:
         """A copy of a model begins without an engine."""
         return {**self.__dict__, "_engine": None}
+
+
+def _callables(name: str, given: Any) -> list[Any]:
+    """One callable, several, or none, as a list."""
+    listed = [given] if callable(given) else given or []
+    if not isinstance(listed, list | tuple) or not all(map(callable, listed)):
+        raise TypeError(f"{name} must be a callable or a list of them; it is {given!r}")
+    return [*listed]
+
+
+def _constrained(allowed: Callable[[int, Tensor], Sequence[int]]) -> LogitsProcessor:
+    """A processor that leaves each row the tokens that `allowed` names. Raises ValueError where it names none."""
+
+    def constrain(ids: Tensor, scores: Tensor) -> Tensor:
+        kept = torch.full_like(scores, -torch.inf)
+        for row, text in enumerate(ids):
+            tokens = [*allowed(row, text)]
+            if not tokens:
+                raise ValueError(f"prefix_allowed_tokens_fn allows row {row} no token: name one at least, or the end")
+            kept[row, tokens] = scores[row, tokens]
+        return kept
+
+    return constrain
 
 
 def read_generation_config(folder: Path) -> dict[str, Any]:

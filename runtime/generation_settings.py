@@ -35,8 +35,6 @@ _CHANGING: dict[str, tuple[Any, ...]] = {
     "force_words_ids": ([],),
     "token_healing": (False,),
     "max_time": (),
-    "stopping_criteria": ([], ()),
-    "prefix_allowed_tokens_fn": (),
     "negative_prompt_ids": (),
     "negative_prompt_attention_mask": (),
     "custom_generate": (),

@@ -105,6 +105,15 @@ class Watch:
         """Whether there is anything to see."""
         return bool(self.processors) or self.keep_logits or self.keep_scores
 
+    def ids(self, told: Sequence[int]) -> Tensor:
+        """[B, T + longest] the prompts and so many tokens of each answer, padded behind."""
+        longest = max(told)
+        answers = [
+            request.token_ids[:count] + [self.pad] * (longest - count)
+            for request, count in zip(self.requests, told, strict=True)
+        ]
+        return torch.cat((self.prompts, torch.tensor(answers, dtype=torch.int64).view(len(answers), longest)), 1)
+
     def process(self, scores: dict[Request, Tensor]) -> dict[Request, Tensor]:
         """What the processors make of the running requests' scores, [V] float32 each.
 
@@ -114,9 +123,7 @@ class Watch:
             return scores
         some = next(iter(scores.values()))
         every = torch.stack([scores.get(request, torch.zeros_like(some)) for request in self.requests])
-        longest = max(len(request.token_ids) for request in self.requests)
-        answers = [request.token_ids + [self.pad] * (longest - len(request.token_ids)) for request in self.requests]
-        ids = torch.cat((self.prompts, torch.tensor(answers, dtype=torch.int64).view(len(answers), longest)), 1)
+        ids = self.ids([len(request.token_ids) for request in self.requests])
         for processor in self.processors:
             every = processor(ids.to(every.device), every)
         return {request: row for request, row in zip(self.requests, every, strict=True) if request in scores}

@@ -32,8 +32,15 @@ class JsonVocabulary(Vocabulary):
         content = path.read_bytes()
         try:
             self._library = tokenizers.Tokenizer.from_buffer(content)
-        except Exception as error:  # the library raises nothing more precise
+            framed, text = self._library.encode("a").ids, self.encode("a")
+        except BaseException as error:  # the library raises nothing more precise, and panics past Exception
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
             raise ValueError(f"{path} is no tokenizer, or it is damaged; fetch it again ({error})") from None
+        start = next((i for i in range(len(framed) + 1) if framed[i : i + len(text)] == text), None)
+        if start is None:
+            raise ValueError(f"{path} has a post-processor that changes more than a text's two ends")
+        self.frame = framed[:start], framed[start + len(text) :]
         self._library.no_truncation()
         self._library.no_padding()
         self.pieces = max(self._library.get_vocab(with_added_tokens=False).values(), default=-1) + 1
@@ -42,9 +49,6 @@ class JsonVocabulary(Vocabulary):
             if (own := self.find(token.content)) != id:
                 raise ValueError(f"{path} gives {token.content!r} the id {own}, and added_tokens_decoder the id {id}")
         self._mirror()
-        framed, text = self._library.encode("a").ids, self.encode("a")
-        start = next(i for i in range(len(framed) + 1) if framed[i : i + len(text)] == text)
-        self.frame = framed[:start], framed[start + len(text) :]
 
     def _add(self, token: AddedToken) -> None:
         flags = {name: getattr(token, name) for name in ("lstrip", "rstrip", "single_word", "normalized", "special")}

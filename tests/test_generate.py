@@ -474,6 +474,16 @@ def test_streamer(tiny):
     assert [token for (token,) in calls["ours"][1:-1]] == out[0, 6:].tolist()
 
 
+@pytest.mark.parametrize("several", [{"num_return_sequences": 2, "do_sample": True}, {}])
+def test_several_answers_are_refused_by_transformers_own_streamer(tiny, standin, several):
+    """It would print them interleaved; it says so by the rows that it is given first."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(standin)
+    prompts = PROMPTS[: 1 if several else 2]
+    for model in (tiny.ours, tiny.theirs):
+        with pytest.raises(ValueError, match="batch size 1"):
+            model.generate(prompts, streamer=transformers.TextStreamer(tokenizer), max_new_tokens=2, **several)
+
+
 @pytest.mark.parametrize("in_place", [True, False])
 def test_logits_processor(tiny, in_place):
     """Called with the texts so far and their logits; the logits that come back stay the model's own."""
@@ -503,6 +513,73 @@ def test_logits_processor(tiny, in_place):
         torch.testing.assert_close(ours.scores[0], theirs.scores[0], rtol=1e-3, atol=1e-4)
         own = ours.logits[0].log_softmax(-1).gather(1, ours.sequences[:, 6:7])[:, 0]
         torch.testing.assert_close(ours.logprobs[:, 0], own)
+
+
+@pytest.mark.parametrize("repetition_penalty", [1.0, 1.7])
+def test_a_processor_sees_every_row_of_the_call(tiny, repetition_penalty):
+    """As transformers hands it over: rows in their order and columns, ended ones padded, scores behind the penalty."""
+    ids, mask = padded([PROMPTS[0].tolist(), PROMPTS[1].tolist()[:3], PROMPTS[2].tolist()], 0, left=True)
+    seen = {"ours": [], "theirs": []}
+
+    def process(name):
+        def process(ids, scores):
+            """Every row has its own favourite, and ends at a step of its own."""
+            step = len(seen[name])
+            seen[name].append((ids.tolist(), scores.argmax(-1).tolist(), scores.clone()))
+            scores = scores.clone()
+            scores[torch.arange(3), torch.tensor([30, 31, 32])] += 3 + torch.arange(3)
+            scores[:, 2] = -torch.inf
+            scores[step % 3, 2] = 1000 if step in (3, 7) else -torch.inf
+            return scores
+
+        return process
+
+    options = {"do_sample": False, "max_new_tokens": 9, "eos_token_id": 2, "repetition_penalty": repetition_penalty}
+    ours = tiny.ours.generate(ids, mask, logits_processor=process("ours"), **options)
+    listed = transformers.LogitsProcessorList([process("theirs")])
+    theirs = tiny.theirs.generate(ids, attention_mask=mask, logits_processor=listed, pad_token_id=0, **options)
+    assert ours.equal(theirs)
+    assert [each[0] for each in seen["ours"]] == [each[0] for each in seen["theirs"]]
+    for (tokens, _, mine), (_, _, other) in zip(seen["ours"], seen["theirs"], strict=True):
+        running = [row for row, so_far in enumerate(tokens) if 2 not in so_far[6:]]
+        torch.testing.assert_close(mine[running], other[running], rtol=1e-3, atol=1e-3)
+
+
+def test_allowed_tokens_by_prefix(tiny):
+    """The functions that transformers takes, on ragged rows: the same tokens; none allowed is an error."""
+    ids, mask = padded([PROMPTS[0].tolist(), PROMPTS[1].tolist()[:3]], 0, left=True)
+
+    def allowed(row, text):
+        return [int(text[-1] * 7 + row + i) % 44 + 6 for i in range(4)]
+
+    options = {"do_sample": False, "max_new_tokens": 8, "eos_token_id": 2}
+    ours = tiny.ours.generate(ids, mask, prefix_allowed_tokens_fn=allowed, **options)
+    theirs = tiny.theirs.generate(ids, attention_mask=mask, prefix_allowed_tokens_fn=allowed, pad_token_id=0, **options)
+    assert ours.equal(theirs)
+    with pytest.raises(ValueError, match="allows row 0 no token"):
+        tiny.ours.generate(ids, mask, prefix_allowed_tokens_fn=lambda row, text: [], **options)
+
+
+@pytest.mark.parametrize("one", [True, False])
+def test_stopping_criteria(tiny, one):
+    """Each is asked of all rows behind every step, as in transformers; a row of which one is true ends there."""
+    seen = {"ours": [], "theirs": []}
+
+    def criterion(name):
+        def stop(ids, scores, **_):
+            seen[name].append(ids.tolist())
+            return torch.tensor([len(ids[0]) >= 9, len(ids[0]) >= 11])
+
+        return stop
+
+    options = {"do_sample": False, "max_new_tokens": 9, "eos_token_id": 49, "pad_token_id": 0}
+    given = criterion("ours") if one else [criterion("ours")]
+    ours = tiny.ours.generate(PROMPTS[:2], stopping_criteria=given, **options)
+    listed = transformers.StoppingCriteriaList([criterion("theirs")])
+    theirs = tiny.theirs.generate(PROMPTS[:2], attention_mask=torch.ones(2, 6), stopping_criteria=listed, **options)
+    assert ours.equal(theirs) and ours.shape == (2, 11)
+    assert seen["ours"] == seen["theirs"]
+    assert tiny.ours.generate(PROMPTS[:1], stopping_criteria=lambda ids, scores: True, **options).shape == (1, 7)
 
 
 def test_penalties_and_bias(tiny):

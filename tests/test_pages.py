@@ -84,15 +84,14 @@ def test_a_cache_grows_by_moving_and_keeps_what_it_holds():
             assert torch.equal(kv[:, held[: was.shape[1]]], was)
 
 
-def test_rows_that_end_give_back_their_pages():
+def test_where_the_rows_of_a_launch_stand():
     pool = pages(10)
-    caches = [KVCache(pool, [pool.take(count)], [PAGE * count - 1], inv_freq=torch.zeros(1, 8)) for count in (2, 3, 4)]
-    joined = KVCache.join(caches)
-    joined.keep([2, 0])
-    assert joined.held == [[5, 6, 7, 8], [0, 1]] and joined.lengths == [255, 127] and pool.free == 4
-    seqs = joined.sequences(range(2), 1, None)
+    held = [pool.take(count) for count in (2, 3, 4)]
+    cache = KVCache(pool, [held[2], held[0]], [PAGE * 4 - 1, PAGE * 2 - 1], inv_freq=torch.zeros(2, 8))
+    seqs = cache.sequences(range(2), 1, None)
     assert seqs.block_table.tolist() == [[5, 6, 7, 8], [0, 1, 0, 0]] and seqs.seq_lens.tolist() == [256, 128]
-    assert joined.sequences([1], 1, None).block_table.tolist() == [[0, 1, 0, 0]]
+    assert cache.sequences([1], 1, None).block_table.tolist() == [[0, 1, 0, 0]]
+    assert cache.sequences([1, 0], 1, None).block_table.tolist() == [[0, 1, 0, 0], [5, 6, 7, 8]]
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +119,8 @@ def filled(model, lengths, order):
         for chunk in ids.split(100, dim=1):
             model(chunk, past_key_values=cache)
         caches.append(cache)
-    return KVCache.join(caches)
+    inv_freq = torch.cat([cache.inv_freq for cache in caches])
+    return KVCache(pool, [cache.held[0] for cache in caches], list(lengths), max(lengths), inv_freq)
 
 
 def test_where_a_sequence_lies_changes_no_bit(model):

@@ -634,6 +634,25 @@ def _library_file(plain: Path, tmp_path: Path) -> Path:
     return tmp_path / "tokenizer.json"
 
 
+@pytest.mark.parametrize("kind", ["nfkc", "plain"])
+def test_flipped_bytes_of_a_tokenizer_json(tmp_path, kind):
+    """Damage anywhere: one error that names the file, or a tokenizer still. nfkc's table makes the library panic."""
+    base = write_checkpoint(tmp_path / "a", train(TRAINED[kind]))
+    folder = save_by_transformers(base, tmp_path)
+    content, refusals = (folder / "tokenizer.json").read_bytes(), 0
+    for seed in range(60):
+        dice, damaged = random.Random(seed), bytearray(content)
+        for _ in range(dice.choice([1, 3, 10])):
+            damaged[dice.randrange(len(damaged))] = dice.randrange(256)
+        (folder / "tokenizer.json").write_bytes(damaged)
+        try:
+            InternLM3Tokenizer.from_pretrained(folder)
+        except ValueError as error:
+            assert str(folder) in str(error) and len(str(error)) < 800, f"seed {seed}: {error}"
+            refusals += 1
+    assert refusals > 20
+
+
 def test_a_token_set_later_needs_an_id(plain):
     tokenizer = InternLM3Tokenizer.from_pretrained(plain)
     tokenizer.pad_token = "[PAD]"
