@@ -134,12 +134,19 @@ def _figures(launch: Launch, code: MachineCode, target: Target) -> dict[str, str
     loads = [access for access in code.accesses if access.is_load]
     wide = sum(access.bytes >= 16 for access in loads)
     early = sum(not access.may_have_waited for access in loads)
+    threads = metadata.num_warps * target.gpu.warp_size
+    resident = target.resident_blocks(metadata.num_warps, code.registers, metadata.shared)
+    together = min(resident, launch.programs / target.multiprocessors)
     return {
         "warps": str(metadata.num_warps),
         "regs": str(code.registers),
         "spill": str(code.spilled),
         "shared": str(metadata.shared),
-        "CTAs/SM": str(target.resident_blocks(metadata.num_warps, code.registers, metadata.shared)),
+        "CTAs/SM": str(resident),
+        # How often all of them fill the GPU that the target is named for; under 1, part of it has nothing to do.
+        "waves": f"{launch.programs / max(resident * target.multiprocessors, 1):.2f}",
+        # On a multiprocessor, whatever is loaded.
+        "KB in flight": f"{code.in_flight * threads * together / 1024:.0f}" if target.is_cuda else "-",
         "16-byte loads": f"{wide} of {len(loads)}",
         "before wait": f"{early} of {len(loads)}" if code.waits else "-",
         "tensor": ", ".join(f"{count} {name}" for name, count in code.tensor_core.items()) or "-",

@@ -6,6 +6,7 @@ second list of configurations to keep in step.
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -25,6 +26,7 @@ class Launch(NamedTuple):
     arguments: list[str]  # names of those that exist at run time, in order
     constants: dict[str, Any]  # the others
     compiled: CompiledKernel
+    programs: int
 
 
 class _Absent(torch.Tensor):
@@ -74,10 +76,12 @@ def _acting_as(target: Target) -> Iterator[list[Launch]]:
         args = tuple(_Pointer(x) if isinstance(x, torch.Tensor) else x for x in args)
         kwargs = {name: _Pointer(x) if isinstance(x, torch.Tensor) else x for name, x in kwargs.items()}
         compiled = run(self, *args, grid=grid, warmup=True, **kwargs)
+        if compiled is None:  # `compilations` asks for none
+            return
         signature = compiled.src.signature
         arguments = [name for name, kind in signature.items() if kind != "constexpr"]
         constants = {list(signature)[path[0]]: value for path, value in compiled.src.constants.items()}
-        launches.append(Launch(self.__name__, arguments, constants, compiled))
+        launches.append(Launch(self.__name__, arguments, constants, compiled, math.prod(grid)))
 
     properties = SimpleNamespace(
         major=target.capability[0], minor=target.capability[1], multi_processor_count=target.multiprocessors
@@ -106,3 +110,17 @@ def compile_launches(
     with _acting_as(target) as launches:
         op(**arguments(torch.device("cuda", torch.cuda.current_device())))
     return launches
+
+
+def compilations(calls: Callable[[torch.device], None], target: Target) -> set[str]:
+    """What the launches of calls(device) would have compiled on this target, each once; nothing is compiled."""
+    wanted: set[str] = set()
+
+    def refuse(*, key: str, fn: Any, **_: Any) -> bool:
+        wanted.add(f"{fn.name}: {key}")
+        return True
+
+    with _acting_as(target), triton.knobs.runtime.scope():
+        triton.knobs.runtime.jit_cache_hook = refuse
+        calls(torch.device("cuda", torch.cuda.current_device()))
+    return wanted

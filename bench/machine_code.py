@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from launches import Launch
-from sass import TENSOR_CORE, Access, fuses_16_bits, instructions, trace
+from sass import TENSOR_CORE, Access, fuses_16_bits, in_flight, instructions, trace
 from targets import Target
 from triton import knobs
 
@@ -24,6 +24,7 @@ class MachineCode(NamedTuple):
     accesses: list[Access]
     waits: bool = False  # for the predecessor in programmatic dependent launch
     exits_unwaited: bool = False  # on some way
+    in_flight: int = 0  # bytes that a thread has asked for and not yet used, at most
     fused_16_bits: Sequence[str] = ()  # instructions that round a product and a sum once, to 16 bits
 
 
@@ -49,6 +50,7 @@ def _read_nvidia(launch: Launch) -> MachineCode:
         accesses,
         names["ACQBULK"] > 0,
         exits_unwaited,
+        in_flight(listing),
         [str(instruction) for instruction in listing if fuses_16_bits(instruction)],
     )
 

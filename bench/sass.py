@@ -116,6 +116,30 @@ def fuses_16_bits(instruction: _Instruction) -> bool:
     return not first.lstrip("-").startswith("RZ") and not addend.lstrip("-").startswith("RZ") and second not in _ONES
 
 
+def in_flight(listing: Iterable[_Instruction]) -> int:
+    """The most bytes of global memory that a thread has asked for and not yet used.
+
+    In the order of the listing, each instruction once: of a loop that is the pipeline's beginning and one round.
+    """
+    most = copied = 0
+    loads: list[tuple[set[str], int]] = []  # by the registers that they write
+    groups: list[int] = []  # copies to shared memory that are waited for together
+    for instruction in listing:
+        named = {kind + number for kind, number, _ in _REGISTER.findall(", ".join(instruction.operands))}
+        loads = [(registers, size) for registers, size in loads if not registers & named]
+        if instruction.base == "LDGSTS":
+            copied += instruction.bytes
+        elif instruction.base == "LDGDEPBAR":
+            groups, copied = [*groups, copied], 0
+        elif instruction.base == "DEPBAR":
+            left = int(instruction.operands[-1], 0)
+            groups = groups[len(groups) - left :] if left < len(groups) else groups
+        elif instruction.base in _GLOBAL_LOADS:
+            loads.append((set(instruction.written()[0]), instruction.bytes))
+        most = max(most, copied + sum(groups) + sum(size for _, size in loads))
+    return most
+
+
 class _State:
     """What is known between two instructions."""
 

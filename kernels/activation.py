@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import check_activation, options
+from .launch import check_activation, jit, options
 
 # Columns of one program: 8 a thread, one 16-byte load of each half in a 16-bit dtype.
 BLOCK = 1024
@@ -23,7 +23,7 @@ def silu(x):
     return x / (1.0 + tl.exp(-x))
 
 
-@triton.jit
+@jit("gate_up_ptr y_ptr row_stride")
 def _swiglu(gate_up_ptr, y_ptr, row_stride, I: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):  # noqa: E741
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()

@@ -30,19 +30,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import check, check_activation, options
+from .launch import check, check_activation, jit, options
 
 MAX_HEAD_DIM = 256
 # Programs that share a sequence's work on one key/value head: twice as many, with InternLM3-8B's two, fill 132 SMs.
 _PROGRAMS = 64
 # Rows in a tile -> keys in a tile, warps, stages. Chosen by compiling for sm_80 to sm_100, not yet by measuring: none
 # spills, and all fit the 99 KB of sm_86. Page numbers take a stage of their own: with five, two tiles are under way.
-_TILES = {16: (64, 4, 5), 32: (64, 4, 5), 64: (32, 8, 5), 128: (32, 8, 5)}
+# One token's are small: a short context is more programs, and on sm_90 each takes 38 KB of shared memory and 86
+# registers, where tiles of 64 keys take 72 KB and 114. Those may be the faster ones at 32k tokens: measure there.
+_TILES = {16: (32, 4, 5), 32: (64, 4, 5), 64: (32, 8, 5), 128: (32, 8, 5)}
 # Tensor cores that take both factors from shared memory, sm_90's and later, leave registers for more keys.
 _TALL_OF_SM90 = (64, 8, 2)
 
 
-class _Tiling(NamedTuple):
+class Tiling(NamedTuple):
     """How one launch is cut: on one device a function of T, G, D and the dtype alone."""
 
     rows: int
@@ -53,7 +55,7 @@ class _Tiling(NamedTuple):
     stages: int
 
 
-def _tiling(T: int, G: int, D: int, dtype: torch.dtype, sm90: bool) -> _Tiling:
+def tiling(T: int, G: int, D: int, dtype: torch.dtype, sm90: bool) -> Tiling:
     dims = triton.next_power_of_2(D)
     rows = min(max(triton.next_power_of_2(T * G), 16), 128 if dims <= 128 else 64)
     keys, warps, stages = _TALL_OF_SM90 if rows == 128 and sm90 else _TILES[rows]
@@ -63,7 +65,7 @@ def _tiling(T: int, G: int, D: int, dtype: torch.dtype, sm90: bool) -> _Tiling:
         # Not for speed: exact products have no tensor cores, and hold both factors in registers.
         rows, keys, warps, stages = 16, 16, 4, 5
     splits = max(_PROGRAMS // triton.next_power_of_2(triton.cdiv(T * G, rows)), 1)
-    return _Tiling(rows, keys, dims, splits, warps, stages)
+    return Tiling(rows, keys, dims, splits, warps, stages)
 
 
 @triton.jit
@@ -102,17 +104,17 @@ def _fold(
     return best, total, acc
 
 
-@triton.jit(do_not_specialize=["T", "P", "N"])
+@jit("q_ptr k_ptr v_ptr out_ptr q_row_stride q_head_stride page_stride head_stride slot_stride")
 def _attend(
     q_ptr, k_ptr, v_ptr, pages_ptr, lens_ptr, out_ptr, best_ptr, total_ptr, q_row_stride, q_head_stride,
-    page_stride, head_stride, slot_stride, table_stride, qk_scale, T, P, N,
+    page_stride, head_stride, slot_stride, table_stride, qk_scale, T, P, N, splits,
     G: tl.constexpr, K: tl.constexpr, S: tl.constexpr, D: tl.constexpr,
-    SPLITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, PDL: tl.constexpr,
+    SPLIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One tile of rows of one sequence and key/value head against one split of its keys. Grid (splits, tiles, B * K).
 
-    A lone split writes the output; one of many its partial sums [B*T, H, SPLITS, D], and its largest product before the
-    scale and its weight [B*T, H, SPLITS] each.
+    A lone split writes the output; one of many (SPLIT) its partial sums [B*T, H, SPLITS, D], and its largest product
+    before the scale and its weight [B*T, H, SPLITS] each.
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -122,20 +124,20 @@ def _attend(
     # The last rows see the most keys: they begin first, so that none of them begins last.
     first_row = (tl.num_programs(1) - 1 - tl.program_id(1)) * BM
     last_row = tl.minimum(first_row + BM, T * G) - 1
-    # One past the last key that any row of the tile sees; none when all stand at negative positions.
-    end = tl.minimum(tl.maximum(length - T + last_row // G + 1, 0), N * S)
-    if (SPLITS > 1) & (split * BN >= end):
-        return
-
     rows = first_row + tl.arange(0, BM)
     dims = tl.arange(0, BD)
-    positions = tl.minimum(length - T + rows // G, N * S - 1)
     heads = kv_head * G + rows % G
     q_rows = (b * T + rows // G).to(tl.int64)
     mask = (rows <= last_row)[:, None] & (dims < D)[None, :]
+    # On its way beside the length, which a split without keys does not know yet that it ends with.
     q_ptrs = q_ptr + (q_rows * q_row_stride + heads.to(tl.int64) * q_head_stride)[:, None] + dims[None, :]
     q = tl.load(q_ptrs, mask=mask, other=0.0)
+    # One past the last key that any row of the tile sees; none when all stand at negative positions.
+    end = tl.minimum(tl.maximum(length - T + last_row // G + 1, 0), N * S)
+    if SPLIT & (split * BN >= end):
+        return
 
+    positions = tl.minimum(length - T + rows // G, N * S - 1)
     best = tl.full((BM,), float("-inf"), tl.float32)
     total = tl.zeros((BM,), tl.float32)
     acc = tl.zeros((BM, BD), tl.float32)
@@ -148,23 +150,23 @@ def _attend(
         whole = tl.minimum(tl.maximum(length - T + first_row // G + 1, 0), end) // BN
         best, total, acc = _fold(
             q, best, total, acc, k_ptr, v_ptr, pages_ptr, page_stride, slot_stride, positions, end, qk_scale,
-            first, whole, SPLITS, P, S, D, BN, BD, False,
+            first, whole, splits, P, S, D, BN, BD, False,
         )  # fmt: skip
-        first += tl.cdiv(tl.maximum(whole - split, 0), SPLITS) * SPLITS
+        first += tl.cdiv(tl.maximum(whole - split, 0), splits) * splits
     best, total, acc = _fold(
         q, best, total, acc, k_ptr, v_ptr, pages_ptr, page_stride, slot_stride, positions, end, qk_scale,
-        first, tl.cdiv(end, BN), SPLITS, P, S, D, BN, BD, True,
+        first, tl.cdiv(end, BN), splits, P, S, D, BN, BD, True,
     )  # fmt: skip
 
     acc /= tl.where(total > 0, total, 1.0)[:, None]
-    places = (q_rows * (K * G) + heads) * SPLITS + split
+    places = (q_rows * (K * G) + heads) * splits + split
     tl.store(out_ptr + places[:, None] * D + dims[None, :], acc.to(out_ptr.dtype.element_ty), mask=mask)
-    if SPLITS > 1:
+    if SPLIT:
         tl.store(best_ptr + places, best, mask=rows <= last_row)
         tl.store(total_ptr + places, total, mask=rows <= last_row)
 
 
-@triton.jit(do_not_specialize=["T", "tokens"])
+@jit("partial_ptr out_ptr")
 def _combine(
     partial_ptr, best_ptr, total_ptr, lens_ptr, out_ptr, qk_scale, T, tokens,
     H: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, PDL: tl.constexpr,
@@ -224,7 +226,7 @@ def paged_attention(
 
     T, G = rows // B, H // K
     shared = options(device)
-    BM, BN, BD, SPLITS, warps, stages = _tiling(T, G, D, q.dtype, sm90=shared["PDL"])
+    BM, BN, BD, SPLITS, warps, stages = tiling(T, G, D, q.dtype, sm90=shared["PDL"])
     out = torch.empty((rows, H * D), dtype=q.dtype, device=device)
     partial, best, total = out, out, out
     if SPLITS > 1:
@@ -235,8 +237,8 @@ def paged_attention(
     grid = (min(SPLITS, triton.cdiv(N * S, BN)), triton.cdiv(T * G, BM), B * K)
     _attend[grid](
         q, k_cache, v_cache, block_table, seq_lens, partial, best, total, q.stride(0), q.stride(1),
-        *k_cache.stride()[:3], block_table.stride(0), log2_scale, T, P, N,
-        G, K, S, D, SPLITS, BM, BN, BD, num_warps=warps, num_stages=stages, **shared,
+        *k_cache.stride()[:3], block_table.stride(0), log2_scale, T, P, N, SPLITS,
+        G, K, S, D, SPLITS > 1, BM, BN, BD, num_warps=warps, num_stages=stages, **shared,
     )  # fmt: skip
     if SPLITS > 1:
         _combine[(rows, H)](

@@ -10,14 +10,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import check, check_activation, options
+from .launch import check, check_activation, jit, options
 
 # Columns of one program: 8 a thread, one 16-byte load in a 16-bit dtype.
 BLOCK = 1024
 NUM_WARPS = 4
 
 
-@triton.jit
+@jit("table_ptr y_ptr table_stride")
 def _embed(token_ids_ptr, table_ptr, y_ptr, V, table_stride, C: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()

@@ -1,14 +1,33 @@
-"""What every launcher shares: the options of its launches, decided in one place, and the checks of its arguments."""
+"""What every launcher shares: what its kernel is compiled for, the options of a launch, the checks of its arguments."""
 
+import inspect
+from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # The interpreter runs kernels in numpy, on tensors of any device.
 INTERPRETED = triton.knobs.runtime.interpret
+
+
+def jit(aligned: str = "") -> Callable[[Callable[..., None]], Any]:
+    """`triton.jit` of a kernel that is compiled for its constants, its dtypes, and which of `aligned` divide by 16.
+
+    These are, by names with spaces between, the pointers (in bytes) and strides behind 16-byte loads and stores, which
+    a model and its cache fix. By itself Triton asks that of every argument, and whether it is 1: a length, a count, or
+    the place of a view would compile a kernel anew in the middle of serving.
+    """
+
+    def decorate(kernel: Callable[..., None]) -> Any:
+        varying = [x.name for x in inspect.signature(kernel).parameters.values() if x.annotation is not tl.constexpr]
+        return triton.jit(kernel, do_not_specialize=[name for name in varying if name not in aligned.split()])
+
+    return decorate
 
 
 @lru_cache

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import check, check_activation, options
+from .launch import check, check_activation, jit, options
 
 
 def _num_warps(block: int) -> int:
@@ -19,7 +19,7 @@ def _num_warps(block: int) -> int:
     return min(max(block // 512, 1), 16)
 
 
-@triton.jit
+@jit("x_ptr weight_ptr y_ptr x_stride")
 def _rms_norm(
     x_ptr, weight_ptr, y_ptr, x_stride, eps, C: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
 ):  # fmt: skip

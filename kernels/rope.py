@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import check, check_activation, options
+from .launch import check, check_activation, jit, options
 
 # Heads of one program, one warp: many programs hide latency where rows are few, angles are shared where rows are many.
 FEW_ROWS = 64
@@ -48,7 +48,10 @@ def rotate(first, second, cos, sin, dtype: tl.constexpr):
     return rotated_first, rotated_second
 
 
-@triton.jit
+@jit(
+    "qkv_ptr inv_freq_ptr q_ptr qkv_stride k_cache_ptr k_page_stride k_head_stride k_token_stride "
+    "v_cache_ptr v_page_stride v_head_stride v_token_stride"
+)
 def _rope_and_cache(
     qkv_ptr, inv_freq_ptr, k_cache_ptr, v_cache_ptr, block_table_ptr, seq_lens_ptr, positions_ptr, q_ptr,
     qkv_stride, inv_freq_stride, k_page_stride, k_head_stride, k_token_stride,
@@ -127,7 +130,7 @@ def rope_and_cache(
     heads = check_heads("qkv", qkv, ("columns", width), inv_freq, k_cache, v_cache, block_table, seq_lens, positions)
     (pages, kv_heads, page_size, dim), (sequences, slots) = k_cache.shape, block_table.shape
     q = torch.empty((rows, heads, dim), dtype=qkv.dtype, device=device)
-    group = HEADS_OF_FEW_ROWS if rows <= FEW_ROWS else HEADS_OF_MANY_ROWS
+    group = heads_of_a_program(rows)
     _rope_and_cache[(rows, triton.cdiv(heads + 2 * kv_heads, group))](
         qkv, inv_freq, k_cache, v_cache, block_table, seq_lens, positions, q,
         qkv.stride(0), inv_freq.stride(0), *k_cache.stride()[:3], *v_cache.stride()[:3], block_table.stride(0),
@@ -136,6 +139,10 @@ def rope_and_cache(
         HEADS=group, HALF=triton.next_power_of_2(dim // 2), num_warps=1, **options(device),
     )  # fmt: skip
     return q
+
+
+def heads_of_a_program(rows: int) -> int:
+    return HEADS_OF_FEW_ROWS if rows <= FEW_ROWS else HEADS_OF_MANY_ROWS
 
 
 def check_heads(

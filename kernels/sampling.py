@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import check, check_activation, options
+from .launch import check, check_activation, jit, options
 from .sampling_reference import EXP2_COEFFICIENTS, FLOAT32_MAX, LOG2_E, MASK32, SHARE_BITS, UNIT_BITS, check_counts
 
 # Tokens of one program: 8 a thread.
@@ -107,7 +107,10 @@ def _kept(x, best, sharpness, floor, least_weight, mean, typical_floor, TYPICAL:
     return tl.where(keep, weight, 0)
 
 
-@triton.jit
+@jit(
+    "logits_ptr bias_ptr prompt_counts_ptr output_counts_ptr x_ptr V logits_stride bias_stride "
+    "prompt_counts_stride output_counts_stride"
+)
 def _penalize(
     logits_ptr, bias_ptr, repetition_ptr, frequency_ptr, presence_ptr, prompt_counts_ptr, output_counts_ptr,
     allowed_ptr, x_ptr, best_ptr, first_ptr, peak_ptr, spread_ptr, candidate_count_ptr,
@@ -154,7 +157,7 @@ def _penalize(
         tl.store(candidate_count_ptr + row, 0)
 
 
-@triton.jit
+@jit("x_ptr V")
 def _collect(
     x_ptr, best_ptr, temperature_ptr, top_k_ptr, top_p_ptr, typical_p_ptr, candidate_ptr, candidate_count_ptr, mass_ptr,
     V, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, PDL: tl.constexpr,
@@ -231,7 +234,7 @@ def _search(
     return prefix
 
 
-@triton.jit
+@jit("candidate_ptr V")
 def _find_floors(
     best_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, typical_p_ptr,
     candidate_ptr, candidate_count_ptr, mass_ptr, floor_ptr, mean_ptr,
@@ -308,7 +311,7 @@ def _block_weights(
     return _kept(x, best, sharpness, floor, least_weight, mean, typical_floor, TYPICAL)
 
 
-@triton.jit
+@jit("x_ptr V")
 def _add_up(
     x_ptr, best_ptr, temperature_ptr, min_p_ptr, floor_ptr, mean_ptr, mass_ptr,
     V, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, TYPICAL: tl.constexpr, PDL: tl.constexpr,
@@ -323,7 +326,7 @@ def _add_up(
     tl.store(mass_ptr + row * blocks + block, tl.sum(weight, axis=0))
 
 
-@triton.jit
+@jit("x_ptr V")
 def _pick(
     logits_ptr, x_ptr, best_ptr, first_ptr, peak_ptr, spread_ptr, temperature_ptr, min_p_ptr, floor_ptr, mean_ptr,
     mass_ptr, seed_ptr, stream_ptr, position_ptr, token_ptr, logprob_ptr,

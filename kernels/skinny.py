@@ -22,8 +22,8 @@ What ptxas makes of it for sm_90 (Triton 3.7.1, bfloat16), nothing spilled; one 
     rms_norm_qkv_rope_cache       96           5                 80                  164          82
     linear_add (o)                56           9                144                   64          72
     rms_norm_swiglu               94           5                 80                   68          80
-    linear_add (down)             77           3                120                   56          72
-    rms_norm_linear (head)        93           5                 80                   70          80
+    linear_add (down)             77           3                120                   64          72
+    rms_norm_linear (head)        93           5                 80                   68          80
 
 SwiGLU joins W's row i with row i + I, a rotation row d of a head with d + D/2. Both lie HALF rows apart in a group of
 2 HALF rows, and one program takes both, so that they meet in registers:
@@ -40,7 +40,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activation import silu
-from .launch import options
+from .launch import jit, options
 from .rope import cos_sin, rotate
 
 
@@ -177,7 +177,10 @@ def _places(
     return cos, sin, live, paged & (page >= 0) & (page < pages), page, (position % S).to(tl.int64)
 
 
-@triton.jit(do_not_specialize=["R", "tokens", "pages", "slots"])
+@jit(
+    "x_ptr x_stride norm_ptr w_ptr bias_ptr residual_ptr residual_stride y_ptr inv_freq_ptr k_cache_ptr "
+    "k_page_stride k_head_stride k_token_stride v_cache_ptr v_page_stride v_head_stride v_token_stride"
+)
 def _skinny(
     x_ptr, x_stride, norm_ptr, eps, w_ptr, bias_ptr, residual_ptr, residual_stride, y_ptr, R,
     inv_freq_ptr, inv_freq_stride, k_cache_ptr, k_page_stride, k_head_stride, k_token_stride,

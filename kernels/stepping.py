@@ -7,18 +7,17 @@ wait for one another on the device.
 """
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import check, check_activation, options
+from .launch import check, check_activation, jit, options
 
 BLOCK = 1024
 # The loads of one warp are all issued before its first store, so that nothing is read that this launch has written.
 NUM_WARPS = 1
 
 
-@triton.jit
+@jit()
 def _advance(
     drawn_ptr, logprob_ptr, token_ptr, lens_ptr, limit_ptr, ends_ptr, said_ptr,
     counts_ptr, free_from_ptr, permitted_ptr, allowed_ptr,

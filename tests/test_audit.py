@@ -89,8 +89,11 @@ def test_the_command_is_content_with_a_sound_kernel():
     header, *rows, verdict = done.stdout.splitlines()
     assert header.split()[:3] == ["target", "op", "kernel"]
     assert [row.split()[:3] for row in rows] == [
-        [target, "swiglu", "_swiglu"] for target in ("sm_80", "sm_90", "gfx942")
+        [target, "swiglu", "_swiglu"] for target in ("sm_80", "sm_90", "gfx942") for _ in ("1 row", "16 rows")
     ]
+    # 10 and 160 programs, of which 16 fit each of an H100's 132 multiprocessors.
+    waves = header.split().index("waves")
+    assert [row.split()[waves] for row in rows if row.startswith("sm_90")] == ["0.00", "0.08"]
     assert verdict == "6 launches audited, 0 violations"
 
 
@@ -218,3 +221,20 @@ def test_what_is_loaded_is_a_number(trace):
 def test_a_fused_operation_is_known_from_a_product_a_sum_and_a_constant(sass, text, fuses):
     (instruction,) = sass.instructions(f"/*0000*/ {text} ;")
     assert sass.fuses_16_bits(instruction) == fuses
+
+
+@pytest.mark.parametrize(
+    ("lines", "most"),
+    [
+        (["LDG.E.128 R4, [R2.64]", "LDG.E.128 R8, [R2.64+0x10]", "FADD R0, R4, R8"], 32),
+        (["LDG.E.128 R4, [R2.64]", "FADD R0, R6, R1", "LDG.E.64 R8, [R2.64]", "FADD R0, R8, R9"], 16),
+        (["LDG.E R4, [R2.64]", "LDG.E.64 R6, [R4.64]", "STG.E.64 [R2.64], R6"], 8),  # an address that was loaded
+        (["LDGSTS.E.BYPASS.128 [R9], [R2.64]", "LDGDEPBAR", "LDGSTS.E.128 [R9+0x800], [R2.64]", "LDGDEPBAR",
+          "DEPBAR.LE SB0, 0x1", "LDGSTS.E [R9+0x900], [R2.64]", "LDGDEPBAR", "DEPBAR.LE SB0, 0x0"], 32),
+        (["LDGSTS.E [R9], [R2.64]", "LDGDEPBAR", "DEPBAR.LE SB0, 0x0", "LDGSTS.E.64 [R9], [R2.64]"], 8),
+        (["FADD R0, R8, R9", "STG.E.128 [R2.64], R8"], 0),
+    ],
+)  # fmt: skip
+def test_what_is_asked_for_and_not_yet_used_is_in_flight(sass, lines, most):
+    listing = "\n".join(f"/*0000*/ {line} ;" for line in lines)
+    assert sass.in_flight(sass.instructions(listing)) == most

@@ -92,7 +92,7 @@ def launches(draw, tokens, most_rows):
 
 @pytest.mark.op(name="paged_attention")
 @settings(max_examples=240)
-@given(launches(st.integers(1, 16), 48), st.sampled_from([1, 2, 4]))  # 150 keys are three tiles at most
+@given(launches(st.integers(1, 16), 48), st.sampled_from([1, 2, 4]))  # 150 keys are five tiles, ten in float32
 def test_few_tokens(launch, programs):
     check_case(*launch, programs)
 
@@ -196,7 +196,7 @@ def test_idle_sequences_are_zero_whatever_the_table_names():
 @given(seeds, dtypes, st.sampled_from([(1, 1), (1, 16), (2, 4), (4, 16), (5, 16)]), st.integers(5, 150))
 def test_bits_depend_on_the_row_alone(seed, dtype, tokens_and_group, length):
     """Not on other sequences, other queries, the page size, the order of pages, the table's width, or its place."""
-    with mock.patch.object(attention, "_PROGRAMS", 4):  # 150 keys are three tiles at most
+    with mock.patch.object(attention, "_PROGRAMS", 4):  # 150 keys are five tiles, ten in float32
         check_bits(seed, dtype, *tokens_and_group, length)
 
 
