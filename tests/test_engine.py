@@ -1,5 +1,7 @@
 """The engine: requests come and go between steps, each gets what it gets alone, and every page is accounted for."""
 
+import contextlib
+import random
 import threading
 
 import pytest
@@ -10,6 +12,7 @@ from internlm3 import InternLM3Config, InternLM3ForCausalLM
 from internlm3.runtime import decode
 from internlm3.runtime.engine import Engine
 from internlm3.runtime.pages import PAGE, budget, page_bytes, pages_of
+from internlm3.runtime.replay import cuda_graphs
 from internlm3.runtime.request import Request
 from internlm3.runtime.sampling import SamplingParams
 
@@ -237,6 +240,56 @@ def test_a_call_that_another_one_broke_off_is_told(model, monkeypatch):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(model, "head", lambda x: (_ for _ in ()).throw(KeyboardInterrupt))
             engine.step()
+
+
+def test_more_answers_than_rows_wait(model):
+    requests = [ask(ids(70), answer=answer, temperature=1.0, seed=4) for answer in range(6)]
+    run(Engine(model, max_rows=2, max_seq_len=512), *requests)
+    assert [said(request) for request in requests] == [alone(model, request) for request in requests]
+
+
+def test_a_soak_of_two_thousand(model):
+    """Random prompts, lengths, beginnings and cancellations: every request ends once, and every page is free."""
+    dice = random.Random(1)
+    engine = Engine(model, max_rows=8, max_seq_len=512, cache_tokens=1500, depth=2)
+    requests = [
+        ask(ids(dice.choice([1, 20, 64, 100, 200]), dice.randrange(4)), dice.randrange(1, 9), ends=range(0, 320, 5))
+        for _ in range(2000)
+    ]
+    waiting = list(requests)
+    cancelled = 0
+    while waiting or engine.busy:
+        for _ in range(min(dice.randrange(4), len(waiting))):
+            engine.add([waiting.pop()])
+        engine.step()
+        if dice.random() < 0.2:
+            victim = dice.choice(requests[len(waiting) :])
+            cancelled += victim.finish_reason is None
+            engine.cancel([victim])
+    reasons = [request.finish_reason for request in requests]
+    assert reasons.count("abort") == cancelled > 20 and reasons.count("stop") > 500 and None not in reasons
+    assert engine.pages.free == len(engine.pages)
+    for request in dice.sample([r for r in requests if r.finish_reason != "abort"], 20):
+        assert said(request) == alone(model, request)
+
+
+def test_no_memory_for_a_capture_leaves_the_step_eager(monkeypatch):
+    """The step has run once, as it must have, and is run again each time; a warning tells that it is slower."""
+
+    @contextlib.contextmanager
+    def graph(*_, **__):
+        raise torch.cuda.OutOfMemoryError("no room")
+        yield
+
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    runs = []
+    with pytest.warns(UserWarning, match="no memory to capture a decode step"):
+        replay = cuda_graphs()(lambda: runs.append(1))
+    assert len(runs) == 1
+    replay()
+    assert len(runs) == 2
 
 
 asked = st.fixed_dictionaries(
