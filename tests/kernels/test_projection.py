@@ -249,6 +249,23 @@ def test_qkv_has_the_same_bits_in_any_company(batch_invariant):
     assert torch.equal(together[mine], apart[mine])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("lengths", [[77], [77, 5, 131073]])
+def test_both_ways_to_the_cache_write_the_same_bits(dtype, lengths):
+    """A decode step's kernel and a prompt's, from the same product: what is rounded in one is rounded in the other."""
+    rope = RopeCase(29, dtype, lengths, 1, 4, 2, 64, 16)
+    case = Case(29, dtype, len(lengths), 200, 8 * 64)
+    together, apart = rope.kv.clone(), rope.kv.clone()
+    weights = (case.norm, EPS, case.weight)
+    q = kernels.rms_norm_qkv_rope_cache(
+        case.x, *weights, None, rope.inv_freq, *together.unbind(1), rope.block_table, rope.seq_lens
+    )
+    qkv = kernels.rms_norm_linear(case.x, *weights)
+    expected = kernels.rope_and_cache(qkv, rope.inv_freq, *apart.unbind(1), rope.block_table, rope.seq_lens)
+    assert torch.equal(q, expected)
+    assert torch.equal(together.nan_to_num(7.0), apart.nan_to_num(7.0))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(("rows", "width"), [(1, 10240), (1, 20488), (2, 10240)])
 def test_long_rows(dtype, rows, width):
