@@ -71,7 +71,7 @@ class Engine:
             self.pages = Pages(config, count, model.dtype, device)
             self._state = DecodeState.idle(max_rows, pages_of(max_seq_len), config.vocab_size, config.head_dim, device)
         self._eager = capture is eager or (capture is None and device.type == "cpu")
-        self._depth = depth or (1 if self._eager else DEPTH)
+        self._depth = depth or (1 if device.type == "cpu" and self._eager else DEPTH)
         self._replays = Replays(self._step, self._state.said, capture or (eager if self._eager else cuda_graphs()))
 
     # ---------------------------------------------------------------- what callers do

@@ -19,6 +19,7 @@ from .generation_settings import SETTINGS, GenerationSettings, refuse_unsupporte
 from .keywords import reject_unknown
 from .model import Decoder, LanguageModel
 from .model_outputs import Output
+from .replay import Capture
 from .request import LogitsProcessor, Request, Watch, check_prompt
 from .sampling import SamplingParams
 from .text import TextStream
@@ -242,7 +243,9 @@ class Generation(LanguageModel):
                 while waves:
                     yield waves.popleft()
 
-    def reserve(self, rows: int, max_seq_len: int, cache_tokens: int | None = None) -> Engine:
+    def reserve(
+        self, rows: int, max_seq_len: int, cache_tokens: int | None = None, capture: Capture | None = None
+    ) -> Engine:
         """The engine that everything of this model runs through, for as many rows and as long sequences at least.
 
         One that is too small, or that the model has left for another device, is replaced as soon as it is idle. Raises
@@ -257,7 +260,9 @@ class Generation(LanguageModel):
                 while engine.busy:
                     engine.step()
                 self._engine = engine = None  # its memory is free before the next one takes some
-            self._engine = Engine(self, max_rows=rows, max_seq_len=max_seq_len, cache_tokens=cache_tokens)
+            self._engine = Engine(
+                self, max_rows=rows, max_seq_len=max_seq_len, cache_tokens=cache_tokens, capture=capture
+            )
             return self._engine
 
     def __getstate__(self) -> dict[str, Any]:

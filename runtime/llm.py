@@ -25,6 +25,7 @@ from .generation_settings import refuse_unsupported
 from .keywords import reject_unknown, without_neutral
 from .outputs import Chunk, CompletionOutput, RequestOutput, Timings
 from .prompts import THINKING_SYSTEM_PROMPT
+from .replay import eager
 from .request import Request, check_prompt
 from .sampling import RECOMMENDED_THINKING, SamplingKeywords, SamplingParams
 from .snapshots import NEUTRAL, locate
@@ -51,6 +52,7 @@ class LLM:
         max_batch_size: answers that are decoded together; more wait for their turn.
         cache_tokens: how many tokens' keys and values are kept in all; by default a window for every answer of a batch,
             but at most half of the memory that is free.
+        cuda_graphs: on a GPU, replay decode steps from CUDA graphs; without, the same steps are launched one by one.
         revision, token, cache_dir, local_files_only: as in huggingface_hub.
         progress: show progress bars of download, of load, and of several prompts on a terminal.
 
@@ -67,6 +69,7 @@ class LLM:
         max_seq_len: int | None = None,
         max_batch_size: int = 16,
         cache_tokens: int | None = None,
+        cuda_graphs: bool = True,
         revision: str | None = None,
         token: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
@@ -102,7 +105,7 @@ class LLM:
         self._ends = frozenset(self.eos_token_ids)
         self._progress = progress
         self.model = InternLM3ForCausalLM.from_pretrained(folder, dtype=dtype, device=device, progress=progress)
-        self._cache_tokens = cache_tokens
+        self._cache_tokens, self._capture = cache_tokens, None if cuda_graphs else eager
         self._engine()
 
     # ---------------------------------------------------------------- the three verbs
@@ -348,7 +351,7 @@ class LLM:
                     )
 
     def _engine(self) -> Engine:
-        return self.model.reserve(self.max_batch_size, self.max_seq_len, self._cache_tokens)
+        return self.model.reserve(self.max_batch_size, self.max_seq_len, self._cache_tokens, self._capture)
 
 
 class _Answer:

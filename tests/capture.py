@@ -106,7 +106,7 @@ class CapturedEngines:
 
         class Captured(Engine):
             def __init__(engine, *args: Any, **options: Any):
-                super().__init__(*args, **options, capture=recorder.capture, depth=self._depth)
+                super().__init__(*args, **{**options, "capture": recorder.capture, "depth": self._depth})
                 made.add(engine)
 
         monkeypatch.setattr(generation, "Engine", Captured)

@@ -1,15 +1,21 @@
-"""The engine's answers are those of `forward` in a loop: each token by a pass over all before it, without a cache."""
+"""The engine's answers are those of `forward` in a loop, each prompt by itself, to the last token.
+
+In bfloat16, where on a CPU a row's bits depend neither on its batch nor on the pages that it lies on: nothing is left
+to rounding, as long as prompts are cut at the same places.
+"""
 
 import random
 
 import pytest
 import torch
-from internlm3 import InternLM3Config, InternLM3ForCausalLM
+from internlm3 import LLM, InternLM3Config, InternLM3ForCausalLM
 from internlm3.kernels import sampling_reference
 from internlm3.runtime import decode
 from internlm3.runtime.pages import PAGE
 from internlm3.runtime.request import Request
 from internlm3.runtime.sampling import SamplingParams
+
+from .test_generate import real_prompts
 
 SETTINGS = [
     {"temperature": 0},
@@ -34,38 +40,43 @@ def model():
         num_key_value_heads=2, head_dim=16, max_position_embeddings=512, initializer_range=0.3,
         tie_word_embeddings=False,
     )  # fmt: skip
-    return InternLM3ForCausalLM(config, dtype=torch.float32)
+    return InternLM3ForCausalLM(config, dtype=torch.bfloat16)
 
 
-def looped(model, request):
-    """The same answer by `forward`, the sampling written out here from its settings."""
-    p, ids, token_ids = request.params, list(request.prompt_ids), []
-    vocab = model.config.vocab_size
+def looped(model, prompt, p, max_tokens, ends, seed, tokenizer=None):
+    """The same answer by `forward`, the order of the settings written out here: tokens and how it ended."""
+    ends = (frozenset() if p.ignore_eos else ends) | set(p.stop_token_ids or ())
+    cache, vocab, token_ids = None, model.config.vocab_size, []
+    for chunk in torch.tensor([prompt]).split(decode.CHUNK, dim=1):
+        out = model(chunk, past_key_values=cache, logits_to_keep=1)
+        cache = out.past_key_values
     while True:
-        logits = model(torch.tensor([ids])).logits[:, -1].float()
-        counts = [torch.bincount(torch.tensor(x, dtype=torch.int64), minlength=vocab)[None] for x in (ids, token_ids)]
-        x = logits.clone()
+        x = out.logits[:, -1].float()
+        counts = [
+            torch.bincount(torch.tensor(ids, dtype=torch.int64), minlength=vocab)[None] for ids in (prompt, token_ids)
+        ]
         for token, bias in (p.logit_bias or {}).items():
             x[0, token] += bias
-        x = torch.where(counts[0] > 0, torch.where(x > 0, x / p.repetition_penalty, x * p.repetition_penalty), x)
-        x -= p.frequency_penalty * counts[1] + p.presence_penalty * (counts[1] > 0)
-        banned = torch.zeros(vocab, dtype=torch.bool)
-        if p.allowed_token_ids is not None:
-            banned[:] = True
-            banned[list(p.allowed_token_ids)] = False
+        seen = counts[0] + counts[1] > 0
+        x = torch.where(seen, torch.where(x > 0, x / p.repetition_penalty, x * p.repetition_penalty), x)
+        x = x - p.frequency_penalty * counts[1]
+        x = x - p.presence_penalty * (counts[1] > 0)
+        banned = torch.full((vocab,), p.allowed_token_ids is not None)
+        banned[list(p.allowed_token_ids or ())] = False
         if len(token_ids) < p.min_tokens:
-            banned[list(request.ends)] = True
+            banned[list(ends)] = True
         x[0, banned] = -torch.inf
-        keys = {name: torch.tensor([value]) for name, value in (
-            ("seed", request.seed), ("stream", request.answer), ("position", len(ids)))}  # fmt: skip
+        keys = {"seed": seed, "stream": 0, "position": len(prompt) + len(token_ids)}
         filters = {name: torch.tensor([getattr(p, name)]) for name in ("temperature", "top_p", "min_p", "typical_p")}
-        token = int(sampling_reference.sample(x, **filters, top_k=torch.tensor([p.top_k]), **keys)[0])
-        ids.append(token)
-        token_ids.append(token)
-        if token in request.ends:
+        filters |= {"top_k": torch.tensor([p.top_k]), **{name: torch.tensor([key]) for name, key in keys.items()}}
+        token_ids.append(int(sampling_reference.sample(x, **filters)[0]))
+        if token_ids[-1] in ends:
             return token_ids, "stop"
-        if len(token_ids) == request.max_tokens:
+        if p.stops and any(stop in tokenizer.decode(token_ids) for stop in p.stops):
+            return token_ids, "stop"
+        if len(token_ids) == max_tokens:
             return token_ids, "length"
+        out = model(torch.tensor([token_ids[-1:]]), past_key_values=cache)
 
 
 def test_every_setting_in_ragged_batches_with_beginnings_that_recur(model, monkeypatch):
@@ -91,7 +102,30 @@ def test_every_setting_in_ragged_batches_with_beginnings_that_recur(model, monke
     assert {request.finish_reason for request in requests} == {"stop", "length"}
     wrong = [
         index
-        for index, request in enumerate(requests)
-        if (request.token_ids, request.finish_reason) != looped(model, request)
+        for index, asked in enumerate(requests)
+        if (asked.token_ids, asked.finish_reason)
+        != looped(model, asked.prompt_ids, asked.params, asked.max_tokens, ENDS, asked.seed)
     ]
     assert not wrong
+
+
+def test_real_prompts_with_every_setting(standin, monkeypatch):
+    """50 prompts of the stand-in through one call of LLM.generate, settings side by side, stop strings among them."""
+    monkeypatch.setattr(decode, "CHUNK", PAGE)
+    llm = LLM(standin, dtype="bfloat16", device="cpu", max_batch_size=8, progress=False)
+    prompts = real_prompts(llm.tokenizer)
+    scale = llm.config.vocab_size // 320
+    params = []
+    for index in range(50):
+        wanted = {"seed": index, "max_tokens": 8 + index % 5, **SETTINGS[index % 10]}
+        if "allowed_token_ids" in wanted:
+            wanted["allowed_token_ids"] = [token * scale for token in wanted["allowed_token_ids"]]
+        wanted |= {"stop": [" the", "\n", "1"]} if index % 4 == 0 and not wanted.get("min_tokens") else {}
+        params.append(SamplingParams(**wanted))
+    outputs = llm.generate(prompts, params)
+    ends = frozenset(llm.eos_token_ids)
+    for index, (output, prompt, p) in enumerate(zip(outputs, prompts, params, strict=True)):
+        answer = output.outputs[0]
+        expected = looped(llm.model, prompt, p, p.max_tokens, ends, p.seed, llm.tokenizer)
+        assert (answer.token_ids, answer.finish_reason) == expected, index
+    assert sum(output.cached_tokens > 0 for output in outputs) > 0 or max(map(len, prompts)) <= PAGE
