@@ -31,6 +31,7 @@ class _Running:
 
     request: Request
     row: int
+    prompt: Tensor  # [T] int64, on the device
     pages: list[int]
     tier: Tier
     queued: int = 0
@@ -231,21 +232,21 @@ class Engine:
             self.pages.release(shared)
             return None
         pages = shared + self.pages.take(missing, behind=shared[-1] if shared else None)
-        running = _Running(request, self._rows.index(None), pages, tier_of(request))
+        prompt = torch.tensor(ids, device=self._model.device)
+        running = _Running(request, self._rows.index(None), prompt, pages, tier_of(request))
         self._rows[running.row] = running
         request.began = time.perf_counter()
         request.cached_tokens = len(ids) if twin else len(shared) * PAGE
         inv_freq = inverse_frequencies(self._model.config, len(ids), self._model.device)
-        self._state.load(running.row, request, pages, inv_freq)
+        self._state.load(running.row, request, prompt, pages, inv_freq)
         return running
 
     def _fill(self, running: _Running) -> Tensor:
         """The part of the prompt that no shared page holds, into its pages; logits [1, V] behind its last token."""
         request, row = running.request, running.row
         ids = request.prompt_ids
-        prompt = torch.tensor(ids, device=self._model.device)
         seqs = self._state.rows(row, row + 1).seqs
-        logits = decode.prefill(self._model, self.pages, seqs, prompt, request.cached_tokens)
+        logits = decode.prefill(self._model, self.pages, seqs, running.prompt, request.cached_tokens)
         # Only what whole chunks wrote: a prompt that goes on from there is cut at the same places.
         whole = len(ids) // decode.CHUNK * decode.CHUNK // PAGE
         self.pages.name(running.pages[:whole], ids[: whole * PAGE], self._root(request))

@@ -112,10 +112,9 @@ class DecodeState:
         rest = {name: getattr(self, name)[first:last] for name in _OF_ROWS}
         return DecodeState(seqs=seqs, **rest)
 
-    def load(self, row: int, request: Request, pages: list[int], inv_freq: Tensor) -> None:
-        """A request's settings into a row, which stays idle. Its pages, in order; inv_freq [D/2]."""
-        p, length = request.params, len(request.prompt_ids)
-        prompt = torch.tensor(request.prompt_ids, device=self.token.device)
+    def load(self, row: int, request: Request, prompt: Tensor, pages: list[int], inv_freq: Tensor) -> None:
+        """A request's settings into a row, which stays idle: prompt [T] int64, its pages in order, inv_freq [D/2]."""
+        p, length = request.params, len(prompt)
         ends, permitted = self._words(request.ends), p.allowed_token_ids
         self.ends[row] = ends
         self.permitted[row] = -1 if permitted is None else self._words(permitted)

@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from internlm3.kernels import for_device
 from internlm3.runtime import generation
@@ -122,3 +123,17 @@ class CapturedEngines:
         """All engines know no graph."""
         for engine in self._made:
             engine._replays._captured.clear()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def engines() -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        yield CapturedEngines(patch)
+
+
+@pytest.fixture(autouse=True)
+def depth(engines: CapturedEngines, request: pytest.FixtureRequest) -> Any:
+    """Another depth for every test; what it patches is captured anew, and forgotten behind it."""
+    engines.begin(depth=1 + len(request.node.name) % 4)
+    yield
+    engines.begin(depth=1)

@@ -30,7 +30,7 @@ class Rows:
         self.state = DecodeState.idle(len(rows), 1, vocab_size, 4, CPU)
         self.tier = max(map(tier_of, requests)) if tier is None else tier
         for row, request in enumerate(requests):
-            self.state.load(row, request, [0], torch.ones(2))
+            self.state.load(row, request, torch.tensor(request.prompt_ids), [0], torch.ones(2))
             self.state.seqs.seq_lens[row] = len(request.prompt_ids)
 
     def __call__(self, logits):

@@ -4,26 +4,12 @@ from typing import Any
 
 import pytest
 
-from .capture import CapturedEngines
+from .capture import CapturedEngines, depth, engines  # noqa: F401 (fixtures)
 from .test_llm import *  # noqa: F403
 
 
-@pytest.fixture(scope="module", autouse=True)
-def engines() -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        yield CapturedEngines(patch)
-
-
-@pytest.fixture(autouse=True)
-def depth(engines: CapturedEngines, request: pytest.FixtureRequest) -> Any:
-    """Another depth for every test; what it patches is captured anew, and forgotten behind it."""
-    engines.begin(depth=1 + len(request.node.name) % 4)
-    yield
-    engines.begin(depth=1)
-
-
 @pytest.fixture
-def as_op(engines: CapturedEngines) -> Any:
+def as_op(engines: CapturedEngines) -> Any:  # noqa: F811
     def as_op(function: Any) -> Any:
         engines.forget()
         return engines.recorder.op(function)
