@@ -23,10 +23,11 @@ from .engine import Engine
 from .generation import GENERATION_CONFIG, read_generation_config
 from .generation_settings import refuse_unsupported
 from .keywords import reject_unknown, without_neutral
+from .logits_processors import early_processors, processors
 from .outputs import Chunk, CompletionOutput, RequestOutput, Timings
 from .prompts import THINKING_SYSTEM_PROMPT
 from .replay import eager
-from .request import Request, check_prompt
+from .request import Request, Watch, check_prompt
 from .sampling import RECOMMENDED_THINKING, SamplingKeywords, SamplingParams
 from .snapshots import NEUTRAL, locate
 from .text import Writer
@@ -275,7 +276,14 @@ class LLM:
                     "shorten it, or load the model with a larger max_seq_len"
                 )
             limit = min(wanted.max_tokens or room, room)
-            requests += [Request(prompt, wanted, limit, self._ends, answer) for answer in range(wanted.n)]
+            own = [Request(prompt, wanted, limit, self._ends, answer) for answer in range(wanted.n)]
+            early = early_processors(wanted)
+            late = processors(wanted, begin=len(prompt), most=limit, ends=own[0].ends)
+            if early or late:
+                watch = Watch(torch.tensor([prompt] * len(own)), 0, early, late, own)
+                for request in own:
+                    request.watch = watch
+            requests += own
         return requests
 
     # ---------------------------------------------------------------- through the engine

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import internlm3
 import pytest
 from internlm3 import Chunk, InternLM3Config, InternLM3Tokenizer, SamplingParams
+from internlm3.runtime import cli
 from internlm3.runtime.chat import Chat, show
 
 FIGURES = re.compile(
@@ -172,6 +173,16 @@ def test_every_sampling_parameter_has_a_switch(standin):
     assert run(*options, "--stop", " of", "--include-stop-str-in-output").stdout == "The capital of\n"
     assert run(*options, "--ignore-eos", "--no-skip-special-tokens").stdout.count("<|im_end|>") > 0
     assert run(*options, "--frequency-penalty", 2, "--presence-penalty", -2, "--typical-p", 0.5, "--seed", -1).stdout
+
+
+def test_switches_of_sequences():
+    line = """chat --suppress-tokens 3 4 --begin-suppress-tokens 5 --bad-words-ids 6,7 --bad-words-ids 8 --sequence-bias
+        9,10=-1.5 --no-repeat-ngram-size 3 --exponential-decay-length-penalty 20 1.1 --forced-eos-token-id 2 11"""
+    settings = cli._settings(cli._parser().parse_args(line.split()))
+    assert SamplingParams.from_kwargs(**settings) == SamplingParams(
+        suppress_tokens=(3, 4), begin_suppress_tokens=(5,), bad_words_ids=((6, 7), (8,)), sequence_bias={(9, 10): -1.5},
+        no_repeat_ngram_size=3, exponential_decay_length_penalty=(20, 1.1), forced_eos_token_id=(2, 11),
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(

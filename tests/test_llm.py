@@ -1,6 +1,7 @@
 """LLM as its users meet it: what they type, what comes back, how it ends, and what it says to a mistake."""
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -368,6 +369,38 @@ def test_min_tokens_holds_a_stop_string_back(tiny):
         assert answer.token_ids == free.token_ids[: len(answer.token_ids)]
         if least == 12:
             assert answer.text.startswith(free.text[:-1][:20])
+
+
+BY_THE_TEXT = {
+    "no_repeat_ngram_size": 2,
+    "bad_words_ids": [[260], [300, 301]],
+    "sequence_bias": [[[900], 9.0], [[900, 901], 30.0], [[260], 50.0]],
+    "exponential_decay_length_penalty": [3, 1.01],
+    "begin_suppress_tokens": [900],
+    "suppress_tokens": [903],
+    "forced_eos_token_id": 904,
+}
+
+
+def test_settings_that_go_by_the_text(make, tiny):
+    """What a generation_config.json asks for holds in LLM, as in `generate`; and so does a keyword."""
+    file = LLM(make({**BY_THE_TEXT, "max_new_tokens": 9}), progress=False)
+    outputs = file.generate(PROMPTS)
+    for prompt, output in zip(PROMPTS, outputs, strict=True):
+        ids = torch.tensor([file.tokenizer.encode(prompt)])
+        expected = file.model.generate(ids, do_sample=False, max_new_tokens=9, eos_token_id=file.eos_token_ids)
+        assert output.outputs[0].token_ids == expected[0, ids.shape[1] :].tolist()
+        assert "".join(chunk.text for chunk in file.stream(prompt)) == output.text
+    assert same(tiny.generate(PROMPTS, temperature=0, max_tokens=9, **BY_THE_TEXT), outputs)
+    assert [*map(said, tiny.generate(PROMPTS, temperature=0, max_tokens=9))] != [*map(said, outputs)]
+    settings = SamplingParams(temperature=1, n=3, seed=1, max_tokens=9, **BY_THE_TEXT)
+    several = tiny.generate(PROMPTS, settings)
+    assert same([tiny.generate(prompt, settings) for prompt in PROMPTS], several)
+    for output in several:
+        for answer in output.outputs:
+            ids = answer.token_ids
+            assert ids[0] != 900 and not {260, 903} & {*ids} and ids[-1] == 904
+            assert len({*itertools.pairwise(ids)}) == len(ids) - 1
 
 
 def test_settings_for_each_prompt(tiny):
