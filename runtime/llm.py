@@ -452,7 +452,9 @@ def _generation_defaults(folder: Path, vocab_size: int) -> tuple[SamplingParams,
     try:
         check_ids("eos_token_id", ends, vocab_size)
         refuse_unsupported(values)
-        return SamplingParams.from_generation_config(values), ends
+        params = SamplingParams.from_generation_config(values)
+        params.check_vocab(vocab_size)
+        return params, ends
     except ValueError as error:
         raise ValueError(f"{folder / GENERATION_CONFIG}: {error}") from None
 
