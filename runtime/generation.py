@@ -142,6 +142,7 @@ class Generation(LanguageModel):
 
         Raises:
             TypeError: an unknown keyword. ValueError: a bad or contradictory setting, an empty prompt, a bad id.
+            RuntimeError: logits that are not numbers, as float16 may give.
         """
         if (input_ids is None) == (inputs is None):
             raise ValueError("generate needs input_ids (or inputs, and not both): [B, T] integers")
@@ -260,6 +261,9 @@ class Generation(LanguageModel):
                 for request, count in zip(requests, told, strict=True)
             ):
                 engine.step(unless=read)
+                for index, request in enumerate(requests):
+                    if request.finish_reason == "error":
+                        raise RuntimeError(f"row {index}: {request.stop_reason}")
                 while waves:
                     yield waves.popleft()
 

@@ -12,6 +12,11 @@ from torch import Tensor
 from .sampling import SamplingParams
 from .token_ids import check_ids
 
+NOT_NUMBERS = (
+    "the model's logits are not numbers (NaN or infinity), so no token can follow: load it as bfloat16 or float32 if "
+    "this is float16, whose range is small; else its weights are damaged"
+)
+
 LogitsProcessor = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -24,8 +29,8 @@ class Request:
     watch: what its call must see of every step on the host.
     cached_tokens: how many of the prompt's tokens lay in the cache already.
     began, times: when it was given a row, and when each of its tokens came, by time.perf_counter.
-    finish_reason: None while it runs, "stop" (an end token or stop string), "length", or "abort".
-    stop_reason: the stop token or string that ended it, None for the model's own ends.
+    finish_reason: None while it runs, "stop" (an end token or stop string), "length", "error" or "abort".
+    stop_reason: the stop token or string that ended it, None for the model's own ends; what is wrong, for "error".
     """
 
     prompt_ids: list[int]
@@ -63,7 +68,11 @@ class Request:
         return self.watch is not None or bool(self.params.logprobs)
 
     def add(self, token_id: int, logprob: float, end: int) -> None:
-        """A token, and how it ended the answer: 0 not, 1 as an end, 2 as the last that was asked for."""
+        """A token, and how it ended the answer: 0 not, 1 an end, 2 the last that was asked for, 3 no token at all."""
+        if end == 3:
+            self.cut(len(self.token_ids))  # what was reported of it already
+            self.finish("error", NOT_NUMBERS)
+            return
         self.token_ids.append(token_id)
         self.logprobs.append(logprob)
         self.times.append(time.perf_counter())

@@ -294,7 +294,8 @@ class SamplingParams:
     def from_generation_config(cls, config: Mapping[str, Any]) -> "SamplingParams":
         """The settings of a checkpoint's generation_config.json; greedy unless it says `do_sample`, as in transformers.
 
-        What the file does not name is off. (transformers would put top_k = 50 there, which no model asked for.)
+        What the file does not name is off. (transformers would put top_k = 50 there, which no model asked for.) A
+        max_length there is passed over.
         """
         names = {field.name for field in fields(cls)} | set(ALIASES)
         do_sample = config.get("do_sample")

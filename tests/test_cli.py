@@ -264,6 +264,13 @@ def test_a_turn_shows_what_was_reused_and_how_fast(capsys):
         assert FIGURES.search(said).groups() == ("600", "1") and "30.0 tokens/s" in said and said.endswith(words)
 
 
+def test_an_answer_that_an_error_ends(capsys):
+    """What is wrong is an error of the command, and said in a chat (as in `test_a_question_that_fails...`)."""
+    with pytest.raises(ValueError, match="not numbers"):
+        show(iter([Chunk("", [], [], None, "error", "not numbers", 1, 0, 0.0, 0.0, 1.0, 0)]))
+    assert "answer 0 tokens" in capsys.readouterr().err
+
+
 def test_control_c_loses_no_conversation(monkeypatch, capsys):
     """Before an answer begins its question is taken back, in its middle what was said stays, at the prompt all."""
     answers = iter([["first"], [KeyboardInterrupt()], ["half", KeyboardInterrupt()], ["last"]])

@@ -1,5 +1,6 @@
 """`generate` against transformers' own: the same tokens, scores, lengths, padding, streamers and refusals."""
 
+import copy
 import json
 import re
 import warnings
@@ -698,6 +699,25 @@ def test_stopping_criteria(tiny, one):
     assert ours.equal(theirs) and ours.shape == (2, 11)
     assert seen["ours"] == seen["theirs"]
     assert tiny.ours.generate(PROMPTS[:1], stopping_criteria=lambda ids, scores: True, **options).shape == (1, 7)
+
+
+@pytest.mark.parametrize("watched", [False, True])
+def test_logits_that_are_no_numbers_are_an_error(tiny, watched):
+    """float16 overflows where bfloat16 does not: one sentence says so, from whichever row."""
+    for dtype, fails in ((torch.float16, True), (torch.bfloat16, False)):
+        model = copy.deepcopy(tiny.ours).to(dtype)
+        model.lm_head.weight *= 30000
+        options = {"max_new_tokens": 2, "return_dict_in_generate": watched, "output_logits": watched}
+        if not fails:
+            model.generate(PROMPTS, **options)
+            continue
+        with pytest.raises(RuntimeError, match=r"row 0: the model's logits are not numbers .* bfloat16"):
+            model.generate(PROMPTS, **options)
+    model = copy.deepcopy(tiny.ours)
+    model.model.embed_tokens.weight[49] = float("nan")  # which the second prompt alone ends with
+    with pytest.raises(RuntimeError, match="row 1: the model's logits are not numbers"):
+        model.generate(PROMPTS, **options)
+    assert model.generate(PROMPTS[2:], max_new_tokens=3).equal(tiny.ours.generate(PROMPTS[2:], max_new_tokens=3))
 
 
 def test_penalties_and_bias(tiny):

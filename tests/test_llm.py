@@ -478,6 +478,7 @@ def test_a_pad_token_may_lie_beyond_the_embedding(make, tiny_folder, tmp_path):
         ({"do_sample": True, "top_k": True}, "top_k must be an integer"),
         ({"no_repeat_ngram_size": "3"}, "no_repeat_ngram_size must be an integer >= 0; got '3'"),
         ({"suppress_tokens": [10**6]}, "suppress_tokens holds 1000000, which is outside the vocabulary"),
+        ({"min_length": 30}, "min_length=30 counts the prompt too: write min_new_tokens"),
         ({"top_h": 0.5}, "generate: top_h=0.5 is not supported"),
         ({"guidance_scale": 1.5}, "generate: guidance_scale=1.5 is not supported"),
     ],
@@ -784,6 +785,38 @@ def test_threads_do_not_disturb_each_other(tiny):
         thread.join()
     assert same([output for output, _ in together], alone)
     assert [text for _, text in together] == [output.text for output in alone]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
+@pytest.mark.parametrize("at", [0, 3])
+@pytest.mark.parametrize("settings", [{}, {"temperature": 1.0, "seed": 1}, {"logprobs": 2}], ids=str)
+def test_logits_that_are_no_numbers_end_an_answer(tiny, value, at, settings):
+    """And no other: what came before stays; the rest of the batch, and who has its pages next, say what they always do.
+
+    One token's embedding is broken, which stands in one of the texts alone.
+    """
+    settings = {"max_tokens": 8, **settings}
+    rest = [*PROMPTS[:1], *PROMPTS[2:]]
+    expected, others = tiny.generate(PROMPTS[1], **settings), tiny.generate(rest, **settings)
+    [broken] = expected.prompt_token_ids[-1:] if at == 0 else expected.outputs[0].token_ids[at - 1 : at]
+    assert not any(broken in [*other.prompt_token_ids, *other.outputs[0].token_ids] for other in others)
+    embedding = tiny.model.model.embed_tokens.weight
+    whole = embedding[broken].clone()
+    embedding[broken] = value
+    try:
+        first, output, *last = tiny.generate(PROMPTS[:3], **settings)
+        last += tiny.generate(PROMPTS[3:], **settings)
+        *chunks, end = tiny.stream(PROMPTS[1], **settings)
+    finally:
+        embedding[broken] = whole
+    assert same([first, *last], others)
+    answer = output.outputs[0]
+    assert (answer.finish_reason, answer.token_ids) == ("error", expected.outputs[0].token_ids[:at])
+    assert "logits are not numbers" in answer.stop_reason and len(answer.logprobs) == at
+    assert answer.top_logprobs is None or len(answer.top_logprobs) == at
+    assert [chunk.finish_reason for chunk in chunks] == [None] * at
+    assert (end.finish_reason, end.stop_reason, end.token_ids) == ("error", answer.stop_reason, [])
+    assert text_of([*chunks, end]) == answer.text
 
 
 def test_streams_may_be_read_by_turns(tiny):
