@@ -144,12 +144,20 @@ def save_weights(
                 elif not path.is_file() or path.read_bytes() != before[path]:
                     write(path, before[path])
         if isinstance(error, OSError | SafetensorError):
-            raise OSError(f"the model was not saved into {folder}, which is as it was ({error})") from error
+            failed = OSError(f"the model was not saved into {folder}, which is as it was ({error})")
+            failed.errno = _errno(error)
+            raise failed from error
         raise
     remove_dead_drafts(folder)
     for path in folder.iterdir():
         if path not in shards and (_OWN_SHARD.fullmatch(path.name) or (path == index != target)):
             path.unlink()
+
+
+def _errno(error: Exception) -> int | None:
+    """The system's number for what failed; safetensors has it in its text alone."""
+    said = re.search(r"\(os error (\d+)\)", str(error))
+    return int(said[1]) if said else getattr(error, "errno", None)
 
 
 def _unused(folder: Path, count: int) -> list[Path]:
