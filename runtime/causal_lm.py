@@ -273,10 +273,11 @@ class InternLM3ForCausalLM(Generation):
         unknown = without_neutral("save_pretrained", unknown, NEUTRAL_AT_SAVE)
         reject_unknown("save_pretrained", unknown, ("save_directory", "max_shard_size"))
         self.config.dtype = str(self.dtype).removeprefix("torch.")
+        folder = Path(save_directory)
         notes = {"config.json": self.config.to_dict()}
-        if self.generation_config:
+        if self.generation_config or (folder / GENERATION_CONFIG).is_file():
             notes[GENERATION_CONFIG] = self.generation_config
-        save_weights(self, Path(save_directory), notes, max_shard_size=max_shard_size)
+        save_weights(self, folder, notes, max_shard_size=max_shard_size)
 
     @torch.no_grad()
     def forward(
