@@ -6,6 +6,7 @@ import re
 import warnings
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -341,6 +342,21 @@ def test_sampling_follows_the_probabilities(tiny):
     often = expected > 5
     chi2 = ((counts - expected)[often] ** 2 / expected[often]).sum().item()
     assert chi2 < 3 * often.sum().item()  # about its number of degrees of freedom; 3 times is beyond any chance
+
+
+def test_numbers_of_numpy_and_torch_are_numbers(tiny):
+    plain = tiny.ours.generate(PROMPTS, max_new_tokens=7, min_new_tokens=3, eos_token_id=[30, 5], pad_token_id=3)
+    for number, several in (
+        (np.int64, np.array),
+        (torch.tensor, torch.tensor),
+        (int, lambda ids: [*map(np.int32, ids)]),
+    ):
+        lengths = {"max_new_tokens": number(7), "min_new_tokens": number(3)}
+        assert tiny.ours.generate(PROMPTS, eos_token_id=several([30, 5]), pad_token_id=number(3), **lengths).equal(
+            plain
+        )
+        one = tiny.ours.generate(PROMPTS, eos_token_id=number(30), max_length=number(13))
+        assert one.equal(tiny.ours.generate(PROMPTS, eos_token_id=30, max_length=13))
 
 
 def test_generation_config_objects(tiny):
