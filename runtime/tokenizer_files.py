@@ -73,7 +73,7 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 
 def vocabulary_file(directory: Path) -> Path:
-    """tokenizer.json where there is one, as in transformers (a tokenizer.model beside it may be its base's), or that."""
+    """tokenizer.json where there is one, as in transformers: a tokenizer.model beside it may be its base's."""
     return directory / (JSON_FILE if (directory / JSON_FILE).is_file() else VOCAB_FILE)
 
 
