@@ -273,18 +273,20 @@ def advance(
 
     `drawn` [B] int64 and `logprob` [B] float32 are of the token that comes behind the `seq_lens` [B] int32 tokens of
     each sequence. It ends its sequence if its bit is set in `ends` [B, ceil(V / 32)] int32 (bit i % 32 of word
-    i // 32), or if the sequence with it has `limit` [B] int32 tokens. Then `seq_lens` becomes 0, which makes the row
+    i // 32), or if the sequence with it has `limit` [B] int32 tokens, or if its log-probability is NaN: no token can be
+    drawn from such logits. Then `seq_lens` becomes 0, which makes the row
     idle; else it grows by one. `token` [B] int64 becomes the token drawn, whose count in `output_counts` [B, V] int32
     grows by one. With `free_from` [B] int32 tokens and more a sequence may end: `allowed` [B, ceil(V / 32)] int32, by
     which `sample` goes, becomes `permitted`, of the same shape, when it has so many.
 
-    `said` [B, 3] int32 is for the host: the token, how it ended (0: not, 1: a token of `ends`, 2: `limit`), and the
-    bits of its log-probability. Of an idle row nothing changes but the token said, which becomes -1.
+    `said` [B, 3] int32 is for the host: the token, how it ended (0: not, 1: a token of `ends`, 2: `limit`, 3: NaN), and
+    the bits of its log-probability. Of an idle row nothing changes but the token said, which becomes -1.
     """
     live = seq_lens > 0
     words = ends.gather(1, (drawn // 32)[:, None])[:, 0]
     length = seq_lens + 1
     end = torch.where((words >> (drawn % 32) & 1).bool(), 1, 2 * (length >= limit))
+    end = end.masked_fill(logprob.isnan(), 3)
     fresh = torch.stack((drawn.int(), end.int(), logprob.view(torch.int32)), 1)
     said.copy_(torch.where(live[:, None], fresh, said))
     said[:, 0].masked_fill_(~live, -1)

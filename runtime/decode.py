@@ -71,15 +71,26 @@ def watched(
 ) -> None:
     """As `choose` from logits [B, V], where calls see and change what is drawn from; requests[b] stands in row b.
 
-    A processor stands where transformers has it: behind bias, penalties and masks, before temperature and filters.
-    Log-probabilities stay the model's own. Rows of no request are left alone.
+    A processor stands where transformers has it: behind bias, penalties and masks (sequence_bias before them), before
+    temperature and filters. Log-probabilities stay the model's own. Rows of no request are left alone.
     """
     rows = {request: row for row, request in enumerate(requests) if request is not None}
+    calls = {request.watch: None for request in rows if request.watch is not None}
+
+    def process(x: Tensor, *, early: bool) -> dict[Request, Tensor]:
+        scores = {request: x[row] for request, row in rows.items()}
+        for call in calls:
+            own = {request: scores[request] for request in rows if request.watch is call}
+            scores |= call.process(call.early if early else call.processors, own)
+        return scores
+
+    biased = logits.float()
+    if any(call.early for call in calls):
+        biased = biased.clone()
+        for request, changed in process(biased, early=True).items():
+            biased[rows[request]] = changed
     ahead = {name: x for name, x in state.stages(tier).items() if name in PENALTIES}
-    penalized = penalize(logits, **ahead)
-    scores = {request: penalized[row] for request, row in rows.items()}
-    for call in {request.watch: None for request in rows if request.watch is not None}:
-        scores |= call.process({request: x for request, x in scores.items() if request.watch is call})
+    scores = process(penalize(biased, **ahead), early=False)
     for request, row in rows.items():
         own, mine, x = state.rows(row, row + 1), logits[row : row + 1], scores[request][None]
         stages = _behind_penalties(own, tier)

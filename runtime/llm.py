@@ -23,11 +23,12 @@ from .engine import Engine
 from .generation import GENERATION_CONFIG, read_generation_config
 from .generation_settings import refuse_unsupported
 from .keywords import reject_unknown, without_neutral
+from .logits_processors import early_processors, processors
 from .model import INVARIANT_ROWS
 from .outputs import Chunk, CompletionOutput, RequestOutput, Timings
 from .prompts import THINKING_SYSTEM_PROMPT
 from .replay import eager
-from .request import Request, check_prompt
+from .request import Request, Watch, check_prompt
 from .sampling import RECOMMENDED_THINKING, SamplingKeywords, SamplingParams
 from .snapshots import NEUTRAL, locate
 from .text import Writer
@@ -286,7 +287,14 @@ class LLM:
                     "shorten it, or load the model with a larger max_seq_len"
                 )
             limit = min(wanted.max_tokens or room, room)
-            requests += [Request(prompt, wanted, limit, self._ends, answer) for answer in range(wanted.n)]
+            own = [Request(prompt, wanted, limit, self._ends, answer) for answer in range(wanted.n)]
+            early = early_processors(wanted)
+            late = processors(wanted, begin=len(prompt), most=limit, ends=own[0].ends)
+            if early or late:
+                watch = Watch(torch.tensor([prompt] * len(own)), 0, early, late, own)
+                for request in own:
+                    request.watch = watch
+            requests += own
         return requests
 
     # ---------------------------------------------------------------- through the engine
@@ -335,8 +343,26 @@ class LLM:
             torch.cuda.reset_peak_memory_stats(device)
         answer = _Answer(request, Writer(request, self.tokenizer))
         told = 0
-
         begin = time.perf_counter()
+
+        def chunk(text: str, before: int, *, last: bool) -> Chunk:
+            """What came behind the first `before` tokens."""
+            times = request.times[:told]
+            return Chunk(
+                text,
+                request.token_ids[before:told],
+                request.logprobs[before:told],
+                request.top_logprobs[before:told] if request.params.logprobs else None,
+                request.finish_reason if last else None,
+                request.stop_reason if last else None,
+                len(request.prompt_ids),
+                told,
+                len(request.prompt_ids) / (times[0] - begin) if times else 0.0,
+                (told - 1) / (times[-1] - times[0]) if told > 1 else 0.0,
+                peak_memory(device),
+                request.cached_tokens,
+            )
+
         engine = self._engine()
         with engine.running([request]):
             while not answer.writer.done or told < len(answer.parts):
@@ -344,22 +370,11 @@ class LLM:
                 while told < len(answer.parts):
                     text = answer.parts[told]
                     told += 1
-                    first, now = request.times[0], request.times[told - 1]
-                    last = answer.writer.done and told == len(answer.parts)
-                    yield Chunk(
-                        text,
-                        request.token_ids[told - 1 : told],
-                        request.logprobs[told - 1 : told],
-                        request.top_logprobs[told - 1 : told] if request.params.logprobs else None,
-                        request.finish_reason if last else None,
-                        request.stop_reason if last else None,
-                        len(request.prompt_ids),
-                        told,
-                        len(request.prompt_ids) / (first - begin),
-                        (told - 1) / (now - first) if told > 1 else 0.0,
-                        peak_memory(device),
-                        request.cached_tokens,
-                    )
+                    # An error comes behind the last token, and has a chunk of its own.
+                    last = answer.writer.done and told == len(answer.parts) and request.finish_reason != "error"
+                    yield chunk(text, told - 1, last=last)
+        if request.finish_reason == "error":
+            yield chunk(answer.writer.flush(), told, last=True)
 
     def warm_up(self) -> None:
         """Compiles every kernel and captures every step that a request can need, so that none waits for it.
@@ -399,7 +414,7 @@ class _Answer:
         request = self.request
         return CompletionOutput(
             request.answer,
-            "".join(self.parts),
+            "".join(self.parts) + self.writer.flush(),
             request.token_ids,
             request.logprobs,
             request.top_logprobs if request.params.logprobs else None,
@@ -409,8 +424,11 @@ class _Answer:
 
 
 def _timings(requests: Sequence[Request], called: float) -> Timings:
-    first = min(requests, key=lambda request: request.times[0])
-    begun, last = first.times[0], max(request.times[-1] for request in requests)
+    timed = [request for request in requests if request.times]
+    if not timed:
+        return Timings(0.0, 0.0, 0.0)
+    first = min(timed, key=lambda request: request.times[0])
+    begun, last = first.times[0], max(request.times[-1] for request in timed)
     return Timings(begun - first.began, begun - called, last - begun)
 
 
@@ -463,7 +481,11 @@ def _generation_defaults(folder: Path, vocab_size: int) -> tuple[SamplingParams,
     try:
         check_ids("eos_token_id", ends, vocab_size)
         refuse_unsupported(values)
-        return SamplingParams.from_generation_config(values), ends
+        if values.get("min_length"):
+            raise ValueError(f"min_length={values['min_length']!r} counts the prompt too: write min_new_tokens for LLM")
+        params = SamplingParams.from_generation_config(values)
+        params.check_vocab(vocab_size)
+        return params, ends
     except ValueError as error:
         raise ValueError(f"{folder / GENERATION_CONFIG}: {error}") from None
 
