@@ -42,10 +42,17 @@ fuzz: $(VENV)/.ready
 audit: $(VENV)/.ready
 	$(BIN)/python bench/audit.py $(ARGS)
 
-# The stand-in beside transformers, and every op beside its floor and its peers.
+# The stand-in beside transformers, and every op beside its floor and its peers; the records go to .benchmarks/.
+# With ARGS the ops alone: make bench ARGS="--quick --op linear"
+ifdef ARGS
 bench: $(VENV)/.ready
-	$(BIN)/python bench/standin.py
-	$(BIN)/python bench/kernels.py
+	$(BIN)/python bench/kernels.py $(ARGS)
+else
+bench: $(VENV)/.ready
+	mkdir -p .benchmarks
+	$(BIN)/python bench/standin.py --json .benchmarks/standin.json
+	$(BIN)/python bench/kernels.py --json .benchmarks/kernels.json
+endif
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks .audit_cache

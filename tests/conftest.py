@@ -8,6 +8,9 @@ import pytest
 import torch
 from internlm3.runtime.standin import standin_checkpoint
 
+# The harness of kernels' tests is bench's too; benches are scripts that stand beside each other, not a package.
+sys.path.append(str(Path(__file__).parents[1] / "bench"))
+
 # The same random cases for everybody, and no verdict by the clock: tests/fuzz.py draws new ones, by the other profile.
 hypothesis.settings.register_profile(
     "fixed",

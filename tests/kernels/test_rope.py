@@ -13,7 +13,7 @@ from internlm3 import kernels
 from internlm3.kernels import reference
 from internlm3.kernels.rope import cos_sin
 
-from .support import DEVICE, assert_near, call, dtypes, embedded, generator, normal, seeds
+from .support import DEVICE, assert_near, assert_same, call, dtypes, embedded, generator, normal, seeds
 
 # cos and sin, the products and their sum are rounded, half an ulp of the operands each; float32 adds 1.5 ulp of
 # its own cosine.
@@ -115,7 +115,7 @@ def check_case(case):
     exact_q, exact_k, exact_v, q_size, k_size, position = case.exact()
     ulps = ULPS[case.qkv.dtype]
     assert_near(exact_q, ulps, q_size, triton=q, reference=reference_q)
-    assert torch.equal(v_cache.nan_to_num(7.0), reference_v.nan_to_num(7.0))
+    assert_same(reference_v.nan_to_num(7.0), found=v_cache.nan_to_num(7.0))
     written = torch.zeros(k_cache.shape[0], case.page_size, dtype=torch.bool, device=DEVICE)
     for b, t in (position >= 0).nonzero().tolist():
         slot = int(position[b, t])
@@ -123,7 +123,7 @@ def check_case(case):
         written[page, offset] = True
         found, expected = k_cache[page, :, offset], reference_k[page, :, offset]
         assert_near(exact_k[b, t], ulps, k_size[b, t], triton=found, reference=expected)
-        assert torch.equal(v_cache[page, :, offset].double(), exact_v[b, t])
+        assert_same(exact_v[b, t], found=v_cache[page, :, offset].double())
     for cache in (k_cache, v_cache):
         assert cache.isnan().all(-1).all(1).logical_xor(written).all(), "a token that is not of this launch was written"
 
