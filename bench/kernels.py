@@ -31,6 +31,7 @@ import peers
 import torch
 from cases import INTERNLM3_8B, SMALL, Arguments, Case, Size, cases, read_size
 from internlm3 import kernels
+from options import one_of, output, positive
 from record import Figure, Record, compare, load, stamp
 from timing import Call, Floor, measure_floor, name_of, replayed, rounds_of
 from work import moved, nbytes, operations
@@ -174,42 +175,25 @@ def show(record: Record) -> None:
         print(line(figure, record.floor))
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: a whole number from 1 on")
-    return int(text)
-
-
-def _one_of(what: str, names: Sequence[str]) -> Callable[[str], str]:
-    known = {name.lower(): name for name in names}
-
-    def choose(text: str) -> str:
-        if text.lower() not in known:
-            raise argparse.ArgumentTypeError(own.unknown(what, text, names))
-        return known[text.lower()]
-
-    return choose
-
-
 def parser(our_name: str) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = made.add_argument
-    add("--op", nargs="+", type=_one_of("op", kernels.__all__), help="default: all, or those of --kernel")
-    add("--rows", nargs="+", type=_positive, help="sequences that decode a token each; default: 1 16")
-    add("--chunk", nargs="+", type=_positive, help="tokens of one prompt that go together; default: 4 512")
-    add("--context", nargs="+", type=_positive, help="tokens that a sequence holds; default: 1024")
-    add("--dtype", nargs="+", type=_one_of("dtype", list(DTYPES)), help="default: bfloat16")
-    add("--engine", nargs="+", type=_one_of("engine", [our_name, *peers.PEERS]), help="default: all that do the op")
+    add("--op", nargs="+", type=one_of("op", kernels.__all__), help="default: all, or those of --kernel")
+    add("--rows", nargs="+", type=positive, help="sequences that decode a token each; default: 1 16")
+    add("--chunk", nargs="+", type=positive, help="tokens of one prompt that go together; default: 4 512")
+    add("--context", nargs="+", type=positive, help="tokens that a sequence holds; default: 1024")
+    add("--dtype", nargs="+", type=one_of("dtype", list(DTYPES)), help="default: bfloat16")
+    add("--engine", nargs="+", type=one_of("engine", [our_name, *peers.PEERS]), help="default: all that do the op")
     add("--config", metavar="PATH", help="a checkpoint's folder or config.json, for its shapes")
     add("--kernel", metavar="FILE.py", nargs="+", help="functions of ops' names, checked and timed beside ours")
-    add("--rounds", type=_positive, help="default: 20")
+    add("--rounds", type=positive, help="default: 20")
     add("--seed", type=int, help="of the inputs; default: another each time")
     add("--quick", action="store_true", help="one row of decode, five rounds, where nothing else is said")
     add("--list", action="store_true", help="what would be timed; times nothing")
-    add("--json", metavar="OUT", help="write the record: every round, and where and how it was measured")
-    add("--csv", metavar="OUT", help="write the table, too")
+    add("--json", metavar="OUT", type=output, help="write the record: every round, and where and how it was measured")
+    add("--csv", metavar="OUT", type=output, help="write the table, too")
     add("--plot", metavar="DIR", help="draw the record (SVG; needs matplotlib)")
     add("--read", metavar="RECORD", help="show, plot or turn into CSV this record; times nothing")
     add("--compare", metavar=("BEFORE", "AFTER"), nargs=2, help="two records; times nothing")
@@ -228,24 +212,16 @@ def outputs(record: Record, options: argparse.Namespace) -> None:
             print(path)
 
 
-def check_outputs(options: argparse.Namespace) -> None:
-    """Raises ValueError where what was measured could not be written."""
-    for path in filter(None, (options.json, options.csv)):
-        if Path(path).is_dir() or not Path(path).absolute().parent.is_dir():
-            raise ValueError(f"{path} can't be written: name a file in a folder that there is")
-    if options.plot:
-        import plots
-
-        plots.check(options.plot)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     on_gpu = device.type == "cuda"
     parse = parser(ours(device)[0])
     options = parse.parse_args(arguments)
     try:
-        check_outputs(options)
+        if options.plot:
+            import plots
+
+            plots.check(options.plot)
         if options.compare:
             print("\n".join(compare(*map(load, options.compare))))
             return 0

@@ -12,15 +12,16 @@ import time
 
 from internlm3 import LLM, SamplingParams
 from internlm3.runtime.standin import standin_checkpoint
+from options import output, positive
 from record import stamp, write_json
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--answers", type=int, default=16)
-    parser.add_argument("--rows", type=int, default=4, help="decoded together")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", help="write all figures here")
+    parser.add_argument("--answers", type=positive, default=16)
+    parser.add_argument("--rows", type=positive, default=4, help="decoded together")
+    parser.add_argument("--rounds", type=positive, default=5)
+    parser.add_argument("--json", type=output, help="write all figures here")
     args = parser.parse_args()
 
     llm = LLM(standin_checkpoint(), max_batch_size=args.rows, progress=False)

@@ -1,23 +1,13 @@
 """Somebody's own kernels: a Python file with functions of ops' names, which take and return what the ops do."""
 
-import difflib
 import importlib.util
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from internlm3 import kernels
-
-
-def unknown(what: str, name: str, known: Iterable[str]) -> str:
-    """A sentence for a name that is none of those known, with the nearest of them."""
-    known = list(known)
-    low = {x.lower(): x for x in known}
-    near = difflib.get_close_matches(name.lower(), low, 1, 0.4)
-    return f"there is no {what} {name!r}" + (
-        f": did you mean {low[near[0]]!r}?" if near else f": there are {', '.join(known)}"
-    )
+from options import unknown
 
 
 def load(path: str) -> dict[str, Callable[..., Any]]:

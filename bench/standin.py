@@ -19,7 +19,10 @@ import subprocess
 import sys
 import time
 
+from options import one_of, output, positive
+
 DECODE_TOKENS = 64
+DTYPES = ("bfloat16", "float16", "float32")
 START = "start to first token"
 QUESTION = "Give three reasons to read old books, and name one that you would begin with."
 
@@ -81,12 +84,12 @@ def run_worker(engine: str, folder: str, dtype: str, shapes: list[list[int]], be
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dtype", nargs="+", default=["bfloat16", "float32"])
-    parser.add_argument("--prompt", nargs="+", type=int, default=[512], help="tokens of a prompt")
-    parser.add_argument("--batch", nargs="+", type=int, default=[1], help="prompts decoded together")
+    parser.add_argument("--dtype", nargs="+", type=one_of("dtype", DTYPES), default=["bfloat16", "float32"])
+    parser.add_argument("--prompt", nargs="+", type=positive, default=[512], help="tokens of a prompt")
+    parser.add_argument("--batch", nargs="+", type=positive, default=[1], help="prompts decoded together")
     parser.add_argument("--before", help="another checkout, to be compared with this one as transformers is")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", help="write all figures here")
+    parser.add_argument("--rounds", type=positive, default=5)
+    parser.add_argument("--json", type=output, help="write all figures here")
     parser.add_argument("--worker", nargs=5, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
@@ -94,6 +97,8 @@ def main() -> None:
         print(json.dumps(worker(engine, folder, dtype, json.loads(shapes), float(begun))))
         return
 
+    if args.before and not os.path.exists(os.path.join(args.before, "runtime")):
+        parser.error(f"--before {args.before} is no checkout of this project: name a folder internlm3 of one")
     from internlm3.runtime.standin import standin_checkpoint
     from record import stamp, write_json
 
