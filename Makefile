@@ -25,7 +25,17 @@ lint: $(VENV)/.ready
 	$(BIN)/mypy kernels runtime
 
 # All of it; with ARGS the tests that they choose, and nothing else: make test ARGS="-k rope"
-ifdef ARGS
+# With TRITON the kernels' part on that version, which lies in .triton/, in front of the environment's own:
+# make test TRITON=3.6.0
+ifdef TRITON
+export PYTHONPATH := $(CURDIR)/.triton/$(TRITON)$(addprefix :,$(PYTHONPATH))
+test: .triton/$(TRITON)
+	$(BIN)/pytest -n 2 --dist worksteal tests/kernels $(ARGS)
+	$(if $(ARGS),,$(BIN)/python bench/audit.py)
+
+.triton/$(TRITON): | $(VENV)/.ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ triton==$(TRITON)
+else ifdef ARGS
 test: $(VENV)/.ready
 	$(BIN)/pytest $(ARGS)
 else
@@ -55,4 +65,4 @@ bench: $(VENV)/.ready
 endif
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks .audit_cache
+	rm -rf $(VENV) .triton build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks .audit_cache
