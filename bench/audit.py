@@ -4,7 +4,7 @@
 
 Compiles everything that every op launches at InternLM3-8B's shapes, prints a row for each launch, and under the table
 what is wrong. The exit code is 1 where something is; what is wrong for AMD is noted but fails nobody. What has been
-judged is kept in .audit_cache/ until a file of kernels/ or bench/, Triton or one of its tools is another.
+judged is kept in .audit_cache/ until a file of kernels/ or of the audit, Triton or one of its tools is another.
 """
 
 import argparse
@@ -25,6 +25,7 @@ from cases import Case, cases
 from internlm3 import kernels
 from launches import Launch, compile_launches
 from machine_code import MachineCode, read
+from options import one_of
 from sass import Access
 from targets import TARGETS, Target
 from triton import __version__ as triton_version
@@ -175,7 +176,8 @@ def audit_case(case: Case, target_name: str) -> list[Finding]:
 
 def digest() -> str:
     """Of all that a finding follows from."""
-    sources = sorted([*ROOT.glob("kernels/*.py"), *ROOT.glob("bench/*.py")])
+    mine = ("audit", "cases", "launches", "machine_code", "sass", "targets")
+    sources = sorted([*ROOT.glob("kernels/*.py"), *(ROOT / "bench" / f"{name}.py" for name in mine)])
     tools = [triton_version, knobs.nvidia.ptxas.path, knobs.nvidia.cuobjdump.path, knobs.nvidia.nvdisasm.path]
     return hashlib.sha256("\0".join([*(path.read_text("utf-8") for path in sources), *tools]).encode()).hexdigest()
 
@@ -217,8 +219,10 @@ def print_table(findings: Sequence[Finding]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--target", action="append", choices=TARGETS, help="default: all")
-    parser.add_argument("--kernel", action="append", choices=sorted(kernels.__all__), help="an op's name; default: all")
+    parser.add_argument("--target", action="append", type=one_of("target", TARGETS), help="default: all")
+    parser.add_argument(
+        "--kernel", action="append", type=one_of("op", kernels.__all__), help="an op's name; default: all"
+    )
     options = parser.parse_args(arguments)
     chosen = [case for case in cases() if case.op in (options.kernel or kernels.__all__)]
     work = [(case, target) for target in options.target or TARGETS for case in chosen]
@@ -232,7 +236,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             where = f"{found.target} {found.op} ({found.shape}) {found.kernel}"
             print(f"{'FAIL' if fails else 'note'}  {where}: {sentence}")
     print(f"{len(findings)} launches audited, {failures} violations")
-    return min(failures, 1)
+    idle = [op for op in options.kernel or kernels.__all__ if op not in {found.op for found in findings}]
+    for op in idle:
+        print(f"FAIL  {op}: nothing of it was audited; it has no case in bench/cases.py, or launches nothing there")
+    return min(failures + len(idle), 1)
 
 
 if __name__ == "__main__":

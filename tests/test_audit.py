@@ -238,3 +238,25 @@ def test_a_fused_operation_is_known_from_a_product_a_sum_and_a_constant(sass, te
 def test_what_is_asked_for_and_not_yet_used_is_in_flight(sass, lines, most):
     listing = "\n".join(f"/*0000*/ {line} ;" for line in lines)
     assert sass.in_flight(sass.instructions(listing)) == most
+
+
+def test_an_audit_of_nothing_fails():
+    """An op that has no case, in the audit of it alone and of all."""
+    for chosen in (["--kernel", "embed"], []):
+        arguments = ["--target", "sm_90", *chosen]
+        program = (
+            f"import sys; sys.path.insert(0, {str(BENCH)!r})\n"
+            "import audit, cases\n"
+            "audit.cases = lambda: (case for case in cases.cases() if case.op == 'advance')\n"
+            f"sys.exit(audit.main({arguments}))"
+        )
+        done = run("-c", program)
+        assert done.returncode == 1, done.stderr
+        assert "FAIL  embed: nothing of it was audited; it has no case in bench/cases.py" in done.stdout
+        assert ("FAIL  linear: nothing" in done.stdout) == (not chosen)
+        assert "FAIL  advance" not in done.stdout
+
+
+def test_an_unknown_kernel_is_refused_with_the_nearest():
+    done = run(BENCH / "audit.py", "--kernel", "swigul")
+    assert done.returncode == 2 and "there is no op 'swigul': did you mean 'swiglu'?" in done.stderr
