@@ -125,6 +125,16 @@ def _sampled(size: Size, rows: int, device: torch.device) -> Arguments:
     }
 
 
+def _filtered(which: str, size: Size, rows: int, device: torch.device) -> Arguments:
+    """One filter alone, which leaves the whole vocabulary to search."""
+    name = {"top-p alone": "top_p", "typical-p alone": "typical_p"}[which]
+    return {
+        **_greedy(size, rows, device),
+        "temperature": torch.full((rows,), 1.0, device=device),
+        name: torch.full((rows,), 0.8, device=device),
+    }
+
+
 def _advance(size: Size, rows: int, device: torch.device) -> Arguments:
     """Rows that neither end nor open their mask."""
     words = -(-size.vocabulary // 32)
