@@ -25,7 +25,17 @@ lint: $(VENV)/.ready
 	$(BIN)/mypy kernels runtime
 
 # All of it; with ARGS the tests that they choose, and nothing else: make test ARGS="-k rope"
-ifdef ARGS
+# With TRITON the kernels' part on that version, which lies in .triton/, in front of the environment's own:
+# make test TRITON=3.6.0
+ifdef TRITON
+export PYTHONPATH := $(CURDIR)/.triton/$(TRITON)$(addprefix :,$(PYTHONPATH))
+test: .triton/$(TRITON)
+	$(BIN)/pytest -n 2 --dist worksteal tests/kernels $(ARGS)
+	$(if $(ARGS),,$(BIN)/python bench/audit.py)
+
+.triton/$(TRITON): | $(VENV)/.ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ triton==$(TRITON)
+else ifdef ARGS
 test: $(VENV)/.ready
 	$(BIN)/pytest $(ARGS)
 else
@@ -42,10 +52,17 @@ fuzz: $(VENV)/.ready
 audit: $(VENV)/.ready
 	$(BIN)/python bench/audit.py $(ARGS)
 
-# The stand-in beside transformers, and every op beside its floor and its peers.
+# The stand-in beside transformers, and every op beside its floor and its peers; the records go to .benchmarks/.
+# With ARGS the ops alone: make bench ARGS="--quick --op linear"
+ifdef ARGS
 bench: $(VENV)/.ready
-	$(BIN)/python bench/standin.py
-	$(BIN)/python bench/kernels.py
+	$(BIN)/python bench/kernels.py $(ARGS)
+else
+bench: $(VENV)/.ready
+	mkdir -p .benchmarks
+	$(BIN)/python bench/standin.py --json .benchmarks/standin.json
+	$(BIN)/python bench/kernels.py --json .benchmarks/kernels.json
+endif
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks .audit_cache
+	rm -rf $(VENV) .triton build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks .audit_cache

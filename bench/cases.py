@@ -1,10 +1,13 @@
 """The ops at a model's shapes: what the audit compiles and the microbenchmarks time.
 
-Rows are sequences of a decode step that hold `context` tokens each, except where a case's name says otherwise.
+Decode's rows are sequences of one token each, which hold `context` tokens with it. A chunk is so many tokens of one
+prompt, the last of the `context`.
 """
 
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -29,137 +32,220 @@ class Size(NamedTuple):
 
 
 INTERNLM3_8B = Size(4096, 10240, 128512, 32, 2, 128)
+# For a machine without an accelerator, where the 8B's shapes would take minutes.
+SMALL = Size(hidden=512, intermediate=1280, vocabulary=4096, heads=8, kv_heads=2, head_dim=64)
+
+
+def read_size(path: str | Path) -> Size:
+    """The shapes in a checkpoint's config.json, given itself or by its folder; of any model with these fields.
+
+    Raises ValueError, with a sentence, where there is none or a field is missing.
+    """
+    path = Path(path)
+    file = path / "config.json" if path.is_dir() else path
+    try:
+        config = json.loads(file.read_text("utf-8"))
+    except OSError as error:
+        raise ValueError(
+            f"{file} can't be read ({error.strerror}): name a checkpoint's folder or config.json"
+        ) from None
+    except ValueError:
+        config = None
+    if not isinstance(config, dict):
+        raise ValueError(f"{file} is no JSON object: name a checkpoint's folder or its config.json")
+
+    def field(name: str, default: int | None = None) -> int:
+        value = config.get(name, default)
+        value = default if value is None else value
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{file} has {name} {value!r}, and the shapes need a positive integer there")
+        return value
+
+    heads, hidden = field("num_attention_heads"), field("hidden_size")
+    return Size(
+        hidden,
+        field("intermediate_size"),
+        field("vocab_size"),
+        heads,
+        field("num_key_value_heads", heads),
+        field("head_dim", hidden // heads),
+    )
+
 
 Arguments = dict[str, Any]
 
 
+class Inputs(NamedTuple):
+    """Makes fresh inputs: of a model's shapes, in a dtype, on a device."""
+
+    size: Size
+    dtype: torch.dtype
+    device: torch.device
+
+    def random(self, *shape: int, scale: float = 1.0) -> Tensor:
+        return torch.randn(shape, dtype=self.dtype, device=self.device) * scale
+
+    def weight(self, outputs: int, inputs: int) -> Tensor:
+        return self.random(outputs, inputs, scale=inputs**-0.5)
+
+    def full(self, shape: Sequence[int], value: float, dtype: torch.dtype) -> Tensor:
+        return torch.full(shape, value, dtype=dtype, device=self.device)
+
+    def pages(self, sequences: int, context: int) -> Arguments:
+        """Sequences on shuffled pages, which lie in memory as the runtime's do, head by head."""
+        slots = -(-context // PAGE)
+        count = sequences * slots
+        k_cache, v_cache = self.random(2, self.size.kv_heads, count, PAGE, self.size.head_dim).transpose(1, 2)
+        table = torch.randperm(count, dtype=torch.int32, device=self.device).view(sequences, slots)
+        lens = self.full((sequences,), context, torch.int32)
+        return {"k_cache": k_cache, "v_cache": v_cache, "block_table": table, "seq_lens": lens}
+
+    def rope(self, sequences: int, context: int) -> Arguments:
+        inv_freq = torch.rand(sequences, self.size.head_dim // 2, device=self.device)
+        return {"inv_freq": inv_freq, **self.pages(sequences, context)}
+
+
 class Case(NamedTuple):
     op: str
-    shape: str
+    shape: str  # in words
+    rows: int  # tokens of the launch
+    context: int | None  # tokens that a sequence holds, where that matters
+    dtype: torch.dtype
     arguments: Callable[[torch.device], Arguments]  # makes fresh ones, by name
 
 
-def _random(device: torch.device, *shape: int, scale: float = 1.0) -> Tensor:
-    return torch.randn(shape, dtype=torch.bfloat16, device=device) * scale
+def _embed(make: Inputs, rows: int) -> Arguments:
+    size = make.size
+    ids = torch.randint(size.vocabulary, (rows,), device=make.device)
+    return {"token_ids": ids, "table": make.weight(size.vocabulary, size.hidden)}
 
 
-def _weight(device: torch.device, outputs: int, inputs: int) -> Tensor:
-    return _random(device, outputs, inputs, scale=inputs**-0.5)
+def _rms_norm(make: Inputs, rows: int) -> Arguments:
+    return {"x": make.random(rows, make.size.hidden), "weight": make.random(make.size.hidden), "eps": 1e-5}
 
 
-def _pages(size: Size, device: torch.device, sequences: int, context: int) -> Arguments:
-    """Sequences of `context` tokens each on shuffled pages, which lie in memory as the runtime's do, head by head."""
-    count = context // PAGE
-    k_cache, v_cache = _random(device, 2, size.kv_heads, sequences * count, PAGE, size.head_dim).transpose(1, 2)
-    return {
-        "k_cache": k_cache,
-        "v_cache": v_cache,
-        "block_table": torch.randperm(sequences * count, dtype=torch.int32, device=device).view(sequences, count),
-        "seq_lens": torch.full((sequences,), context, dtype=torch.int32, device=device),
-    }
+def _swiglu(make: Inputs, rows: int) -> Arguments:
+    return {"gate_up": make.random(rows, 2 * make.size.intermediate)}
 
 
-def _rope(size: Size, device: torch.device, sequences: int, context: int) -> Arguments:
-    return {
-        "inv_freq": torch.rand(sequences, size.head_dim // 2, device=device),
-        **_pages(size, device, sequences, context),
-    }
+def _rope_and_cache(make: Inputs, rows: int, sequences: int, context: int) -> Arguments:
+    return {"qkv": make.random(rows, make.size.qkv), **make.rope(sequences, context)}
 
 
-def _embed(size: Size, rows: int, device: torch.device) -> Arguments:
-    token_ids = torch.randint(size.vocabulary, (rows,), device=device)
-    return {"token_ids": token_ids, "table": _weight(device, size.vocabulary, size.hidden)}
+def _linear(make: Inputs, rows: int, outputs: int, inputs: int) -> Arguments:
+    return {"x": make.random(rows, inputs), "weight": make.weight(outputs, inputs)}
 
 
-def _rms_norm(size: Size, rows: int, device: torch.device) -> Arguments:
-    return {"x": _random(device, rows, size.hidden), "weight": _random(device, size.hidden), "eps": 1e-5}
+def _linear_add(make: Inputs, rows: int, outputs: int, inputs: int) -> Arguments:
+    return {**_linear(make, rows, outputs, inputs), "residual": make.random(rows, outputs)}
 
 
-def _swiglu(size: Size, rows: int, device: torch.device) -> Arguments:
-    return {"gate_up": _random(device, rows, 2 * size.intermediate)}
+def _norm_linear(make: Inputs, rows: int, outputs: int) -> Arguments:
+    hidden = make.size.hidden
+    return {**_linear(make, rows, outputs, hidden), "norm": make.random(hidden), "eps": 1e-5}
 
 
-def _rope_and_cache(size: Size, rows: int, context: int, device: torch.device) -> Arguments:
-    return {"qkv": _random(device, rows, size.qkv), **_rope(size, device, rows, context)}
+def _norm_qkv_rope_cache(make: Inputs, rows: int, sequences: int, context: int) -> Arguments:
+    return {**_norm_linear(make, rows, make.size.qkv), "bias": None, **make.rope(sequences, context)}
 
 
-def _linear(rows: int, outputs: int, inputs: int, device: torch.device) -> Arguments:
-    return {"x": _random(device, rows, inputs), "weight": _weight(device, outputs, inputs)}
+def _attention(make: Inputs, rows: int, sequences: int, context: int) -> Arguments:
+    size = make.size
+    q = make.random(rows, size.heads, size.head_dim)
+    return {"q": q, **make.pages(sequences, context), "scale": size.head_dim**-0.5}
 
 
-def _linear_add(rows: int, outputs: int, inputs: int, device: torch.device) -> Arguments:
-    return {**_linear(rows, outputs, inputs, device), "residual": _random(device, rows, outputs)}
-
-
-def _norm_linear(size: Size, rows: int, outputs: int, device: torch.device) -> Arguments:
-    return {**_linear(rows, outputs, size.hidden, device), "norm": _random(device, size.hidden), "eps": 1e-5}
-
-
-def _norm_qkv_rope_cache(size: Size, rows: int, context: int, device: torch.device) -> Arguments:
-    return {**_norm_linear(size, rows, size.qkv, device), "bias": None, **_rope(size, device, rows, context)}
-
-
-def _attention(size: Size, sequences: int, tokens: int, context: int, device: torch.device) -> Arguments:
-    q = _random(device, sequences * tokens, size.heads, size.head_dim)
-    return {"q": q, **_pages(size, device, sequences, context), "scale": size.head_dim**-0.5}
-
-
-def _greedy(size: Size, rows: int, device: torch.device) -> Arguments:
+def _greedy(make: Inputs, rows: int) -> Arguments:
     keys = ("seed", "stream", "position")
     return {
-        "logits": _random(device, rows, size.vocabulary),
+        "logits": make.random(rows, make.size.vocabulary),
         "temperature": None,
-        **{key: torch.zeros(rows, dtype=torch.int64, device=device) for key in keys},
+        **{key: make.full((rows,), 0, torch.int64) for key in keys},
     }
 
 
-def _sampled(size: Size, rows: int, device: torch.device) -> Arguments:
+def _sampled(make: Inputs, rows: int) -> Arguments:
     """InternLM3's own settings, and its repetition penalty."""
     per_row = {"temperature": 1.0, "top_p": 0.8, "repetition_penalty": 1.005}
     return {
-        **_greedy(size, rows, device),
-        **{name: torch.full((rows,), value, device=device) for name, value in per_row.items()},
-        "top_k": torch.full((rows,), 50, device=device),
-        "prompt_counts": torch.zeros(rows, size.vocabulary, dtype=torch.int32, device=device),
-        "output_counts": torch.zeros(rows, size.vocabulary, dtype=torch.int32, device=device),
+        **_greedy(make, rows),
+        **{name: make.full((rows,), value, torch.float32) for name, value in per_row.items()},
+        "top_k": make.full((rows,), 50, torch.int64),
+        "prompt_counts": make.full((rows, make.size.vocabulary), 0, torch.int32),
+        "output_counts": make.full((rows, make.size.vocabulary), 0, torch.int32),
     }
 
 
-def _advance(size: Size, rows: int, device: torch.device) -> Arguments:
-    """Rows that neither end nor open their mask."""
-    words = -(-size.vocabulary // 32)
-    integers = {"seq_lens": 1, "limit": 2**31 - 1, "free_from": 0}
+def _filtered(make: Inputs, rows: int, name: str) -> Arguments:
+    """One filter alone, which leaves the whole vocabulary to search."""
+    per_row = {"temperature": 1.0, name: 0.8}
     return {
-        "drawn": torch.zeros(rows, dtype=torch.int64, device=device),
-        "logprob": torch.zeros(rows, device=device),
-        "token": torch.zeros(rows, dtype=torch.int64, device=device),
-        **{name: torch.full((rows,), value, dtype=torch.int32, device=device) for name, value in integers.items()},
-        "said": torch.zeros(rows, 3, dtype=torch.int32, device=device),
-        "output_counts": torch.zeros(rows, size.vocabulary, dtype=torch.int32, device=device),
-        **{
-            name: torch.zeros(rows, words, dtype=torch.int32, device=device)
-            for name in ("ends", "permitted", "allowed")
-        },
+        **_greedy(make, rows),
+        **{name: make.full((rows,), value, torch.float32) for name, value in per_row.items()},
     }
 
 
-def cases(size: Size = INTERNLM3_8B, context: int = 1024) -> Iterator[Case]:
-    """Every op for one row and for 16; attention also for the tokens of a verification and of a prefill's chunk."""
-    for rows in (1, 16):
-        name = f"{rows} row{'s' * (rows > 1)}"
-        yield Case("embed", name, partial(_embed, size, rows))
-        yield Case("rms_norm", name, partial(_rms_norm, size, rows))
-        yield Case("swiglu", name, partial(_swiglu, size, rows))
-        yield Case("rope_and_cache", name, partial(_rope_and_cache, size, rows, context))
-        yield Case("linear", f"{name}, o", partial(_linear, rows, size.hidden, size.hidden))
-        yield Case("linear_add", f"{name}, o", partial(_linear_add, rows, size.hidden, size.hidden))
-        yield Case("linear_add", f"{name}, down", partial(_linear_add, rows, size.hidden, size.intermediate))
-        yield Case("rms_norm_linear", f"{name}, head", partial(_norm_linear, size, rows, size.vocabulary))
-        yield Case("rms_norm_swiglu", name, partial(_norm_linear, size, rows, 2 * size.intermediate))
-        yield Case("rms_norm_qkv_rope_cache", name, partial(_norm_qkv_rope_cache, size, rows, context))
-        yield Case("paged_attention", name, partial(_attention, size, rows, 1, context))
-        yield Case("sample", f"{name}, greedy", partial(_greedy, size, rows))
-        yield Case("sample", name, partial(_sampled, size, rows))
-        yield Case("advance", name, partial(_advance, size, rows))
-    yield Case("paged_attention", "4 tokens", partial(_attention, size, 1, 4, context))
-    yield Case("paged_attention", "512 tokens", partial(_attention, size, 1, 512, context))
+def _advance(make: Inputs, rows: int) -> Arguments:
+    """Rows that neither end nor open their mask."""
+    vocabulary = make.size.vocabulary
+    integers = {"seq_lens": 1, "limit": 2**31 - 1, "free_from": 0}
+    masks = ("ends", "permitted", "allowed")
+    return {
+        "drawn": make.full((rows,), 0, torch.int64),
+        "logprob": make.full((rows,), 0, torch.float32),
+        "token": make.full((rows,), 0, torch.int64),
+        **{name: make.full((rows,), value, torch.int32) for name, value in integers.items()},
+        "said": make.full((rows, 3), 0, torch.int32),
+        "output_counts": make.full((rows, vocabulary), 0, torch.int32),
+        **{name: make.full((rows, -(-vocabulary // 32)), 0, torch.int32) for name in masks},
+    }
+
+
+def cases(
+    size: Size = INTERNLM3_8B,
+    dtypes: Sequence[torch.dtype] = (torch.bfloat16,),
+    rows: Sequence[int] = (1, 16),
+    chunks: Sequence[int] = (4, 512),
+    contexts: Sequence[int] = (1024,),
+) -> Iterator[Case]:
+    """Every op for so many rows of decode, and what a prompt goes through for chunks of so many tokens."""
+    for dtype in dtypes:
+        for count in rows:
+            yield from _launches(size, dtype, count, count, contexts)
+        for tokens in chunks:
+            yield from _launches(size, dtype, tokens, 1, [context for context in contexts if context >= tokens])
+
+
+def _launches(size: Size, dtype: torch.dtype, rows: int, sequences: int, contexts: Sequence[int]) -> Iterator[Case]:
+    decode = rows == sequences
+    name = f"{rows} {'row' if decode else 'token'}{'s' * (rows > 1)}"
+
+    def case(op: str, make: Callable[..., Arguments], *shape: Any, part: str = "", context: int | None = None) -> Case:
+        words = ", ".join(filter(None, (name, part, f"{context} held" if context else "")))
+        fresh = partial(_make, make, size, dtype, (rows, *shape))
+        return Case(op, words, rows, context, dtype, fresh)
+
+    yield case("embed", _embed)
+    yield case("rms_norm", _rms_norm)
+    yield case("swiglu", _swiglu)
+    yield case("linear", _linear, size.hidden, size.hidden, part="o")
+    yield case("linear_add", _linear_add, size.hidden, size.hidden, part="o")
+    yield case("linear_add", _linear_add, size.hidden, size.intermediate, part="down")
+    yield case("rms_norm_swiglu", _norm_linear, 2 * size.intermediate)
+    for context in contexts:
+        yield case("rope_and_cache", _rope_and_cache, sequences, context, context=context)
+        yield case("rms_norm_qkv_rope_cache", _norm_qkv_rope_cache, sequences, context, context=context)
+        yield case("paged_attention", _attention, sequences, context, context=context)
+    if decode:
+        yield case("rms_norm_linear", _norm_linear, size.vocabulary, part="head")
+        yield case("sample", _greedy, part="greedy")
+        yield case("sample", _sampled, part="recommended")
+        yield case("sample", _filtered, "top_p", part="top_p alone")
+        yield case("sample", _filtered, "typical_p", part="typical_p alone")
+        yield case("advance", _advance)
+
+
+def _make(
+    make: Callable[..., Arguments], size: Size, dtype: torch.dtype, shape: tuple[Any, ...], device: torch.device
+) -> Arguments:
+    return make(Inputs(size, dtype, device), *shape)

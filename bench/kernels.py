@@ -1,248 +1,282 @@
-"""Time every op at InternLM3-8B's shapes beside its peers, and beside what this machine's memory allows.
+"""Time the ops at a model's shapes beside their peers and what this machine allows; check and time your own kernel.
 
-    python bench/kernels.py [--kernel NAME ...] [--rounds 20] [--json FILE]
+    python bench/kernels.py --list                                  ops, shapes and engines; times nothing
+    python bench/kernels.py --quick                                 one row of decode, five rounds
+    python bench/kernels.py --op paged_attention --rows 1 4 --context 1024 32768 --dtype float16
+    python bench/kernels.py --kernel mine.py                        a file with a function of an op's name, beside ours
+    python bench/kernels.py --json run.json --csv run.csv --plot plots
+    python bench/kernels.py --compare before.json after.json        what changed, and what of it is noise
 
-On an accelerator: the Triton op; PyTorch's own by the name of `kernels.reference`, whose products are cuBLAS's; the
-same by torch.compile; for attention SDPA over a cache without pages. A CUDA graph holds many calls, each on inputs of
-its own, so that the caches keep little from one replay to the next: "cold". Ops too small for that are marked "warm".
-On a CPU: the reference ops alone, at a small model's shapes.
+On an accelerator "triton" is ours, and a CUDA graph holds many calls, each on inputs of its own, so that the caches
+keep little from one replay to the next: "cold". Ops too small for that are "warm". On a CPU the ops are those of
+kernels.reference, at a small model's shapes; Triton's are not timed there.
 
-Reported are medians of microseconds over the rounds with their quartiles, the bytes an op must move, and the share that
-its speed is of the read floor: the fastest that this machine reads, measured in the same run.
+Every engine's result is compared with the reference before it is timed; what fails or is not installed is a row that
+says so. Printed are medians and quartiles of microseconds a call, the bytes and operations that the op must do, and the
+share of the floor that binds it: what this machine reads, or multiplies, at most, measured in the same run.
 """
 
 import argparse
-import json
-import platform
-import statistics
-import time
+import secrets
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import islice
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import checking
+import own
+import peers
 import torch
-import torch.nn.functional as F
-import triton
-import triton.language as tl
-from cases import INTERNLM3_8B, Arguments, Case, Size, cases
+from cases import INTERNLM3_8B, SMALL, Arguments, Case, Size, cases, read_size
 from internlm3 import kernels
-from internlm3.kernels import reference, sampling_reference
-from torch import Tensor
+from options import one_of, output, positive
+from record import Figure, Record, compare, load, stamp
+from timing import Call, Floor, measure_floor, name_of, replayed, rounds_of
+from work import moved, nbytes, operations
 
-SMALL = Size(hidden=512, intermediate=1280, vocabulary=4096, heads=8, kv_heads=2, head_dim=64)
 MOST_CALLS = 512  # in one graph
 MOST_BYTES = 8 << 30  # of inputs for one graph
-Call = Callable[[], Any]
+DTYPES = {name_of(dtype): dtype for dtype in checking.STEPS}
+Make = Callable[[str, Arguments], Call]  # of an op and its arguments, the call
 
 
-class Figure(NamedTuple):
-    """One op, done by one engine."""
-
-    op: str
-    shape: str
-    engine: str
-    microseconds: float  # median
-    quartiles: tuple[float, float]
-    bytes: int
-    cold: bool
-
-    @property
-    def rate(self) -> float:
-        """Bytes a second."""
-        return self.bytes / self.microseconds * 1e6
-
-
-class Floor(NamedTuple):
-    """What no op can beat, in bytes or operations a second."""
-
-    read: float
-    copy: float
-    matmul: float
-
-
-@triton.jit
-def _read(x_ptr, y_ptr, BLOCK: tl.constexpr):
-    """Read everything once, write next to nothing."""
-    program = tl.program_id(0).to(tl.int64)
-    tl.store(y_ptr + program, tl.sum(tl.load(x_ptr + program * BLOCK + tl.arange(0, BLOCK)), 0))
-
-
-def _nbytes(*values: Any) -> int:
-    return sum(value.numel() * value.element_size() for value in values if isinstance(value, Tensor))
-
-
-def moved(op: str, arguments: Arguments, result: Any) -> int:
-    """Bytes that the op must read and write: its arguments and results once, of tables and caches what it touches."""
-    results = result if isinstance(result, tuple) else (result,)
-    touched = dict(arguments)
-    total = _nbytes(*results)
-    if op == "embed":
-        del touched["table"]
-        total *= 2
-    elif op in ("rope_and_cache", "rms_norm_qkv_rope_cache"):
-        cache = touched.pop("k_cache")
-        del touched["v_cache"]
-        total += 2 * touched["seq_lens"].numel() * cache.shape[1] * cache.shape[3] * cache.element_size()
-    elif op == "advance":
-        for table in ("ends", "output_counts", "permitted", "allowed"):
-            del touched[table]  # a word each
-    return total + _nbytes(*touched.values())
-
-
-def _reference(op: str) -> Callable[..., Any]:
-    return sampling_reference.sample if op == "sample" else getattr(reference, op)
-
-
-def _sdpa(arguments: Arguments) -> Call:
-    """PyTorch's attention over the same keys and values in the order of their tokens."""
-    sequences = arguments["seq_lens"].numel()
-    q = arguments["q"].view(sequences, -1, *arguments["q"].shape[1:]).transpose(1, 2)
-    # [B, N, K, S, D] -> [B, K, N * S, D]
-    k, v = (
-        arguments[name][arguments["block_table"].long()].transpose(1, 2).flatten(2, 3)
-        for name in ("k_cache", "v_cache")
+def ours(device: torch.device) -> tuple[str, Make]:
+    """The name of our engine on a device, and its calls."""
+    backend = kernels.for_device(device)
+    return "triton" if device.type == "cuda" else "reference", lambda op, arguments: partial(
+        getattr(backend, op), **arguments
     )
-    tokens, length = q.shape[2], k.shape[2]
-    mask = None
-    if tokens > 1:
-        mask = torch.ones(tokens, length, dtype=torch.bool, device=q.device).tril(length - tokens)
-    return lambda: F.scaled_dot_product_attention(q, k, v, mask, scale=arguments["scale"], enable_gqa=True)
 
 
-def engines(op: str, on_gpu: bool) -> dict[str, Callable[[Arguments], Call]]:
-    """Name -> how that engine makes a call of the op on these arguments."""
-    plain = _reference(op)
-    if not on_gpu:
-        return {"reference": lambda arguments: lambda: plain(**arguments)}
-    ours = getattr(kernels, op)
-    found: dict[str, Callable[[Arguments], Call]] = {"triton": lambda arguments: lambda: ours(**arguments)}
-    if op == "paged_attention":
-        found["SDPA"] = _sdpa
-    elif op not in ("rope_and_cache", "rms_norm_qkv_rope_cache", "sample"):  # these ask the device for lengths
-        compiled = torch.compile(plain, dynamic=False)
-        found["PyTorch"] = lambda arguments: lambda: plain(**arguments)
-        found["torch.compile"] = lambda arguments: lambda: compiled(**arguments)
+def engines(
+    case: Case, device: torch.device, wanted: Sequence[str], own_ops: dict[str, dict[str, Any]]
+) -> dict[str, Make]:
+    """Those that do a case's op: ours first, then peers, then files of the user's own."""
+    name, make = ours(device)
+    found = {name: make} if not wanted or name in wanted else {}
+    for peer, about in peers.PEERS.items():
+        if case.op in about.ops and (not wanted or peer in wanted):
+            found[peer] = partial(peers.make, peer, device=device)
+    for file, ops in own_ops.items():
+        if case.op in ops:
+            found[file] = lambda op, arguments, ops=ops: partial(ops[op], **arguments)
     return found
 
 
-def _replayed(calls: Sequence[Call]) -> Call:
-    """All calls in one CUDA graph."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for call in calls[:3]:  # what compiles does it before the capture
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    return graph.replay
-
-
-def timed(call: Call, calls: int, rounds: int) -> list[float]:
-    """Microseconds of each round's `call()`, divided among the calls that it makes."""
-    on_gpu = torch.cuda.is_available()
-    times = []
-    for _ in range(rounds + 1):
-        if on_gpu:
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            call()
-            end.record()
-            end.synchronize()
-            times.append(begin.elapsed_time(end) * 1e3 / calls)
-        else:
-            started = time.perf_counter()
-            call()
-            times.append((time.perf_counter() - started) * 1e6 / calls)
-    return times[1:]  # the first warms up
+def first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return text[0] if isinstance(error, peers.Unfit) else f"{type(error).__name__}: {text[0] if text else ''}"
 
 
 class Prepared(NamedTuple):
-    engine: str
-    call: Call
-    calls: int  # that one `call()` makes
-    bytes: int
+    """Calls of one case by one engine, each on inputs of its own, in one graph where there is a GPU."""
+
+    whole: Call
+    calls: int  # that `whole` makes
+    bytes: int  # and operations: of one
+    operations: int
     cold: bool
 
-
-def prepare(case: Case, device: torch.device) -> Iterator[Prepared]:
-    """Each engine's calls of a case, on rotated inputs, in one graph where there is a GPU."""
-    on_gpu = device.type == "cuda"
-    for engine, make in engines(case.op, on_gpu).items():
-        arguments = case.arguments(device)
-        size = moved(case.op, arguments, make(arguments)())
-        calls, cold = 1, False
-        if on_gpu:
-            cache = torch.cuda.get_device_properties(device).L2_cache_size
-            wanted = max(-(-3 * cache // size), 2)
-            calls = min(wanted, MOST_CALLS, max(MOST_BYTES // _nbytes(*arguments.values()), 2))
-            cold = calls == wanted
-        made = [make(arguments), *(make(case.arguments(device)) for _ in range(calls - 1))]
-        yield Prepared(engine, _replayed(made) if on_gpu else made[0], calls, size, cold)
+    def rounds(self) -> Iterator[float]:
+        """Microseconds of a call, one round after another, for ever."""
+        return rounds_of(self.whole, self.calls)
 
 
-def measure_floor(device: torch.device, rounds: int) -> Floor:
-    on_gpu = device.type == "cuda"
-    block = 8192
-    x = torch.zeros((1 << 29 if on_gpu else 1 << 25) // block * block, device=device)
-    y = torch.empty_like(x)
-    side = 8192 if on_gpu else 1024
-    a = torch.randn(side, side, device=device).to(torch.bfloat16 if on_gpu else torch.float32)
-    read: Call = (lambda: _read[(x.numel() // block,)](x, y, block, num_warps=8)) if on_gpu else x.sum
-    seconds = [
-        statistics.median(timed(call, 1, rounds)) / 1e6 for call in (read, lambda: y.copy_(x), lambda: torch.mm(a, a))
-    ]
-    return Floor(_nbytes(x) / seconds[0], 2 * _nbytes(x) / seconds[1], 2 * side**3 / seconds[2])
+def prepare(case: Case, make: Make, device: torch.device) -> Prepared:
+    arguments = case.arguments(device)
+    call = make(case.op, arguments)
+    size, work = moved(case.op, arguments, call()), operations(case.op, arguments)
+    if device.type != "cuda":
+        return Prepared(call, 1, size, work, cold=False)
+    wanted = max(-(-3 * torch.cuda.get_device_properties(device).L2_cache_size // size), 2)
+    calls = min(wanted, MOST_CALLS, max(MOST_BYTES // nbytes(*arguments.values()), 2))
+    made = [call, *(make(case.op, case.arguments(device)) for _ in range(calls - 1))]
+    return Prepared(replayed(made), calls, size, work, cold=calls == wanted)
 
 
-def print_table(figures: Sequence[Figure], floor: Floor) -> None:
-    print(f"{'op':24}{'shape':17}{'engine':14}{'us':>12}{'quartiles':>24}{'MB':>10}{'GB/s':>9}{'of floor':>9}  L2")
-    for figure in figures:
-        low, high = figure.quartiles
-        share = f"{figure.rate / floor.read:.1%}" if figure.cold else "-"  # caches are faster than memory
-        print(
-            f"{figure.op:24}{figure.shape:17}{figure.engine:14}{figure.microseconds:12.2f}{f'{low:.2f}..{high:.2f}':>24}"
-            f"{figure.bytes / 1e6:10.2f}{figure.rate / 1e9:9.1f}{share:>9}"
-            f"  {'cold' if figure.cold else 'warm'}"
-        )
+def measure(case: Case, engine: str, make: Make, device: torch.device, rounds: int, strict: bool = False) -> Figure:
+    """The engine's figure, or one with a note: it is not here, it fails, or its result is wrong."""
+    described = (case.op, case.shape, name_of(case.dtype), case.rows, case.context, engine)
+    try:
+        with peers.time_limit(peers.SECONDS):
+            for _ in range(2 if strict else 1):
+                wrong = checking.error_of(
+                    case.op, case.arguments(device), lambda given: make(case.op, given)(), own=strict
+                )
+                if wrong:
+                    return Figure(*described, note=f"WRONG, not timed: {wrong}")
+            prepared = prepare(case, make, device)
+        times = list(islice(prepared.rounds(), rounds))
+        return Figure(*described, prepared.bytes, prepared.operations, prepared.cold, times)
+    except Exception as error:  # whatever a peer or somebody's kernel raises is its row
+        return Figure(*described, note=f"not timed: {first_line(error)}")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kernel", action="append", choices=sorted(kernels.__all__), help="an op's name; default: all")
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--json", help="write the figures to this file, too")
-    options = parser.parse_args()
-    on_gpu = torch.cuda.is_available()
-    device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
-    name = torch.cuda.get_device_name() if on_gpu else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    print(f"{name}, PyTorch {torch.__version__}, Triton {triton.__version__}")
-    if not on_gpu:
-        print(
-            "no accelerator here: these are the reference ops at a small model's shapes; they say nothing of Triton's"
-        )
+def figures(
+    chosen: Sequence[Case], device: torch.device, rounds: int, wanted: Sequence[str], own_ops: dict[str, dict[str, Any]]
+) -> Iterator[Figure]:
+    """One by one, as they are measured. Why a peer is not here is said once for each op."""
+    said = set()
+    for case in chosen:
+        for engine, make in engines(case, device, wanted, own_ops).items():
+            figure = measure(case, engine, make, device, rounds, strict=engine in own_ops)
+            if figure.rounds or (case.op, engine, figure.note) not in said:
+                said.add((case.op, engine, figure.note))
+                yield figure
+            if device.type == "cuda" and not figure.rounds and not _answers():
+                print("the GPU answers no more behind that row: what was measured before is kept")
+                return
 
-    floor = measure_floor(device, options.rounds)
-    print(
-        f"floor: reads {floor.read / 1e9:.1f} GB/s, copies {floor.copy / 1e9:.1f} GB/s (read and written), "
-        f"multiplies {floor.matmul / 1e12:.2f} TFLOP/s in {'bfloat16' if on_gpu else 'float32'}"
+
+def _answers() -> bool:
+    """Whether the GPU still does what it is asked, which after a wild access it does not."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
+
+
+HEADER = (
+    f"{'op':24}{'shape':25}{'dtype':10}{'engine':14}{'us':>10}{'quartiles':>20}{'MB':>9}{'GFLOP':>8}{'GB/s':>8}"
+    f"{'TFLOP/s':>9}{'of floor':>15}  L2"
+)
+
+
+def line(figure: Figure, floor: Floor) -> str:
+    head = f"{figure.op:24}{figure.shape:25}{figure.dtype:10}{figure.engine:14}"
+    if not figure.rounds:
+        return f"{head}  {figure.note}"
+    low, median, high = figure.quartiles
+    rate, products = figure.rates
+    bound = figure.share(floor)
+    share = f"{bound[1]:.1%} {bound[0]}" if bound else "-"  # caches are faster than memory
+    return (
+        f"{head}{median:10.2f}{f'{low:.2f}..{high:.2f}':>20}{figure.bytes / 1e6:9.2f}{figure.operations / 1e9:8.2f}"
+        f"{rate / 1e9:8.1f}{products / 1e12:9.3f}{share:>15}  {'cold' if figure.cold else 'warm'}"
     )
-    figures = []
-    for case in cases(INTERNLM3_8B if on_gpu else SMALL):
-        if case.op not in (options.kernel or kernels.__all__):
-            continue
-        for prepared in prepare(case, device):
-            times = timed(prepared.call, prepared.calls, options.rounds)
-            low, median, high = statistics.quantiles(times, n=4)
-            figures.append(Figure(case.op, case.shape, prepared.engine, median, (low, high), *prepared[3:]))
-    print_table(figures, floor)
+
+
+def floor_line(floor: Floor) -> str:
+    products = ", ".join(f"{rate / 1e12:.2f} TFLOP/s in {dtype}" for dtype, rate in floor.matmul.items())
+    return (
+        f"floor: reads {floor.read / 1e9:.1f} GB/s, copies {floor.copy / 1e9:.1f} GB/s (read and written), "
+        f"multiplies {products}"
+    )
+
+
+def show(record: Record) -> None:
+    print("; ".join(f"{key} {value}" for key, value in record.stamp.items()))
+    print(floor_line(record.floor))
+    print(HEADER)
+    for figure in record.figures:
+        print(line(figure, record.floor))
+
+
+def parser(our_name: str) -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = made.add_argument
+    add("--op", nargs="+", type=one_of("op", kernels.__all__), help="default: all, or those of --kernel")
+    add("--rows", nargs="+", type=positive, help="sequences that decode a token each; default: 1 16")
+    add("--chunk", nargs="+", type=positive, help="tokens of one prompt that go together; default: 4 512")
+    add("--context", nargs="+", type=positive, help="tokens that a sequence holds; default: 1024")
+    add("--dtype", nargs="+", type=one_of("dtype", list(DTYPES)), help="default: bfloat16")
+    add("--engine", nargs="+", type=one_of("engine", [our_name, *peers.PEERS]), help="default: all that do the op")
+    add("--config", metavar="PATH", help="a checkpoint's folder or config.json, for its shapes")
+    add("--kernel", metavar="FILE.py", nargs="+", help="functions of ops' names, checked and timed beside ours")
+    add("--rounds", type=positive, help="default: 20")
+    add("--seed", type=int, help="of the inputs; default: another each time")
+    add("--quick", action="store_true", help="one row of decode, five rounds, where nothing else is said")
+    add("--list", action="store_true", help="what would be timed; times nothing")
+    add("--json", metavar="OUT", type=output, help="write the record: every round, and where and how it was measured")
+    add("--csv", metavar="OUT", type=output, help="write the table, too")
+    add("--plot", metavar="DIR", help="draw the record (SVG; needs matplotlib)")
+    add("--read", metavar="RECORD", help="show, plot or turn into CSV this record; times nothing")
+    add("--compare", metavar=("BEFORE", "AFTER"), nargs=2, help="two records; times nothing")
+    return made
+
+
+def outputs(record: Record, options: argparse.Namespace) -> None:
     if options.json:
-        with open(options.json, "w", encoding="utf-8") as file:
-            json.dump(
-                {"device": name, "floor": floor._asdict(), "figures": [x._asdict() for x in figures]}, file, indent=1
-            )
+        record.save(options.json)
+    if options.csv:
+        record.save_csv(options.csv)
+    if options.plot:
+        import plots
+
+        for path in plots.draw(record, options.plot):
+            print(path)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    on_gpu = device.type == "cuda"
+    parse = parser(ours(device)[0])
+    options = parse.parse_args(arguments)
+    try:
+        if options.plot:
+            import plots
+
+            plots.check(options.plot)
+        if options.compare:
+            print("\n".join(compare(*map(load, options.compare))))
+            return 0
+        if options.read:
+            record = load(options.read)
+            show(record)
+            outputs(record, options)
+            return 0
+        own_ops = {Path(path).name: own.load(path) for path in options.kernel or ()}
+        size: Size = read_size(options.config) if options.config else INTERNLM3_8B if on_gpu else SMALL
+        contexts, chunks = (
+            options.context or [1024],
+            options.chunk or ([] if options.quick or options.rows else [4, 512]),
+        )
+        if options.chunk and max(chunks) > max(contexts):
+            raise ValueError(f"--chunk {max(chunks)} is more than the --context {max(contexts)} that holds it")
+    except ValueError as error:
+        parse.error(str(error))
+
+    rows = options.rows or ([] if options.chunk else [1] if options.quick else [1, 16])
+    rounds = options.rounds or (5 if options.quick else 20)
+    dtypes = [DTYPES[name] for name in options.dtype or ["bfloat16"]]
+    ops = options.op or sorted({op for found in own_ops.values() for op in found}) or kernels.__all__
+    chosen = [case for case in cases(size, dtypes, rows, chunks, contexts) if case.op in ops]
+    if not chosen:
+        parse.error(f"nothing to time: {', '.join(ops)} is of decode alone; ask for --rows")
+    if options.list:
+        for case in chosen:
+            names = ", ".join(engines(case, device, options.engine or (), own_ops))
+            print(f"{case.op:24}{case.shape:29}{name_of(case.dtype):10}{names}")
+        return 0
+
+    seed = secrets.randbits(32) if options.seed is None else options.seed
+    torch.manual_seed(seed)
+    shapes = options.config or ("InternLM3-8B" if on_gpu else "a small model")
+    made = {**stamp(), "seed": seed, "shapes": {"of": shapes, **size._asdict()}}
+    print(f"{made['device']}, PyTorch {made['torch']}, Triton {made.get('triton')}; shapes of {shapes}; seed {seed}")
+    if not on_gpu:
+        print("no accelerator here: 'reference' is the ops' plain PyTorch, and these figures say nothing of Triton's")
+    floor = measure_floor(device, dtypes, rounds)
+    print(floor_line(floor))
+    print(HEADER, flush=True)
+    done: list[Figure] = []
+    try:
+        for figure in figures(chosen, device, rounds, options.engine or (), own_ops):
+            done.append(figure)
+            print(line(figure, floor), flush=True)
+    except KeyboardInterrupt:
+        print("interrupted: what was measured is kept")
+    outputs(Record(made, floor, done), options)
+    wrong = [x for x in done if not x.rounds and x.engine in (*own_ops, ours(device)[0])]
+    if wrong:
+        print(f"{len(wrong)} rows of ours or yours are not right; the same inputs again: add --seed {seed}")
+    return min(len(wrong), 1)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -6,22 +6,22 @@ Both ways take the same prompts through one LLM of the stand-in model, in turns 
 """
 
 import argparse
-import json
 import random
 import statistics
 import time
 
 from internlm3 import LLM, SamplingParams
 from internlm3.runtime.standin import standin_checkpoint
-from standin import machine
+from options import output, positive
+from record import stamp, write_json
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--answers", type=int, default=16)
-    parser.add_argument("--rows", type=int, default=4, help="decoded together")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", help="write all figures here")
+    parser.add_argument("--answers", type=positive, default=16)
+    parser.add_argument("--rows", type=positive, default=4, help="decoded together")
+    parser.add_argument("--rounds", type=positive, default=5)
+    parser.add_argument("--json", type=output, help="write all figures here")
     args = parser.parse_args()
 
     llm = LLM(standin_checkpoint(), max_batch_size=args.rows, progress=False)
@@ -48,7 +48,7 @@ def main() -> None:
     joined()
     pairs = [(joined(), in_waves()) for _ in range(args.rounds)]
     ratios = [waves / together for together, waves in pairs]
-    here = machine()
+    here = stamp()
     print("; ".join(f"{key} {value}" for key, value in here.items()))
     print(
         f"{args.answers} answers of {min(lengths)} to {max(lengths)} tokens ({sum(lengths)} in all), {args.rows} rows"
@@ -57,8 +57,7 @@ def main() -> None:
         print(f"{name:18}{statistics.median(seconds):8.2f} s ({min(seconds):.2f} to {max(seconds):.2f})")
     print(f"{'ratio':18}{statistics.median(ratios):8.2f}   ({min(ratios):.2f} to {max(ratios):.2f})")
     if args.json:
-        with open(args.json, "w", encoding="utf-8") as file:
-            json.dump({"machine": here, "lengths": lengths, "rows": args.rows, "pairs": pairs}, file, indent=1)
+        write_json(args.json, {"stamp": here, "lengths": lengths, "rows": args.rows, "pairs": pairs})
 
 
 if __name__ == "__main__":

@@ -5,22 +5,24 @@
 
 Each engine runs in a process of its own, in turns (A B A B ...), through the same call, `model.generate`, greedy, with
 the same prompts. Start-up is from the start of the process to the first token, imports and loading included. Reported
-are medians with their spread, and the median of the ratios pair by pair: a machine that drifts slows both of a pair.
+are medians with their spread, the ratio of the medians, and the spread of the ratios pair by pair: a machine that
+drifts slows both of a pair.
 `--before` sets another checkout of this project, a folder named internlm3, beside them.
 """
 
 import argparse
-import importlib.metadata
 import itertools
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import time
 
+from options import one_of, output, positive
+
 DECODE_TOKENS = 64
+DTYPES = ("bfloat16", "float16", "float32")
 START = "start to first token"
 QUESTION = "Give three reasons to read old books, and name one that you would begin with."
 
@@ -80,22 +82,14 @@ def run_worker(engine: str, folder: str, dtype: str, shapes: list[list[int]], be
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def machine() -> dict[str, str]:
-    with open("/proc/cpuinfo") as lines:
-        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    versions = {package: importlib.metadata.version(package) for package in ("torch", "transformers")}
-    return {"cpu": f"{name}, {os.cpu_count()} cores", "commit": commit.stdout.strip(), **versions}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dtype", nargs="+", default=["bfloat16", "float32"])
-    parser.add_argument("--prompt", nargs="+", type=int, default=[512], help="tokens of a prompt")
-    parser.add_argument("--batch", nargs="+", type=int, default=[1], help="prompts decoded together")
+    parser.add_argument("--dtype", nargs="+", type=one_of("dtype", DTYPES), default=["bfloat16", "float32"])
+    parser.add_argument("--prompt", nargs="+", type=positive, default=[512], help="tokens of a prompt")
+    parser.add_argument("--batch", nargs="+", type=positive, default=[1], help="prompts decoded together")
     parser.add_argument("--before", help="another checkout, to be compared with this one as transformers is")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", help="write all figures here")
+    parser.add_argument("--rounds", type=positive, default=5)
+    parser.add_argument("--json", type=output, help="write all figures here")
     parser.add_argument("--worker", nargs=5, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
@@ -103,13 +97,16 @@ def main() -> None:
         print(json.dumps(worker(engine, folder, dtype, json.loads(shapes), float(begun))))
         return
 
+    if args.before and not os.path.exists(os.path.join(args.before, "runtime")):
+        parser.error(f"--before {args.before} is no checkout of this project: name a folder internlm3 of one")
     from internlm3.runtime.standin import standin_checkpoint
+    from record import stamp, write_json
 
     folder = str(standin_checkpoint())
-    here = machine()
+    here = stamp()
     print(f"SmolLM2-135M in InternLM3's format; {'; '.join(f'{key} {value}' for key, value in here.items())}")
     print(f"{DECODE_TOKENS} tokens decoded, greedy, medians of {args.rounds} rounds; batch x prompt\n")
-    print("| dtype | figure | internlm3 | beside | its figure | ratio, pair by pair |")
+    print("| dtype | figure | internlm3 | beside | its figure | ratio (pair by pair) |")
     print("|---|---|---|---|---|---|")
     shapes = [[prompt, batch] for prompt in args.prompt for batch in args.batch]
     engines = ["internlm3", "transformers", *(["before"] if args.before else [])]
@@ -122,14 +119,16 @@ def main() -> None:
         for figure in runs[0]["internlm3"]:
             for peer in engines[1:]:
                 ours, theirs = ([run[engine][figure] for run in runs] for engine in ("internlm3", peer))
-                ratios = [b / a if figure == START else a / b for a, b in zip(ours, theirs, strict=True)]
+                # The higher number is the faster of two rates, and the slower of two times.
+                power = -1 if figure == START else 1
+                ratio = (statistics.median(ours) / statistics.median(theirs)) ** power
+                ratios = [(a / b) ** power for a, b in zip(ours, theirs, strict=True)]
                 unit = "s" if figure == START else "tokens/s"
                 cells = [f"{statistics.median(x):.3g} ({min(x):.3g} to {max(x):.3g}) {unit}" for x in (ours, theirs)]
-                times = f"{statistics.median(ratios):.2f} times as fast ({min(ratios):.2f} to {max(ratios):.2f})"
+                times = f"{ratio:.2f} times as fast ({min(ratios):.2f} to {max(ratios):.2f})"
                 print(f"| {dtype} | {figure} | {cells[0]} | {peer} | {cells[1]} | {times} |", flush=True)
     if args.json:
-        with open(args.json, "w") as file:
-            json.dump({"machine": here, "rounds": results}, file, indent=1)
+        write_json(args.json, {"stamp": here, "rounds": results})
 
 
 if __name__ == "__main__":

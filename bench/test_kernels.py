@@ -1,4 +1,8 @@
-"""The microbenchmarks under pytest-benchmark, which compares runs: pytest bench/test_kernels.py --benchmark-autosave"""
+"""The microbenchmarks under pytest-benchmark, which compares runs: pytest bench/test_kernels.py --benchmark-autosave
+
+Each case is our engine's, by the very rounds that bench/kernels.py takes: pytest-benchmark is given their times, a call
+each, and so has the table's medians and quartiles. Without an accelerator the group's name says what is timed.
+"""
 
 import sys
 from pathlib import Path
@@ -6,23 +10,53 @@ from pathlib import Path
 import pytest
 import torch
 
-# The benches are scripts that stand beside each other, not a package.
+# The benches are scripts that stand beside each other, not a package; before the repository's own kernels/.
 sys.path.insert(0, str(Path(__file__).parent))
-from cases import INTERNLM3_8B, Case, cases
+from cases import INTERNLM3_8B, SMALL, Case, cases
+from timing import name_of
 
-from kernels import SMALL, prepare
+from kernels import ours, prepare
 
 ON_GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda", 0) if ON_GPU else torch.device("cpu")
+GROUP = (
+    "Triton, InternLM3-8B's shapes" if ON_GPU else "the plain PyTorch of the ops, a small model's shapes; not Triton"
+)
+ROUNDS = 20
 
 
-@pytest.mark.parametrize("case", cases(INTERNLM3_8B if ON_GPU else SMALL), ids=lambda case: f"{case.op}, {case.shape}")
+class Clock:
+    """Stands still but for the times that it is given."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def __call__(self) -> float:
+        return self.seconds
+
+
+CLOCK = Clock()
+
+
+CASES = list(cases(INTERNLM3_8B if ON_GPU else SMALL))
+
+
+@pytest.mark.benchmark(group=GROUP, timer=CLOCK)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.op}, {case.shape}")
 def test_kernel(benchmark, case: Case) -> None:
-    ours = next(prepare(case, torch.device("cuda", 0) if ON_GPU else torch.device("cpu")))
-    benchmark.extra_info.update(engine=ours.engine, calls=ours.calls, bytes=ours.bytes, cold=ours.cold)
+    engine, make = ours(DEVICE)
+    prepared = prepare(case, make, DEVICE)
+    benchmark.extra_info.update(
+        engine=engine,
+        dtype=name_of(case.dtype),
+        calls=prepared.calls,
+        bytes=prepared.bytes,
+        operations=prepared.operations,
+        cold=prepared.cold,
+    )
+    rounds = prepared.rounds()
 
     def run() -> None:
-        ours.call()
-        if ON_GPU:
-            torch.cuda.synchronize()
+        CLOCK.seconds += next(rounds) / 1e6
 
-    benchmark(run)
+    benchmark.pedantic(run, rounds=ROUNDS)

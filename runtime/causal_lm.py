@@ -211,6 +211,7 @@ class InternLM3ForCausalLM(Generation):
         device_map: str | Mapping[str, Any] | None = None,
         device: str | torch.device | None = None,
         use_safetensors: bool | None = None,
+        batch_invariant: bool = False,
         progress: bool = True,
         **unknown: Any,
     ) -> InternLM3ForCausalLM:
@@ -226,6 +227,8 @@ class InternLM3ForCausalLM(Generation):
             device_map: "auto" (the default: the GPU if there is one), or a device; this runtime runs on one device.
             device: the same as device_map.
             use_safetensors: True refuses pickled weights, which else are read where there is nothing else.
+            batch_invariant: on a GPU, a prompt's answer is the same to the last bit whatever else is decoded with it;
+                decoding alone is slower.
             progress: show progress bars of download and load.
 
         Raises:
@@ -257,6 +260,7 @@ class InternLM3ForCausalLM(Generation):
         model = cls(config, device="meta")
         load_weights(model, stored, dtype=wanted or DTYPES.get(config.dtype or ""), device=where, progress=progress)
         model.generation_config = generation_config
+        model.model.batch_invariant = batch_invariant
         return model.eval()
 
     def save_pretrained(

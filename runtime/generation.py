@@ -18,7 +18,7 @@ from .files import read_json
 from .generation_settings import SETTINGS, GenerationSettings, refuse_unsupported
 from .keywords import reject_unknown
 from .logits_processors import early_processors, processors
-from .model import Decoder, LanguageModel
+from .model import INVARIANT_ROWS, Decoder, LanguageModel
 from .model_outputs import Output
 from .replay import Capture
 from .request import LogitsProcessor, Request, Watch, check_prompt
@@ -224,7 +224,8 @@ class Generation(LanguageModel):
         A stop string in a request's stream ends it, and so does a criterion that is true of it.
         """
         longest = max(len(request.prompt_ids) + request.max_tokens for request in requests)
-        engine = self.reserve(min(_power_of_2(len(requests)), MOST_ROWS), max(_power_of_2(longest), LEAST_WINDOW))
+        most = INVARIANT_ROWS if self.model.batch_invariant else MOST_ROWS
+        engine = self.reserve(min(_power_of_2(len(requests)), most), max(_power_of_2(longest), LEAST_WINDOW))
         waves: deque[list[int | None]] = deque()
         told, silence = [0] * len(requests), [None] * len(requests)
 

@@ -24,6 +24,7 @@ from .generation import GENERATION_CONFIG, read_generation_config
 from .generation_settings import refuse_unsupported
 from .keywords import reject_unknown, without_neutral
 from .logits_processors import early_processors, processors
+from .model import INVARIANT_ROWS
 from .outputs import Chunk, CompletionOutput, RequestOutput, Timings
 from .prompts import THINKING_SYSTEM_PROMPT
 from .replay import eager
@@ -54,6 +55,8 @@ class LLM:
         cache_tokens: how many tokens' keys and values are kept in all; by default a window for every answer of a batch,
             but at most half of the memory that is free.
         cuda_graphs: on a GPU, replay decode steps from CUDA graphs; without, the same steps are launched one by one.
+        batch_invariant: on a GPU, an answer is the same to the last bit whatever else is decoded with it; a single
+            answer is slower.
         revision, token, cache_dir, local_files_only: as in huggingface_hub.
         progress: show progress bars of download, of load, and of several prompts on a terminal.
 
@@ -71,6 +74,7 @@ class LLM:
         max_batch_size: int = 16,
         cache_tokens: int | None = None,
         cuda_graphs: bool = True,
+        batch_invariant: bool = False,
         revision: str | None = None,
         token: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
@@ -81,6 +85,11 @@ class LLM:
         unknown = without_neutral("LLM", unknown, NEUTRAL)
         reject_unknown("LLM", unknown, LLM.__init__.__kwdefaults__ or ())
         batch_size = _check_count("max_batch_size", max_batch_size)
+        if batch_invariant and batch_size > INVARIANT_ROWS:
+            raise ValueError(
+                f"batch_invariant holds for up to {INVARIANT_ROWS} answers decoded together, and max_batch_size is "
+                f"{batch_size}: lower it, or do without"
+            )
         folder = locate(
             model,
             revision=revision,
@@ -105,7 +114,9 @@ class LLM:
         self.eos_token_ids = sorted({*ends, *self.config.eos_token_ids, *self.tokenizer.eos_ids})
         self._ends = frozenset(self.eos_token_ids)
         self._progress = progress
-        self.model = InternLM3ForCausalLM.from_pretrained(folder, dtype=dtype, device=device, progress=progress)
+        self.model = InternLM3ForCausalLM.from_pretrained(
+            folder, dtype=dtype, device=device, batch_invariant=batch_invariant, progress=progress
+        )
         self._cache_tokens, self._capture = cache_tokens, None if cuda_graphs else eager
         self._engine()
 
@@ -364,6 +375,14 @@ class LLM:
                     yield chunk(text, told - 1, last=last)
         if request.finish_reason == "error":
             yield chunk(answer.writer.flush(), told, last=True)
+
+    def warm_up(self) -> None:
+        """Compiles every kernel and captures every step that a request can need, so that none waits for it.
+
+        Without it the first request of its kind does that, which takes seconds on a GPU, and hardly any time on a CPU.
+        For servers: call it before the first request. Raises RuntimeError while requests are under way.
+        """
+        self._engine().warm_up()
 
     def _engine(self) -> Engine:
         return self.model.reserve(self.max_batch_size, self.max_seq_len, self._cache_tokens, self._capture)

@@ -1,12 +1,17 @@
 """Fixtures that several test files share."""
 
 import sys
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import hypothesis
 import pytest
 import torch
 from internlm3.runtime.standin import standin_checkpoint
+
+# The harness of kernels' tests is bench's too; benches are scripts that stand beside each other, not a package.
+sys.path.append(str(Path(__file__).parents[1] / "bench"))
 
 # The same random cases for everybody, and no verdict by the clock: tests/fuzz.py draws new ones, by the other profile.
 hypothesis.settings.register_profile(
@@ -27,8 +32,12 @@ ORACLE = ("test_checkpoint.py", "test_config.py", "test_generate.py", "test_mode
 collect_ignore = [] if sys.version_info >= (3, 11) else list(ORACLE)
 
 
-def pytest_report_header() -> str | None:
-    return f"left out, as transformers 5.23 needs Python 3.11: {', '.join(collect_ignore)}" if collect_ignore else None
+def pytest_report_header() -> list[str]:
+    """Whether kernels run natively, and on which Triton: `make test TRITON=...` chooses."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU: kernels run in the interpreter"
+    left_out = f"left out, as transformers 5.23 needs Python 3.11: {', '.join(collect_ignore)}"
+    triton = version("triton") if find_spec("triton") else "not installed"
+    return [f"triton {triton}, {device}", *([left_out] if collect_ignore else [])]
 
 
 @pytest.fixture(autouse=True)

@@ -16,6 +16,9 @@ from pathlib import Path
 from internlm3 import kernels
 
 ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "bench"))
+from options import one_of, positive  # noqa: E402
+
 DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -31,15 +34,13 @@ def run(ops: Sequence[str], dtypes: Sequence[str], seed: int) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--op", action="append", choices=kernels.__all__, help="default: all, and what is no op's")
-    parser.add_argument("--dtype", action="append", choices=DTYPES, help="of the ops' tests; default: all")
+    parser.add_argument("--op", action="append", type=one_of("op", kernels.__all__), help="default: all, and no op's")
+    parser.add_argument("--dtype", action="append", type=one_of("dtype", DTYPES), help="of ops' tests; default: all")
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--rounds", type=int, default=1, help="default: 1")
+    length.add_argument("--rounds", type=positive, default=1, help="default: 1")
     length.add_argument("--minutes", type=float, default=0, help="new rounds begin for so long")
     length.add_argument("--seed", type=int, help="the round of this seed again")
     options = parser.parse_args()
-    if options.rounds < 1:
-        parser.error(f"--rounds {options.rounds}: at least one")
 
     end, rounds = time.monotonic() + 60 * options.minutes, 0
     while rounds < options.rounds or time.monotonic() < end:

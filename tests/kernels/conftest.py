@@ -7,6 +7,12 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
+whole = torch.Tensor.__repr__
+# A failure shows lengths and seeds, which are short, and of other tensors what they are.
+torch.Tensor.__repr__ = lambda x: (
+    whole(x) if x.numel() <= 16 else f"<{str(x.dtype).removeprefix('torch.')} {list(x.shape)}>"
+)
+
 if not torch.cuda.is_available():
     if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
         raise RuntimeError("triton was imported before tests/kernels could choose its interpreter: import it later")
@@ -37,7 +43,18 @@ if not torch.cuda.is_available():
 
     interpreter.InterpreterBuilder.create_dot = wide_dot
 
+    def splat(self, block, x):
+        """In the dtype that the data has: a comparison's handle bears that of what it compared, and its data is bool.
+
+        From Triton 3.9 on the handle's would make integers of a scalar condition, which no mask may be.
+        """
+        return interpreter.TensorHandle(np.broadcast_to(x.data, block.shape).copy(), x.dtype.scalar)
+
+    interpreter.InterpreterBuilder.create_splat = splat
+
     # The interpreter teaches triton.language to compute anew for every call of a jitted function, those within kernels
     # included, which is half of its time. Once is enough.
     interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
     interpreter._patch_lang = lambda function: SimpleNamespace(restore=lambda: None)
+    # Triton 3.6 asks numpy for the integer of an array of one element, which numpy 2.4 gives no more.
+    tl.tensor.__index__ = lambda self: self.handle.data.item()

@@ -13,6 +13,7 @@ from .support import (
     DEVICE,
     PagedCache,
     assert_near,
+    assert_same,
     call,
     dtypes,
     embedded,
@@ -152,7 +153,7 @@ def test_one_key_dominates(dtype, score):
         q[..., 0] = score / 100
         out = check_case(q, cache, 1.0)
         if score > 0:
-            assert torch.equal(out.view(3, 32), cache.v_cache[page, 0, slot].expand(3, 32))
+            assert_same(cache.v_cache[page, 0, slot].expand(3, 32), found=out.view(3, 32))
 
 
 @pytest.mark.parametrize("programs", [1, 4, 64])
@@ -170,7 +171,7 @@ def test_a_constant_beside_every_score_changes_no_bit(offset, programs):
     with mock.patch.object(attention, "_PROGRAMS", programs):
         expected = call(kernels.paged_attention, q, *cache, 0.3)
         q[..., 1] = offset
-        assert torch.equal(call(kernels.paged_attention, q, *cache, 0.3), expected)
+        assert_same(expected, found=call(kernels.paged_attention, q, *cache, 0.3))
 
 
 @pytest.mark.parametrize("scale", [1e-4, 1.0])
@@ -216,9 +217,9 @@ def check_bits(seed, dtype, tokens, group, length):
     others[1, -1] = q[-1]
     others[3, -1] = q[-2] if tokens > 1 else 0
     found = call(kernels.paged_attention, others.flatten(0, 1), *crowd, 0.3).view(4, tokens, -1)
-    assert torch.equal(found[1, -1], expected[-1])
+    assert_same(expected[-1], found=found[1, -1])
     if tokens > 1:
-        assert torch.equal(found[3, -1], expected[-2]), "the last but one of a launch, as the last of another"
+        assert_same(expected[-2], **{"the last but one of a launch, as the last of another,": found[3, -1]})
 
 
 @pytest.mark.parametrize("programs", [1, 8, 64])
@@ -232,8 +233,8 @@ def test_a_length_beyond_the_table_reads_what_the_table_has(tokens, programs):
         expected = call(kernels.paged_attention, q, *cache, 0.3)
         cache.seq_lens[0] = 5000
         found = call(kernels.paged_attention, q, *cache, 0.3)
-    assert torch.equal(found[tokens:], expected[tokens:])
-    assert torch.equal(found[tokens - 1], expected[tokens - 1])  # the last row sees all keys, before and now
+    assert_same(expected[tokens:], found=found[tokens:])
+    assert_same(expected[tokens - 1], found=found[tokens - 1])  # the last row sees all keys, before and now
     assert found.isfinite().all()
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from internlm3 import kernels
 
-from .support import DEVICE, generator, normal
+from .support import DEVICE, assert_same, generator, normal
 
 ROWS, WIDTH, HEADS, DIM, PAGES, PAGE, VOCAB = 3, 64, 3, 16, 4, 16, 70
 
@@ -110,4 +110,4 @@ def test_far_slices_are_found(op, name, axis):
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
     for each, x in near.items():
         if isinstance(x, torch.Tensor):
-            assert torch.equal(wide[each], x), each
+            assert_same(x, **{each: wide[each]})

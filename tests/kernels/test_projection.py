@@ -9,7 +9,19 @@ from hypothesis import strategies as st
 from internlm3 import kernels
 from internlm3.kernels import reference
 
-from .support import DEVICE, assert_near, call, dtypes, embedded, generator, normal, scales, seeds
+from .support import (
+    DEVICE,
+    assert_near,
+    assert_rounded_alike,
+    assert_same,
+    call,
+    dtypes,
+    embedded,
+    generator,
+    normal,
+    scales,
+    seeds,
+)
 from .test_rope import ULPS, orders
 from .test_rope import Case as RopeCase
 
@@ -213,7 +225,7 @@ def test_a_row_has_the_same_bits_in_any_company(seed, dtype, shape, other, scale
         lambda x, _: kernels.rms_norm_swiglu(x, case.norm, EPS, case.weight, batch_invariant=True),
     ]
     for op in ops:
-        assert torch.equal(op(case.x, case.residual)[row], op(alone, residual)[0])
+        assert_same(op(alone, residual)[0], found=op(case.x, case.residual)[row])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -226,7 +238,7 @@ def test_a_row_of_the_reference_has_the_same_bits_in_any_company(dtype, outputs,
     bias = torch.randn(outputs, generator=rng).to(dtype) if biased else None
     alone = torch.cat([reference.linear(row[None], weight, bias) for row in x])
     for count in (2, 3, 4, 8, 11, 16):
-        assert torch.equal(reference.linear(x[-count:], weight, bias), alone[-count:]), f"{count} rows"
+        assert_same(alone[-count:], **{f"{count} rows": reference.linear(x[-count:], weight, bias)})
 
 
 @pytest.mark.parametrize("batch_invariant", [False, True])
@@ -243,10 +255,10 @@ def test_qkv_has_the_same_bits_in_any_company(batch_invariant):
     q_alone = kernels.rms_norm_qkv_rope_cache(
         case.x[2:], *weights, rope.inv_freq[1:], *apart.unbind(1), rope.block_table[1:], rope.seq_lens[1:], **options
     )
-    assert torch.equal(q[2:], q_alone)
+    assert_same(q_alone, found=q[2:])
     mine = ~apart.isnan()
     assert mine.sum() == 2 * 2 * 2 * 64
-    assert torch.equal(together[mine], apart[mine])
+    assert_same(apart[mine], found=together[mine])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -262,8 +274,8 @@ def test_both_ways_to_the_cache_write_the_same_bits(dtype, lengths):
     )
     qkv = kernels.rms_norm_linear(case.x, *weights)
     expected = kernels.rope_and_cache(qkv, rope.inv_freq, *apart.unbind(1), rope.block_table, rope.seq_lens)
-    assert torch.equal(q, expected)
-    assert torch.equal(together.nan_to_num(7.0), apart.nan_to_num(7.0))
+    assert_same(expected, found=q)
+    assert_same(apart.nan_to_num(7.0), found=together.nan_to_num(7.0))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -280,8 +292,8 @@ def test_long_rows(dtype, rows, width):
 def test_any_leading_dimensions():
     case = Case(17, torch.float32, 6, 64, 5)
     y = kernels.linear(case.x, case.weight)
-    assert torch.equal(kernels.linear(case.x.view(2, 3, 64), case.weight), y.view(2, 3, 5))
-    assert torch.equal(kernels.linear(case.x[0], case.weight), kernels.linear(case.x[:1], case.weight)[0])
+    assert_same(y.view(2, 3, 5), found=kernels.linear(case.x.view(2, 3, 64), case.weight))
+    assert_same(kernels.linear(case.x[:1], case.weight)[0], found=kernels.linear(case.x[0], case.weight))
     assert kernels.linear(case.x[:0], case.weight).shape == (0, 5)
 
 
@@ -293,9 +305,9 @@ def test_roundings_in_the_reference_order(dtype, rows):
     args = (case.x, case.norm, EPS, case.weight)
     for op in ("rms_norm_linear", "rms_norm_swiglu"):
         results = run(op, *args)
-        assert (results["triton"] != results["reference"]).float().mean() < 0.03, op
+        assert_rounded_alike(results["reference"], 0.03, **{op: results["triton"]})
     results = run("linear_add", case.x, case.weight, case.residual)
-    assert (results["triton"] != results["reference"]).float().mean() < 0.03
+    assert_rounded_alike(results["reference"], 0.03, triton=results["triton"])
 
 
 @pytest.mark.parametrize("rows", [1, 3, 17])

@@ -7,13 +7,25 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from harness import difference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from internlm3 import kernels
 from internlm3.kernels import reference
 from internlm3.kernels.rope import cos_sin
 
-from .support import DEVICE, assert_near, call, dtypes, embedded, generator, normal, seeds
+from .support import (
+    DEVICE,
+    assert_near,
+    assert_rounded_alike,
+    assert_same,
+    call,
+    dtypes,
+    embedded,
+    generator,
+    normal,
+    seeds,
+)
 
 # cos and sin, the products and their sum are rounded, half an ulp of the operands each; float32 adds 1.5 ulp of
 # its own cosine.
@@ -45,9 +57,11 @@ def test_cos_sin_are_exact_to_two_ulp(seed, kind):
     cos, sin = torch.empty_like(angles), torch.empty_like(angles)
     _cos_sin[(1,)](angles, cos, sin, BLOCK=4096)
     wide = angles.cpu().numpy().astype(np.longdouble)
-    for ours, exact in ((cos, np.cos(wide)), (sin, np.sin(wide))):
-        ulp = np.spacing(np.abs(exact).astype(np.float32))
-        assert (np.abs(ours.cpu().numpy() - exact) / ulp).max() <= 2
+    for name, ours, exact in (("cos", cos, np.cos(wide)), ("sin", sin, np.sin(wide))):
+        ulp = np.spacing(np.abs(exact).astype(np.float32)).astype(np.float64)
+        bound = torch.from_numpy(2 * ulp).to(DEVICE)
+        wrong = difference(name, ours, torch.from_numpy(exact.astype(np.float64)).to(DEVICE), bound, "2 ulp")
+        assert not wrong, wrong
 
 
 class Case:
@@ -115,7 +129,7 @@ def check_case(case):
     exact_q, exact_k, exact_v, q_size, k_size, position = case.exact()
     ulps = ULPS[case.qkv.dtype]
     assert_near(exact_q, ulps, q_size, triton=q, reference=reference_q)
-    assert torch.equal(v_cache.nan_to_num(7.0), reference_v.nan_to_num(7.0))
+    assert_same(reference_v.nan_to_num(7.0), found=v_cache.nan_to_num(7.0))
     written = torch.zeros(k_cache.shape[0], case.page_size, dtype=torch.bool, device=DEVICE)
     for b, t in (position >= 0).nonzero().tolist():
         slot = int(position[b, t])
@@ -123,7 +137,7 @@ def check_case(case):
         written[page, offset] = True
         found, expected = k_cache[page, :, offset], reference_k[page, :, offset]
         assert_near(exact_k[b, t], ulps, k_size[b, t], triton=found, reference=expected)
-        assert torch.equal(v_cache[page, :, offset].double(), exact_v[b, t])
+        assert_same(exact_v[b, t], found=v_cache[page, :, offset].double())
     for cache in (k_cache, v_cache):
         assert cache.isnan().all(-1).all(1).logical_xor(written).all(), "a token that is not of this launch was written"
 
@@ -173,8 +187,8 @@ def test_products_are_rounded_one_by_one(dtype):
     case = Case(5, dtype, [70], 32, 4, 2, 128, 32)
     q, k_cache, _ = case.run(kernels.rope_and_cache)
     expected_q, expected_k, _ = case.run(reference.rope_and_cache)
-    assert (q != expected_q).float().mean() < 1e-3
-    assert (k_cache.nan_to_num(7.0) != expected_k.nan_to_num(7.0)).float().mean() < 1e-3
+    assert_rounded_alike(expected_q, q=q)
+    assert_rounded_alike(expected_k.nan_to_num(7.0), k_cache=k_cache.nan_to_num(7.0))
 
 
 def test_page_ids_outside_the_cache_write_nothing():

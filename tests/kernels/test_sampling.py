@@ -13,7 +13,7 @@ from internlm3 import kernels
 from internlm3.kernels import sampling as launcher
 from internlm3.kernels import sampling_reference as reference
 
-from .support import DEVICE, assert_near, call, dtypes, embedded, generator, seeds
+from .support import DEVICE, assert_near, assert_same, call, dtypes, embedded, generator, seeds
 
 # Small blocks give small vocabularies many blocks, and small chunks a search of several turns.
 blocks = st.sampled_from([(32, 64), (64, 32), (256, 128), (1024, 1024)])
@@ -93,13 +93,13 @@ def add_tables(draw, rng, arguments, rows, vocab, padding):
 def compare(logits, arguments):
     token, logprob = call(lambda x: kernels.sample(x, **arguments), logits)
     expected, expected_logprob = reference.sample(logits, **arguments)
-    assert torch.equal(token, expected)
+    assert_same(expected, found=token)
     if not logprob.isnan().any():
         exact = logits.double().log_softmax(-1).gather(1, expected[:, None])[:, 0]
         # float32: the difference to the maximum, half an ulp of a logit, and the logarithm of a sum, a few ulp.
         magnitude = logits.double().abs().amax(-1) + math.log(logits.shape[1])
         assert_near(exact, 4.0, magnitude, triton=logprob, reference=expected_logprob)
-    assert torch.equal(logprob.isnan(), expected_logprob.isnan())
+    assert_same(expected_logprob.isnan(), found=logprob.isnan())
     return token
 
 
@@ -240,7 +240,7 @@ def test_a_position_may_be_a_length():
     numbers = random_numbers(generator(1), 3) | {"position": torch.tensor([7, 2**31 - 1, 0], device=DEVICE)}
     arguments = {"temperature": torch.ones(3, device=DEVICE), **numbers}
     token = compare(logits, arguments)
-    assert torch.equal(compare(logits, arguments | {"position": numbers["position"].int()}), token)
+    assert_same(token, found=compare(logits, arguments | {"position": numbers["position"].int()}))
 
 
 @triton.jit
@@ -261,7 +261,7 @@ def test_philox_is_that_of_triton():
     numbers = random_numbers(generator(4), 50)
     words = torch.empty(50, dtype=torch.int64, device=DEVICE)
     _first_words[(50,)](*numbers.values(), words)
-    assert torch.equal(words, reference.philox(**numbers)[0])
+    assert_same(reference.philox(**numbers)[0], found=words)
 
 
 def good_arguments(rows=2, vocab=40):

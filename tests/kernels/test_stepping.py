@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from internlm3 import kernels
 from internlm3.kernels import reference
 
-from .support import DEVICE, call, embedded, generator, seeds
+from .support import DEVICE, assert_same, call, embedded, generator, seeds
 
 NAMES = ("token", "seq_lens", "limit", "ends", "said", "output_counts", "free_from", "permitted", "allowed")
 WRITTEN = ("token", "seq_lens", "said", "output_counts", "allowed")
@@ -69,7 +69,7 @@ def check(op, drawn, logprob, state):
     call(lambda drawn, logprob, *rest: op(drawn, logprob, **dict(zip(NAMES, rest, strict=True))), drawn, logprob,
          *state.values(), writes=[state[name] for name in WRITTEN])  # fmt: skip
     for name in WRITTEN:
-        assert state[name].tolist() == expected[name], name
+        assert_same(torch.tensor(expected[name], dtype=state[name].dtype, device=DEVICE), **{name: state[name]})
 
 
 @pytest.mark.op(name="advance")
@@ -94,7 +94,8 @@ def test_steps_behind_the_end_change_nothing(op):
     before = {name: x.clone() for name, x in state.items()}
     op(drawn, logprob, **state)
     before["said"][:, 0] = -1
-    assert all(torch.equal(x, before[name]) for name, x in state.items())
+    for name, x in state.items():
+        assert_same(before[name], **{name: x})
 
 
 @pytest.mark.parametrize(

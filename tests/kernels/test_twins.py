@@ -1,5 +1,6 @@
-"""Every op has, by the same name and signature, a Triton side, a reference side and a test."""
+"""To find one is to find all: an op's Triton side, its twin, test, bench and audit case, and its kernels' facts."""
 
+import ast
 import inspect
 import re
 import subprocess
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import cases
 from internlm3 import kernels
 from internlm3.kernels import reference
 
@@ -29,6 +31,25 @@ def test_the_op_is_tested(name):
     tests = (path.read_text(encoding="utf-8") for path in Path(__file__).parent.glob("test_*.py"))
     random = rf'^@pytest.mark.op\(name="{name}"\)\n(@.*\n)*@settings'
     assert any(re.search(random, text, re.MULTILINE) for text in tests), f"no file here tests {name} at random"
+
+
+@pytest.mark.parametrize("name", kernels.__all__)
+def test_the_op_has_a_case(name):
+    """bench/cases.py is what the microbenchmarks time and what the audit compiles."""
+    assert any(case.op == name for case in cases()), f"bench/cases.py has no case of {name}"
+
+
+def test_every_kernel_that_is_launched_has_its_facts():
+    """FACTS of bench/audit.py says of each what its machine code is meant to be; a name may go on behind a comma."""
+    launched = set()
+    for path in Path(reference.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.FunctionDef):
+                decorators = [x.func for x in node.decorator_list if isinstance(x, ast.Call)]
+                launched |= {node.name for x in decorators if isinstance(x, ast.Name) and x.id == "jit"}
+    tree = ast.parse((Path(__file__).parents[2] / "bench" / "audit.py").read_text("utf-8"))
+    (facts,) = [x.value for x in tree.body if isinstance(x, ast.Assign) and x.targets[0].id == "FACTS"]
+    assert {key.value.split(",")[0] for key in facts.keys} == launched
 
 
 def test_no_file_hides_an_op():

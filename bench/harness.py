@@ -1,0 +1,117 @@
+"""Run a kernel so that its faults show: inputs amid garbage, poisoned outputs between guards, errors by their place.
+
+The tests of kernels/ and the check of somebody's own kernel (bench/kernels.py --kernel) run through the same `call`.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Fault(AssertionError):
+    """A kernel wrote where it must not."""
+
+
+GUARD = 4096  # elements on either side of a poisoned tensor: more than a block overruns; keeps 16-byte alignment
+
+
+def poison(numel: int, dtype: torch.dtype, device: Any = None) -> Tensor:
+    """Memory of 0xFF bytes: a NaN in every floating-point dtype, -1 in every integer."""
+    return torch.full((numel * dtype.itemsize,), 0xFF, dtype=torch.uint8, device=device).view(dtype)
+
+
+def amid_guards(x: Tensor) -> Tensor:
+    """A copy of x with x's strides, in poisoned memory with guards on both ends."""
+    extent = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) + 1 if x.numel() else 0
+    memory = poison(2 * GUARD + extent, x.dtype, x.device)
+    return memory.as_strided(x.shape, x.stride(), GUARD).copy_(x)
+
+
+def guarded(x: Tensor) -> bool:
+    """Whether x's memory begins and ends with whole guards."""
+    memory = torch.tensor([], dtype=x.dtype, device=x.device).set_(x.untyped_storage())
+    return all(bool((guard.view(torch.uint8) == 0xFF).all()) for guard in (memory[:GUARD], memory[-GUARD:]))
+
+
+@contextlib.contextmanager
+def poisoned_outputs() -> Iterator[None]:
+    """Inside, torch.empty and torch.empty_like return poison between guard bands, which must be whole at the end."""
+    memories: list[Tensor] = []
+
+    def empty(*size: Any, dtype: torch.dtype | None = None, device: Any = None) -> Tensor:
+        shape = torch.Size(size[0] if len(size) == 1 and not isinstance(size[0], int) else size)
+        memory = poison(shape.numel() + 2 * GUARD, dtype or torch.get_default_dtype(), device)
+        memories.append(memory)
+        return memory[GUARD : memory.numel() - GUARD].view(shape)
+
+    def empty_like(x: Tensor, dtype: torch.dtype | None = None, device: Any = None) -> Tensor:
+        return empty(x.shape, dtype=dtype or x.dtype, device=device or x.device)
+
+    with mock.patch.object(torch, "empty", empty), mock.patch.object(torch, "empty_like", empty_like):
+        yield
+    if not all(guarded(memory) for memory in memories):
+        raise Fault("the kernel wrote outside its output")
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.equal(
+        *(x.contiguous().view(torch.uint8 if x.numel() else x.dtype) for x in (one, other))
+    )
+
+
+def call(op: Callable[..., Any], *args: Any, writes: Sequence[Tensor] = (), **kwargs: Any) -> Any:
+    """op(*args, **kwargs) with poisoned outputs; fails where it changed an argument that is not among `writes`.
+
+    Nor may it write beside one of these, where they lie amid guards.
+    """
+    given = {f"argument {i + 1}": x for i, x in enumerate(args)} | kwargs
+    tensors = {name: x for name, x in given.items() if isinstance(x, Tensor)}
+    before = {name: x.clone() for name, x in tensors.items() if not any(x is written for written in writes)}
+    within = {name: x for name, x in tensors.items() if x.numel() and guarded(x)}
+    # The interpreter is numpy, which warns where a GPU quietly overflows.
+    with poisoned_outputs(), np.errstate(all="ignore"):
+        result = op(*args, **kwargs)
+    for name, copy in before.items():
+        if not same_bits(tensors[name], copy):
+            raise Fault(f"the kernel changed its input {name}")
+    for name, x in within.items():
+        if not guarded(x):
+            raise Fault(f"the kernel wrote outside its {name}")
+    return result
+
+
+def difference(name: str, result: Tensor, expected: Tensor, bound: Tensor | None = None, reason: str = "") -> str:
+    """A sentence on where `result` is off `expected` by more than `bound`, bit by bit where there is none; else "".
+
+    It says how often, and the worst place (bit by bit the first) with both values, the bound and its reason. With a
+    bound, what is beyond the dtype's range counts as one step past its maximum, so that infinity is right there alone.
+    """
+    if bound is None:
+        bad = result != expected
+        if result.is_floating_point():
+            bad &= ~(result.isnan() & expected.isnan())
+    else:
+        info = torch.finfo(result.dtype)
+        limit = info.max * (1 + info.eps)
+        error = (result.double().clamp(-limit, limit) - expected.double().clamp(-limit, limit)).abs()
+        bad = ~(error <= bound)
+    if not bad.any():
+        return ""
+    if bound is None:
+        worst = bad.to(torch.uint8).argmax()
+        allowed = "where every bit counts"
+    else:
+        worst = torch.where(bad, (error / bound).nan_to_num(torch.inf), 0.0).argmax()
+        allowed = f"off by {error.flatten()[worst].item():.3g} where {bound.flatten()[worst].item():.3g} is allowed"
+    place = [int(i) for i in torch.unravel_index(worst, result.shape)]
+    found, wanted = (x.flatten()[worst].item() for x in (result, expected))
+    return (
+        f"{name} ({str(result.dtype).removeprefix('torch.')} {list(result.shape)}) is wrong at {int(bad.sum())} of "
+        f"{bad.numel()} places, {'first' if bound is None else 'worst'} at {place}: {found} instead of {wanted}, "
+        f"{allowed}" + f" ({reason})" * bool(reason)
+    )
