@@ -119,6 +119,9 @@ def test_min_tokens_that_forbids_everything_is_refused():
     params = SamplingParams(min_tokens=1, allowed_token_ids=[2])
     with pytest.raises(ValueError, match=r"min_tokens=1 holds back every token of allowed_token_ids=\[2\]"):
         Rows([(params, [1], 0)], 10, [2])
+    params = SamplingParams(allowed_token_ids=[2, 3], suppress_tokens=[3, 2])
+    with pytest.raises(ValueError, match=r"suppress_tokens holds all of allowed_token_ids=\[2, 3\]"):
+        Rows([(params, [1], 0)], 10, [2])
 
 
 setting = st.fixed_dictionaries(
