@@ -65,8 +65,10 @@ def engines(
     return found
 
 
-def first_line(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
     text = str(error).strip().splitlines()
+    if text and "active drivers" in text[0]:
+        return "Triton finds no GPU: TRITON_INTERPRET=1 checks a kernel without one, and times the interpreter"
     return text[0] if isinstance(error, peers.Unfit) else f"{type(error).__name__}: {text[0] if text else ''}"
 
 
@@ -111,7 +113,7 @@ def measure(case: Case, engine: str, make: Make, device: torch.device, rounds: i
         times = list(islice(prepared.rounds(), rounds))
         return Figure(*described, prepared.bytes, prepared.operations, prepared.cold, times)
     except Exception as error:  # whatever a peer or somebody's kernel raises is its row
-        return Figure(*described, note=f"not timed: {first_line(error)}")
+        return Figure(*described, note=f"not timed: {reason_of(error)}")
 
 
 def figures(
@@ -274,7 +276,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     outputs(Record(made, floor, done), options)
     wrong = [x for x in done if not x.rounds and x.engine in (*own_ops, ours(device)[0])]
     if wrong:
-        print(f"{len(wrong)} rows of ours or yours are not right; the same inputs again: add --seed {seed}")
+        print(f"not right, of ours or yours: {len(wrong)} rows; the same inputs again: --seed {seed}")
     return min(len(wrong), 1)
 
 

@@ -3,7 +3,9 @@
 import csv
 import importlib.util
 import json
+import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -215,6 +217,17 @@ def test_bad_arguments_fail_before_anything_is_measured(arguments, message, tool
     assert message in fails(tool, capsys, *arguments)
 
 
+def test_pytest_benchmark_reads_the_same_cases_and_says_what_it_times():
+    """It runs in a process of its own, as by hand; what it holds to the table's median is in bench/test_kernels.py."""
+    command = [Path(sys.executable).with_name("pytest"), "-q", BENCH / "test_kernels.py", "-k", "advance or embed"]
+    environment = {name: x for name, x in os.environ.items() if not name.startswith(("PYTEST_", "TRITON_INTERPRET"))}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=BENCH.parent, env=environment)
+    assert done.returncode == 0, done.stdout
+    assert "the plain PyTorch of the ops, a small model's shapes; not Triton" in done.stdout
+    assert "test_kernel[embed, 512 tokens]" in done.stdout
+    assert "6 passed" in done.stdout
+
+
 # --- comparison
 
 
@@ -375,7 +388,7 @@ def test_own_kernel(body, said, tool, fast, config, tmp_path, capsys):
         assert code == 0 and row.endswith("warm")
     else:
         assert code == 1 and said in row
-        assert "the same inputs again: add --seed 3" in out
+        assert "the same inputs again: --seed 3" in out
 
 
 @pytest.mark.parametrize(
