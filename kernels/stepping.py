@@ -32,17 +32,17 @@ def _advance(
     length = tl.load(lens_ptr + row)
     if length > 0:
         token = tl.load(drawn_ptr + row)
-        bits = tl.load(logprob_ptr + row).to(tl.int32, bitcast=True)
+        logprob = tl.load(logprob_ptr + row)
         word = tl.load(ends_ptr + row * ends_stride + token // 32)
         stopped = (word >> (token % 32).to(tl.int32)) & 1
         full = (length + 1 >= tl.load(limit_ptr + row)).to(tl.int32)
-        end = tl.where(stopped != 0, 1, 2 * full)
+        end = tl.where(logprob != logprob, 3, tl.where(stopped != 0, 1, 2 * full))
         count_ptr = counts_ptr + row * counts_stride + token
         count = tl.load(count_ptr)
         opens = length + 1 == tl.load(free_from_ptr + row)
         tl.store(said_ptr + row * said_stride, token.to(tl.int32))
         tl.store(said_ptr + row * said_stride + 1, end)
-        tl.store(said_ptr + row * said_stride + 2, bits)
+        tl.store(said_ptr + row * said_stride + 2, logprob.to(tl.int32, bitcast=True))
         tl.store(token_ptr + row, token)
         tl.store(lens_ptr + row, tl.where(end != 0, 0, length + 1))
         tl.store(count_ptr, count + 1)

@@ -19,7 +19,8 @@ class KVCache:
         pages: where they lie.
         held: for each sequence the pages that are its own, in order.
         lengths: tokens held by each. Padding is not held.
-        columns: columns of input seen, padding included: where the next default position begins.
+        real: [B, columns] bool on the host, False where a column of input was padding, which is not held; one column
+            for each that was seen, which is also where the next default position begins.
         inv_freq: [B, D/2] float32, each one's rotary frequencies, set when its first tokens enter and fixed from then
             on; None before that.
     """
@@ -27,12 +28,17 @@ class KVCache:
     pages: Pages
     held: list[list[int]]
     lengths: list[int] = field(default_factory=list)
-    columns: int = 0
+    real: Tensor = field(init=False)
     inv_freq: Tensor | None = None
 
     def __post_init__(self) -> None:
         self.lengths = self.lengths or [0] * len(self.held)
+        self.real = torch.ones(len(self.held), 0, dtype=torch.bool)
         self._table = self._block_table()
+
+    @property
+    def columns(self) -> int:
+        return self.real.shape[1]
 
     def get_seq_length(self) -> int:
         """Columns of input seen, as transformers counts them."""
@@ -59,10 +65,10 @@ class KVCache:
         table, inv_freq = (x if every else x[list(rows)] for x in (self._table, self.inv_freq))
         return Sequences(table, seq_lens, inv_freq, positions)
 
-    def advance(self, tokens: Sequence[int], columns: int) -> None:
-        """Sequence b now holds tokens[b] more, of `columns` columns of input."""
-        self.lengths = [length + new for length, new in zip(self.lengths, tokens, strict=True)]
-        self.columns += columns
+    def advance(self, real: Tensor) -> None:
+        """Sequence b now holds those columns of T more that `real` [B, T] bool, on the host, names."""
+        self.lengths = [length + new for length, new in zip(self.lengths, real.sum(1).tolist(), strict=True)]
+        self.real = torch.cat((self.real, real), 1)
 
     def _block_table(self) -> Tensor:
         widest = max(map(len, self.held))

@@ -100,8 +100,9 @@ class InternLM3Model(Decoder):
         Args:
             input_ids: [B, T] integers, or else
             inputs_embeds: [B, T, C].
-            attention_mask: [B, T] or, with a cache, [B, past + T]; zero marks padding, on either side or in between.
-                Hidden states of padding mean nothing.
+            attention_mask: [B, past + T], T alone without a cache; zero marks padding, on either side or in between.
+                Hidden states of padding mean nothing. Padding is not cached, so the columns of the past stay what they
+                were when they entered.
             position_ids: [B, T], [1, T] or [T]; by default they count on from the columns in the cache, padding
                 included, as in transformers.
             past_key_values: the cache that an earlier call returned; it is extended in place. A row's rotary
@@ -110,14 +111,15 @@ class InternLM3Model(Decoder):
 
         Raises:
             ValueError: arguments that contradict each other, a wrong shape, an id outside the vocabulary, a cache of
-                other sequences or of a model that was moved since.
+                other sequences or of a model that was moved since, a mask that changes what is cached.
         """
         x = self._embed(input_ids, inputs_embeds)
         batch, tokens, _ = x.shape
         keep = past_key_values is not None or (self.config.use_cache if use_cache is None else use_cache)
         cache = past_key_values or self._new_cache(batch, tokens, scratch=not keep)
         _check_cache(cache, x)
-        live = _live_tokens(attention_mask, batch, tokens, cache.columns)
+        real = _real(attention_mask, batch, tokens, cache.real)
+        live = [None if row.all() else row.nonzero()[:, 0].to(x.device) for row in real]
         # Without padding, now or before, a token's position is its place in the cache, and the ops know that.
         placed = position_ids is None and all(length == cache.columns for length in cache.lengths)
         if position_ids is None:
@@ -141,7 +143,7 @@ class InternLM3Model(Decoder):
             x = self._run_ragged(x, positions, live, cache, states)
         x = self.ops.rms_norm(x, self.norm.weight, self.norm.eps)
 
-        cache.advance([tokens if columns is None else len(columns) for columns in live], tokens)
+        cache.advance(real)
         hidden_states = None if states is None else (*(state.view(x.shape) for state in states[:-1]), x)
         return ModelOutput(x, cache if keep else None, hidden_states)
 
@@ -209,6 +211,7 @@ class InternLM3ForCausalLM(Generation):
         device_map: str | Mapping[str, Any] | None = None,
         device: str | torch.device | None = None,
         use_safetensors: bool | None = None,
+        batch_invariant: bool = False,
         progress: bool = True,
         **unknown: Any,
     ) -> InternLM3ForCausalLM:
@@ -224,6 +227,8 @@ class InternLM3ForCausalLM(Generation):
             device_map: "auto" (the default: the GPU if there is one), or a device; this runtime runs on one device.
             device: the same as device_map.
             use_safetensors: True refuses pickled weights, which else are read where there is nothing else.
+            batch_invariant: on a GPU, a prompt's answer is the same to the last bit whatever else is decoded with it;
+                decoding alone is slower.
             progress: show progress bars of download and load.
 
         Raises:
@@ -255,6 +260,7 @@ class InternLM3ForCausalLM(Generation):
         model = cls(config, device="meta")
         load_weights(model, stored, dtype=wanted or DTYPES.get(config.dtype or ""), device=where, progress=progress)
         model.generation_config = generation_config
+        model.model.batch_invariant = batch_invariant
         return model.eval()
 
     def save_pretrained(
@@ -271,10 +277,11 @@ class InternLM3ForCausalLM(Generation):
         unknown = without_neutral("save_pretrained", unknown, NEUTRAL_AT_SAVE)
         reject_unknown("save_pretrained", unknown, ("save_directory", "max_shard_size"))
         self.config.dtype = str(self.dtype).removeprefix("torch.")
+        folder = Path(save_directory)
         notes = {"config.json": self.config.to_dict()}
-        if self.generation_config:
+        if self.generation_config or (folder / GENERATION_CONFIG).is_file():
             notes[GENERATION_CONFIG] = self.generation_config
-        save_weights(self, Path(save_directory), notes, max_shard_size=max_shard_size)
+        save_weights(self, folder, notes, max_shard_size=max_shard_size)
 
     @torch.no_grad()
     def forward(
@@ -333,14 +340,27 @@ def _check_cache(cache: KVCache, x: Tensor) -> None:
         )
 
 
-def _live_tokens(mask: Tensor | None, batch: int, tokens: int, past: int) -> list[Tensor | None]:
-    """For each row the indices of its real tokens among the last T columns, None where all of them are."""
+def _real(mask: Tensor | None, batch: int, tokens: int, past: Tensor) -> Tensor:
+    """[B, T] bool on the host: which of the last T columns are no padding. past: the same of those in the cache.
+
+    Raises ValueError for a wrong shape, or where the mask says of the past what it was not.
+    """
+    columns = past.shape[1] + tokens
     if mask is None:
-        return [None] * batch
-    if mask.dim() != 2 or mask.shape[0] != batch or mask.shape[1] not in (tokens, past + tokens):
-        raise ValueError(f"attention_mask has shape {list(mask.shape)}, must be [{batch}, {past + tokens}]")
-    real = mask[:, -tokens:].bool()
-    return [None if row.all() else row.nonzero()[:, 0] for row in real]
+        mask = torch.ones(batch, columns, dtype=torch.bool)
+    elif mask.dim() != 2 or mask.shape != (batch, columns):
+        raise ValueError(
+            f"attention_mask has shape {list(mask.shape)}, must be [{batch}, {columns}], the past included"
+        )
+    mask = mask.bool().cpu()
+    if not mask[:, : past.shape[1]].equal(past):
+        row, column = (mask[:, : past.shape[1]] != past).nonzero()[0].tolist()
+        was, now = ("a token", "padding") if past[row, column] else ("padding", "a token")
+        raise ValueError(
+            f"attention_mask makes column {column} of row {row} {now}, and it entered the cache as {was}: "
+            "repeat the mask that it had, or begin without past_key_values"
+        )
+    return mask[:, past.shape[1] :]
 
 
 def _agreed(**spellings: Any) -> Any:

@@ -106,7 +106,10 @@ class Chat:
 
 
 def show(chunks: Iterator[Chunk]) -> tuple[str, bool]:
-    """Prints an answer as it comes, then its figures; returns its text, and whether Ctrl-C stopped it."""
+    """Prints an answer as it comes, then its figures; returns its text, and whether Ctrl-C stopped it.
+
+    Raises ValueError, with what is wrong, where an error ended it.
+    """
     text, chunk, stopped = "", None, False
     try:
         for chunk in chunks:
@@ -123,6 +126,8 @@ def show(chunks: Iterator[Chunk]) -> tuple[str, bool]:
             f"peak memory {chunk.peak_memory:.2f} GB]"
             + (f" [{chunk.cached_tokens} of the prompt's tokens reused]" if chunk.cached_tokens else "")
         )
+        if chunk.finish_reason == "error":
+            raise ValueError(chunk.stop_reason)
     return text, stopped
 
 

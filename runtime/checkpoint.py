@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .files import draft_of, json_bytes, read_json, remove_dead_drafts, write, write_json
+from .files import draft_of, json_bytes, read_json, remove_dead_drafts, write
 from .snapshots import WEIGHTS
 
 SINGLE, INDEX = WEIGHTS[0]
@@ -100,8 +100,10 @@ def save_weights(
     """Writes safetensors shards with their index, and `notes`: file name -> JSON.
 
     At every moment the folder holds the older weights or these: shards get names that no file has yet, and one step in
-    the end makes them count. After an error or an interruption all is as it was. What an older checkpoint has left, or
-    a process that was killed, is removed when the new one stands.
+    the end makes them count. Right before it come the notes that changed, of which all is written but their names:
+    after an error or an interruption all is as it was. (A process that is killed outright between these renames leaves
+    new notes beside old weights, where both have one shape: no file system renames several files in one step.) What an
+    older checkpoint has left, or a process that was killed, is removed when the new one stands.
 
     Raises:
         ValueError: a max_shard_size that is no size. OSError: the disk is full, or the folder cannot be written.
@@ -114,8 +116,9 @@ def save_weights(
     target = single if len(groups) == 1 else index
     draft = draft_of(target)
     shards = [draft] if target == single else _unused(folder, len(groups))
-    changed = [*(folder / name for name in notes), index]
-    before = {path: path.read_bytes() for path in changed if path.is_file()}
+    contents = {folder / name: json_bytes(content) for name, content in notes.items()}
+    before = {path: path.read_bytes() for path in (*contents, index) if path.is_file()}
+    drafts = {path: draft_of(path) for path, content in contents.items() if before.get(path) != content}
     last = None  # what the last step takes away
     try:
         for path, group in zip(shards, groups, strict=True):
@@ -124,8 +127,10 @@ def save_weights(
             weight_map = {name: path.name for path, group in zip(shards, groups, strict=True) for name in group}
             total = sum(weight.nbytes for weight in weights.values())
             draft.write_bytes(json_bytes({"metadata": {"total_size": total}, "weight_map": weight_map}))
-        for name, content in notes.items():
-            write_json(folder / name, content)
+        for path, other in drafts.items():
+            other.write_bytes(contents[path])
+        for path, other in drafts.items():
+            other.replace(path)
         if target == index and single.is_file():
             # A single file counts as long as it is there, whatever an index says.
             draft.replace(index)
@@ -136,20 +141,28 @@ def save_weights(
             draft.replace(target)
     except BaseException as error:
         if last is None or last.exists():
-            for path in (draft, *shards):
+            for path in (draft, *shards, *drafts.values()):
                 path.unlink(missing_ok=True)
-            for path in changed:
+            for path in (*drafts, index):
                 if path not in before:
                     path.unlink(missing_ok=True)
                 elif not path.is_file() or path.read_bytes() != before[path]:
                     write(path, before[path])
         if isinstance(error, OSError | SafetensorError):
-            raise OSError(f"the model was not saved into {folder}, which is as it was ({error})") from error
+            failed = OSError(f"the model was not saved into {folder}, which is as it was ({error})")
+            failed.errno = _errno(error)
+            raise failed from error
         raise
     remove_dead_drafts(folder)
     for path in folder.iterdir():
         if path not in shards and (_OWN_SHARD.fullmatch(path.name) or (path == index != target)):
             path.unlink()
+
+
+def _errno(error: Exception) -> int | None:
+    """The system's number for what failed; safetensors has it in its text alone."""
+    said = re.search(r"\(os error (\d+)\)", str(error))
+    return int(said[1]) if said else getattr(error, "errno", None)
 
 
 def _unused(folder: Path, count: int) -> list[Path]:

@@ -134,6 +134,13 @@ _SAMPLING = (
     "ignore_eos",
     "include_stop_str_in_output",
     "skip_special_tokens",
+    "suppress_tokens",
+    "begin_suppress_tokens",
+    "bad_words_ids",
+    "no_repeat_ngram_size",
+    "sequence_bias",
+    "exponential_decay_length_penalty",
+    "forced_eos_token_id",
 )
 
 
@@ -162,6 +169,15 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
 def _bias(text: str) -> tuple[int, float]:
     token, _, bias = text.partition("=")
     return int(token), float(bias)
+
+
+def _sequence(text: str) -> list[int]:
+    return [int(token) for token in text.split(",")]
+
+
+def _sequence_bias(text: str) -> tuple[list[int], float]:
+    sequence, _, bias = text.partition("=")
+    return _sequence(sequence), float(bias)
 
 
 def _preset(args: argparse.Namespace) -> Any:
@@ -241,6 +257,26 @@ def _parser() -> argparse.ArgumentParser:
             "--no-skip-special-tokens", dest="skip_special_tokens", action="store_false", default=None,
             help="print special tokens too",
         )  # fmt: skip
+        group.add_argument("--suppress-tokens", type=int, nargs="+", metavar="ID", help="never these tokens")
+        group.add_argument(
+            "--begin-suppress-tokens", type=int, nargs="+", metavar="ID", help="not these as the first one"
+        )
+        group.add_argument(
+            "--bad-words-ids", type=_sequence, action="append", metavar="ID,ID", help="never these tokens in this "
+            "order; may be given again",
+        )  # fmt: skip
+        group.add_argument("--no-repeat-ngram-size", type=int, help="no so many tokens a second time")
+        group.add_argument(
+            "--sequence-bias", type=_sequence_bias, action="append", metavar="ID,ID=BIAS", help="for the token that "
+            "completes them; may be given again",
+        )  # fmt: skip
+        group.add_argument(
+            "--exponential-decay-length-penalty", type=float, nargs=2, metavar=("START", "FACTOR"),
+            help="an end is likelier with every token beyond START",
+        )  # fmt: skip
+        group.add_argument(
+            "--forced-eos-token-id", type=int, nargs="+", metavar="ID", help="one of these is the last of --max-tokens"
+        )
     # The demo's answer should be the same for everybody.
     demo.set_defaults(temperature=0.0)
     return parser

@@ -51,23 +51,49 @@ def prefill(model: LanguageModel, pages: Pages, seqs: Sequences, prompt: Tensor,
     return model.head(x[-1:])
 
 
+def compile_all(model: LanguageModel, pages: Pages, state: DecodeState, longest: int) -> None:
+    """Launches, once, all that prompts of up to `longest` tokens and watched steps can need, for a GPU to compile.
+
+    `state` is a row that is idle, whose table names pages for them. What steps launch besides is theirs.
+    """
+    from ..kernels.warmup import token_counts  # with Triton, which a CPU needs not have
+
+    config, ops = model.config, model.model.ops
+    group = config.num_attention_heads // config.num_key_value_heads
+    for tokens in token_counts(min(longest, CHUNK), group, config.head_dim, model.dtype, model.device):
+        logits = prefill(model, pages, state.seqs, state.token.repeat(tokens), 0)
+    for tier in Tier:
+        ops.sample(logits.float(), **_behind_penalties(state, tier))
+
+
 def watched(
     ops: ModuleType, logits: Tensor, state: DecodeState, tier: Tier, requests: Sequence[Request | None]
 ) -> None:
     """As `choose` from logits [B, V], where calls see and change what is drawn from; requests[b] stands in row b.
 
-    A processor stands where transformers has it: behind bias, penalties and masks, before temperature and filters.
-    Log-probabilities stay the model's own. Rows of no request are left alone.
+    A processor stands where transformers has it: behind bias, penalties and masks (sequence_bias before them), before
+    temperature and filters. Log-probabilities stay the model's own. Rows of no request are left alone.
     """
     rows = {request: row for row, request in enumerate(requests) if request is not None}
+    calls = {request.watch: None for request in rows if request.watch is not None}
+
+    def process(x: Tensor, *, early: bool) -> dict[Request, Tensor]:
+        scores = {request: x[row] for request, row in rows.items()}
+        for call in calls:
+            own = {request: scores[request] for request in rows if request.watch is call}
+            scores |= call.process(call.early if early else call.processors, own)
+        return scores
+
+    biased = logits.float()
+    if any(call.early for call in calls):
+        biased = biased.clone()
+        for request, changed in process(biased, early=True).items():
+            biased[rows[request]] = changed
     ahead = {name: x for name, x in state.stages(tier).items() if name in PENALTIES}
-    penalized = penalize(logits, **ahead)
-    scores = {request: penalized[row] for request, row in rows.items()}
-    for call in {request.watch: None for request in rows if request.watch is not None}:
-        scores |= call.process({request: x for request, x in scores.items() if request.watch is call})
+    scores = process(penalize(biased, **ahead), early=False)
     for request, row in rows.items():
         own, mine, x = state.rows(row, row + 1), logits[row : row + 1], scores[request][None]
-        stages = {name: stage for name, stage in own.stages(tier).items() if name not in PENALTIES}
+        stages = _behind_penalties(own, tier)
         drawn, _ = ops.sample(x, **stages)
         watch = request.watch
         if watch is not None and watch.keep_logits:
@@ -78,6 +104,10 @@ def watched(
             ids, values = top_logprobs(mine, request.params.logprobs)
             request.top_logprobs.append(dict(zip(ids[0].tolist(), values[0].tolist(), strict=True)))
         ops.advance(drawn, log_probability(mine, drawn), **own.advanced())
+
+
+def _behind_penalties(state: DecodeState, tier: Tier) -> dict[str, Tensor | None]:
+    return {name: stage for name, stage in state.stages(tier).items() if name not in PENALTIES}
 
 
 def _drawn_from(x: Tensor, stages: Mapping[str, Tensor | None]) -> Tensor:

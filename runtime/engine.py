@@ -151,6 +151,31 @@ class Engine:
         """Whether any request waits or runs."""
         return bool(self._waiting or self._running())
 
+    def warm_up(self) -> None:
+        """Compiles every kernel and captures every step that requests can need, so that none of them waits for it.
+
+        Raises RuntimeError while requests wait or run: their rows would move on.
+        """
+        with self._lock, torch.inference_mode(), self._on_device():
+            if self.busy:
+                raise RuntimeError("warm up before requests come, or when all have ended: some are under way")
+            if self._model.device.type != "cpu":
+                self._compile()
+            # Without graphs a step is only to be compiled, and its kernels know one row and several.
+            most = min(self.max_rows, 2) if self._eager else self.max_rows
+            for rows in sorted({self._size(rows) for rows in range(1, most + 1)}):
+                for tier in Tier:
+                    self._replays.prepare(rows, tier)
+
+    def _compile(self) -> None:
+        longest = min(self.max_seq_len, decode.CHUNK)
+        pages, state = self.pages.take(pages_of(longest)), self._state.rows(0, 1)
+        try:
+            state.seqs.block_table[0, : len(pages)] = torch.tensor(pages, dtype=torch.int32)
+            decode.compile_all(self._model, self.pages, state, longest)
+        finally:
+            self.pages.release(pages)
+
     # ---------------------------------------------------------------- one step
 
     def _step(self, rows: int, tier: Tier) -> None:

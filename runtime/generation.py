@@ -17,7 +17,8 @@ from .engine import Engine
 from .files import read_json
 from .generation_settings import SETTINGS, GenerationSettings, refuse_unsupported
 from .keywords import reject_unknown
-from .model import Decoder, LanguageModel
+from .logits_processors import early_processors, processors
+from .model import INVARIANT_ROWS, Decoder, LanguageModel
 from .model_outputs import Output
 from .replay import Capture
 from .request import LogitsProcessor, Request, Watch, check_prompt
@@ -63,9 +64,16 @@ _SAMPLING = (
     "logit_bias",
     "stop_strings",
     "num_return_sequences",
+    "suppress_tokens",
+    "begin_suppress_tokens",
+    "bad_words_ids",
+    "no_repeat_ngram_size",
+    "sequence_bias",
+    "exponential_decay_length_penalty",
+    "forced_eos_token_id",
 )
 _TOKENS = ("eos_token_id", "pad_token_id")
-_OUTPUTS = ("return_dict_in_generate", "output_scores", "output_logits")
+_OUTPUTS = ("return_dict_in_generate", "output_scores", "output_logits", "renormalize_logits")
 
 
 class Generation(LanguageModel):
@@ -104,6 +112,7 @@ class Generation(LanguageModel):
         return_dict_in_generate: bool | None = None,
         output_scores: bool | None = None,
         output_logits: bool | None = None,
+        renormalize_logits: bool | None = None,
         **kwargs: Any,
     ) -> Tensor | GenerateOutput:
         """Continues prompts; names and meanings are those of transformers' `generate`.
@@ -112,7 +121,8 @@ class Generation(LanguageModel):
         with to_dict), then keywords: do_sample (False: greedy), temperature, top_k, top_p, min_p, typical_p,
         repetition_penalty, presence_penalty, frequency_penalty, logit_bias, seed, num_return_sequences, stop_strings
         (with tokenizer), eos_token_id (one or a list), pad_token_id, max_new_tokens or max_length (20 new ones where
-        nothing is said), min_new_tokens or min_length.
+        nothing is said), min_new_tokens or min_length, suppress_tokens, begin_suppress_tokens, bad_words_ids,
+        no_repeat_ngram_size, sequence_bias, exponential_decay_length_penalty, forced_eos_token_id.
 
         Args:
             input_ids (or inputs): [B, T] integers, padded on either side.
@@ -124,13 +134,15 @@ class Generation(LanguageModel):
             stopping_criteria: callables (ids [B * n, L], None) -> one bool, or [B * n], asked behind every step; a row
                 that one of them is true of ends.
             streamer: an object with put(ids) and end(), given the prompt first and then every step's tokens.
-            output_scores, output_logits: keep them in the GenerateOutput that return_dict_in_generate asks for.
+            output_scores, output_logits: keep them in the GenerateOutput that return_dict_in_generate asks for;
+                renormalize_logits: the scores as log-probabilities.
 
         Returns:
             [B * num_return_sequences, T + longest answer] ids, padded with pad_token_id; or a GenerateOutput.
 
         Raises:
             TypeError: an unknown keyword. ValueError: a bad or contradictory setting, an empty prompt, a bad id.
+            RuntimeError: logits that are not numbers, as float16 may give.
         """
         if (input_ids is None) == (inputs is None):
             raise ValueError("generate needs input_ids (or inputs, and not both): [B, T] integers")
@@ -139,9 +151,9 @@ class Generation(LanguageModel):
             raise TypeError(f"input_ids must be a tensor [B, T] of integers; it is a {type(ids).__name__}")
         if attention_mask is not None and not isinstance(attention_mask, Tensor) and generation_config is None:
             generation_config, attention_mask = attention_mask, None
-        outputs = (return_dict_in_generate, output_scores, output_logits)
+        outputs = (return_dict_in_generate, output_scores, output_logits, renormalize_logits)
         options = _options(self, generation_config, {**kwargs, **dict(zip(_OUTPUTS, outputs, strict=True))})
-        return_dict_in_generate, output_scores, output_logits = (bool(options.pop(name, False)) for name in _OUTPUTS)
+        as_dict, keep_scores, keep_logits, normal = (bool(options.pop(name, False)) for name in _OUTPUTS)
         vocab_size = self.config.vocab_size
         eos = _token_ids("eos_token_id", options.get("eos_token_id", self.config.eos_token_ids), vocab_size)
         pads = _token_ids("pad_token_id", options.get("pad_token_id", self.config.pad_token_id), vocab_size)
@@ -155,12 +167,18 @@ class Generation(LanguageModel):
         most, least = _lengths(options, ids.shape[1])
         params = SamplingParams.from_kwargs(params, min_tokens=least)
         params.check_vocab(vocab_size)
-        processors = _callables("logits_processor", logits_processor)
         criteria = _callables("stopping_criteria", stopping_criteria)
-        if prefix_allowed_tokens_fn is not None:
-            processors = [_constrained(*_callables("prefix_allowed_tokens_fn", prefix_allowed_tokens_fn)), *processors]
+        prefix = [*map(_constrained, _callables("prefix_allowed_tokens_fn", prefix_allowed_tokens_fn))]
+        own = processors(params, begin=ids.shape[1], most=most, ends=eos, prefix=prefix)
         given = ids.repeat_interleave(params.n, dim=0)
-        watch = Watch(given.cpu().long(), pad, processors, keep_logits=output_logits, keep_scores=output_scores)
+        watch = Watch(
+            given.cpu().long(),
+            pad,
+            early_processors(params),
+            [*own, *_callables("logits_processor", logits_processor)],
+            keep_logits=keep_logits,
+            keep_scores=keep_scores,
+        )
         ends = frozenset(eos)
         requests = [
             Request(prompt, params, most, ends, answer, watch if watch.watches else None)
@@ -179,16 +197,19 @@ class Generation(LanguageModel):
 
         answers = _padded([request.token_ids for request in requests], pad)
         sequences = torch.cat([given, answers.to(ids)], dim=1)
-        if not return_dict_in_generate:
+        if not as_dict:
             return sequences
         logprobs = torch.zeros(answers.shape)
         for index, request in enumerate(requests):
             logprobs[index, : len(request.logprobs)] = torch.tensor(request.logprobs)
+        scores = watch.scores
+        if normal:
+            scores = {request: [x.log_softmax(-1) for x in kept] for request, kept in scores.items()}
         return GenerateOutput(
             sequences,
             logprobs,
-            _by_step(watch.scores, requests, vocab_size) if output_scores else None,
-            _by_step(watch.logits, requests, vocab_size) if output_logits else None,
+            _by_step(scores, requests, vocab_size) if keep_scores else None,
+            _by_step(watch.logits, requests, vocab_size) if keep_logits else None,
         )
 
     def _waves(
@@ -203,7 +224,8 @@ class Generation(LanguageModel):
         A stop string in a request's stream ends it, and so does a criterion that is true of it.
         """
         longest = max(len(request.prompt_ids) + request.max_tokens for request in requests)
-        engine = self.reserve(min(_power_of_2(len(requests)), MOST_ROWS), max(_power_of_2(longest), LEAST_WINDOW))
+        most = INVARIANT_ROWS if self.model.batch_invariant else MOST_ROWS
+        engine = self.reserve(min(_power_of_2(len(requests)), most), max(_power_of_2(longest), LEAST_WINDOW))
         waves: deque[list[int | None]] = deque()
         told, silence = [0] * len(requests), [None] * len(requests)
 
@@ -240,6 +262,9 @@ class Generation(LanguageModel):
                 for request, count in zip(requests, told, strict=True)
             ):
                 engine.step(unless=read)
+                for index, request in enumerate(requests):
+                    if request.finish_reason == "error":
+                        raise RuntimeError(f"row {index}: {request.stop_reason}")
                 while waves:
                     yield waves.popleft()
 

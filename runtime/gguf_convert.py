@@ -4,7 +4,6 @@ Only what the stand-in model needs: architecture "llama", tied embeddings, a byt
 packages of the extra `demo` (gguf, protobuf), which is why nothing imports this module until a conversion starts.
 """
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,14 @@ from typing import Any
 import gguf
 import torch
 from gguf import GGUFReader
-from safetensors.torch import save
 from sentencepiece import sentencepiece_model_pb2
 from tqdm import tqdm
+
+from .causal_lm import InternLM3ForCausalLM
+from .checkpoint import save_weights
+from .config import InternLM3Config
+from .files import write_json
+from .generation import GENERATION_CONFIG
 
 MAX_SHARD_BYTES = 128 * 2**20
 VOCAB_MULTIPLE = 128  # InternLM3's embedding is padded to it as well
@@ -50,10 +54,10 @@ def convert(source: Path, folder: Path, *, sampling: dict[str, Any], progress: b
     config = _config(field, vocab_size=-(-len(rows) // VOCAB_MULTIPLE) * VOCAB_MULTIPLE)
     ids = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     (folder / "tokenizer.model").write_bytes(proto.SerializeToString())
-    _write_json(folder / "config.json", config)
-    _write_json(folder / "generation_config.json", {**ids, **sampling})
     _write_tokenizer_config(folder, proto, ids, field["tokenizer.chat_template"], config["max_position_embeddings"])
-    _write_weights(folder, _tensors(reader, config, rows), progress)
+    notes = {"config.json": config, GENERATION_CONFIG: {**ids, **sampling}}
+    model = _model(config, _tensors(reader, config, rows), progress)
+    save_weights(model, folder, notes, max_shard_size=MAX_SHARD_BYTES)
 
 
 def _config(field: dict[str, Any], vocab_size: int) -> dict[str, Any]:
@@ -173,13 +177,13 @@ def _write_tokenizer_config(folder: Path, proto: Any, ids: dict[str, int], chat_
         "model_max_length": length,
         "chat_template": chat_template,
     }
-    _write_json(folder / "tokenizer_config.json", config)
-    _write_json(folder / "special_tokens_map.json", names)
+    write_json(folder / "tokenizer_config.json", config)
+    write_json(folder / "special_tokens_map.json", names)
 
 
 # ------------------------------------------------------------------------------------------------------ weights
 
-Tensors = dict[str, tuple[tuple[int, ...], Callable[[], torch.Tensor]]]  # name -> (shape, makes the bfloat16 tensor)
+Tensors = dict[str, Callable[[], torch.Tensor]]  # name -> makes the tensor, in float32
 
 
 def _tensors(reader: GGUFReader, config: dict[str, Any], rows: list[int | None]) -> Tensors:
@@ -192,7 +196,7 @@ def _tensors(reader: GGUFReader, config: dict[str, Any], rows: list[int | None])
 
     def weight(name: str) -> torch.Tensor:
         value, part = dense(name), name.split(".")[-2]
-        return (unpermute(value, heads[part]) if part in heads else value).bfloat16()
+        return unpermute(value, heads[part]) if part in heads else value
 
     def embedding() -> torch.Tensor:
         # A row without a source stays out of reach: the mean row's logit is the mean logit.
@@ -200,19 +204,15 @@ def _tensors(reader: GGUFReader, config: dict[str, Any], rows: list[int | None])
         padded = value.mean(0).repeat(config["vocab_size"], 1)
         known = [i for i, row in enumerate(rows) if row is not None]
         padded[known] = value[[rows[i] for i in known]]
-        return padded.bfloat16()
+        return padded
 
     names = {"output_norm.weight": "model.norm.weight"}
     for layer in range(config["num_hidden_layers"]):
         names |= {f"blk.{layer}.{a}.weight": f"model.layers.{layer}.{b}.weight" for a, b in LAYER_TENSORS.items()}
     if left := set(stored) - set(names) - {"token_embd.weight"}:
         raise ValueError(f"The GGUF file holds tensors that InternLM3 has no place for: {sorted(left)}")
-    table = ((config["vocab_size"], config["hidden_size"]), embedding)
-    tensors: Tensors = {"model.embed_tokens.weight": table}
-    for source, target in names.items():
-        shape = tuple(int(size) for size in reversed(stored[source].shape))
-        tensors[target] = shape, lambda source=source: weight(source)  # type: ignore[misc]
-    return {**tensors, "lm_head.weight": table}
+    tensors: Tensors = {target: lambda source=source: weight(source) for source, target in names.items()}  # type: ignore[misc]
+    return {"model.embed_tokens.weight": embedding, **tensors, "lm_head.weight": embedding}
 
 
 def unpermute(weight: torch.Tensor, heads: int) -> torch.Tensor:
@@ -221,26 +221,11 @@ def unpermute(weight: torch.Tensor, heads: int) -> torch.Tensor:
     return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).reshape(weight.shape)
 
 
-def _write_weights(folder: Path, tensors: Tensors, progress: bool) -> None:
-    sizes = {name: 2 * torch.Size(shape).numel() for name, (shape, _) in tensors.items()}
-    shards: list[list[str]] = [[]]
-    for name in tensors:
-        if shards[-1] and sum(sizes[n] for n in shards[-1]) + sizes[name] > MAX_SHARD_BYTES:
-            shards.append([])
-        shards[-1].append(name)
-    weight_map = {}
-    with tqdm(total=len(tensors), desc="Converting weights", unit="tensor", disable=None if progress else True) as bar:
-        for number, names in enumerate(shards, start=1):
-            file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-            shard = {}
-            for name in names:
-                shard[name] = tensors[name][1]()
-                weight_map[name] = file
-                bar.update()
-            (folder / file).write_bytes(save(shard, metadata={"format": "pt"}))
-    index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-    _write_json(folder / "model.safetensors.index.json", index)
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def _model(config: dict[str, Any], tensors: Tensors, progress: bool) -> InternLM3ForCausalLM:
+    """The model of these tensors, in bfloat16."""
+    model = InternLM3ForCausalLM(InternLM3Config.from_dict(config), dtype=torch.bfloat16)
+    weights = model.state_dict()
+    bar = tqdm(tensors.items(), desc="Converting weights", unit="tensor", disable=None if progress else True)
+    for name, make in bar:
+        weights[name].copy_(make())
+    return model

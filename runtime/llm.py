@@ -23,10 +23,12 @@ from .engine import Engine
 from .generation import GENERATION_CONFIG, read_generation_config
 from .generation_settings import refuse_unsupported
 from .keywords import reject_unknown, without_neutral
+from .logits_processors import early_processors, processors
+from .model import INVARIANT_ROWS
 from .outputs import Chunk, CompletionOutput, RequestOutput, Timings
 from .prompts import THINKING_SYSTEM_PROMPT
 from .replay import eager
-from .request import Request, check_prompt
+from .request import Request, Watch, check_prompt
 from .sampling import RECOMMENDED_THINKING, SamplingKeywords, SamplingParams
 from .snapshots import NEUTRAL, locate
 from .text import Writer
@@ -53,6 +55,8 @@ class LLM:
         cache_tokens: how many tokens' keys and values are kept in all; by default a window for every answer of a batch,
             but at most half of the memory that is free.
         cuda_graphs: on a GPU, replay decode steps from CUDA graphs; without, the same steps are launched one by one.
+        batch_invariant: on a GPU, an answer is the same to the last bit whatever else is decoded with it; a single
+            answer is slower.
         revision, token, cache_dir, local_files_only: as in huggingface_hub.
         progress: show progress bars of download, of load, and of several prompts on a terminal.
 
@@ -70,6 +74,7 @@ class LLM:
         max_batch_size: int = 16,
         cache_tokens: int | None = None,
         cuda_graphs: bool = True,
+        batch_invariant: bool = False,
         revision: str | None = None,
         token: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
@@ -80,6 +85,11 @@ class LLM:
         unknown = without_neutral("LLM", unknown, NEUTRAL)
         reject_unknown("LLM", unknown, LLM.__init__.__kwdefaults__ or ())
         batch_size = _check_count("max_batch_size", max_batch_size)
+        if batch_invariant and batch_size > INVARIANT_ROWS:
+            raise ValueError(
+                f"batch_invariant holds for up to {INVARIANT_ROWS} answers decoded together, and max_batch_size is "
+                f"{batch_size}: lower it, or do without"
+            )
         folder = locate(
             model,
             revision=revision,
@@ -104,7 +114,9 @@ class LLM:
         self.eos_token_ids = sorted({*ends, *self.config.eos_token_ids, *self.tokenizer.eos_ids})
         self._ends = frozenset(self.eos_token_ids)
         self._progress = progress
-        self.model = InternLM3ForCausalLM.from_pretrained(folder, dtype=dtype, device=device, progress=progress)
+        self.model = InternLM3ForCausalLM.from_pretrained(
+            folder, dtype=dtype, device=device, batch_invariant=batch_invariant, progress=progress
+        )
         self._cache_tokens, self._capture = cache_tokens, None if cuda_graphs else eager
         self._engine()
 
@@ -275,7 +287,14 @@ class LLM:
                     "shorten it, or load the model with a larger max_seq_len"
                 )
             limit = min(wanted.max_tokens or room, room)
-            requests += [Request(prompt, wanted, limit, self._ends, answer) for answer in range(wanted.n)]
+            own = [Request(prompt, wanted, limit, self._ends, answer) for answer in range(wanted.n)]
+            early = early_processors(wanted)
+            late = processors(wanted, begin=len(prompt), most=limit, ends=own[0].ends)
+            if early or late:
+                watch = Watch(torch.tensor([prompt] * len(own)), 0, early, late, own)
+                for request in own:
+                    request.watch = watch
+            requests += own
         return requests
 
     # ---------------------------------------------------------------- through the engine
@@ -324,8 +343,26 @@ class LLM:
             torch.cuda.reset_peak_memory_stats(device)
         answer = _Answer(request, Writer(request, self.tokenizer))
         told = 0
-
         begin = time.perf_counter()
+
+        def chunk(text: str, before: int, *, last: bool) -> Chunk:
+            """What came behind the first `before` tokens."""
+            times = request.times[:told]
+            return Chunk(
+                text,
+                request.token_ids[before:told],
+                request.logprobs[before:told],
+                request.top_logprobs[before:told] if request.params.logprobs else None,
+                request.finish_reason if last else None,
+                request.stop_reason if last else None,
+                len(request.prompt_ids),
+                told,
+                len(request.prompt_ids) / (times[0] - begin) if times else 0.0,
+                (told - 1) / (times[-1] - times[0]) if told > 1 else 0.0,
+                peak_memory(device),
+                request.cached_tokens,
+            )
+
         engine = self._engine()
         with engine.running([request]):
             while not answer.writer.done or told < len(answer.parts):
@@ -333,22 +370,19 @@ class LLM:
                 while told < len(answer.parts):
                     text = answer.parts[told]
                     told += 1
-                    first, now = request.times[0], request.times[told - 1]
-                    last = answer.writer.done and told == len(answer.parts)
-                    yield Chunk(
-                        text,
-                        request.token_ids[told - 1 : told],
-                        request.logprobs[told - 1 : told],
-                        request.top_logprobs[told - 1 : told] if request.params.logprobs else None,
-                        request.finish_reason if last else None,
-                        request.stop_reason if last else None,
-                        len(request.prompt_ids),
-                        told,
-                        len(request.prompt_ids) / (first - begin),
-                        (told - 1) / (now - first) if told > 1 else 0.0,
-                        peak_memory(device),
-                        request.cached_tokens,
-                    )
+                    # An error comes behind the last token, and has a chunk of its own.
+                    last = answer.writer.done and told == len(answer.parts) and request.finish_reason != "error"
+                    yield chunk(text, told - 1, last=last)
+        if request.finish_reason == "error":
+            yield chunk(answer.writer.flush(), told, last=True)
+
+    def warm_up(self) -> None:
+        """Compiles every kernel and captures every step that a request can need, so that none waits for it.
+
+        Without it the first request of its kind does that, which takes seconds on a GPU, and hardly any time on a CPU.
+        For servers: call it before the first request. Raises RuntimeError while requests are under way.
+        """
+        self._engine().warm_up()
 
     def _engine(self) -> Engine:
         return self.model.reserve(self.max_batch_size, self.max_seq_len, self._cache_tokens, self._capture)
@@ -380,7 +414,7 @@ class _Answer:
         request = self.request
         return CompletionOutput(
             request.answer,
-            "".join(self.parts),
+            "".join(self.parts) + self.writer.flush(),
             request.token_ids,
             request.logprobs,
             request.top_logprobs if request.params.logprobs else None,
@@ -390,8 +424,11 @@ class _Answer:
 
 
 def _timings(requests: Sequence[Request], called: float) -> Timings:
-    first = min(requests, key=lambda request: request.times[0])
-    begun, last = first.times[0], max(request.times[-1] for request in requests)
+    timed = [request for request in requests if request.times]
+    if not timed:
+        return Timings(0.0, 0.0, 0.0)
+    first = min(timed, key=lambda request: request.times[0])
+    begun, last = first.times[0], max(request.times[-1] for request in timed)
     return Timings(begun - first.began, begun - called, last - begun)
 
 
@@ -444,7 +481,11 @@ def _generation_defaults(folder: Path, vocab_size: int) -> tuple[SamplingParams,
     try:
         check_ids("eos_token_id", ends, vocab_size)
         refuse_unsupported(values)
-        return SamplingParams.from_generation_config(values), ends
+        if values.get("min_length"):
+            raise ValueError(f"min_length={values['min_length']!r} counts the prompt too: write min_new_tokens for LLM")
+        params = SamplingParams.from_generation_config(values)
+        params.check_vocab(vocab_size)
+        return params, ends
     except ValueError as error:
         raise ValueError(f"{folder / GENERATION_CONFIG}: {error}") from None
 

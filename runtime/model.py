@@ -14,9 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import for_device
+from ..kernels.reference import SKINNY_ROWS
 from .config import InternLM3Config
 from .layers import Embedding, Linear, PartNames, RMSNorm, StackedLinear
 from .pages import Pages, Sequences
+
+# How many rows of a step `batch_invariant` holds for.
+INVARIANT_ROWS = SKINNY_ROWS
 
 
 class Attention(PartNames):
@@ -51,18 +55,21 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, **factory)
         self.mlp = MLP(config, **factory)
 
-    def forward(self, ops: ModuleType, x: Tensor, seqs: Sequences, k: Tensor, v: Tensor) -> Tensor:
+    def forward(
+        self, ops: ModuleType, x: Tensor, seqs: Sequences, k: Tensor, v: Tensor, batch_invariant: bool
+    ) -> Tensor:
         """x [B * T, C] -> the same; the rows' keys and values go to their pages in k and v [P, K, S, D]."""
+        alike = {"batch_invariant": batch_invariant}
         norm, qkv, o = self.input_layernorm, self.self_attn.qkv_proj, self.self_attn.o_proj
         pages = (k, v, seqs.block_table, seqs.seq_lens)
         q = ops.rms_norm_qkv_rope_cache(
-            x, norm.weight, norm.eps, qkv.weight, qkv.bias, seqs.inv_freq, *pages, seqs.positions
+            x, norm.weight, norm.eps, qkv.weight, qkv.bias, seqs.inv_freq, *pages, seqs.positions, **alike
         )
-        x = ops.linear_add(ops.paged_attention(q, *pages, self.scale), o.weight, x, o.bias)
+        x = ops.linear_add(ops.paged_attention(q, *pages, self.scale), o.weight, x, o.bias, **alike)
 
         norm, gate_up, down = self.post_attention_layernorm, self.mlp.gate_up_proj, self.mlp.down_proj
-        h = ops.rms_norm_swiglu(x, norm.weight, norm.eps, gate_up.weight, gate_up.bias)
-        return ops.linear_add(h, down.weight, x, down.bias)
+        h = ops.rms_norm_swiglu(x, norm.weight, norm.eps, gate_up.weight, gate_up.bias, **alike)
+        return ops.linear_add(h, down.weight, x, down.bias, **alike)
 
 
 class Decoder(nn.Module):
@@ -70,7 +77,12 @@ class Decoder(nn.Module):
 
     Weights are random (normal, config.initializer_range) until they are loaded. `factory`: device and dtype of the
     weights, PyTorch's defaults by default.
+
+    batch_invariant: whether a row has the very bits on a GPU that it has among up to INVARIANT_ROWS; decoding alone is
+    slower then. It is fixed before the first step, which a graph may hold.
     """
+
+    batch_invariant = False
 
     def __init__(self, config: InternLM3Config, **factory: Any):
         super().__init__()
@@ -89,7 +101,7 @@ class Decoder(nn.Module):
         """x [B * T, C] through all blocks, not yet normed; what each block gives is appended to `states`."""
         ops = self.ops
         for layer, block in enumerate(self.layers):
-            x = block(ops, x, seqs, *pages.layer(layer))
+            x = block(ops, x, seqs, *pages.layer(layer), self.batch_invariant)
             if states is not None:
                 states.append(x)
         return x
@@ -119,7 +131,8 @@ class LanguageModel(nn.Module):
     def head(self, x: Tensor) -> Tensor:
         """Logits [R, V] of rows [R, C] that the last block gave."""
         norm, ops = self.model.norm, self.model.ops
-        return ops.rms_norm_linear(x, norm.weight, norm.eps, self.lm_head.weight)
+        alike = self.model.batch_invariant
+        return ops.rms_norm_linear(x, norm.weight, norm.eps, self.lm_head.weight, batch_invariant=alike)
 
     @property
     def device(self) -> torch.device:

@@ -81,12 +81,16 @@ class Replays:
 
     def queue(self, rows: int, tier: Tier, notes: Sequence[Any]) -> None:
         """Queues one step. notes: one for each row, None where nobody asks for it."""
-        shape = rows, tier
-        if shape in self._captured:
-            self._captured[shape]()
-        else:
-            self._captured[shape] = self._capture(lambda: self._step(*shape))
+        if not self.prepare(rows, tier):
+            self._captured[rows, tier]()
         self.tell(notes)
+
+    def prepare(self, rows: int, tier: Tier) -> bool:
+        """Runs a step, and keeps what runs it again, unless it has been. Whether it ran; nobody is told of it."""
+        if (rows, tier) in self._captured:
+            return False
+        self._captured[rows, tier] = self._capture(lambda: self._step(rows, tier))
+        return True
 
     def tell(self, notes: Sequence[Any]) -> None:
         """Brings what the rows say now to the host, in its turn."""

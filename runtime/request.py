@@ -12,6 +12,11 @@ from torch import Tensor
 from .sampling import SamplingParams
 from .token_ids import check_ids
 
+NOT_NUMBERS = (
+    "the model's logits are not numbers (NaN or infinity), so no token can follow: load it as bfloat16 or float32 if "
+    "this is float16, whose range is small; else its weights are damaged"
+)
+
 LogitsProcessor = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -24,8 +29,8 @@ class Request:
     watch: what its call must see of every step on the host.
     cached_tokens: how many of the prompt's tokens lay in the cache already.
     began, times: when it was given a row, and when each of its tokens came, by time.perf_counter.
-    finish_reason: None while it runs, "stop" (an end token or stop string), "length", or "abort".
-    stop_reason: the stop token or string that ended it, None for the model's own ends.
+    finish_reason: None while it runs, "stop" (an end token or stop string), "length", "error" or "abort".
+    stop_reason: the stop token or string that ended it, None for the model's own ends; what is wrong, for "error".
     """
 
     prompt_ids: list[int]
@@ -63,7 +68,11 @@ class Request:
         return self.watch is not None or bool(self.params.logprobs)
 
     def add(self, token_id: int, logprob: float, end: int) -> None:
-        """A token, and how it ended the answer: 0 not, 1 as an end, 2 as the last that was asked for."""
+        """A token, and how it ended the answer: 0 not, 1 an end, 2 the last that was asked for, 3 no token at all."""
+        if end == 3:
+            self.cut(len(self.token_ids))  # what was reported of it already
+            self.finish("error", NOT_NUMBERS)
+            return
         self.token_ids.append(token_id)
         self.logprobs.append(logprob)
         self.times.append(time.perf_counter())
@@ -87,12 +96,14 @@ class Watch:
 
     prompts: [B, T] int64, the call's prompts as they were given, padding included.
     pad: stands in the ids behind an answer that has ended.
-    processors: (ids [B, T + longest answer], scores [B, V] float32) -> scores, called one after the other.
+    early, processors: (ids [B, T + answer], scores [B, V] float32) -> scores, called one after the other, before and
+        behind the penalties.
     logits, scores: by request, a float32 [V] for every token, where they are kept.
     """
 
     prompts: Tensor
     pad: int
+    early: Sequence[LogitsProcessor] = ()
     processors: Sequence[LogitsProcessor] = ()
     requests: list[Request] = field(default_factory=list)
     keep_logits: bool = False
@@ -103,7 +114,7 @@ class Watch:
     @property
     def watches(self) -> bool:
         """Whether there is anything to see."""
-        return bool(self.processors) or self.keep_logits or self.keep_scores
+        return bool(self.early or self.processors) or self.keep_logits or self.keep_scores
 
     def ids(self, told: Sequence[int]) -> Tensor:
         """[B, T + longest] the prompts and so many tokens of each answer, padded behind."""
@@ -114,19 +125,22 @@ class Watch:
         ]
         return torch.cat((self.prompts, torch.tensor(answers, dtype=torch.int64).view(len(answers), longest)), 1)
 
-    def process(self, scores: dict[Request, Tensor]) -> dict[Request, Tensor]:
-        """What the processors make of the running requests' scores, [V] float32 each.
+    def process(self, processors: Sequence[LogitsProcessor], scores: dict[Request, Tensor]) -> dict[Request, Tensor]:
+        """What processors make of the running requests' scores, [V] float32 each.
 
-        They see the whole call: the scores of requests that have ended, or wait, are zero.
+        They see the whole call, at the step of those whose scores they change: where some had to wait for a row, each
+        step that is under way by itself. The scores of requests that are not at it are zero.
         """
-        if not self.processors:
-            return scores
-        some = next(iter(scores.values()))
-        every = torch.stack([scores.get(request, torch.zeros_like(some)) for request in self.requests])
-        ids = self.ids([len(request.token_ids) for request in self.requests])
-        for processor in self.processors:
-            every = processor(ids.to(every.device), every)
-        return {request: row for request, row in zip(self.requests, every, strict=True) if request in scores}
+        made = dict(scores)
+        for step in {len(request.token_ids) for request in scores if processors}:
+            now = {request: x for request, x in scores.items() if len(request.token_ids) == step}
+            some = next(iter(now.values()))
+            every = torch.stack([now.get(request, torch.zeros_like(some)) for request in self.requests])
+            ids = self.ids([min(len(request.token_ids), step) for request in self.requests])
+            for processor in processors:
+                every = processor(ids.to(every.device), every)
+            made |= {request: row for request, row in zip(self.requests, every, strict=True) if request in now}
+        return made
 
 
 def check_prompt(name: str, prompt: Sequence[int], vocab_size: int) -> None:

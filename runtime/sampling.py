@@ -62,6 +62,37 @@ def _as_tuple(name: str, values: object) -> tuple[Any, ...]:
     return tuple(values.tolist() if hasattr(values, "tolist") else values)
 
 
+def _token_ids(name: str, values: object) -> tuple[int, ...]:
+    return tuple(_check_int(f"{name}: a token id", token, 0) for token in _as_tuple(name, values))
+
+
+def _sequence(name: str, values: object) -> tuple[int, ...]:
+    if not (ids := _token_ids(name, values)):
+        raise ValueError(f"{name} must hold sequences of one token id at least; it holds {values!r}")
+    return ids
+
+
+def _sequence_bias(given: object) -> dict[tuple[int, ...], float]:
+    """By sequence; in a file, which has no such keys, it is a list of [sequence, bias]."""
+    name = "sequence_bias"
+    pairs = [*given.items()] if isinstance(given, Mapping) else _as_tuple(name, given)
+    if not all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in pairs):
+        raise ValueError(f"{name} must be a mapping from sequences to biases, or a list of pairs; got {given!r}")
+    for sequence, bias in pairs:
+        if bias != -math.inf:  # which forbids
+            _check_float(f"{name}[{sequence}]", bias, "[-inf, inf)", lambda _: True)
+    return {_sequence(name, sequence): float(bias) for sequence, bias in pairs}
+
+
+def _decay(given: object) -> tuple[float, float]:
+    name = "exponential_decay_length_penalty"
+    pair = _as_tuple(name, given)
+    if len(pair) != 2:
+        raise ValueError(f"{name} must be (start, factor); got {given!r}")
+    start = _check_float(f"{name}: start", pair[0], "[0, inf)", lambda tokens: tokens >= 0)
+    return start, _check_float(f"{name}: factor", pair[1], "(0, inf)", lambda factor: factor > 0)
+
+
 class SamplingKeywords(TypedDict, total=False):
     """What SamplingParams.from_kwargs takes, for type checkers; None for a setting's default."""
 
@@ -85,6 +116,13 @@ class SamplingKeywords(TypedDict, total=False):
     include_stop_str_in_output: bool | None
     logprobs: int | None
     skip_special_tokens: bool | None
+    suppress_tokens: Sequence[int] | None
+    begin_suppress_tokens: Sequence[int] | None
+    bad_words_ids: Sequence[Sequence[int]] | None
+    no_repeat_ngram_size: int | None
+    sequence_bias: Mapping[tuple[int, ...], float] | Sequence[tuple[Sequence[int], float]] | None
+    exponential_decay_length_penalty: tuple[float, float] | None
+    forced_eos_token_id: int | Sequence[int] | None
     do_sample: bool | None
     max_new_tokens: int | None
     min_new_tokens: int | None
@@ -96,6 +134,10 @@ class SamplingKeywords(TypedDict, total=False):
     num_return_sequences: int | None
 
 
+# Settings that are token ids.
+_TOKENS = (
+    "allowed_token_ids", "stop_token_ids", "suppress_tokens", "begin_suppress_tokens", "forced_eos_token_id"
+)  # fmt: skip
 _RANGES: tuple[tuple[str, str, Callable[[float], bool]], ...] = (
     ("temperature", "[0, inf)", lambda t: t >= 0),
     ("top_p", "[0, 1]", lambda p: 0 <= p <= 1),
@@ -120,6 +162,13 @@ class SamplingParams:
     stop, stop_token_ids: end the answer, besides the model's own ends. ignore_eos: the model's own ends do not count.
     include_stop_str_in_output: the stop string stays in the text. logprobs: how many alternatives to report per token.
     skip_special_tokens: they are left out of the text.
+
+    As in transformers: suppress_tokens are never chosen. The settings that follow go by the text so far; with one of
+    them the host takes part in every step, which on a GPU is slower. begin_suppress_tokens: not as the first one.
+    bad_words_ids: sequences that never come, no_repeat_ngram_size: nor any of so many tokens a second time.
+    sequence_bias: sequence -> what is added to the logit of the token that completes it.
+    exponential_decay_length_penalty: (start, factor), makes an end likelier with every token beyond `start`.
+    forced_eos_token_id: one or more, of which one is the last of max_tokens.
     """
 
     n: int = 1
@@ -142,6 +191,13 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
     logprobs: int | None = None
     skip_special_tokens: bool = True
+    suppress_tokens: Sequence[int] | None = None
+    begin_suppress_tokens: Sequence[int] | None = None
+    bad_words_ids: Sequence[Sequence[int]] | None = None
+    no_repeat_ngram_size: int = 0
+    sequence_bias: Mapping[tuple[int, ...], float] | None = None
+    exponential_decay_length_penalty: tuple[float, float] | None = None
+    forced_eos_token_id: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         keep = partial(object.__setattr__, self)  # frozen, yet stored in one form
@@ -177,10 +233,19 @@ class SamplingParams:
         for text in self.stops:
             if not isinstance(text, str) or not text:
                 raise ValueError(f"stop must be a string or strings of one character at least; got {text!r}")
-        for name in ("allowed_token_ids", "stop_token_ids"):
+        if isinstance(self.forced_eos_token_id, int):
+            keep("forced_eos_token_id", (self.forced_eos_token_id,))
+        for name in _TOKENS:
             if (given := getattr(self, name)) is not None:
-                ids = _as_tuple(name, given)
-                keep(name, tuple(_check_int(f"{name}: a token id", token, 0) for token in ids))
+                keep(name, _token_ids(name, given))
+        if self.bad_words_ids is not None:
+            words = _as_tuple("bad_words_ids", self.bad_words_ids)
+            keep("bad_words_ids", tuple(_sequence("bad_words_ids", word) for word in words))
+        keep("no_repeat_ngram_size", _check_int("no_repeat_ngram_size", self.no_repeat_ngram_size, 0))
+        if self.sequence_bias is not None:
+            keep("sequence_bias", _sequence_bias(self.sequence_bias))
+        if self.exponential_decay_length_penalty is not None:
+            keep("exponential_decay_length_penalty", _decay(self.exponential_decay_length_penalty))
         if self.allowed_token_ids is not None and not self.allowed_token_ids:
             raise ValueError("allowed_token_ids must name one token at least, or be None for all; got none")
 
@@ -229,7 +294,8 @@ class SamplingParams:
     def from_generation_config(cls, config: Mapping[str, Any]) -> "SamplingParams":
         """The settings of a checkpoint's generation_config.json; greedy unless it says `do_sample`, as in transformers.
 
-        What the file does not name is off. (transformers would put top_k = 50 there, which no model asked for.)
+        What the file does not name is off. (transformers would put top_k = 50 there, which no model asked for.) A
+        max_length there is passed over.
         """
         names = {field.name for field in fields(cls)} | set(ALIASES)
         do_sample = config.get("do_sample")
@@ -239,8 +305,11 @@ class SamplingParams:
 
     def check_vocab(self, vocab_size: int) -> None:
         """Raises ValueError for a token id of these parameters that the model does not have."""
-        for name in ("logit_bias", "allowed_token_ids", "stop_token_ids"):
+        for name in ("logit_bias", *_TOKENS):
             check_ids(name, getattr(self, name) or (), vocab_size)
+        for name in ("bad_words_ids", "sequence_bias"):
+            for sequence in getattr(self, name) or ():
+                check_ids(name, sequence, vocab_size)
 
 
 # InternLM3's README: the settings it recommends for chat, and those for its deep-thinking mode.

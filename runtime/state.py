@@ -25,7 +25,7 @@ class Tier(IntEnum):
 def tier_of(request: Request) -> Tier:
     """The lowest tier that has all stages of this request."""
     p = request.params
-    masked = p.allowed_token_ids is not None or (p.min_tokens > 0 and bool(request.ends))
+    masked = p.allowed_token_ids is not None or p.suppress_tokens or (p.min_tokens > 0 and bool(request.ends))
     if masked or p.logit_bias or p.typical_p != 1 or p.presence_penalty or p.frequency_penalty:
         return Tier.FULL
     return Tier.GREEDY if p.greedy and p.repetition_penalty == 1 else Tier.USUAL
@@ -118,6 +118,8 @@ class DecodeState:
         ends, permitted = self._words(request.ends), p.allowed_token_ids
         self.ends[row] = ends
         self.permitted[row] = -1 if permitted is None else self._words(permitted)
+        if p.suppress_tokens:
+            self.permitted[row] &= ~self._words(p.suppress_tokens).to(self.permitted.device)
         self.allowed[row] = self.permitted[row]
         if p.min_tokens:
             self.allowed[row] &= ~ends.to(self.allowed.device)

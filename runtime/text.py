@@ -104,6 +104,10 @@ class Writer:
         text = "" if is_end else stream.push(token, self.told >= request.params.min_tokens)
         return text + stream.flush() if last and stream.stopped is None else text
 
+    def flush(self) -> str:
+        """What was held back of an answer that ended without a last token."""
+        return self._stream.flush()
+
     def stop_string(self, token_id: int) -> int | str:
         """The stop string that is this token, which was looked for as one; else the id."""
         token = self._tokenizer.convert_ids_to_tokens(token_id)

@@ -13,7 +13,6 @@ from types import SimpleNamespace
 
 import torch
 from internlm3 import InternLM3Config
-from internlm3.kernels.warmup import token_counts
 from internlm3.runtime import decode
 from internlm3.runtime.model import Decoder, LanguageModel
 from internlm3.runtime.pages import PAGE
@@ -46,9 +45,7 @@ class Server:
 
 def warm(device):
     server = Server(device, rows=2, slots=16, pages=32)
-    group = CONFIG.num_attention_heads // CONFIG.num_key_value_heads
-    for tokens in token_counts(decode.CHUNK, group, CONFIG.head_dim, torch.bfloat16, device):
-        server.prefill(0, torch.empty(tokens, dtype=torch.int64, device=device))
+    decode.compile_all(server.model, server.pages, server.state.rows(0, 1), longest=9000)
     for rows in (1, 2):
         server.step(0, rows)
 

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import internlm3
 import pytest
 from internlm3 import Chunk, InternLM3Config, InternLM3Tokenizer, SamplingParams
+from internlm3.runtime import cli
 from internlm3.runtime.chat import Chat, show
 
 FIGURES = re.compile(
@@ -174,6 +175,16 @@ def test_every_sampling_parameter_has_a_switch(standin):
     assert run(*options, "--frequency-penalty", 2, "--presence-penalty", -2, "--typical-p", 0.5, "--seed", -1).stdout
 
 
+def test_switches_of_sequences():
+    line = """chat --suppress-tokens 3 4 --begin-suppress-tokens 5 --bad-words-ids 6,7 --bad-words-ids 8 --sequence-bias
+        9,10=-1.5 --no-repeat-ngram-size 3 --exponential-decay-length-penalty 20 1.1 --forced-eos-token-id 2 11"""
+    settings = cli._settings(cli._parser().parse_args(line.split()))
+    assert SamplingParams.from_kwargs(**settings) == SamplingParams(
+        suppress_tokens=(3, 4), begin_suppress_tokens=(5,), bad_words_ids=((6, 7), (8,)), sequence_bias={(9, 10): -1.5},
+        no_repeat_ngram_size=3, exponential_decay_length_penalty=(20, 1.1), forced_eos_token_id=(2, 11),
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("args", "says"),
     [
@@ -251,6 +262,13 @@ def test_a_turn_shows_what_was_reused_and_how_fast(capsys):
         show(iter([Chunk("hi", [1], [0.0], None, None, None, 600, 1, 900.0, 30.0, 2.0, reused)]))
         said = capsys.readouterr().err
         assert FIGURES.search(said).groups() == ("600", "1") and "30.0 tokens/s" in said and said.endswith(words)
+
+
+def test_an_answer_that_an_error_ends(capsys):
+    """What is wrong is an error of the command, and said in a chat (as in `test_a_question_that_fails...`)."""
+    with pytest.raises(ValueError, match="not numbers"):
+        show(iter([Chunk("", [], [], None, "error", "not numbers", 1, 0, 0.0, 0.0, 1.0, 0)]))
+    assert "answer 0 tokens" in capsys.readouterr().err
 
 
 def test_control_c_loses_no_conversation(monkeypatch, capsys):

@@ -182,11 +182,11 @@ def recorder(monkeypatch):
     return Recorder(monkeypatch)
 
 
-def answers(model, count=3, **options):
+def answers(model, count=3, engine=None, **options):
     """What some requests of different lengths and settings get from an engine; and the engine, idle again."""
     rng = np.random.default_rng(3)
     prompts = [rng.integers(0, 320, length).tolist() for length in (5, 90, 1, 64, 33)[:count]]
-    engine = Engine(model, max_rows=4, max_seq_len=160, **options)
+    engine = engine or Engine(model, max_rows=4, max_seq_len=160, **options)
     requests = [
         Request(prompt, SamplingParams(**ASKED[index % 3]), 12 + index, frozenset([7]))
         for index, prompt in enumerate(prompts)
@@ -203,6 +203,35 @@ def test_replays_give_the_tokens_of_steps(model, recorder, depth):
     found, engine = answers(model, 5, capture=recorder.capture, depth=depth)
     assert found == expected and engine.pages.free == len(engine.pages)
     assert {len(tokens) for tokens, _ in found} - {12} and recorder.replays > 10
+
+
+def test_behind_a_warm_up_nothing_is_captured(model, recorder):
+    """Every number of rows and every tier, on idle rows: no page is written, and the answers are what they were."""
+    expected, _ = answers(model, 5)
+    captured = []
+
+    def capture(step):
+        captured.append(step)
+        return recorder.capture(step)
+
+    engine = Engine(model, max_rows=4, max_seq_len=160, capture=capture)
+    before = [kv.clone() for kv in engine.pages.kv]
+    engine.warm_up()
+    engine.warm_up()
+    assert len(captured) == 3 * 3  # 1, 2 and 4 rows
+    assert engine.pages.free == len(engine.pages) and all(map(torch.equal, engine.pages.kv, before))
+    found, _ = answers(model, 5, engine=engine)
+    assert found == expected and len(captured) == 9
+
+
+def test_a_warm_up_waits_for_no_request(model):
+    engine = Engine(model, max_rows=2, max_seq_len=160)
+    request = Request([1, 2], SamplingParams(temperature=0), 9)
+    engine.add([request])
+    with pytest.raises(RuntimeError, match="before requests come"):
+        engine.warm_up()
+    engine.cancel([request])
+    engine.warm_up()
 
 
 def test_a_step_is_ops_and_nothing_else(model, recorder):

@@ -1,5 +1,7 @@
 """`generate` against transformers' own: the same tokens, scores, lengths, padding, streamers and refusals."""
 
+import copy
+import json
 import re
 import warnings
 from types import SimpleNamespace
@@ -8,7 +10,7 @@ import pytest
 import torch
 import transformers
 from internlm3 import InternLM3Config, InternLM3ForCausalLM, InternLM3Tokenizer
-from internlm3.runtime import decode
+from internlm3.runtime import decode, generation
 
 QUESTIONS = [
     "What is the capital of France?",
@@ -401,11 +403,9 @@ def test_neutral_values_are_accepted(tiny):
 
 
 CHANGING = [
-    {"num_beams": 4}, {"no_repeat_ngram_size": 2}, {"bad_words_ids": [[3]]}, {"suppress_tokens": [3]}, {"max_time": 1},
-    {"begin_suppress_tokens": [3]}, {"forced_eos_token_id": 2}, {"sequence_bias": {(3,): 1.0}}, {"guidance_scale": 1.5},
-    {"exponential_decay_length_penalty": (1, 1.1)}, {"epsilon_cutoff": 0.1}, {"eta_cutoff": 0.1},
-    {"penalty_alpha": 0.6}, {"encoder_repetition_penalty": 1.1}, {"top_h": 0.5}, {"token_healing": True},
-    {"num_beams": True},
+    {"num_beams": 4}, {"max_time": 1}, {"forced_bos_token_id": 2}, {"guidance_scale": 1.5}, {"epsilon_cutoff": 0.1},
+    {"eta_cutoff": 0.1}, {"penalty_alpha": 0.6}, {"encoder_repetition_penalty": 1.1}, {"top_h": 0.5},
+    {"token_healing": True}, {"num_beams": True},
 ]  # fmt: skip
 IDLE = [{"use_cache": False}, {"early_stopping": True}, {"num_beam_groups": 2}, {"length_penalty": 2.0},
         {"cache_implementation": "static"}, {"low_memory": True}]  # fmt: skip
@@ -560,6 +560,125 @@ def test_allowed_tokens_by_prefix(tiny):
         tiny.ours.generate(ids, mask, prefix_allowed_tokens_fn=lambda row, text: [], **options)
 
 
+REPEATS = {(13,): 9.0, (20,): 9.0, (30,): 8.0}
+PROCESSED = [
+    {"no_repeat_ngram_size": 1},
+    {"no_repeat_ngram_size": 2, "sequence_bias": REPEATS},
+    {"no_repeat_ngram_size": 3, "sequence_bias": REPEATS},
+    {"no_repeat_ngram_size": 40, "sequence_bias": REPEATS},
+    {"bad_words_ids": [[43]]},
+    {"bad_words_ids": [[43], [2], [5], [18, 30], [19, 48, 41], [13] * 30]},
+    {"suppress_tokens": [43, 2, 40]},
+    {"begin_suppress_tokens": [2, 18]},
+    {"begin_suppress_tokens": range(2, 49)},
+    {"sequence_bias": {(13,): 3.0, (2,): -5.0}},
+    {"sequence_bias": {(18, 30): -30.0, (19,): -2.0, (43, 19, 48): 30.0, (18,) * 30: 90.0, (41,): -float("inf")}},
+    {"exponential_decay_length_penalty": (2, 1.4)},
+    {"exponential_decay_length_penalty": (0, 1.05), "repetition_penalty": 1.2},
+    {"forced_eos_token_id": 5},
+    {"forced_eos_token_id": [5, 30]},
+    {
+        "no_repeat_ngram_size": 2, "bad_words_ids": [[7], [20, 33]], "suppress_tokens": [40, 41],
+        "forced_eos_token_id": 5, "begin_suppress_tokens": [33, 18], "sequence_bias": {**REPEATS, (33, 6): 9.0},
+        "repetition_penalty": 1.3, "exponential_decay_length_penalty": (4, 1.1), "min_new_tokens": 3,
+    },
+]  # fmt: skip
+
+
+def in_a_file(settings):
+    """As generation_config.json has them."""
+    as_lists = {"sequence_bias": lambda biases: [[[*ids], bias] for ids, bias in biases.items()]}
+    values = {name: as_lists.get(name, lambda value: value)(value) for name, value in settings.items()}
+    return json.loads(json.dumps(values, default=list))
+
+
+@pytest.mark.parametrize("source", ["keyword", "object", "file"])
+@pytest.mark.parametrize("settings", PROCESSED, ids=lambda settings: "+".join(settings)[:40])
+def test_settings_that_go_by_the_text(tiny, settings, source):
+    """Greedy tokens and their scores, against transformers' own processors; from every source alike."""
+    flags = {"return_dict_in_generate": True, "output_scores": True, "pad_token_id": 0}
+    options = {"do_sample": False, "max_new_tokens": 12, "eos_token_id": [2, 5], **flags}
+    mask = torch.ones_like(PROMPTS)
+    theirs = tiny.theirs.generate(PROMPTS, attention_mask=mask, **options, **settings)
+    first, *rest = settings
+    without = tiny.theirs.generate(PROMPTS, attention_mask=mask, **options, **{name: settings[name] for name in rest})
+    assert theirs.sequences.tolist() != without.sequences.tolist() or settings[first] == 40  # it does something here
+    if source == "keyword":
+        ours = tiny.ours.generate(PROMPTS, mask, **options, **settings)
+    elif source == "object":
+        ours = tiny.ours.generate(PROMPTS, mask, generation_config=transformers.GenerationConfig(**options, **settings))
+    else:
+        tiny.ours.generation_config = in_a_file(settings)
+        try:
+            ours = tiny.ours.generate(PROMPTS, mask, **options)
+        finally:
+            tiny.ours.generation_config = {}
+    assert ours.sequences.tolist() == theirs.sequences.tolist()
+    ended = torch.zeros(len(PROMPTS), dtype=torch.bool)
+    for step, (mine, other) in enumerate(zip(ours.scores, theirs.scores, strict=True)):
+        torch.testing.assert_close(mine[~ended], other[~ended], rtol=1e-3, atol=1e-3)
+        ended |= torch.isin(ours.sequences[:, 6 + step], torch.tensor([2, 5]))
+
+
+@pytest.mark.parametrize("options", [{}, {"do_sample": True, "top_k": 5, "temperature": 0.7, "seed": 1}], ids=str)
+def test_renormalized_scores(tiny, options):
+    """Log-probabilities of what a step draws from: as transformers' log_softmax behind all else; the tokens stay."""
+    flags = {"return_dict_in_generate": True, "output_scores": True, "max_new_tokens": 6, "min_new_tokens": 6}
+    plain = tiny.ours.generate(PROMPTS, **flags, **options)
+    out = tiny.ours.generate(PROMPTS, renormalize_logits=True, **flags, **options)
+    assert out.sequences.equal(plain.sequences)
+    process = transformers.LogitNormalization()
+    for mine, before in zip(out.scores, plain.scores, strict=True):
+        torch.testing.assert_close(mine, process(PROMPTS, before))
+
+
+def test_every_order_of_processors_is_that_of_transformers(tiny):
+    """What is forced comes behind what the prefix allows, and what is suppressed at the beginning behind both."""
+    settings = {"forced_eos_token_id": 30, "begin_suppress_tokens": [7, 9], "bad_words_ids": [[8, 8]]}
+    options = {"do_sample": False, "max_new_tokens": 5, "eos_token_id": 2, **settings}
+    options["prefix_allowed_tokens_fn"] = lambda row, ids: [7, 8, 9 + row]
+    ours = tiny.ours.generate(PROMPTS, **options)
+    assert ours.equal(tiny.theirs.generate(PROMPTS, attention_mask=torch.ones(3, 6), pad_token_id=0, **options))
+    assert (ours[:, -1] == 30).all()
+
+
+def test_rows_that_waited_see_their_own_step(tiny, monkeypatch):
+    """More answers than rows: what a processor is given of a row that came later is that row's text, and no more."""
+    options = {"do_sample": False, "max_new_tokens": 9, "eos_token_id": 2, "pad_token_id": 0}
+    settings = {"no_repeat_ngram_size": 2, "exponential_decay_length_penalty": (3, 1.2), "forced_eos_token_id": 30}
+    together = tiny.ours.generate(PROMPTS, **options, **settings)
+    monkeypatch.setattr(generation, "MOST_ROWS", 2)
+    tiny.ours._engine = None
+    few = tiny.ours.generate(PROMPTS, **options, **settings)
+    tiny.ours._engine = None
+    assert few.equal(together)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"no_repeat_ngram_size": -1}, "no_repeat_ngram_size must be an integer >= 0; got -1"),
+        ({"no_repeat_ngram_size": True}, "no_repeat_ngram_size must be an integer"),
+        ({"bad_words_ids": [3]}, "bad_words_ids must be a sequence; got 3"),
+        ({"bad_words_ids": [[]]}, "bad_words_ids must hold sequences of one token id at least"),
+        ({"bad_words_ids": [[3, 50]]}, "bad_words_ids holds 50, which is outside the vocabulary of 50"),
+        ({"suppress_tokens": [50]}, "suppress_tokens holds 50, which is outside"),
+        ({"suppress_tokens": "a"}, "suppress_tokens must be a sequence"),
+        ({"begin_suppress_tokens": [-1]}, "begin_suppress_tokens: a token id must be an integer >= 0"),
+        ({"forced_eos_token_id": 50}, "forced_eos_token_id holds 50"),
+        ({"sequence_bias": {(3,): "x"}}, r"sequence_bias\[\(3,\)\] must be a number"),
+        ({"sequence_bias": [[3]]}, "sequence_bias must be a mapping from sequences to biases, or a list of pairs"),
+        ({"exponential_decay_length_penalty": (1,)}, r"exponential_decay_length_penalty must be \(start, factor\)"),
+        ({"exponential_decay_length_penalty": (1, 0)}, "exponential_decay_length_penalty: factor must be a number"),
+    ],
+    ids=str,
+)
+def test_bad_settings_of_processors(tiny, settings, message):
+    for given in ({}, settings):
+        with pytest.raises(ValueError, match=message):
+            tiny.ours.generate(PROMPTS, given, **({} if given else settings))
+
+
 @pytest.mark.parametrize("one", [True, False])
 def test_stopping_criteria(tiny, one):
     """Each is asked of all rows behind every step, as in transformers; a row of which one is true ends there."""
@@ -580,6 +699,25 @@ def test_stopping_criteria(tiny, one):
     assert ours.equal(theirs) and ours.shape == (2, 11)
     assert seen["ours"] == seen["theirs"]
     assert tiny.ours.generate(PROMPTS[:1], stopping_criteria=lambda ids, scores: True, **options).shape == (1, 7)
+
+
+@pytest.mark.parametrize("watched", [False, True])
+def test_logits_that_are_no_numbers_are_an_error(tiny, watched):
+    """float16 overflows where bfloat16 does not: one sentence says so, from whichever row."""
+    for dtype, fails in ((torch.float16, True), (torch.bfloat16, False)):
+        model = copy.deepcopy(tiny.ours).to(dtype)
+        model.lm_head.weight *= 30000
+        options = {"max_new_tokens": 2, "return_dict_in_generate": watched, "output_logits": watched}
+        if not fails:
+            model.generate(PROMPTS, **options)
+            continue
+        with pytest.raises(RuntimeError, match=r"row 0: the model's logits are not numbers .* bfloat16"):
+            model.generate(PROMPTS, **options)
+    model = copy.deepcopy(tiny.ours)
+    model.model.embed_tokens.weight[49] = float("nan")  # which the second prompt alone ends with
+    with pytest.raises(RuntimeError, match="row 1: the model's logits are not numbers"):
+        model.generate(PROMPTS, **options)
+    assert model.generate(PROMPTS[2:], max_new_tokens=3).equal(tiny.ours.generate(PROMPTS[2:], max_new_tokens=3))
 
 
 def test_penalties_and_bias(tiny):

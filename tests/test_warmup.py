@@ -29,4 +29,4 @@ def test_requests_compile_nothing_behind_the_warm_up(said, target):
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_warm_up_is_short(said, target):
     """A second or two each, once a machine: what compiles more has a reason that stands here."""
-    assert len(said[target]["warm"]) <= 40, said[target]["warm"]
+    assert len(said[target]["warm"]) <= 48, said[target]["warm"]

@@ -53,6 +53,23 @@ def test_generation(monkeypatch, dtype, shape):
         assert (ours - theirs).abs().max() < tolerance * theirs.abs().max(), f"step {step}"
 
 
+def test_batch_invariance(monkeypatch):
+    """An answer alone has the bits that it has beside others, where the model was told so; else it need not."""
+    on_triton(monkeypatch)
+    ids = torch.randint(1, 320, (3, 12), generator=torch.Generator().manual_seed(4)).to(DEVICE)
+    flags = {"do_sample": False, "max_new_tokens": 4, "eos_token_id": [], "output_logits": True}
+
+    def logits(ids):
+        with np.errstate(all="ignore"):
+            steps = model.generate(ids, return_dict_in_generate=True, **flags).logits
+        return torch.stack(steps)[1:, 0]  # of the first prompt, behind its first token: the decode steps
+
+    for invariant in (False, True):
+        model = make(torch.float32)
+        model.model.batch_invariant = invariant
+        assert logits(ids[:1]).equal(logits(ids)) == invariant
+
+
 def test_forward_with_padding_and_positions(monkeypatch):
     """transformers' forward: padding anywhere, own positions, a cache that grows, hidden states."""
     model = make(torch.float32)

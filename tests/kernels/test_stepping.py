@@ -1,5 +1,6 @@
 """advance against kernels.reference and a walk over the rows in Python; it sums nothing, so every bit counts."""
 
+import math
 import struct
 
 import pytest
@@ -37,7 +38,9 @@ def make_state(seed, rows, vocab, padding=0):
     }
     drawn = integers(0, vocab, rows, dtype=torch.int64)
     drawn[0], drawn[-1] = 0, vocab - 1
-    return drawn, -torch.rand(rows, generator=rng).to(DEVICE) * 20, state
+    logprob = -torch.rand(rows, generator=rng) * 20
+    logprob[torch.rand(rows, generator=rng) < 0.2] = float("nan")
+    return drawn, logprob.to(DEVICE), state
 
 
 def walked(drawn, logprob, state):
@@ -50,6 +53,7 @@ def walked(drawn, logprob, state):
             continue
         length += 1
         end = 1 if state["ends"][row][token // 32] >> token % 32 & 1 else 2 if length >= state["limit"][row] else 0
+        end = 3 if math.isnan(logprob[row]) else end
         bits = struct.unpack("<i", struct.pack("<f", logprob[row].item()))[0]
         state["said"][row] = [token, end, bits]
         state["token"][row] = token
