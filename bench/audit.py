@@ -10,8 +10,10 @@ judged is kept in .audit_cache/ until a file of kernels/ or of the audit, Triton
 import argparse
 import hashlib
 import json
+import math
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -45,29 +47,54 @@ class Facts(NamedTuple):
     # Pointer arguments that are streamed: every load of theirs is of 16 bytes.
     streams: Sequence[str] = ()
     tensor_cores: bool = False
+    # Pointer arguments whose bytes are the launch's time; and how much of what the threads can issue while memory
+    # brings those bytes they may use.
+    bulk: Sequence[str] = ()
+    most_slots: float = math.inf
+    # Waits for memory, one behind another.
+    most_trips: float = math.inf
+    # Programs for each multiprocessor: one alone waits at its barriers with nothing else to do.
+    least_programs: float = 0
 
 
 FACTS = {
-    "_embed": Facts(constants=["table_ptr"], streams=["table_ptr"]),
-    "_rms_norm": Facts(["weight_ptr"], ["weight_ptr"], ["x_ptr", "weight_ptr"]),
-    "_swiglu": Facts(streams=["gate_up_ptr"]),
-    "_rope_and_cache": Facts(),
-    "_skinny, one row": Facts(["w_ptr", "norm_ptr", "bias_ptr"], ["w_ptr", "norm_ptr"], ["w_ptr", "norm_ptr", "x_ptr"]),
-    "_skinny": Facts(["w_ptr", "norm_ptr", "bias_ptr"], streams=["w_ptr", "x_ptr"], tensor_cores=True),
-    "_attend": Facts(streams=["k_ptr", "v_ptr"], tensor_cores=True),
-    "_combine": Facts(),
-    "_penalize": Facts(streams=["logits_ptr", "bias_ptr", "prompt_counts_ptr", "output_counts_ptr"]),
-    "_collect": Facts(streams=["x_ptr"]),
-    "_find_floors": Facts(),
-    "_add_up": Facts(streams=["x_ptr"]),
+    "_embed": Facts(constants=["table_ptr"], streams=["table_ptr"], bulk=["table_ptr"], most_trips=2),
+    "_rms_norm": Facts(["weight_ptr"], ["weight_ptr"], ["x_ptr", "weight_ptr"], bulk=["x_ptr"], most_trips=1),
+    "_swiglu": Facts(streams=["gate_up_ptr"], bulk=["gate_up_ptr"], most_trips=1),
+    "_rope_and_cache": Facts(bulk=["qkv_ptr"], most_trips=2),
+    "_skinny, one row": Facts(
+        ["w_ptr", "norm_ptr", "bias_ptr"], ["w_ptr", "norm_ptr"], ["w_ptr", "norm_ptr", "x_ptr"],
+        bulk=["w_ptr"], most_slots=1.0, most_trips=3, least_programs=2,
+    ),
+    "_skinny": Facts(
+        ["w_ptr", "norm_ptr", "bias_ptr"], streams=["w_ptr", "x_ptr"], tensor_cores=True, bulk=["w_ptr"], most_slots=1.0
+    ),
+    "_attend": Facts(streams=["k_ptr", "v_ptr"], tensor_cores=True, bulk=["k_ptr", "v_ptr"]),
+    "_combine": Facts(bulk=["partial_ptr"], most_trips=3),
+    "_penalize": Facts(
+        streams=["logits_ptr", "bias_ptr", "prompt_counts_ptr", "output_counts_ptr"], bulk=["logits_ptr"]
+    ),
+    "_collect": Facts(streams=["x_ptr"], bulk=["x_ptr"]),
+    "_find_floors": Facts(bulk=["candidate_ptr"]),
+    "_add_up": Facts(streams=["x_ptr"], bulk=["x_ptr"]),
     "_pick": Facts(),
     "_advance": Facts(),
-}
+}  # fmt: skip
 
 
 def kernel_name(launch: Launch) -> str:
     """The kernel's name in FACTS: one row of a linear layer is another kernel than several."""
     return launch.kernel + ", one row" * (launch.kernel == "_skinny" and launch.constants["BR"] == 1)
+
+
+def instructions_per_16_bytes(code: MachineCode, pointers: Sequence[str]) -> float:
+    """Of a thread, where it streams: in the loop that brings the most, or else in all that no loop holds."""
+    loaded = Counter[str]()
+    for access in code.accesses:
+        if access.is_load and access.pointers & set(pointers):
+            loaded[access.loop] += access.bytes
+    loop = max(loaded, key=lambda loop: (loop != "", loaded[loop]), default="")
+    return 16 * code.instructions[loop] / loaded[loop] if loaded else 0.0
 
 
 def violations(launch: Launch, code: MachineCode, target: Target, facts: Facts) -> list[str]:
@@ -94,6 +121,11 @@ def violations(launch: Launch, code: MachineCode, target: Target, facts: Facts) 
             names = ", ".join(sorted(frozenset().union(*(access.pointers for access in found))))
             wrong.append(f"{what}: {len(found)} of {names or 'unknown origin'}, as {found[0].instruction}")
 
+    per_16_bytes = instructions_per_16_bytes(code, facts.bulk)
+    if per_16_bytes > facts.most_slots * target.instructions_per_16_bytes:
+        wrong.append(f"slower than memory: {per_16_bytes:.0f} instructions of a thread for 16 bytes that it streams")
+    if launch.programs < facts.least_programs * target.multiprocessors:
+        wrong.append(f"leaves multiprocessors idle: {launch.programs} programs for {target.multiprocessors}")
     loads = [access for access in code.accesses if access.is_load]
     stores = [access for access in code.accesses if not access.is_load]
     expect_none("accesses without an argument behind them", (x for x in code.accesses if not x.pointers))
@@ -101,6 +133,8 @@ def violations(launch: Launch, code: MachineCode, target: Target, facts: Facts) 
     if target.capability < (9, 0):
         return wrong
 
+    if code.flight.round_trips > facts.most_trips:
+        wrong.append(f"waits for memory one behind another: {code.flight.round_trips}, at most {facts.most_trips}")
     # Programmatic dependent launch: trigger, read constants, wait; then everything else.
     if not launch.compiled.metadata.launch_pdl:
         wrong.append("is launched without programmatic dependent launch, which this target has")
@@ -130,8 +164,9 @@ class Finding(NamedTuple):
     wrong: list[str]
 
 
-def _figures(launch: Launch, code: MachineCode, target: Target) -> dict[str, str]:
+def _figures(launch: Launch, code: MachineCode, target: Target, facts: Facts) -> dict[str, str]:
     metadata = launch.compiled.metadata
+    per_16_bytes = instructions_per_16_bytes(code, facts.bulk)
     loads = [access for access in code.accesses if access.is_load]
     wide = sum(access.bytes >= 16 for access in loads)
     early = sum(not access.may_have_waited for access in loads)
@@ -147,7 +182,12 @@ def _figures(launch: Launch, code: MachineCode, target: Target) -> dict[str, str
         # How often all of them fill the GPU that the target is named for; under 1, part of it has nothing to do.
         "waves": f"{launch.programs / max(resident * target.multiprocessors, 1):.2f}",
         # On a multiprocessor, whatever is loaded.
-        "KB in flight": f"{code.in_flight * threads * together / 1024:.0f}" if target.is_cuda else "-",
+        "KB in flight": f"{code.flight.bytes * threads * together / 1024:.0f}" if target.is_cuda else "-",
+        # Of a program: loads on their way before it waits for the first, and waits one behind another.
+        "loads, waits": f"{code.flight.ahead}, {code.flight.round_trips}" if target.is_cuda else "-",
+        # Of a thread, and the share of what it may issue while memory brings them at its full speed.
+        "instructions/16 B": f"{per_16_bytes:.0f}" if per_16_bytes else "-",
+        "slots": f"{per_16_bytes / target.instructions_per_16_bytes:.0%}" if per_16_bytes else "-",
         "16-byte loads": f"{wide} of {len(loads)}",
         "before wait": f"{early} of {len(loads)}" if code.waits else "-",
         "tensor": ", ".join(f"{count} {name}" for name, count in code.tensor_core.items()) or "-",
@@ -162,11 +202,13 @@ def audit_case(case: Case, target_name: str) -> list[Finding]:
         for launch in compile_launches(getattr(kernels, case.op), case.arguments, target):
             code = read(launch, target)
             name = kernel_name(launch)
-            if name in FACTS:
-                wrong = violations(launch, code, target, FACTS[name])
-            else:
-                wrong = ["is not in FACTS, which says what its machine code is meant to be"]
-            findings.append(Finding(target_name, case.op, case.shape, name, _figures(launch, code, target), wrong))
+            facts = FACTS.get(name, Facts())
+            wrong = violations(launch, code, target, facts)
+            if name not in FACTS:
+                wrong.append("is not in FACTS, which says what its machine code is meant to be")
+            findings.append(
+                Finding(target_name, case.op, case.shape, name, _figures(launch, code, target, facts), wrong)
+            )
     except Exception as error:  # whatever a launcher, the compiler or a tool of it raises is a finding
         findings.append(
             Finding(target_name, case.op, case.shape, "-", {}, [f"no machine code: {type(error).__name__}: {error}"])

@@ -176,6 +176,15 @@ def _sampled(make: Inputs, rows: int) -> Arguments:
     }
 
 
+def _filtered(make: Inputs, rows: int, name: str) -> Arguments:
+    """One filter alone, which leaves the whole vocabulary to search."""
+    per_row = {"temperature": 1.0, name: 0.8}
+    return {
+        **_greedy(make, rows),
+        **{name: make.full((rows,), value, torch.float32) for name, value in per_row.items()},
+    }
+
+
 def _advance(make: Inputs, rows: int) -> Arguments:
     """Rows that neither end nor open their mask."""
     vocabulary = make.size.vocabulary
@@ -211,7 +220,7 @@ def _launches(size: Size, dtype: torch.dtype, rows: int, sequences: int, context
     decode = rows == sequences
     name = f"{rows} {'row' if decode else 'token'}{'s' * (rows > 1)}"
 
-    def case(op: str, make: Callable[..., Arguments], *shape: int, part: str = "", context: int | None = None) -> Case:
+    def case(op: str, make: Callable[..., Arguments], *shape: Any, part: str = "", context: int | None = None) -> Case:
         words = ", ".join(filter(None, (name, part, f"{context} held" if context else "")))
         fresh = partial(_make, make, size, dtype, (rows, *shape))
         return Case(op, words, rows, context, dtype, fresh)
@@ -230,11 +239,13 @@ def _launches(size: Size, dtype: torch.dtype, rows: int, sequences: int, context
     if decode:
         yield case("rms_norm_linear", _norm_linear, size.vocabulary, part="head")
         yield case("sample", _greedy, part="greedy")
-        yield case("sample", _sampled)
+        yield case("sample", _sampled, part="recommended")
+        yield case("sample", _filtered, "top_p", part="top_p alone")
+        yield case("sample", _filtered, "typical_p", part="typical_p alone")
         yield case("advance", _advance)
 
 
 def _make(
-    make: Callable[..., Arguments], size: Size, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device
+    make: Callable[..., Arguments], size: Size, dtype: torch.dtype, shape: tuple[Any, ...], device: torch.device
 ) -> Arguments:
     return make(Inputs(size, dtype, device), *shape)

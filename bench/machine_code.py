@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from launches import Launch
-from sass import TENSOR_CORE, Access, fuses_16_bits, in_flight, instructions, trace
+from sass import TENSOR_CORE, Access, Flight, flight, fuses_16_bits, instructions, trace
 from targets import Target
 from triton import knobs
 
@@ -22,9 +22,10 @@ class MachineCode(NamedTuple):
     spilled: int  # bytes of memory that a thread has for what its registers cannot hold
     tensor_core: Counter[str]  # instructions by name
     accesses: list[Access]
+    instructions: Counter[str]  # how many, by the innermost loop that they are in; "": in none
     waits: bool = False  # for the predecessor in programmatic dependent launch
     exits_unwaited: bool = False  # on some way
-    in_flight: int = 0  # bytes that a thread has asked for and not yet used, at most
+    flight: Flight = Flight(0, 0, 0)
     fused_16_bits: Sequence[str] = ()  # instructions that round a product and a sum once, to 16 bits
 
 
@@ -40,17 +41,18 @@ def _read_nvidia(launch: Launch) -> MachineCode:
         text = _output(knobs.nvidia.nvdisasm.path, "-c", file.name)
     held = {name: int(number) for name, number in re.findall(r"([A-Z]+)(?:\[0\])?:(\d+)", usage.split("Function")[1])}
     code = text[text.index(f"\n{launch.compiled.name}:") :]
-    accesses, exits_unwaited = trace(code, _pointer_offsets(launch, held["CONSTANT"]))
+    traced = trace(code, _pointer_offsets(launch, held["CONSTANT"]))
     listing = list(instructions(code))
     names = Counter(instruction.base for instruction in listing)
     return MachineCode(
         held["REG"],
         held["STACK"] + held["LOCAL"],
         Counter({name: count for name, count in names.items() if TENSOR_CORE.match(name)}),
-        accesses,
+        traced.accesses,
+        traced.instructions,
         names["ACQBULK"] > 0,
-        exits_unwaited,
-        in_flight(listing),
+        traced.exits_unwaited,
+        flight(listing),
         [str(instruction) for instruction in listing if fuses_16_bits(instruction)],
     )
 
@@ -88,6 +90,7 @@ def _read_amd(launch: Launch) -> MachineCode:
         field("private_segment_fixed_size"),
         Counter(re.findall(r"\bv_s?mfma\w*", text)),
         [Access(name, kind == "load", widths[width]) for name, kind, width in found],
+        Counter(),
     )
 
 

@@ -7,6 +7,7 @@ whether programmatic dependent launch has been triggered (PREEXIT) and waited fo
 
 import itertools
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -23,6 +24,7 @@ class Access(NamedTuple):
     triggered: bool = False  # on all ways
     waited: bool = False  # on all ways
     may_have_waited: bool = False  # on some way
+    loop: str = ""  # the label of the innermost loop around it
 
 
 LINE = re.compile(r"/\*[0-9a-f]+\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)\s*([^;]*?)\s*;")
@@ -116,28 +118,41 @@ def fuses_16_bits(instruction: _Instruction) -> bool:
     return not first.lstrip("-").startswith("RZ") and not addend.lstrip("-").startswith("RZ") and second not in _ONES
 
 
-def in_flight(listing: Iterable[_Instruction]) -> int:
-    """The most bytes of global memory that a thread has asked for and not yet used.
+class Flight(NamedTuple):
+    """How a thread asks for global memory, in the order of the listing, each instruction once.
 
-    In the order of the listing, each instruction once: of a loop that is the pipeline's beginning and one round.
+    Of a loop that is the pipeline's beginning and one round.
     """
-    most = copied = 0
-    loads: list[tuple[set[str], int]] = []  # by the registers that they write
-    groups: list[int] = []  # copies to shared memory that are waited for together
+
+    bytes: int  # asked for and not yet used, at most
+    ahead: int  # loads on their way when the first of them is waited for
+    round_trips: int  # waits one behind another: each for something that was asked for since the wait before
+
+
+def flight(listing: Iterable[_Instruction]) -> Flight:
+    most = copied = asked = ahead = waits = 0
+    loads: list[tuple[set[str], int, int]] = []  # the registers that they write, bytes, waits before they were issued
+    groups: list[tuple[int, int]] = []  # copies to shared memory that are waited for together: bytes, waits
     for instruction in listing:
         named = {kind + number for kind, number, _ in _REGISTER.findall(", ".join(instruction.operands))}
-        loads = [(registers, size) for registers, size in loads if not registers & named]
-        if instruction.base == "LDGSTS":
+        arrived = [since for registers, _, since in loads if registers & named]
+        loads = [load for load in loads if not load[0] & named]
+        if instruction.base == "DEPBAR":
+            done = max(len(groups) - int(instruction.operands[-1], 0), 0)
+            arrived += [since for size, since in groups[:done] if size]
+            groups = groups[done:]
+        if waits in arrived:
+            ahead = ahead or asked
+            waits += 1
+        if instruction.base == "LDGDEPBAR":
+            groups, copied = [*groups, (copied, waits)], 0
+        elif instruction.base == "LDGSTS":
             copied += instruction.bytes
-        elif instruction.base == "LDGDEPBAR":
-            groups, copied = [*groups, copied], 0
-        elif instruction.base == "DEPBAR":
-            left = int(instruction.operands[-1], 0)
-            groups = groups[len(groups) - left :] if left < len(groups) else groups
-        elif instruction.base in _GLOBAL_LOADS:
-            loads.append((set(instruction.written()[0]), instruction.bytes))
-        most = max(most, copied + sum(groups) + sum(size for _, size in loads))
-    return most
+        elif instruction.base in _GLOBAL_LOADS | {"ATOM", "ATOMG"}:
+            loads.append((set(instruction.written()[0]), instruction.bytes, waits))
+        asked += instruction.base in _GLOBAL_LOADS
+        most = max(most, copied + sum(size for size, _ in groups) + sum(size for _, size, _ in loads))
+    return Flight(most, ahead, waits)
 
 
 class _State:
@@ -263,12 +278,51 @@ def _blocks(text: str) -> dict[str, _Block]:
     return blocks
 
 
-def trace(text: str, arguments: dict[int, str]) -> tuple[list[Access], bool]:
-    """Global accesses in the text of a function, and whether a way through it ends without a wait.
+def _loops(blocks: dict[str, _Block]) -> dict[str, str]:
+    """Block -> the innermost loop around it, by the label of its head; "" where there is none."""
+    before: dict[str, set[str]] = {"entry": set()}
+    waiting = ["entry"]
+    while waiting:
+        label = waiting.pop()
+        waiting += set(blocks[label].successors) - before.keys()
+        for successor in blocks[label].successors:
+            before.setdefault(successor, set()).add(label)
+    # A block's dominators: those on every way to it.
+    dominators = {label: set(before) for label in before} | {"entry": {"entry"}}
+    changed = True
+    while changed:
+        changed = False
+        for label in before.keys() - {"entry"}:
+            now = {label}.union(set.intersection(*(dominators[each] for each in before[label])))
+            changed |= now != dominators[label]
+            dominators[label] = now
+    bodies: dict[str, set[str]] = {}
+    for label in before:
+        for head in set(blocks[label].successors) & dominators[label]:  # a way back
+            body = bodies.setdefault(head, {head})
+            waiting = [label]
+            while waiting:
+                inside = waiting.pop()
+                if inside not in body:
+                    body.add(inside)
+                    waiting += before[inside]
+    smallest = sorted(bodies, key=lambda head: len(bodies[head]))
+    return {label: next((head for head in smallest if label in bodies[head]), "") for label in before}
+
+
+class Trace(NamedTuple):
+    accesses: list[Access]
+    exits_unwaited: bool  # on some way
+    instructions: Counter[str]  # how many each innermost loop holds; "": those in none
+
+
+def trace(text: str, arguments: dict[int, str]) -> Trace:
+    """What the text of a function does with global memory, and where.
 
     `arguments` names the pointer arguments by their offsets in constant bank 0.
     """
     blocks = _blocks(text)
+    loops = _loops(blocks)
     before = {"entry": _State(arguments)}
     waiting = ["entry"]
     while waiting:
@@ -283,14 +337,16 @@ def trace(text: str, arguments: dict[int, str]) -> tuple[list[Access], bool]:
             elif before[successor].join(state.copy()):
                 waiting.append(successor)
 
-    accesses, exits_unwaited = [], False
+    accesses, exits_unwaited, counts = [], False, Counter[str]()
     for label, reached in before.items():
         state = reached.copy()
         for instruction in blocks[label].instructions:
+            counts[loops[label]] += instruction.base != "NOP"
             if instruction.base in _GLOBAL_LOADS | _GLOBAL_STORES:
                 pointers = state.read(instruction.guard, [instruction.address])
                 is_load = instruction.base in _GLOBAL_LOADS
-                accesses.append(Access(str(instruction), is_load, instruction.bytes, pointers, *state.flags))
+                where = (*state.flags, loops[label])
+                accesses.append(Access(str(instruction), is_load, instruction.bytes, pointers, *where))
             exits_unwaited |= instruction.base == "EXIT" and not state.waited
             state.step(instruction)
-    return accesses, exits_unwaited
+    return Trace(accesses, exits_unwaited, counts)

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-ROWS, COLUMNS = 64, 4096
+ROWS, COLUMNS = 512, 4096
 FAULTS = {  # name -> launch options
     "none": {},
     "late trigger": {},
@@ -31,6 +31,9 @@ FAULTS = {  # name -> launch options
     "too much shared memory": {"num_stages": 6},
     "may contract": {"enable_fp_fusion": True},
     "fuses in 16 bits": {},
+    "slow": {},
+    "serial": {},
+    "idle": {},
 }
 
 
@@ -64,7 +67,14 @@ def dot_product(x_ptr, w_ptr, y_ptr, address, stride, C: tl.constexpr, FAULT: tl
         x = tl.load(x_ptr + columns)
     if FAULT == "fuses in 16 bits":
         x = tl.fma(x, w, x)
-    y = tl.sum(x.to(tl.float32) * w.to(tl.float32), 0)
+    if FAULT == "serial":  # every wait is for what the wait before could have brought as well
+        for i in tl.static_range(2):
+            x += tl.load(x_ptr + columns + (i + 1) * C + (tl.sum(x.to(tl.float32), 0) > 1e30))
+    products = x.to(tl.float32) * w.to(tl.float32)
+    if FAULT == "slow":
+        for _ in tl.static_range(128):
+            products = tl.fma(products, products, products)
+    y = tl.sum(products, 0)
     if FAULT == "spills":  # all that was loaded is needed again
         y = tl.sum((x.to(tl.float32) + w.to(tl.float32)) * y, 0)
     if FAULT == "untraceable load":
@@ -93,10 +103,10 @@ def launch(x: torch.Tensor, w: torch.Tensor, fault: str) -> None:
     options = {"PDL": pdl, "launch_pdl": pdl, "enable_fp_fusion": False, **FAULTS[fault]}
     y = torch.empty((ROWS, ROWS), dtype=torch.float32, device=x.device)
     if fault == "too much shared memory":
-        matrix_product[(1,)](x, w, y, ROWS, COLUMNS, 256, **options)
+        matrix_product[(1,)](x, w, y, 64, COLUMNS, 256, **options)
     else:
         stride = w.stride(0) + (fault == "narrow weight")
-        dot_product[(ROWS,)](x, w, y, 2**40, stride, COLUMNS, fault, **options)
+        dot_product[(1 if fault == "idle" else ROWS,)](x, w, y, 2**40, stride, COLUMNS, fault, **options)
 
 
 def main(bench: str, *targets: str) -> None:
@@ -109,7 +119,10 @@ def main(bench: str, *targets: str) -> None:
     said = {}
     for name in targets:
         for fault in FAULTS:
-            facts = Facts(["w_ptr"], ["w_ptr"], ["w_ptr"], tensor_cores=fault == "no tensor core")
+            facts = Facts(
+                ["w_ptr"], ["w_ptr"], ["w_ptr"], tensor_cores=fault == "no tensor core",
+                bulk=["w_ptr"], most_slots=2.5, most_trips=3, least_programs=2,
+            )  # fmt: skip
             if fault == "too much shared memory":
                 facts = Facts(streams=["w_ptr", "x_ptr"], tensor_cores=True)
 

@@ -31,6 +31,8 @@ ON_EVERY_TARGET = {
     "too much shared memory": {"takes too much shared memory"},
     "may contract": {"is launched so that the compiler may contract a product and a sum, which are rounded once then"},
     "fuses in 16 bits": {"fused 16-bit operations"},
+    "slow": {"slower than memory"},
+    "idle": {"leaves multiprocessors idle"},
 }
 OF_DEPENDENT_LAUNCH = {
     "late trigger": {"accesses before the successor may start"},
@@ -41,6 +43,7 @@ OF_DEPENDENT_LAUNCH = {
     "wait on one way": NO_WAIT,
     "way out before the wait": {"a way through it ends without waiting for its predecessor"},
     "late weight": {"loads after the wait that belong before it"},
+    "serial": {"waits for memory one behind another"},
     "launched without": {"is launched without programmatic dependent launch, which this target has"},
 }
 
@@ -67,8 +70,14 @@ def kinds(sentences: list[str]) -> set[str]:
 @pytest.mark.parametrize("fault", ON_EVERY_TARGET)
 def test_a_fault_is_found_on_every_target(said, fault, target):
     found = kinds(said[f"{fault} on {target}"])
-    if fault == "spills":  # what is reloaded after a spill has lost its origin
-        found -= {"accesses without an argument behind them"}
+    if (
+        fault == "spills"
+    ):  # what is reloaded after a spill has lost its origin; and a thread that spills works and waits
+        found -= {
+            "accesses without an argument behind them",
+            "slower than memory",
+            "waits for memory one behind another",
+        }
     assert found == ON_EVERY_TARGET[fault], said[f"{fault} on {target}"]
 
 
@@ -89,12 +98,12 @@ def test_the_command_is_content_with_a_sound_kernel():
     header, *rows, verdict = done.stdout.splitlines()
     assert header.split()[:3] == ["target", "op", "kernel"]
     assert [row.split()[:3] for row in rows] == [
-        [target, "swiglu", "_swiglu"] for target in ("sm_80", "sm_90", "gfx942") for _ in ("1 row", "16 rows")
+        [target, "swiglu", "_swiglu"] for target in ("sm_80", "sm_90", "gfx942") for _ in range(4)
     ]
-    # 10 and 160 programs, of which 16 fit each of an H100's 132 multiprocessors.
+    # 10 programs for each of 1, 16, 4 and 512 tokens, of which 16 fit each of an H100's 132 multiprocessors.
     waves = header.split().index("waves")
-    assert [row.split()[waves] for row in rows if row.startswith("sm_90")] == ["0.00", "0.08"]
-    assert verdict == "6 launches audited, 0 violations"
+    assert [row.split()[waves] for row in rows if row.startswith("sm_90")] == ["0.00", "0.08", "0.02", "2.42"]
+    assert verdict == "12 launches audited, 0 violations"
 
 
 def test_the_command_compiles_even_where_the_interpreter_is_asked_for():
@@ -110,7 +119,7 @@ def test_the_command_fails_where_a_tool_fails(tmp_path):
     done = run(BENCH / "audit.py", "--kernel", "swiglu", "--target", "sm_80", TRITON_CUOBJDUMP_PATH=str(tool))
     assert done.returncode == 1, done.stdout + done.stderr
     assert "FAIL  sm_80 swiglu (1 row)" in done.stdout
-    assert "2 violations" in done.stdout
+    assert "4 violations" in done.stdout
 
 
 # What follows needs no compiler: machine code in the disassembler's words.
@@ -132,7 +141,7 @@ def trace(sass):
 
 
 def origins(traced) -> list[set[str]]:
-    return [set(access.pointers) for access in traced[0]]
+    return [set(access.pointers) for access in traced.accesses]
 
 
 def test_a_register_forgets_what_it_held(trace):
@@ -161,7 +170,7 @@ def test_a_guarded_write_counts_alone_under_its_guard_only(trace):
 
 
 def test_ways_that_meet_bring_both_origins_and_a_wait_counts_only_on_all(trace):
-    accesses, exits_unwaited = trace(
+    accesses, exits_unwaited, _ = trace(
         "LDC.64 R2, c[0x0][0x160]",
         "@P0 BRA `(.L_x_1)",
         "LDC.64 R2, c[0x0][0x168]",
@@ -194,7 +203,7 @@ def test_an_address_may_travel_through_shared_memory(trace):
         "LDC.64 R2, c[0x0][0x168]", "STS.64 [R9], R2", "LDS.128 R4, [R10]", "STG.E [R6.64], R0", "@P0 ACQBULK", "EXIT"
     )
     assert origins(traced) == [{"w_ptr"}]
-    assert traced[1], "a guarded wait is not a wait on every way"
+    assert traced.exits_unwaited, "a guarded wait is not a wait on every way"
 
 
 def test_what_is_loaded_is_a_number(trace):
@@ -224,20 +233,22 @@ def test_a_fused_operation_is_known_from_a_product_a_sum_and_a_constant(sass, te
 
 
 @pytest.mark.parametrize(
-    ("lines", "most"),
+    ("lines", "flight"),  # bytes in flight, loads ahead of the first wait, waits
     [
-        (["LDG.E.128 R4, [R2.64]", "LDG.E.128 R8, [R2.64+0x10]", "FADD R0, R4, R8"], 32),
-        (["LDG.E.128 R4, [R2.64]", "FADD R0, R6, R1", "LDG.E.64 R8, [R2.64]", "FADD R0, R8, R9"], 16),
-        (["LDG.E R4, [R2.64]", "LDG.E.64 R6, [R4.64]", "STG.E.64 [R2.64], R6"], 8),  # an address that was loaded
+        (["LDG.E.128 R4, [R2.64]", "LDG.E.128 R8, [R2.64+0x10]", "FADD R0, R4, R8"], (32, 2, 1)),
+        (["LDG.E.128 R4, [R2.64]", "FADD R0, R6, R1", "LDG.E.64 R8, [R2.64]", "FADD R0, R8, R9"], (16, 1, 2)),
+        (["LDG.E R4, [R2.64]", "LDG.E.64 R6, [R4.64]", "STG.E.64 [R2.64], R6"], (8, 1, 2)),  # a loaded address
+        (["LDG.E R4, [R2.64]", "LDG.E R6, [R2.64]", "FADD R0, R6, R1", "FADD R0, R4, R1"], (8, 2, 1)),
+        (["ATOMG.E.ADD.STRONG.GPU PT, R4, [R2.64], R9", "LDG.E R6, [R2.64]", "FADD R0, R4, R1"], (8, 1, 1)),
         (["LDGSTS.E.BYPASS.128 [R9], [R2.64]", "LDGDEPBAR", "LDGSTS.E.128 [R9+0x800], [R2.64]", "LDGDEPBAR",
-          "DEPBAR.LE SB0, 0x1", "LDGSTS.E [R9+0x900], [R2.64]", "LDGDEPBAR", "DEPBAR.LE SB0, 0x0"], 32),
-        (["LDGSTS.E [R9], [R2.64]", "LDGDEPBAR", "DEPBAR.LE SB0, 0x0", "LDGSTS.E.64 [R9], [R2.64]"], 8),
-        (["FADD R0, R8, R9", "STG.E.128 [R2.64], R8"], 0),
+          "DEPBAR.LE SB0, 0x1", "LDGSTS.E [R9+0x900], [R2.64]", "LDGDEPBAR", "DEPBAR.LE SB0, 0x0"], (32, 2, 2)),
+        (["LDGSTS.E [R9], [R2.64]", "LDGDEPBAR", "DEPBAR.LE SB0, 0x0", "LDGSTS.E.64 [R9], [R2.64]"], (8, 1, 1)),
+        (["FADD R0, R8, R9", "STG.E.128 [R2.64], R8"], (0, 0, 0)),
     ],
 )  # fmt: skip
-def test_what_is_asked_for_and_not_yet_used_is_in_flight(sass, lines, most):
+def test_what_is_asked_for_and_not_yet_used_is_in_flight(sass, lines, flight):
     listing = "\n".join(f"/*0000*/ {line} ;" for line in lines)
-    assert sass.in_flight(sass.instructions(listing)) == most
+    assert sass.flight(sass.instructions(listing)) == flight
 
 
 def test_an_audit_of_nothing_fails():
@@ -260,3 +271,27 @@ def test_an_audit_of_nothing_fails():
 def test_an_unknown_kernel_is_refused_with_the_nearest():
     done = run(BENCH / "audit.py", "--kernel", "swigul")
     assert done.returncode == 2 and "there is no op 'swigul': did you mean 'swiglu'?" in done.stderr
+
+
+def test_instructions_and_loads_are_counted_in_the_innermost_loop_around_them(trace):
+    traced = trace(
+        "LDC.64 R2, c[0x0][0x160]",
+        "@P3 BRA `(.L_x_2)",
+        ".L_x_0:",
+        "LDG.E R4, [R2.64]",
+        ".L_x_1:",
+        "LDG.E R5, [R2.64]",
+        "@P4 BRA `(.L_x_3)",
+        ".L_x_4:",
+        "@P1 BRA `(.L_x_1)",
+        "@P2 BRA `(.L_x_0)",
+        ".L_x_2:",
+        "EXIT",
+        ".L_x_3:",  # a slow way that the compiler moved behind the end, back into the inner loop
+        "FADD R0, R4, R5",
+        "BRA `(.L_x_4)",
+        ".L_x_5:",
+        "BRA `(.L_x_5)",
+    )
+    assert traced.instructions == {"": 3, ".L_x_0": 2, ".L_x_1": 5}
+    assert [access.loop for access in traced.accesses] == [".L_x_0", ".L_x_1"]

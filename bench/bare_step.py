@@ -1,0 +1,93 @@
+"""A model's steps without its engine: rows placed by hand, on a model with random weights."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from types import ModuleType
+from unittest import mock
+
+import torch
+from internlm3 import InternLM3Config, InternLM3ForCausalLM
+from internlm3.runtime import decode
+from internlm3.runtime import model as runtime_model
+from internlm3.runtime.pages import Pages, pages_of
+from internlm3.runtime.rope import inverse_frequencies
+from internlm3.runtime.state import DecodeState, Tier
+from torch import Tensor
+
+# InternLM3-8B-Instruct's config.json.
+EIGHT_B = InternLM3Config(
+    intermediate_size=10240, num_key_value_heads=2, rope_scaling={"rope_type": "dynamic", "factor": 6.0}
+)
+TOY = InternLM3Config(
+    vocab_size=320, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=16, max_position_embeddings=32, rope_scaling={"rope_type": "dynamic", "factor": 6.0},
+)  # fmt: skip
+
+
+def device_of(small: bool) -> torch.device:
+    return torch.device("cpu") if small else torch.device("cuda", 0)
+
+
+def random_model(small: bool, layers: int | None = None, dtype: torch.dtype | None = None) -> InternLM3ForCausalLM:
+    """InternLM3-8B's shapes in bfloat16; for a dry run a toy's, in float16, which Triton's interpreter can."""
+    config = InternLM3Config.from_dict((TOY if small else EIGHT_B).to_dict())
+    config.num_hidden_layers = min(layers or config.num_hidden_layers, config.num_hidden_layers)
+    torch.manual_seed(1)
+    dtype = dtype or (torch.float16 if small else torch.bfloat16)
+    model = InternLM3ForCausalLM(config, dtype=dtype, device=device_of(small))
+    for weight in model.parameters():
+        if weight.dim() == 2:  # so that activations keep their size from layer to layer
+            weight.copy_(torch.randn_like(weight) * weight.shape[1] ** -0.5)
+    return model
+
+
+@contextlib.contextmanager
+def on_ops(ops: ModuleType) -> Iterator[None]:
+    """Inside, models run on these ops, wherever they lie."""
+    with mock.patch.object(runtime_model, "for_device", lambda device: ops):
+        yield
+
+
+class Steps:
+    """Rows of so many tokens each, with pages of their own.
+
+    Raises torch.cuda.OutOfMemoryError, or MemoryError on a CPU, where they do not fit.
+    """
+
+    def __init__(self, model: InternLM3ForCausalLM, rows: int, tokens: int):
+        config, device = model.config, model.device
+        self.model, self.tokens = model, tokens
+        self.pages = Pages(config, rows * pages_of(tokens), model.dtype, device)
+        self.state = DecodeState.idle(rows, pages_of(tokens), config.vocab_size, config.head_dim, device)
+        self.state.limit.fill_(2**30)
+        self.state.allowed.fill_(-1)
+        self.state.permitted.fill_(-1)
+        for row in range(rows):
+            self.state.seqs.block_table[row] = torch.tensor(self.pages.take(pages_of(tokens)), dtype=torch.int32)
+            self.state.seqs.inv_freq[row] = inverse_frequencies(config, tokens, device)
+
+    @torch.inference_mode()
+    def prefill(self, ids: Sequence[int], row: int = 0) -> Tensor:
+        """Logits [1, V] behind a prompt, which row `row` then holds."""
+        prompt = torch.tensor(ids, device=self.model.device)
+        logits = decode.prefill(self.model, self.pages, self.state.rows(row, row + 1).seqs, prompt, 0)
+        self.state.seqs.seq_lens[row] = len(ids)
+        return logits
+
+    @torch.inference_mode()
+    def follow(self, token: int) -> Tensor:
+        """Logits [1, V] behind one more token of row 0."""
+        state = self.state.rows(0, 1)
+        state.token[0] = token
+        state.seqs.seq_lens[0] += 1
+        return decode.forward(self.model, self.pages, state)
+
+    def hold(self, tokens: int) -> None:
+        """All rows hold so many tokens, whatever lies in their pages."""
+        self.state.seqs.seq_lens.fill_(tokens)
+
+    @torch.inference_mode()
+    def step(self, tier: Tier = Tier.USUAL) -> None:
+        decode.step(self.model, self.pages, self.state, tier)

@@ -1,0 +1,75 @@
+"""Milliseconds of a decode step of the whole model, captured as the engine captures it, by context and rows.
+
+Weights are random, and what is held is whatever lies in the pages: neither changes what a step does. Each step reads
+all weights and all that is held once, which at this card's read ceiling is its floor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from itertools import islice
+
+import torch
+from bare_step import Steps, device_of, random_model
+from internlm3 import InternLM3ForCausalLM
+from internlm3.runtime.replay import cuda_graphs, eager
+from internlm3.runtime.state import Tier
+from rows import Part, Row
+from timing import measure_floor, rounds_of
+from work import nbytes
+
+CONTEXTS = (128, 1024, 8192, 32768)
+ROWS = (1, 2, 4, 8, 16, 32)
+# A goal's figures come first, in case that the box is too small.
+FIRST = ((1024, 1), (32768, 1), (1024, 16))
+
+
+def rows(small: bool) -> Iterator[Row]:
+    part, device = Part("decode"), device_of(small)
+    model = random_model(small)
+    rest = [(context, rows) for rows in ROWS for context in CONTEXTS]
+    shapes = [(16, 1), (32, 2)] if small else [*FIRST, *(shape for shape in rest if shape not in FIRST)]
+    read = measure_floor(device, [model.dtype], 5).read
+    for context, rows in shapes:
+        name, about = f"{rows} rows, {context} held", {"engine": "internlm3", "context": context, "rows": rows}
+        try:
+            floor = step_bytes(model, rows, context) / read * 1e3
+            times = step_times(model, rows, context, small)
+        except (torch.cuda.OutOfMemoryError, MemoryError) as error:
+            yield part.missing(name, f"not enough memory: {str(error).splitlines()[0][:80]}", **about)
+            continue
+        share = floor / sorted(times)[len(times) // 2]
+        yield part.figure(name, times, "ms", f"{share:.1%} of the read ceiling", **about, share=share)
+    if not small:
+        yield part.figure("most memory", [torch.cuda.max_memory_allocated() / 2**30], "GiB")
+    for tier in Tier:
+        times = step_times(model, 1, 16 if small else 1024, small, tier)
+        yield part.figure(f"1 row, sampling {tier.name.lower()}", times, "ms", engine="internlm3", tier=tier.name)
+
+
+def step_bytes(model: InternLM3ForCausalLM, rows: int, context: int) -> int:
+    """What a step must read: every weight but the embedding's table, and all keys and values."""
+    weights = nbytes(*model.parameters())
+    if not model.config.tie_word_embeddings:
+        weights -= nbytes(model.model.embed_tokens.weight)
+    config = model.config
+    held = 2 * config.num_key_value_heads * config.head_dim * model.dtype.itemsize * config.num_hidden_layers
+    return weights + rows * context * held
+
+
+def step_times(
+    model: InternLM3ForCausalLM, rows: int, context: int, small: bool, tier: Tier = Tier.USUAL
+) -> list[float]:
+    """Milliseconds of each of some replays, which the rows' contexts are in the middle of."""
+    rounds = 3 if small else 50
+    steps = Steps(model, rows, context + rounds)
+    steps.state.temperature.fill_(1.0)
+    steps.state.top_k.fill_(50)
+    steps.state.top_p.fill_(0.8)
+    steps.state.repetition_penalty.fill_(1.005)
+    steps.hold(max(context - rounds // 2, 1))
+    capture = eager if small else cuda_graphs()
+    with torch.inference_mode():
+        replay = capture(partial(steps.step, tier))
+    return [time / 1e3 for time in islice(rounds_of(replay, 1), rounds - 3)] or [0.0]

@@ -1,0 +1,89 @@
+"""Seconds to the first token: of a prompt, with its share of what this card multiplies, and of a process that starts.
+
+A start is broken down: imports, the model's weights in place, compiling and capturing one step, the first answer.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import torch
+from bare_step import Steps, device_of, random_model
+from rows import Part, Row
+from timing import measure_floor, name_of
+
+
+def rows(small: bool) -> Iterator[Row]:
+    part, device = Part("prompt"), device_of(small)
+    model = random_model(small)
+    products = measure_floor(device, [model.dtype], 5).matmul[name_of(model.dtype)]
+    weights = sum(weight.numel() for weight in model.model.layers.parameters())
+    for tokens in (8, 24) if small else (128, 2048, 8192):
+        times = prompt_times(model, tokens, 2 if small else 10)
+        config = model.config
+        operations = 2 * tokens * weights  # each weight, and each key and value that a token sees
+        operations += 2 * tokens**2 * config.num_attention_heads * config.head_dim * config.num_hidden_layers
+        share = operations / (sorted(times)[len(times) // 2] / 1e3) / products
+        note = f"{share:.1%} of the matmul ceiling"
+        yield part.figure(f"{tokens} tokens", times, "ms", note, engine="internlm3", tokens=tokens, share=share)
+    del model
+    if not small:
+        torch.cuda.empty_cache()
+    for run in ("first", "second"):  # the second finds every kernel compiled
+        command = [sys.executable, __file__, "small" if small else "8b"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            last = done.stderr.strip().splitlines()[-1:]
+            yield part.check(f"a start, {run} run", f"ended with {done.returncode}: {last[0] if last else ''}")
+            continue
+        for name, seconds in json.loads(done.stdout.splitlines()[-1]).items():
+            yield part.figure(f"a start, {run} run: {name}", [seconds], "s", start=run)
+
+
+def prompt_times(model, tokens: int, rounds: int) -> list[float]:
+    """Milliseconds until the logits behind a prompt are there."""
+    steps = Steps(model, 1, tokens)
+    ids = torch.randint(1, model.config.vocab_size, (tokens,)).tolist()
+    times = []
+    for _ in range(rounds + 1):
+        begin = time.perf_counter()
+        steps.prefill(ids).argmax().item()
+        times.append((time.perf_counter() - begin) * 1e3)
+    return times[1:]
+
+
+def start(small: bool) -> None:
+    """A process from its first import to its first tokens; prints what each stage took."""
+    begin = time.perf_counter()
+    stages: dict[str, float] = {}
+
+    def done(stage: str) -> None:
+        nonlocal begin
+        if not small:
+            torch.cuda.synchronize()
+        stages[stage], begin = time.perf_counter() - begin, time.perf_counter()
+
+    from internlm3.runtime.engine import Engine
+    from internlm3.runtime.request import Request
+    from internlm3.runtime.sampling import SamplingParams
+
+    done("imports of the runtime")
+    model = random_model(small)
+    done("random weights")
+    engine = Engine(model, max_rows=1, max_seq_len=64 if small else 2048)
+    done("pages and state")
+    for stage in ("first request: compiles, captures, answers", "second request"):
+        request = Request([5, 6, 7], SamplingParams(temperature=0), 8)
+        engine.add([request])
+        while engine.busy:
+            engine.step()
+        done(stage)
+    print(json.dumps(stages))
+
+
+if __name__ == "__main__":
+    start(sys.argv[1] == "small")
