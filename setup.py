@@ -44,13 +44,13 @@ setup(
         # `internlm3 demo` converts a small GGUF model into InternLM3's format, and chats.
         "demo": ["gguf>=0.17", "protobuf>=5", "prompt_toolkit>=3.0"],
         # `bench/kernels.py --plot` draws a record.
-        "plots": ["matplotlib>=3.8"],
+        "plots": ["matplotlib>=3.9"],
         # transformers is the oracle of the tests and a peer of the benches, never a dependency of the runtime.
         "test": [
             "gguf>=0.17",
             "protobuf>=5",
             "prompt_toolkit>=3.0",
-            "matplotlib>=3.8",
+            "matplotlib>=3.9",
             # the first that knows InternLM3; Python 3.10 has an older one, and leaves those comparisons out
             "transformers>=5.23; python_version >= '3.11'",
             "transformers>=5.20; python_version < '3.11'",

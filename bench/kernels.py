@@ -40,6 +40,7 @@ MOST_CALLS = 512  # in one graph
 MOST_BYTES = 8 << 30  # of inputs for one graph
 DTYPES = {name_of(dtype): dtype for dtype in checking.STEPS}
 Make = Callable[[str, Arguments], Call]  # of an op and its arguments, the call
+Own = dict[str, dict[str, Callable[..., Any]]]  # by file and op
 
 
 def ours(device: torch.device) -> tuple[str, Make]:
@@ -50,9 +51,7 @@ def ours(device: torch.device) -> tuple[str, Make]:
     )
 
 
-def engines(
-    case: Case, device: torch.device, wanted: Sequence[str], own_ops: dict[str, dict[str, Any]]
-) -> dict[str, Make]:
+def engines(case: Case, device: torch.device, wanted: Sequence[str], own_ops: Own) -> dict[str, Make]:
     """Those that do a case's op: ours first, then peers, then files of the user's own."""
     name, make = ours(device)
     found = {name: make} if not wanted or name in wanted else {}
@@ -65,8 +64,10 @@ def engines(
     return found
 
 
-def first_line(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
     text = str(error).strip().splitlines()
+    if text and "active drivers" in text[0]:
+        return "Triton finds no GPU: TRITON_INTERPRET=1 checks a kernel without one, and times the interpreter"
     return text[0] if isinstance(error, peers.Unfit) else f"{type(error).__name__}: {text[0] if text else ''}"
 
 
@@ -111,11 +112,11 @@ def measure(case: Case, engine: str, make: Make, device: torch.device, rounds: i
         times = list(islice(prepared.rounds(), rounds))
         return Figure(*described, prepared.bytes, prepared.operations, prepared.cold, times)
     except Exception as error:  # whatever a peer or somebody's kernel raises is its row
-        return Figure(*described, note=f"not timed: {first_line(error)}")
+        return Figure(*described, note=f"not timed: {reason_of(error)}")
 
 
 def figures(
-    chosen: Sequence[Case], device: torch.device, rounds: int, wanted: Sequence[str], own_ops: dict[str, dict[str, Any]]
+    chosen: Sequence[Case], device: torch.device, rounds: int, wanted: Sequence[str], own_ops: Own
 ) -> Iterator[Figure]:
     """One by one, as they are measured. Why a peer is not here is said once for each op."""
     said = set()
@@ -212,9 +213,57 @@ def outputs(record: Record, options: argparse.Namespace) -> None:
             print(path)
 
 
+def choose(options: argparse.Namespace, own_ops: Own, device: torch.device) -> tuple[list[Case], dict[str, Any]]:
+    """The cases asked for, and whose shapes they have. Raises ValueError, with a sentence, where there is none."""
+    on_gpu = device.type == "cuda"
+    size: Size = read_size(options.config) if options.config else INTERNLM3_8B if on_gpu else SMALL
+    name = options.config or ("InternLM3-8B" if on_gpu else "a small model")
+    contexts = options.context or [1024]
+    rows = options.rows or ([] if options.chunk else [1] if options.quick else [1, 16])
+    chunks = options.chunk or ([] if options.rows or options.quick else [4, 512])
+    if options.chunk and max(chunks) > max(contexts):
+        raise ValueError(f"--chunk {max(chunks)} is more than the --context {max(contexts)} that holds it")
+    dtypes = [DTYPES[name] for name in options.dtype or ["bfloat16"]]
+    ops = options.op or [op for op in kernels.__all__ if not own_ops or any(op in found for found in own_ops.values())]
+    chosen = [case for case in cases(size, dtypes, rows, chunks, contexts) if case.op in ops]
+    if not chosen:
+        raise ValueError(f"nothing to time: {', '.join(ops)} is of decode alone; ask for --rows")
+    return chosen, {"of": name, **size._asdict()}
+
+
+def run(options: argparse.Namespace, own_ops: Own, device: torch.device, chosen: list[Case], shapes: Any) -> int:
+    """Measure, print and write; the exit code."""
+    seed = secrets.randbits(32) if options.seed is None else options.seed
+    torch.manual_seed(seed)
+    made = {**stamp(), "seed": seed, "shapes": shapes}
+    if options.seed is None:
+        made["command"] += f" --seed {seed}"
+    versions = f"PyTorch {made['torch']}, Triton {made.get('triton')}"
+    print(f"{made['device']}, {versions}; shapes of {shapes['of']}; seed {seed}")
+    if device.type != "cuda":
+        print("no accelerator here: 'reference' is the ops' plain PyTorch, and these figures say nothing of Triton's")
+    rounds = options.rounds or (5 if options.quick else 20)
+    floor = measure_floor(device, sorted({case.dtype for case in chosen}, key=str), rounds)
+    print(floor_line(floor))
+    print(HEADER, flush=True)
+    done: list[Figure] = []
+    interrupted = False
+    try:
+        for figure in figures(chosen, device, rounds, options.engine or (), own_ops):
+            done.append(figure)
+            print(line(figure, floor), flush=True)
+    except KeyboardInterrupt:
+        interrupted = True
+        print("interrupted: what was measured is kept")
+    outputs(Record(made, floor, done), options)
+    wrong = [x for x in done if not x.rounds and x.engine in (*own_ops, ours(device)[0])]
+    if wrong:
+        print(f"not right, of ours or yours: {len(wrong)} rows; the same inputs again: --seed {seed}")
+    return 130 if interrupted else min(len(wrong), 1)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    on_gpu = device.type == "cuda"
     parse = parser(ours(device)[0])
     options = parse.parse_args(arguments)
     try:
@@ -231,51 +280,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             outputs(record, options)
             return 0
         own_ops = {Path(path).name: own.load(path) for path in options.kernel or ()}
-        size: Size = read_size(options.config) if options.config else INTERNLM3_8B if on_gpu else SMALL
-        contexts, chunks = (
-            options.context or [1024],
-            options.chunk or ([] if options.quick or options.rows else [4, 512]),
-        )
-        if options.chunk and max(chunks) > max(contexts):
-            raise ValueError(f"--chunk {max(chunks)} is more than the --context {max(contexts)} that holds it")
+        chosen, shapes = choose(options, own_ops, device)
     except ValueError as error:
         parse.error(str(error))
-
-    rows = options.rows or ([] if options.chunk else [1] if options.quick else [1, 16])
-    rounds = options.rounds or (5 if options.quick else 20)
-    dtypes = [DTYPES[name] for name in options.dtype or ["bfloat16"]]
-    ops = options.op or sorted({op for found in own_ops.values() for op in found}) or kernels.__all__
-    chosen = [case for case in cases(size, dtypes, rows, chunks, contexts) if case.op in ops]
-    if not chosen:
-        parse.error(f"nothing to time: {', '.join(ops)} is of decode alone; ask for --rows")
-    if options.list:
-        for case in chosen:
-            names = ", ".join(engines(case, device, options.engine or (), own_ops))
-            print(f"{case.op:24}{case.shape:29}{name_of(case.dtype):10}{names}")
-        return 0
-
-    seed = secrets.randbits(32) if options.seed is None else options.seed
-    torch.manual_seed(seed)
-    shapes = options.config or ("InternLM3-8B" if on_gpu else "a small model")
-    made = {**stamp(), "seed": seed, "shapes": {"of": shapes, **size._asdict()}}
-    print(f"{made['device']}, PyTorch {made['torch']}, Triton {made.get('triton')}; shapes of {shapes}; seed {seed}")
-    if not on_gpu:
-        print("no accelerator here: 'reference' is the ops' plain PyTorch, and these figures say nothing of Triton's")
-    floor = measure_floor(device, dtypes, rounds)
-    print(floor_line(floor))
-    print(HEADER, flush=True)
-    done: list[Figure] = []
-    try:
-        for figure in figures(chosen, device, rounds, options.engine or (), own_ops):
-            done.append(figure)
-            print(line(figure, floor), flush=True)
-    except KeyboardInterrupt:
-        print("interrupted: what was measured is kept")
-    outputs(Record(made, floor, done), options)
-    wrong = [x for x in done if not x.rounds and x.engine in (*own_ops, ours(device)[0])]
-    if wrong:
-        print(f"{len(wrong)} rows of ours or yours are not right; the same inputs again: add --seed {seed}")
-    return min(len(wrong), 1)
+    if not options.list:
+        return run(options, own_ops, device, chosen, shapes)
+    for case in chosen:
+        names = ", ".join(engines(case, device, options.engine or (), own_ops))
+        print(f"{case.op:24}{case.shape:25}{name_of(case.dtype):10}{names}")
+    return 0
 
 
 if __name__ == "__main__":

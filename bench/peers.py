@@ -6,6 +6,7 @@ table what it raises (`Unfit` with the reason where it has one). What it does be
 """
 
 import contextlib
+import functools
 import importlib.util
 import signal
 import threading
@@ -101,9 +102,17 @@ def _pytorch(op: str, arguments: Arguments) -> Call:
     return lambda: EAGER[op](**arguments)
 
 
+@functools.lru_cache(maxsize=1)
+def _compile(op: str, *_: Any) -> Callable[..., Any]:
+    """For these shapes and this dtype; what was compiled for others is forgotten, of which there may be but a few."""
+    torch._dynamo.reset()
+    return torch.compile(EAGER[op], dynamic=False, fullgraph=True)
+
+
 @peer("torch.compile", *EAGER)
 def _compiled(op: str, arguments: Arguments) -> Call:
-    compiled = torch.compile(EAGER[op], dynamic=False, fullgraph=True)
+    tensors = (x for x in arguments.values() if isinstance(x, torch.Tensor))
+    compiled = _compile(op, *((x.shape, x.dtype) for x in tensors))
     return lambda: compiled(**arguments)
 
 

@@ -1,7 +1,7 @@
 """The microbenchmarks under pytest-benchmark, which compares runs: pytest bench/test_kernels.py --benchmark-autosave
 
 Each case is our engine's, by the very rounds that bench/kernels.py takes: pytest-benchmark is given their times, a call
-each, and so has the table's medians and quartiles. Without an accelerator the group's name says what is timed.
+each, and so has the table's median. Without an accelerator the group's name says what is timed.
 """
 
 import sys
@@ -13,6 +13,7 @@ import torch
 # The benches are scripts that stand beside each other, not a package; before the repository's own kernels/.
 sys.path.insert(0, str(Path(__file__).parent))
 from cases import INTERNLM3_8B, SMALL, Case, cases
+from record import Figure
 from timing import name_of
 
 from kernels import ours, prepare
@@ -54,9 +55,13 @@ def test_kernel(benchmark, case: Case) -> None:
         operations=prepared.operations,
         cold=prepared.cold,
     )
-    rounds = prepared.rounds()
+    rounds, times = prepared.rounds(), []
 
     def run() -> None:
-        CLOCK.seconds += next(rounds) / 1e6
+        times.append(next(rounds))
+        CLOCK.seconds += times[-1] / 1e6
 
     benchmark.pedantic(run, rounds=ROUNDS)
+    if benchmark.stats:  # --benchmark-disable has none
+        figure = Figure(case.op, case.shape, name_of(case.dtype), case.rows, case.context, engine, rounds=times)
+        assert benchmark.stats.stats.median * 1e6 == pytest.approx(figure.microseconds), "not what the table says"

@@ -1,9 +1,12 @@
 """The microbenchmarks' tool, on a CPU and at tiny shapes: no time here is held to anything, only what is said of it."""
 
 import csv
+import functools
 import importlib.util
 import json
+import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -215,6 +218,17 @@ def test_bad_arguments_fail_before_anything_is_measured(arguments, message, tool
     assert message in fails(tool, capsys, *arguments)
 
 
+def test_pytest_benchmark_reads_the_same_cases_and_says_what_it_times():
+    """It runs in a process of its own, as by hand; what it holds to the table's median is in bench/test_kernels.py."""
+    command = [Path(sys.executable).with_name("pytest"), "-q", BENCH / "test_kernels.py", "-k", "advance or embed"]
+    environment = {name: x for name, x in os.environ.items() if not name.startswith(("PYTEST_", "TRITON_INTERPRET"))}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=BENCH.parent, env=environment)
+    assert done.returncode == 0, done.stdout
+    assert "the plain PyTorch of the ops, a small model's shapes; not Triton" in done.stdout
+    assert "test_kernel[embed, 512 tokens]" in done.stdout
+    assert "6 passed" in done.stdout
+
+
 # --- comparison
 
 
@@ -335,6 +349,16 @@ def test_a_peer_that_is_never_ready_is_one_too(tool, fast, config, capsys, monke
     assert "not timed: not ready after 1 seconds" in row
 
 
+def test_torch_compile_serves_many_shapes(monkeypatch):
+    """More than the eight that it keeps of one function. What it generates is its own affair, and takes long."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    for rows in range(1, 11):
+        (case,) = (case for case in cases(TINY, rows=[rows], chunks=[]) if case.op == "embed")
+        arguments = case.arguments(torch.device("cpu"))
+        run = peers.make("torch.compile", "embed", arguments, torch.device("cpu"))
+        assert torch.equal(run(), checking.reference.embed(**arguments))
+
+
 # --- one's own kernel
 
 
@@ -375,7 +399,7 @@ def test_own_kernel(body, said, tool, fast, config, tmp_path, capsys):
         assert code == 0 and row.endswith("warm")
     else:
         assert code == 1 and said in row
-        assert "the same inputs again: add --seed 3" in out
+        assert "the same inputs again: --seed 3" in out
 
 
 @pytest.mark.parametrize(
@@ -394,6 +418,27 @@ def test_own_kernel(body, said, tool, fast, config, tmp_path, capsys):
 def test_a_file_without_a_kernel(text, message, tool, tmp_path, capsys):
     (tmp_path / "mine.py").write_text(text)
     assert message in fails(tool, capsys, "--kernel", tmp_path / "mine.py")
+
+
+def test_fuzz_takes_an_own_kernel_through_the_cases(tmp_path):
+    mine = tmp_path / "mine.py"
+    mine.write_text("def rms_norm(x, weight, eps):\n    raise RuntimeError('it was called')\n")
+    command = [
+        sys.executable,
+        BENCH.parent / "tests" / "fuzz.py",
+        "--kernel",
+        mine,
+        "--dtype",
+        "float16",
+        "--seed",
+        "5",
+    ]
+    environment = {name: x for name, x in os.environ.items() if not name.startswith("PYTEST_")}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 1
+    assert "RuntimeError: it was called" in done.stdout and "dtype=torch.float16" in done.stdout
+    again = f'again: make fuzz ARGS="--op rms_norm --dtype float16 --kernel {mine} --seed 5"'
+    assert done.stdout.splitlines()[-1] == again
 
 
 def test_own_kernel_of_an_op_that_writes(tool, fast, config, tmp_path, capsys):

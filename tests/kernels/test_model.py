@@ -83,7 +83,7 @@ def test_forward_with_padding_and_positions(monkeypatch):
         results = [torch.stack(states)[:, mask.bool()]]
         results.append(model(ids[:, ::2], position_ids=positions[:, ::2], use_cache=False).logits)
         cache = model(ids[:, :18], mask[:, :18]).past_key_values
-        results += [model(part, past_key_values=cache).logits for part in ids[:, 18:].split(1, dim=1)]
+        results += [model(ids[:, n - 1 : n], mask[:, :n], past_key_values=cache).logits for n in (19, 20)]
         return results
 
     expected = run()
