@@ -61,9 +61,9 @@ def step_bytes(model: InternLM3ForCausalLM, rows: int, context: int) -> int:
 def step_times(
     model: InternLM3ForCausalLM, rows: int, context: int, small: bool, tier: Tier = Tier.USUAL
 ) -> list[float]:
-    """Milliseconds of each of some replays, which the rows' contexts are in the middle of."""
+    """Milliseconds of each of some replays, in the middle of which the rows hold `context` tokens."""
     rounds = 3 if small else 50
-    steps = Steps(model, rows, context + rounds)
+    steps = Steps(model, rows, context + rounds + 4)
     steps.state.temperature.fill_(1.0)
     steps.state.top_k.fill_(50)
     steps.state.top_p.fill_(0.8)
@@ -72,4 +72,4 @@ def step_times(
     capture = eager if small else cuda_graphs()
     with torch.inference_mode():
         replay = capture(partial(steps.step, tier))
-    return [time / 1e3 for time in islice(rounds_of(replay, 1), rounds - 3)] or [0.0]
+        return [time / 1e3 for time in islice(rounds_of(replay, 1), rounds)]
