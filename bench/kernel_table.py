@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator
 
-import kernels as table
 import peers
 import torch
 from bare_step import device_of
 from cases import INTERNLM3_8B, SMALL, cases
 from rows import Part, Row
 from timing import measure_floor
+
+import kernels as table
 
 
 def rows(small: bool) -> Iterator[Row]:

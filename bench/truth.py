@@ -1,4 +1,4 @@
-"""Is the step right on this GPU? Triton's against PyTorch's, graphs against eager, alone against together, far and late.
+"""Is a step right on this GPU? Triton against PyTorch, graphs against eager, alone against together, far and late.
 
 A step's logits are held to the same model in float32: Triton's may be off no further than the plain ops of PyTorch are,
 in the same dtype, and a half; and they choose the float32 model's token wherever its lead is more than that.

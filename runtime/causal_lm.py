@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -48,6 +49,13 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "use_kernels": (False,),
     "adapter_kwargs": ({},),
 }
+_NEUTRAL_IN_FORWARD: dict[str, tuple[Any, ...]] = {
+    "output_attentions": (False,),
+    "return_dict": (True,),
+    "cache_position": (),
+    "token_type_ids": (),
+    "head_mask": (),
+}
 
 
 @dataclass
@@ -93,7 +101,8 @@ class InternLM3Model(Decoder):
         past_key_values: KVCache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
-        output_hidden_states: bool = False,
+        output_hidden_states: bool | None = None,
+        **unknown: Any,
     ) -> ModelOutput:
         """One pass over T new tokens of each of B sequences.
 
@@ -113,6 +122,8 @@ class InternLM3Model(Decoder):
             ValueError: arguments that contradict each other, a wrong shape, an id outside the vocabulary, a cache of
                 other sequences or of a model that was moved since, a mask that changes what is cached.
         """
+        if unknown := without_neutral("forward", unknown, _NEUTRAL_IN_FORWARD):
+            reject_unknown("forward", unknown, inspect.signature(InternLM3ForCausalLM.forward).parameters)
         x = self._embed(input_ids, inputs_embeds)
         batch, tokens, _ = x.shape
         keep = past_key_values is not None or (self.config.use_cache if use_cache is None else use_cache)
@@ -293,8 +304,9 @@ class InternLM3ForCausalLM(Generation):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
-        output_hidden_states: bool = False,
+        output_hidden_states: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        **unknown: Any,
     ) -> CausalLMOutput:
         """Logits of the next token at every position; arguments as InternLM3Model.forward, and
 
@@ -303,7 +315,14 @@ class InternLM3ForCausalLM(Generation):
         logits_to_keep: only the last so many positions (0: all), or the positions in a 1-d tensor.
         """
         out = self.model(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, output_hidden_states
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            use_cache,
+            output_hidden_states,
+            **unknown,
         )
         x = out.last_hidden_state
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

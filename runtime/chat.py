@@ -118,15 +118,16 @@ def show(chunks: Iterator[Chunk]) -> tuple[str, bool]:
     except KeyboardInterrupt:
         stopped = True
     if chunk is not None:
-        # The line's end belongs to a whole answer; behind one that was stopped it only keeps the terminal tidy.
-        print(file=sys.stderr if stopped else sys.stdout, flush=True)
+        failed = chunk.finish_reason == "error"
+        # The line's end belongs to a whole answer; behind one that was broken off it only keeps the terminal tidy.
+        print(file=sys.stderr if stopped or failed else sys.stdout, flush=True)
         _say(
             f"[prompt {chunk.prompt_tokens} tokens, {chunk.prompt_tps:.1f} tokens/s; "
             f"answer {chunk.decode_tokens} tokens, {chunk.decode_tps:.1f} tokens/s; "
             f"peak memory {chunk.peak_memory:.2f} GB]"
             + (f" [{chunk.cached_tokens} of the prompt's tokens reused]" if chunk.cached_tokens else "")
         )
-        if chunk.finish_reason == "error":
+        if failed:
             raise ValueError(chunk.stop_reason)
     return text, stopped
 

@@ -166,18 +166,24 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if value is not None}
 
 
-def _bias(text: str) -> tuple[int, float]:
-    token, _, bias = text.partition("=")
-    return int(token), float(bias)
-
-
 def _sequence(text: str) -> list[int]:
-    return [int(token) for token in text.split(",")]
+    try:
+        return [int(token) for token in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"token ids with commas between them are wanted, not {text!r}") from None
 
 
 def _sequence_bias(text: str) -> tuple[list[int], float]:
     sequence, _, bias = text.partition("=")
-    return _sequence(sequence), float(bias)
+    try:
+        return _sequence(sequence), float(bias)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"token ids, = and a number are wanted, not {text!r}") from None
+
+
+def _bias(text: str) -> tuple[int, float]:
+    [token], bias = _sequence_bias(text)
+    return token, bias
 
 
 def _preset(args: argparse.Namespace) -> Any:

@@ -22,7 +22,7 @@ from .model import INVARIANT_ROWS, Decoder, LanguageModel
 from .model_outputs import Output
 from .replay import Capture
 from .request import LogitsProcessor, Request, Watch, check_prompt
-from .sampling import SamplingParams
+from .sampling import SamplingParams, check_int
 from .text import TextStream
 from .token_ids import check_ids
 
@@ -352,12 +352,12 @@ def _params(options: Mapping[str, Any], explicit: Mapping[str, Any]) -> Sampling
     return SamplingParams.from_kwargs(do_sample=sampled, **settings)
 
 
-def _lengths(options: Mapping[str, Any], columns: int) -> tuple[int, int]:
+def _lengths(given: Mapping[str, Any], columns: int) -> tuple[int, int]:
     """The most and the least new tokens; max_length and min_length count the prompt's columns too, as elsewhere."""
+    options = dict(given)
     for name in _LENGTHS:
-        low, value = int(name.startswith("max")), options.get(name, 1)
-        if not isinstance(value, int) or isinstance(value, bool) or value < low:
-            raise ValueError(f"{name} must be an integer >= {low}; got {value!r}")
+        if name in options:
+            options[name] = check_int(name, options[name], int(name.startswith("max")))
     most = options.get("max_new_tokens", options.get("max_length", columns + DEFAULT_MAX_NEW_TOKENS) - columns)
     if most < 1:
         raise ValueError(
@@ -408,8 +408,10 @@ def _power_of_2(count: int) -> int:
     return 1 << (count - 1).bit_length()
 
 
-def _token_ids(name: str, value: int | Sequence[int] | None, vocab_size: int) -> list[int]:
+def _token_ids(name: str, value: Any, vocab_size: int) -> list[int]:
     """One id, several, or none, as a list. Raises ValueError for what is no id of the vocabulary."""
+    value = value.tolist() if hasattr(value, "tolist") else value
     ids: list[Any] = [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
+    ids = [token.item() if hasattr(token, "item") else token for token in ids]
     check_ids(name, ids, vocab_size)
     return ids

@@ -31,6 +31,10 @@ _CHANGING: dict[str, tuple[Any, ...]] = {
     "negative_prompt_ids": (),
     "negative_prompt_attention_mask": (),
     "custom_generate": (),
+    "decoder_start_token_id": (),
+    "past_key_values": (),
+    "position_ids": (),
+    "inputs_embeds": (),
 }
 # With one sequence at a time, one token after the other, all that is kept of a step: these change nothing.
 _IDLE: dict[str, tuple[Any, ...]] = {
@@ -43,14 +47,32 @@ _IDLE: dict[str, tuple[Any, ...]] = {
     "cache_implementation": ("dynamic",),
     "disable_compile": (True, False),
     "synced_gpus": (False,),
+    "cache_config": (),
+    "compile_config": (),
+    "continuous_batching_config": (),
+    "max_cache_len": (),
+    "prefill_chunk_size": (),
     "assistant_model": (),
+    "assistant_tokenizer": (),
+    "assistant_confidence_threshold": (),
+    "assistant_early_exit": (),
+    "assistant_ensemble_weight": (),
+    "assistant_lookbehind": (),
+    "target_lookbehind": (),
+    "is_assistant": (False,),
+    "num_assistant_tokens": (),
+    "num_assistant_tokens_schedule": (),
+    "speculation_type": (),
+    "max_matching_ngram_size": (),
     "prompt_lookup_num_tokens": (),
     "use_mtp": (False,),
     "use_model_defaults": (True,),
     "output_attentions": (False,),
     "output_hidden_states": (False,),
 }
-SETTINGS = (*_CHANGING, *_IDLE)
+# What changes nothing in transformers either, where there is a prompt.
+_NOTES = ("bos_token_id", "transformers_version")
+SETTINGS = (*_CHANGING, *_IDLE, *_NOTES)
 
 
 class GenerationSettings(dict[str, Any]):

@@ -15,7 +15,9 @@ def reject_unknown(where: str, given: Iterable[str], known: Iterable[str]) -> No
     for name in given:
         if name not in known:
             match = nearest(name, known)
-            hint = f"did you mean {match!r}?" if match else f"known are {', '.join(known)}"
+            known = [*known]
+            listed = f"known are {', '.join(known)}" if len(known) < 40 else "there is none of that name or one like it"
+            hint = f"did you mean {match!r}?" if match else listed
             raise TypeError(f"{where}: unknown keyword {name!r}; {hint}")
 
 
@@ -28,5 +30,7 @@ def without_neutral(where: str, given: Mapping[str, Any], neutral: Mapping[str, 
         value, allowed = given[name], list(neutral[name])
         if value is not None and not any(type(value) is type(other) and value == other for other in allowed):
             only = " or ".join(map(repr, allowed)) or "None"
-            raise ValueError(f"{where}: {name}={value!r} is not supported; it can only be {only} here")
+            shown = " ".join(repr(value).split())  # a model's is a page
+            shown = shown if len(shown) < 80 else f"{shown[:76]} ..."
+            raise ValueError(f"{where}: {name}={shown} is not supported; it can only be {only} here")
     return {name: value for name, value in given.items() if name not in neutral}

@@ -31,12 +31,13 @@ def processors(
     begin: columns of the prompt. most: new tokens at most. ends: the tokens that end a text. prefix: what
     prefix_allowed_tokens_fn asks for.
     """
-    ends, found = sorted(ends), [*prefix]
+    ends, found = sorted(ends), []
     if params.no_repeat_ngram_size:
-        found.insert(0, no_repeat_ngram(params.no_repeat_ngram_size))
+        found.append(no_repeat_ngram(params.no_repeat_ngram_size))
     # An end of text is no bad word, as in transformers.
     if words := [word for word in params.bad_words_ids or () if len(word) > 1 or word[0] not in ends]:
-        found.insert(0, sequence_bias((word, -math.inf) for word in words))
+        found.append(sequence_bias((word, -math.inf) for word in words))
+    found += prefix
     if params.forced_eos_token_id:
         found.append(forced_tokens(params.forced_eos_token_id, begin + most - 1))
     if params.exponential_decay_length_penalty and ends:

@@ -55,10 +55,16 @@ class Request:
         self.seed = int(torch.randint(-(2**63), 2**63 - 1, ())) if params.seed is None else params.seed
         own = frozenset() if params.ignore_eos else self.eos_token_ids
         self.ends = own | frozenset(params.stop_token_ids or ())
-        permitted = params.allowed_token_ids
-        if params.min_tokens and permitted is not None and self.ends.issuperset(permitted):
+        if params.allowed_token_ids is None:
+            return
+        permitted = {*params.allowed_token_ids}.difference(params.suppress_tokens or ())
+        if not permitted:
             raise ValueError(
-                f"min_tokens={params.min_tokens} holds back every token of allowed_token_ids={list(permitted)}; "
+                f"suppress_tokens holds all of allowed_token_ids={list(params.allowed_token_ids)}: allow one"
+            )
+        if params.min_tokens and self.ends.issuperset(permitted):
+            raise ValueError(
+                f"min_tokens={params.min_tokens} holds back every token of allowed_token_ids={sorted(permitted)}; "
                 "allow one that does not end the text, or set min_tokens=0"
             )
 

@@ -29,7 +29,7 @@ def _check_is(name: str, value: object, kind: type, wanted: str) -> None:
         raise ValueError(f"{name} must be {wanted}; got {value!r}")
 
 
-def _check_int(name: str, value: object, low: int, high: int | None = None) -> int:
+def check_int(name: str, value: object, low: int, high: int | None = None) -> int:
     """`value` as Python's integer; NumPy's and torch's are integers too."""
     wanted = f"an integer >= {low}" if high is None else f"an integer in [{low}, {high}]"
     try:
@@ -63,7 +63,7 @@ def _as_tuple(name: str, values: object) -> tuple[Any, ...]:
 
 
 def _token_ids(name: str, values: object) -> tuple[int, ...]:
-    return tuple(_check_int(f"{name}: a token id", token, 0) for token in _as_tuple(name, values))
+    return tuple(check_int(f"{name}: a token id", token, 0) for token in _as_tuple(name, values))
 
 
 def _sequence(name: str, values: object) -> tuple[int, ...]:
@@ -201,29 +201,29 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         keep = partial(object.__setattr__, self)  # frozen, yet stored in one form
-        keep("n", _check_int("n", self.n, 1))
-        keep("top_k", _check_int("top_k", self.top_k, -1))
+        keep("n", check_int("n", self.n, 1))
+        keep("top_k", check_int("top_k", self.top_k, -1))
         for name, range_, inside in _RANGES:
             keep(name, _check_float(name, getattr(self, name), range_, inside))
         if self.seed is not None:
-            seed = _check_int("seed", self.seed, -(2**63), 2**63 - 1)
+            seed = check_int("seed", self.seed, -(2**63), 2**63 - 1)
             keep("seed", None if seed == -1 else seed)
         if self.n > 1 and self.temperature == 0:
             raise ValueError(f"n must be 1 at temperature 0, where every answer would be the same; got {self.n}")
         if self.max_tokens is not None:
-            keep("max_tokens", _check_int("max_tokens", self.max_tokens, 1))
-        keep("min_tokens", _check_int("min_tokens", self.min_tokens, 0))
+            keep("max_tokens", check_int("max_tokens", self.max_tokens, 1))
+        keep("min_tokens", check_int("min_tokens", self.min_tokens, 0))
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens must be at most max_tokens = {self.max_tokens}; got {self.min_tokens}")
         if self.logprobs is not None:
-            keep("logprobs", _check_int("logprobs", self.logprobs, 0))
+            keep("logprobs", check_int("logprobs", self.logprobs, 0))
         for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False; got {getattr(self, name)!r}")
         if self.logit_bias is not None:
             _check_is("logit_bias", self.logit_bias, Mapping, "a mapping from token id to bias")
             bias = {
-                _check_int("logit_bias: a token id", token, 0): _check_float(
+                check_int("logit_bias: a token id", token, 0): _check_float(
                     f"logit_bias[{token}]", value, "(-inf, inf)", lambda _: True
                 )
                 for token, value in self.logit_bias.items()
@@ -241,7 +241,7 @@ class SamplingParams:
         if self.bad_words_ids is not None:
             words = _as_tuple("bad_words_ids", self.bad_words_ids)
             keep("bad_words_ids", tuple(_sequence("bad_words_ids", word) for word in words))
-        keep("no_repeat_ngram_size", _check_int("no_repeat_ngram_size", self.no_repeat_ngram_size, 0))
+        keep("no_repeat_ngram_size", check_int("no_repeat_ngram_size", self.no_repeat_ngram_size, 0))
         if self.sequence_bias is not None:
             keep("sequence_bias", _sequence_bias(self.sequence_bias))
         if self.exponential_decay_length_penalty is not None:

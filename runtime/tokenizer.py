@@ -23,11 +23,14 @@ from .files import write, write_json
 from .keywords import reject_unknown, without_neutral
 from .snapshots import NEUTRAL, NEUTRAL_AT_SAVE, locate
 from .tokenizer_files import (
+    ADDED_TOKENS_FILE,
     CONFIG_FILE,
+    JSON_FILE,
     NAMED_TOKENS,
     NO_LIMIT,
     SETTINGS,
     SPECIAL_TOKENS_FILE,
+    TEMPLATE_FILE,
     complete_settings,
     load_vocabulary,
     read_config,
@@ -165,7 +168,7 @@ class InternLM3Tokenizer(Conversations):
     def save_pretrained(self, save_directory: str | os.PathLike[str], **unknown: Any) -> tuple[str, ...]:
         """Writes tokenizer.model (or .json), tokenizer_config.json, special_tokens_map.json; returns their paths.
 
-        Each file appears whole or not at all.
+        Each file appears whole or not at all. Files of an older tokenizer that would count before these are removed.
         """
         unknown = without_neutral("save_pretrained", unknown, NEUTRAL_AT_SAVE)
         reject_unknown("InternLM3Tokenizer.save_pretrained", unknown, ("save_directory",))
@@ -180,6 +183,8 @@ class InternLM3Tokenizer(Conversations):
         vocabulary = self.save_vocabulary(save_directory)
         for path, content in zip(paths, (config, special), strict=True):
             write_json(path, content)
+        for name in {JSON_FILE, ADDED_TOKENS_FILE, TEMPLATE_FILE} - {self._vocabulary.file_name}:
+            (Path(save_directory) / name).unlink(missing_ok=True)
         return (*vocabulary, *map(str, paths))
 
     def save_vocabulary(self, directory: str | os.PathLike[str], filename_prefix: str | None = None) -> tuple[str]:

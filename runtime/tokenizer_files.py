@@ -73,9 +73,8 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 
 def vocabulary_file(directory: Path) -> Path:
-    """tokenizer.model, or tokenizer.json where there is only that."""
-    alone = (directory / JSON_FILE).is_file() and not (directory / VOCAB_FILE).is_file()
-    return directory / (JSON_FILE if alone else VOCAB_FILE)
+    """tokenizer.json where there is one, as in transformers: a tokenizer.model beside it may be its base's."""
+    return directory / (JSON_FILE if (directory / JSON_FILE).is_file() else VOCAB_FILE)
 
 
 def load_vocabulary(path: Path, added_tokens: Mapping[int, AddedToken]) -> Vocabulary:

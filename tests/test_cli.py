@@ -268,7 +268,8 @@ def test_an_answer_that_an_error_ends(capsys):
     """What is wrong is an error of the command, and said in a chat (as in `test_a_question_that_fails...`)."""
     with pytest.raises(ValueError, match="not numbers"):
         show(iter([Chunk("", [], [], None, "error", "not numbers", 1, 0, 0.0, 0.0, 1.0, 0)]))
-    assert "answer 0 tokens" in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert "answer 0 tokens" in said.err and said.out == ""
 
 
 def test_control_c_loses_no_conversation(monkeypatch, capsys):

@@ -119,6 +119,9 @@ def test_min_tokens_that_forbids_everything_is_refused():
     params = SamplingParams(min_tokens=1, allowed_token_ids=[2])
     with pytest.raises(ValueError, match=r"min_tokens=1 holds back every token of allowed_token_ids=\[2\]"):
         Rows([(params, [1], 0)], 10, [2])
+    params = SamplingParams(allowed_token_ids=[2, 3], suppress_tokens=[3, 2])
+    with pytest.raises(ValueError, match=r"suppress_tokens holds all of allowed_token_ids=\[2, 3\]"):
+        Rows([(params, [1], 0)], 10, [2])
 
 
 setting = st.fixed_dictionaries(
@@ -215,7 +218,9 @@ def test_behind_a_warm_up_nothing_is_captured(model, recorder):
         return recorder.capture(step)
 
     engine = Engine(model, max_rows=4, max_seq_len=160, capture=capture)
-    before = [kv.clone() for kv in engine.pages.kv]
+    before = [
+        kv.fill_(1.0).clone() for kv in engine.pages.kv
+    ]  # memory that is as it comes may hold NaN, equal to nothing
     engine.warm_up()
     engine.warm_up()
     assert len(captured) == 3 * 3  # 1, 2 and 4 rows

@@ -1,11 +1,13 @@
 """`generate` against transformers' own: the same tokens, scores, lengths, padding, streamers and refusals."""
 
 import copy
+import inspect
 import json
 import re
 import warnings
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -343,6 +345,21 @@ def test_sampling_follows_the_probabilities(tiny):
     assert chi2 < 3 * often.sum().item()  # about its number of degrees of freedom; 3 times is beyond any chance
 
 
+def test_numbers_of_numpy_and_torch_are_numbers(tiny):
+    plain = tiny.ours.generate(PROMPTS, max_new_tokens=7, min_new_tokens=3, eos_token_id=[30, 5], pad_token_id=3)
+    for number, several in (
+        (np.int64, np.array),
+        (torch.tensor, torch.tensor),
+        (int, lambda ids: [*map(np.int32, ids)]),
+    ):
+        lengths = {"max_new_tokens": number(7), "min_new_tokens": number(3)}
+        assert tiny.ours.generate(PROMPTS, eos_token_id=several([30, 5]), pad_token_id=number(3), **lengths).equal(
+            plain
+        )
+        one = tiny.ours.generate(PROMPTS, eos_token_id=number(30), max_length=number(13))
+        assert one.equal(tiny.ours.generate(PROMPTS, eos_token_id=30, max_length=13))
+
+
 def test_generation_config_objects(tiny):
     """The checkpoint's file, then the object or dictionary, then keywords; the last one wins."""
     plain = tiny.ours.generate(PROMPTS, do_sample=False, max_new_tokens=7)
@@ -391,7 +408,8 @@ NEUTRAL = {
     "early_stopping": False, "num_beam_groups": 1, "diversity_penalty": 0.0, "bad_words_ids": None, "penalty_alpha": 0,
     "suppress_tokens": [], "guidance_scale": 1.0, "encoder_repetition_penalty": 1, "output_attentions": False,
     "prefix_allowed_tokens_fn": None, "synced_gpus": False, "cache_implementation": None, "max_time": None,
-    "renormalize_logits": False, "assistant_model": None, "epsilon_cutoff": 0.0, "return_dict_in_generate": False,
+    "renormalize_logits": False, "assistant_model": None, "bos_token_id": 1, "past_key_values": None,
+    "position_ids": None, "epsilon_cutoff": 0.0, "return_dict_in_generate": False,
 }  # fmt: skip
 
 
@@ -433,6 +451,33 @@ def test_what_is_not_supported_is_refused_by_name(tiny, setting):
                 tiny.ours.generate(PROMPTS, given)
     finally:
         tiny.ours.generation_config = {}
+
+
+def test_every_setting_of_transformers_is_known(tiny):
+    """None of a GenerationConfig's attributes is a misspelling here, nor any argument of transformers' `generate`."""
+    names = {*transformers.GenerationConfig().to_dict(), *inspect.signature(tiny.theirs.generate).parameters}
+    for name in names - {"inputs", "self", "kwargs"}:
+        if not name.startswith("_"):
+            tiny.ours.generate(PROMPTS, **{"max_new_tokens": 1, name: None})
+
+
+def test_keywords_of_forward(tiny):
+    plain = tiny.ours(PROMPTS).logits
+    for model in (tiny.ours, tiny.ours.model):
+        neutral = {
+            "output_attentions": False,
+            "return_dict": True,
+            "cache_position": None,
+            "output_hidden_states": None,
+        }
+        out = model(PROMPTS, **neutral)
+        assert out[0].shape[:2] == PROMPTS.shape and (model is tiny.ours.model or out.logits.equal(plain))
+        with pytest.raises(ValueError, match="forward: output_attentions=True is not supported"):
+            model(PROMPTS, output_attentions=True)
+        with pytest.raises(TypeError, match="forward: unknown keyword 'atention_mask'; did you mean 'attention_mask'"):
+            model(PROMPTS, atention_mask=torch.ones_like(PROMPTS))
+    with pytest.raises(ValueError, match=r"assistant_model=\w+ForCausalLM\(.{,60} \.\.\. is not supported"):
+        tiny.ours.generate(PROMPTS, assistant_model=tiny.theirs)
 
 
 def test_outputs_are_read_as_transformers_are(tiny):

@@ -233,9 +233,10 @@ def test_n_answers_are_streams_of_one_seed(tiny):
     assert tiny.generate(PROMPTS[0], **{**settings, "seed": 4}).text != three[0].text
 
 
-def test_without_a_seed_torchs_generator_decides(tiny):
+@pytest.mark.parametrize("seed", [None, -1])
+def test_without_a_seed_torchs_generator_decides(tiny, seed):
     def say() -> str:
-        return tiny.generate("hello", temperature=1.0, max_tokens=8).text
+        return tiny.generate("hello", temperature=1.0, max_tokens=8, seed=seed).text
 
     torch.manual_seed(5)
     first, second = say(), say()
@@ -448,6 +449,12 @@ def test_numbers_of_numpy_are_numbers(tiny_folder):
     for given in (np.array(ids), torch.tensor(ids), [np.int64(5), np.int32(6), 7], [torch.tensor(5), 6, 7]):
         assert same([llm.generate(given, temperature=0, max_tokens=np.int64(2))], [expected])
     assert same(llm.generate([[np.int64(5), 6, 7]], temperature=0, max_tokens=2), [expected])
+
+
+def test_without_the_module_of_posix(tiny, monkeypatch):
+    """Windows has no `resource`: what it would tell is 0."""
+    monkeypatch.setitem(sys.modules, "resource", None)
+    assert {chunk.peak_memory for chunk in tiny.stream("hello", max_tokens=2)} == {0.0}
 
 
 def test_a_pad_token_may_lie_beyond_the_embedding(make, tiny_folder, tmp_path):

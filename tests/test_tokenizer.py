@@ -459,6 +459,19 @@ def test_saving_round_trips(checkpoint, tmp_path):
         assert (tmp_path / "twice" / name).read_bytes() == (tmp_path / "new" / "folder" / name).read_bytes()
 
 
+def test_saving_over_another_tokenizer(checkpoint, saved_by_transformers, tmp_path):
+    """The last save wins, whatever files an older one had."""
+    folder = edited(saved_by_transformers, tmp_path / "a")
+    (folder / "chat_template.jinja").write_text("old")
+    (folder / "added_tokens.json").write_text(json.dumps({"<old>": 5000}))
+    tokenizer = InternLM3Tokenizer.from_pretrained(checkpoint, chat_template="new")
+    tokenizer.save_pretrained(folder)
+    again = InternLM3Tokenizer.from_pretrained(folder)
+    assert (again.chat_template, again.added_tokens_decoder) == ("new", tokenizer.added_tokens_decoder)
+    for text in TEXTS:
+        assert again.encode(text) == tokenizer.encode(text)
+
+
 def test_save_vocabulary_is_the_file(checkpoint, tmp_path):
     (path,) = InternLM3Tokenizer.from_pretrained(checkpoint).save_vocabulary(tmp_path, filename_prefix="my")
     assert path == str(tmp_path / "my-tokenizer.model")
@@ -554,7 +567,7 @@ def test_tokenizer_json_alone_equals_transformers(saved_by_transformers, tmp_pat
 
 
 @pytest.mark.parametrize("frame", [("<s>", None), ("<s>", "</s>"), (None, None)])
-def test_frame_of_a_tokenizer_json_is_transformers(plain_by_transformers, tmp_path, frame):
+def test_frame_of_a_tokenizer_json_is_transformers(plain, plain_by_transformers, tmp_path, frame):
     """The file's own frame counts, whatever the configuration says; a keyword wins, and is saved into the file."""
     from transformers import AutoTokenizer
 
@@ -575,6 +588,12 @@ def test_frame_of_a_tokenizer_json_is_transformers(plain_by_transformers, tmp_pa
         assert tokenizer.encode("the dog") == ids
         assert InternLM3Tokenizer.from_pretrained(tmp_path / str(number)).encode("the dog") == ids
         assert AutoTokenizer.from_pretrained(tmp_path / str(number)).encode("the dog") == ids
+    # It counts as well where the base's tokenizer.model lies beside it.
+    expected = AutoTokenizer.from_pretrained(folder).encode("the dog")
+    shutil.copy(plain / "tokenizer.model", folder)
+    assert InternLM3Tokenizer.from_pretrained(folder).encode("the dog") == expected
+    InternLM3Tokenizer.from_pretrained(folder).save_pretrained(tmp_path / "b")
+    assert InternLM3Tokenizer.from_pretrained(tmp_path / "b").encode("the dog") == expected
 
 
 def test_a_frame_of_other_tokens_is_refused(plain_by_transformers, tmp_path):
@@ -587,19 +606,19 @@ def test_a_frame_of_other_tokens_is_refused(plain_by_transformers, tmp_path):
 
 
 def test_ids_of_special_tokens_come_from_tokenizer_json(checkpoint, saved_by_transformers, tmp_path):
-    """The base's tokenizer.model was copied beside transformers' two files: their ids count, for all special tokens."""
+    """The base's tokenizer.model was copied beside transformers' two files: these count, as they do there."""
     from transformers import AutoTokenizer
 
-    expected = AutoTokenizer.from_pretrained(saved_by_transformers)
     folder = edited(saved_by_transformers, tmp_path / "a")
     shutil.copy(checkpoint / "tokenizer.model", folder)
+    expected = AutoTokenizer.from_pretrained(folder)
     tokenizer = InternLM3Tokenizer.from_pretrained(folder)
     for token in SPECIAL:
         assert tokenizer.encode(token, add_special_tokens=False) == [expected.convert_tokens_to_ids(token)], token
     assert tokenizer.eos_ids == [2, expected.convert_tokens_to_ids("<|im_end|>")]
     assert tokenizer.all_special_ids == sorted(expected.all_special_ids)
     for text in CORPUS:
-        assert tokenizer.encode(text) == InternLM3Tokenizer.from_pretrained(checkpoint).encode(text), text
+        assert tokenizer.encode(text) == expected.encode(text), text
 
 
 @pytest.mark.parametrize("key", [*NAMED_TOKENS, "additional_special_tokens", "extra_special_tokens"])
