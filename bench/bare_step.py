@@ -22,7 +22,8 @@ EIGHT_B = InternLM3Config(
 )
 TOY = InternLM3Config(
     vocab_size=320, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, head_dim=16, max_position_embeddings=32, rope_scaling={"rope_type": "dynamic", "factor": 6.0},
+    num_key_value_heads=2, head_dim=16, max_position_embeddings=32,
+    rope_scaling={"rope_type": "dynamic", "factor": 6.0},
 )  # fmt: skip
 
 
