@@ -153,9 +153,10 @@ def line(figure: Figure, floor: Floor) -> str:
     low, median, high = figure.quartiles
     rate, products = figure.rates
     bound = figure.share(floor)
+    spread = "..".join(f"{x:.2f}" if x < 1000 else f"{x:.0f}" for x in (low, high))
     share = f"{bound[1]:.1%} {bound[0]}" if bound else "-"  # caches are faster than memory
     return (
-        f"{head}{median:10.2f}{f'{low:.2f}..{high:.2f}':>20}{figure.bytes / 1e6:9.2f}{figure.operations / 1e9:8.2f}"
+        f"{head}{median:10.2f}{spread:>20}{figure.bytes / 1e6:9.2f}{figure.operations / 1e9:8.2f}"
         f"{rate / 1e9:8.1f}{products / 1e12:9.3f}{share:>15}  {'cold' if figure.cold else 'warm'}"
     )
 
