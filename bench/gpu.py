@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 HERE = Path(__file__).parent
+SCRIPT = __file__  # what a part's own process runs
 
 
 class Box(NamedTuple):
@@ -70,7 +71,7 @@ def work(part: str, out: Path, small: bool) -> None:
 def run(part: str, out: Path, small: bool, seconds: float, env: dict[str, str]) -> str:
     """Runs one part; why it did not finish, "" where it did."""
     (out / f"{part}.jsonl").unlink(missing_ok=True)
-    command = [sys.executable, str(HERE / "gpu.py"), "--out", str(out), "--worker", part, *["--small"] * small]
+    command = [sys.executable, SCRIPT, "--out", str(out), "--worker", part, *["--small"] * small]
     with (out / f"{part}.log").open("w") as log:
         process = subprocess.Popen(command, stderr=log, env=env, start_new_session=True)
         try:

@@ -1,7 +1,7 @@
 """A decode step of the whole model as others do it, in one run with ours: greedy, which is less than our step does.
 
-transformers' own Llama, of the same shapes, with random weights; PlainModel with our weights, in a CUDA graph and through
-torch.compile. A peer that is missing, crashes or takes too long to get ready is a row that says so.
+transformers' own Llama, of the same shapes, with random weights; PlainModel with our weights, in a CUDA graph and
+through torch.compile. A peer that is missing, crashes or takes too long to get ready is a row that says so.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The strongest step that plain PyTorch gives: stacked weights through cuBLAS, SDPA over a cache that lies in one piece.
+"""The strongest step that plain PyTorch gives: stacked weights through cuBLAS, SDPA over a cache in one piece.
 
 It is what a careful user writes without kernels of their own, and what torch.compile is given to improve.
 """
