@@ -41,7 +41,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activation import silu
-from .launch import jit, options
+from .launch import cdiv, jit, next_power_of_2, options
 from .norm import rms_norm
 from .rope import cos_sin, rotate
 
@@ -61,7 +61,7 @@ ONE_ROW_LONG = Tile(2, 4096, 8)
 LONGEST = 40960  # bytes of a row of W: more do not fit the registers, and one row of x goes the way of several
 ROWS = Tile(32, 512, 4, 4)
 ROWS_WIDE = Tile(64, 256, 4, 4)  # more rows of W than WIDE: half the programs fill a GPU, and read x half as often
-WIDE = 16384
+WIDE = 16384  # AMD's: of any, where ROWS would take more than the 64 KB of shared memory that a program may have
 ROWS_FLOAT32 = Tile(32, 256, 4, 2)  # for checks: no tensor core multiplies float32 exactly
 PADDED_ROWS = 16
 AHEAD = 16  # cache lines of each row of W that a program asks into L2 before it waits, where registers do not hold it
@@ -292,13 +292,13 @@ def multiply(
     elif x.dtype == torch.float32:
         tile = ROWS_FLOAT32
     else:
-        tile = ROWS_WIDE if outputs > WIDE else ROWS
+        tile = ROWS_WIDE if outputs > WIDE or torch.version.hip else ROWS
     if norm is not None and not alone:  # once for all programs
         x, norm = rms_norm(x, norm, eps), None
-    _skinny[(triton.cdiv(outputs, tile.rows),)](
+    _skinny[(cdiv(outputs, tile.rows),)](
         x, x.stride(0), norm, eps, weight, bias, residual, residual.stride(0) if residual is not None else None,
         y, rows, **(cache or NO_CACHE),
         OUT=outputs, C=columns, W_STRIDE=weight.stride(0), HALF=half,
-        BO=tile.rows, BC=min(tile.width // size, max(triton.next_power_of_2(columns), 16)),
+        BO=tile.rows, BC=min(tile.width // size, max(next_power_of_2(columns), 16)),
         BR=1 if alone else PADDED_ROWS, STAGES=tile.stages, AHEAD=AHEAD, num_warps=tile.warps, **options(x.device),
     )  # fmt: skip
