@@ -27,7 +27,7 @@ os.environ.pop("TRITON_INTERPRET", None)
 import torch
 from audit import FACTS, Facts, kernel_name
 from cases import INTERNLM3_8B as SIZE
-from cases import Case, cases
+from cases import Arguments, Case, cases
 from internlm3 import kernels
 from launches import Launch, compile_launches
 from machine_code import MachineCode, read
@@ -74,9 +74,8 @@ class Cost(NamedTuple):
     waits: int
 
 
-def bulk(case: Case, launch: Launch) -> int:
+def bulk(x: Arguments, launch: Launch) -> int:
     """Bytes that the launch must bring from memory: what a step leaves in no cache."""
-    x = case.arguments(torch.device("meta"))
     if launch.kernel == "_skinny":
         return x["weight"].numel() * x["weight"].element_size()
     if launch.kernel == "_attend":
@@ -90,7 +89,8 @@ def bulk(case: Case, launch: Launch) -> int:
 
 def cost(case: Case, count: int, launch: Launch, code: MachineCode, candidates: int) -> Cost:
     facts = FACTS.get(kernel_name(launch), Facts())
-    metadata, memory = launch.compiled.metadata, bulk(case, launch)
+    arguments = case.arguments(torch.device("meta"))
+    metadata, memory = launch.compiled.metadata, bulk(arguments, launch)
     threads, programs = 32 * metadata.num_warps, launch.programs
     loads = [access for access in code.accesses if access.is_load]
 
@@ -101,9 +101,12 @@ def cost(case: Case, count: int, launch: Launch, code: MachineCode, candidates: 
         streamed = sum(x.bytes for x in loads if x.loop == loop and x.pointers & set(facts.bulk))
         return max(memory / programs / threads / streamed, 1) if loop and streamed else 1
 
-    def programs_at_l2(x: Access) -> int:
+    def programs_at_l2(x: Access) -> float:
         """The first of a multiprocessor brings into its L1 cache what all of them read; copies pass by that cache."""
-        return programs if "LDGSTS" in x.instruction else min(programs, TARGET.multiprocessors)
+        if "LDGSTS" not in x.instruction:
+            return min(programs, TARGET.multiprocessors)
+        # Of a tile of x, rows that are not there are not read.
+        return programs * (len(arguments["x"]) / launch.constants["BR"] if x.pointers == {"x_ptr"} else 1)
 
     others = [x for x in loads if not x.pointers & set(facts.bulk)]
     resident = TARGET.resident_blocks(metadata.num_warps, code.registers, metadata.shared)

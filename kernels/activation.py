@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import check_activation, jit, options
+from .launch import cdiv, check_activation, jit, options
 
 # Columns of one program: 8 a thread, one 16-byte load of each half in a 16-bit dtype.
 BLOCK = 1024
@@ -50,7 +50,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
         raise ValueError(f"gate_up has {width} columns, must have an even number: gate in front, up behind")
     y = torch.empty((*lead, width // 2), dtype=gate_up.dtype, device=gate_up.device)
     rows = gate_up.reshape(-1, width)
-    _swiglu[(rows.shape[0], triton.cdiv(width // 2, BLOCK))](
+    _swiglu[(rows.shape[0], cdiv(width // 2, BLOCK))](
         rows, y, rows.stride(0), I=width // 2, BLOCK=BLOCK, num_warps=NUM_WARPS, **options(gate_up.device)
     )
     return y

@@ -23,6 +23,7 @@ and 16.5 KB of float32 partial sums on top for each split at work, 1.06 MB with 
 """
 
 import math
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -30,7 +31,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import check, check_activation, jit, options
+from .launch import cdiv, check, check_activation, jit, next_power_of_2, options
 
 MAX_HEAD_DIM = 256
 # Programs that share a sequence's work on one key/value head: twice as many, with InternLM3-8B's two, fill 132 SMs.
@@ -55,16 +56,17 @@ class Tiling(NamedTuple):
     stages: int
 
 
+@lru_cache
 def tiling(T: int, G: int, D: int, dtype: torch.dtype, sm90: bool) -> Tiling:
-    dims = triton.next_power_of_2(D)
-    rows = min(max(triton.next_power_of_2(T * G), 16), 128 if dims <= 128 else 64)
+    dims = next_power_of_2(D)
+    rows = min(max(next_power_of_2(T * G), 16), 128 if dims <= 128 else 64)
     keys, warps, stages = _TALL_OF_SM90 if rows == 128 and sm90 else _TILES[rows]
     if dims > 128:
         keys //= 2
     if dtype == torch.float32:
         # Not for speed: exact products have no tensor cores, and hold both factors in registers.
         rows, keys, warps, stages = 16, 16, 4, 5
-    splits = max(_PROGRAMS // triton.next_power_of_2(triton.cdiv(T * G, rows)), 1)
+    splits = max(_PROGRAMS // next_power_of_2(cdiv(T * G, rows)), 1)
     return Tiling(rows, keys, dims, splits, warps, stages)
 
 
@@ -234,7 +236,7 @@ def paged_attention(
         best, total = torch.empty((2, rows, H, SPLITS), dtype=torch.float32, device=device)
     log2_scale = scale * math.log2(math.e)
     # A split beyond the widest sequence has no tile.
-    grid = (min(SPLITS, triton.cdiv(N * S, BN)), triton.cdiv(T * G, BM), B * K)
+    grid = (min(SPLITS, cdiv(N * S, BN)), cdiv(T * G, BM), B * K)
     _attend[grid](
         q, k_cache, v_cache, block_table, seq_lens, partial, best, total, q.stride(0), q.stride(1),
         *k_cache.stride()[:3], block_table.stride(0), log2_scale, T, P, N, SPLITS,

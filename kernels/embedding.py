@@ -6,11 +6,10 @@ Bytes at InternLM3-8B's shapes (C = 4096, 16 bits): 8 KiB read and 8 KiB written
 """
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import check, check_activation, jit, options
+from .launch import cdiv, check, check_activation, jit, options
 
 # Columns of one program: 8 a thread, one 16-byte load in a 16-bit dtype.
 BLOCK = 1024
@@ -42,7 +41,7 @@ def embed(token_ids: Tensor, table: Tensor) -> Tensor:
     check("token_ids", token_ids, torch.int64, table.device, -1)
     rows = token_ids.shape[0]
     y = torch.empty((rows, width), dtype=table.dtype, device=table.device)
-    _embed[(rows, triton.cdiv(width, BLOCK))](
+    _embed[(rows, cdiv(width, BLOCK))](
         token_ids, table, y, vocab, table.stride(0), C=width, BLOCK=BLOCK, num_warps=NUM_WARPS, **options(table.device)
     )
     return y

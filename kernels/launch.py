@@ -51,6 +51,16 @@ def options(device: torch.device) -> dict[str, bool]:
     return {"PDL": True, "launch_pdl": True, **rounding}
 
 
+def cdiv(x: int, y: int) -> int:
+    """x / y, rounded up. Triton's own takes the host longer than a check."""
+    return -(-x // y)
+
+
+def next_power_of_2(x: int) -> int:
+    """The least one that x > 0 does not exceed."""
+    return 1 << (x - 1).bit_length()
+
+
 def check_activation(name: str, x: Tensor, *shape: int) -> None:
     """Raise unless x may lead a launch: as `check` says, of a dtype that kernels know, on the current accelerator."""
     if x.dtype not in DTYPES:
@@ -65,12 +75,27 @@ def check_activation(name: str, x: Tensor, *shape: int) -> None:
 
 def check(name: str, x: Tensor, dtype: torch.dtype, device: torch.device, *shape: int) -> None:
     """Raise unless x has this dtype, device and shape (-1 stands for any size) and a contiguous last dimension."""
-    if x.dtype != dtype:
-        raise TypeError(f"{name} is {x.dtype}, must be {dtype}")
-    if x.device != device:
-        raise ValueError(f"{name} is on {x.device}, must be on {device}")
-    if x.dim() != len(shape) or any(want not in (-1, size) for want, size in zip(shape, x.shape, strict=True)):
+    _check(name, x.dtype, x.device, x.shape, x.stride(), dtype, device, shape)
+
+
+# What has passed is not looked at again: a step launches the same shapes 48 times.
+@lru_cache(4096)
+def _check(
+    name: str,
+    x_dtype: torch.dtype,
+    x_device: torch.device,
+    x_shape: torch.Size,
+    x_stride: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    shape: tuple[int, ...],
+) -> None:
+    if x_dtype != dtype:
+        raise TypeError(f"{name} is {x_dtype}, must be {dtype}")
+    if x_device != device:
+        raise ValueError(f"{name} is on {x_device}, must be on {device}")
+    if len(x_shape) != len(shape) or any(want not in (-1, size) for want, size in zip(shape, x_shape, strict=True)):
         wanted = ", ".join("any" if size == -1 else str(size) for size in shape)
-        raise ValueError(f"{name} has shape {list(x.shape)}, must have [{wanted}]")
-    if x.stride(-1) != 1 and x.shape[-1] > 1:
-        raise ValueError(f"{name} has strides {x.stride()}; its last dimension must be contiguous")
+        raise ValueError(f"{name} has shape {list(x_shape)}, must have [{wanted}]")
+    if x_stride and x_stride[-1] != 1 and x_shape[-1] > 1:
+        raise ValueError(f"{name} has strides {x_stride}; its last dimension must be contiguous")

@@ -7,11 +7,10 @@ float32 up to the cast to the activation dtype, the weight multiplies after it. 
 """
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import check, check_activation, jit, options
+from .launch import check, check_activation, jit, next_power_of_2, options
 
 
 def _num_warps(block: int) -> int:
@@ -48,7 +47,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     check("weight", weight, x.dtype, x.device, width)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     rows = x.reshape(-1, width)
-    block = triton.next_power_of_2(width)
+    block = next_power_of_2(width)
     _rms_norm[(rows.shape[0],)](
         rows, weight, y, rows.stride(0), eps, C=width, BLOCK=block, num_warps=_num_warps(block), **options(x.device)
     )  # fmt: skip

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import check, check_activation, jit, options
+from .launch import cdiv, check, check_activation, jit, next_power_of_2, options
 
 # Heads of one program, one warp: many programs hide latency where rows are few, angles are shared where rows are many.
 FEW_ROWS = 64
@@ -131,12 +131,12 @@ def rope_and_cache(
     (pages, kv_heads, page_size, dim), (sequences, slots) = k_cache.shape, block_table.shape
     q = torch.empty((rows, heads, dim), dtype=qkv.dtype, device=device)
     group = heads_of_a_program(rows)
-    _rope_and_cache[(rows, triton.cdiv(heads + 2 * kv_heads, group))](
+    _rope_and_cache[(rows, cdiv(heads + 2 * kv_heads, group))](
         qkv, inv_freq, k_cache, v_cache, block_table, seq_lens, positions, q,
         qkv.stride(0), inv_freq.stride(0), *k_cache.stride()[:3], *v_cache.stride()[:3], block_table.stride(0),
         rows // sequences, pages, slots,
         H=heads, K=kv_heads, D=dim, S=page_size,
-        HEADS=group, HALF=triton.next_power_of_2(dim // 2), num_warps=1, **options(device),
+        HEADS=group, HALF=next_power_of_2(dim // 2), num_warps=1, **options(device),
     )  # fmt: skip
     return q
 

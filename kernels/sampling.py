@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import check, check_activation, jit, options
+from .launch import cdiv, check, check_activation, jit, next_power_of_2, options
 from .sampling_reference import EXP2_COEFFICIENTS, FLOAT32_MAX, LOG2_E, MASK32, SHARE_BITS, UNIT_BITS, check_counts
 
 # Tokens of one program: 8 a thread.
@@ -397,7 +397,7 @@ def sample(
     check_activation("logits", logits, -1, -1)
     rows, vocab = logits.shape
     device = logits.device
-    words = triton.cdiv(vocab, 32)
+    words = cdiv(vocab, 32)
     for name, x, dtype, shape in (
         ("temperature", temperature, torch.float32, (rows,)),
         ("top_k", top_k, torch.int64, (rows,)),
@@ -419,7 +419,7 @@ def sample(
             check(name, x, dtype, device, *shape)
     check_counts(repetition_penalty, presence_penalty, frequency_penalty, prompt_counts, output_counts)
 
-    blocks = triton.cdiv(vocab, BLOCK)
+    blocks = cdiv(vocab, BLOCK)
     token = torch.empty(rows, dtype=torch.int64, device=device)
     logprob = torch.empty(rows, dtype=torch.float32, device=device)
     x = torch.empty((rows, vocab), dtype=torch.float32, device=device)
@@ -437,7 +437,7 @@ def sample(
         return 0 if tensor is None else tensor.stride(0)
 
     per_block = {"BLOCK": BLOCK, "num_warps": BLOCK_WARPS, **options(device)}
-    per_row = {"BLOCKS": triton.next_power_of_2(blocks), **options(device)}
+    per_row = {"BLOCKS": next_power_of_2(blocks), **options(device)}
     typical = {"TYPICAL": searches and typical_p is not None}
     _penalize[(rows, blocks)](
         logits, logit_bias, repetition_penalty, frequency_penalty, presence_penalty, prompt_counts, output_counts,

@@ -11,19 +11,20 @@ W is read once whatever R is, and its bytes are the time. At InternLM3-8B's shap
     rms_norm_swiglu           20480 x 4096     167.8     168 MFLOP R      55.9
     linear_add (down)         4096 x 10240      83.9      84 MFLOP R      28.0
     rms_norm_linear (head)    128512 x 4096   1052.8    1053 MFLOP R     350.9
-The first four once a layer, 48 times; the head once. x and y are kilobytes, and every program norms x for itself.
+The first four once a layer, 48 times; the head once. x and y are kilobytes.
 
-One row: a program owns two whole rows of W and has all of them on the way to its registers before it waits for the
-predecessor that computes x. Up to 16 rows: a program multiplies a tile of W by x^T, padded to 16 columns, on the tensor
-cores, and walks the columns of W in one fixed order, so the bits of a row of y depend on no other row.
+One row: a program owns four whole rows of W (two of long ones) and has all of them on the way to its registers before
+it waits for the predecessor that computes x, which it norms for itself. Up to 16 rows: the norm is a launch of its own;
+a program multiplies a tile of W by x^T, padded to 16 columns, on the tensor cores, and walks the columns of W in one
+fixed order, so the bits of a row of y depend on no other row. Its tile is high, since every program reads all of x.
 
 What ptxas makes of it for sm_90 (Triton 3.7.1, bfloat16), nothing spilled; one row, then up to 16:
     op                        registers   programs/SM   KB of W in flight/SM      registers   shared KB
-    rms_norm_qkv_rope_cache       96           5                 80                  164          82
-    linear_add (o)                56           9                144                   64          72
-    rms_norm_swiglu               94           5                 80                   68          80
-    linear_add (down)             77           3                120                   64          72
-    rms_norm_linear (head)        93           5                 80                   68          80
+    rms_norm_qkv_rope_cache      128           4                128                   64          72
+    linear_add (o)                96           5                160                   64          72
+    rms_norm_swiglu              125           4                128                   48          80
+    linear_add (down)             70           3                120                   64          72
+    rms_norm_linear (head)       126           4                128                   48          80
 
 SwiGLU joins W's row i with row i + I, a rotation row d of a head with d + D/2. Both lie HALF rows apart in a group of
 2 HALF rows, and one program takes both, so that they meet in registers:
@@ -40,7 +41,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .activation import silu
-from .launch import jit, options
+from .launch import cdiv, jit, next_power_of_2, options
+from .norm import rms_norm
 from .rope import cos_sin, rotate
 
 
@@ -54,12 +56,12 @@ class Tile(NamedTuple):
 
 
 # Chosen by compiling for sm_80 to sm_100, not yet by measuring.
-ONE_ROW = Tile(2, 4096, 4)  # rows of W up to 8 KiB: 16 KiB on the way to a program's registers
+ONE_ROW = Tile(4, 4096, 4)  # rows of W up to 8 KiB: 32 KiB on the way to a program's registers, for one norm of x
 ONE_ROW_LONG = Tile(2, 4096, 8)
 LONGEST = 40960  # bytes of a row of W: more do not fit the registers, and one row of x goes the way of several
 ROWS = Tile(32, 512, 4, 4)
 ROWS_WIDE = Tile(64, 256, 4, 4)  # more rows of W than WIDE: half the programs fill a GPU, and read x half as often
-WIDE = 16384
+WIDE = 16384  # AMD's: of any, where ROWS would take more than the 64 KB of shared memory that a program may have
 ROWS_FLOAT32 = Tile(32, 256, 4, 2)  # for checks: no tensor core multiplies float32 exactly
 PADDED_ROWS = 16
 AHEAD = 16  # cache lines of each row of W that a program asks into L2 before it waits, where registers do not hold it
@@ -101,13 +103,27 @@ def _chunks(rows_ptr, C: tl.constexpr, BC: tl.constexpr, POLICY: tl.constexpr):
 
 
 @triton.jit
+def _wide(x, PDL: tl.constexpr):
+    """x in float32. The compiler takes a pair of bfloat16 apart in three instructions where two do.
+
+    Not so in the norm: there it multiplies pairs as they are.
+    """
+    if PDL and x.dtype == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=f,=f,r", [x], tl.float32, is_pure=True, pack=2
+        )
+    else:
+        return x.to(tl.float32)
+
+
+@triton.jit
 def _normed(x, scale, norm):
     """RMSNorm's rounding: to the dtype before the weight multiplies, and after."""
     return ((x * scale).to(norm.dtype).to(tl.float32) * norm.to(tl.float32)).to(norm.dtype)
 
 
 @triton.jit
-def _one_row(ws, norms, x_ptr, eps, C: tl.constexpr, BC: tl.constexpr):
+def _one_row(ws, norms, x_ptr, eps, C: tl.constexpr, BC: tl.constexpr, PDL: tl.constexpr):
     """The product [BO, 1] of the chunks of W's rows and one x; norms is empty or the chunks of the norm's weight."""
     xs = _chunks(x_ptr, C, BC, "evict_last")
     scale = 1.0
@@ -122,36 +138,25 @@ def _one_row(ws, norms, x_ptr, eps, C: tl.constexpr, BC: tl.constexpr):
         x = xs[i]
         if len(norms) > 0:
             x = _normed(x.to(tl.float32), scale, norms[i])
-        products = tl.fma(ws[i].to(tl.float32), x.to(tl.float32)[None, :], products)
+        products = tl.fma(_wide(ws[i], PDL), _wide(x, PDL)[None, :], products)
     return tl.sum(products, 1)[:, None]
 
 
 @triton.jit
 def _rows(
-    w_rows, x_ptr, x_stride, R, norm_ptr, eps,
+    w_rows, x_ptr, x_stride, R,
     C: tl.constexpr, BO: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The product [BO, BR] of W's rows and up to BR rows of x, on the tensor cores."""
     row = tl.arange(0, BR)[:, None]
     x_rows = x_ptr + row.to(tl.int64) * x_stride
-    scale = 1.0
-    if norm_ptr is not None:
-        squares = tl.zeros((BR, BC), tl.float32)
-        for c in tl.static_range(0, C, BC):
-            chunk = (c + tl.arange(0, BC))[None, :]
-            x = tl.load(x_rows + chunk, mask=(row < R) & (chunk < C), other=0.0).to(tl.float32)
-            squares = tl.fma(x, x, squares)
-        scale = tl.rsqrt(tl.sum(squares, 1) / C + eps)[:, None]
     y = tl.zeros((BO, BR), tl.float32)
     for first in tl.range(0, C, BC, num_stages=STAGES):
         columns = (first + tl.arange(0, BC))[None, :]
         inside = (columns < C) if C % BC else tl.full((1, BC), True, tl.int1)
         w = tl.load(w_rows + columns, mask=inside, other=0.0, eviction_policy="evict_first")
-        x_tile = tl.load(x_rows + columns, mask=(row < R) & inside, other=0.0, eviction_policy="evict_last")
-        if norm_ptr is not None:
-            norm = tl.load(norm_ptr + columns, mask=inside, other=0.0)
-            x_tile = _normed(x_tile.to(tl.float32), scale, norm)
-        y = tl.dot(w, x_tile.trans(), y, input_precision="ieee")
+        x = tl.load(x_rows + columns, mask=(row < R) & inside, other=0.0, eviction_policy="evict_last")
+        y = tl.dot(w, x.trans(), y, input_precision="ieee")
     return y
 
 
@@ -222,9 +227,9 @@ def _skinny(
             tokens, pages, slots, S, HALF, BO, BR,
         )  # fmt: skip
     if BR == 1:
-        y = _one_row(ws, norms, x_ptr, eps, C, BC)
+        y = _one_row(ws, norms, x_ptr, eps, C, BC, PDL)
     else:
-        y = _rows(w_rows, x_ptr, x_stride, R, norm_ptr, eps, C, BO, BC, BR, STAGES)
+        y = _rows(w_rows, x_ptr, x_stride, R, C, BO, BC, BR, STAGES)
 
     if bias_ptr is not None:
         y += bias
@@ -287,11 +292,13 @@ def multiply(
     elif x.dtype == torch.float32:
         tile = ROWS_FLOAT32
     else:
-        tile = ROWS_WIDE if outputs > WIDE else ROWS
-    _skinny[(triton.cdiv(outputs, tile.rows),)](
+        tile = ROWS_WIDE if outputs > WIDE or torch.version.hip else ROWS
+    if norm is not None and not alone:  # once for all programs
+        x, norm = rms_norm(x, norm, eps), None
+    _skinny[(cdiv(outputs, tile.rows),)](
         x, x.stride(0), norm, eps, weight, bias, residual, residual.stride(0) if residual is not None else None,
         y, rows, **(cache or NO_CACHE),
         OUT=outputs, C=columns, W_STRIDE=weight.stride(0), HALF=half,
-        BO=tile.rows, BC=min(tile.width // size, max(triton.next_power_of_2(columns), 16)),
+        BO=tile.rows, BC=min(tile.width // size, max(next_power_of_2(columns), 16)),
         BR=1 if alone else PADDED_ROWS, STAGES=tile.stages, AHEAD=AHEAD, num_warps=tile.warps, **options(x.device),
     )  # fmt: skip
