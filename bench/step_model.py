@@ -3,8 +3,8 @@
     python bench/step_model.py [--device H100 ...] [--rows N ...] [--context N ...] [--record FILE] [--launches]
 
 The launches are the step's own, compiled as the audit compiles them; their registers, bytes in flight, waits and
-instructions are read from the machine code. Everything else is assumed, and stands in `Assumed` with its origin; a
-record of bench/kernels.py replaces what it has measured. A launch takes
+instructions are read from the machine code. Everything else is assumed, and stands in `Assumed` with its origin; the
+read rate comes from a record of bench/kernels.py or bench/gpu.py where one is given. A launch takes
 
     max(latency, first wave - what came before)  +  max(memory, L2, instructions) of the rest
     latency = gap + waits * trip         waits: those one behind another, loops included
@@ -17,9 +17,11 @@ bench/predictions.md logs what this printed before and after each change of a ke
 import argparse
 import json
 import os
+import statistics
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
+from pathlib import Path
 from typing import NamedTuple
 
 os.environ.pop("TRITON_INTERPRET", None)
@@ -41,10 +43,10 @@ TARGET = TARGETS["sm_90"]
 class Assumed(NamedTuple):
     """A GPU, as far as the model knows it. Rates in bytes a second, times in microseconds."""
 
-    read: float  # "floor": {"read": ...} of a record; assumed: 91% (H100) and 94% (H200) of the data sheet
+    read: float  # without a record 91% (H100) and 94% (H200) of the data sheet
     l2: float = 5.5e12  # from the L2 cache into the multiprocessors; microbenchmarks of others, to be measured
-    gap: float = 0.5  # from the predecessor's last store to the first load behind the wait; "latency": {"gap": ...}
-    trip: float = 0.7  # one wait for a load, from wherever it comes; "latency": {"trip": ...}
+    gap: float = 0.5  # from the predecessor's last store to the first load behind the wait
+    trip: float = 0.7  # one wait for a load, from wherever it comes
     clock: float = 1.755e9  # Hz under load
     # Of the four instructions a cycle that a multiprocessor can issue, what dependences leave; a warp's own share.
     issued: float = 0.9 * 4
@@ -177,9 +179,27 @@ def microseconds(costs: list[Cost], gpu: Assumed) -> list[float]:
     return times
 
 
-def with_record(gpu: Assumed, record: dict) -> Assumed:
-    measured = {"read": record.get("floor", {}).get("read"), **record.get("latency", {})}
-    return gpu._replace(**{name: value for name, value in measured.items() if name in Assumed._fields and value})
+def read_rate(path: str) -> tuple[str, float]:
+    """The device of a record of bench/kernels.py or bench/gpu.py, and the bytes a second that it read.
+
+    Raises ValueError, with a sentence, for any other file.
+    """
+    try:
+        record = json.loads(Path(path).read_text("utf-8"))
+        if "floor" in record:
+            return record["stamp"]["device"], float(record["floor"]["read"])
+        rounds = [rate for row in record["rows"] if row["about"].get("ceiling") == "read" for rate in row["rounds"]]
+        return record["stamp"]["device"], 1e9 * statistics.median(rounds)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{path} has no read rate: name a record of bench/kernels.py or bench/gpu.py") from None
+
+
+def with_record(devices: dict[str, Assumed], path: str) -> dict[str, Assumed]:
+    """The devices with what a record of one of them has measured. Raises ValueError where it is of none."""
+    measured, rate = read_rate(path)
+    if not any(name in measured for name in devices):
+        raise ValueError(f"{path} is of {measured}, and the model is of {' and '.join(devices)}")
+    return {name: gpu._replace(read=rate) if name in measured else gpu for name, gpu in devices.items()}
 
 
 def main() -> None:
@@ -188,14 +208,15 @@ def main() -> None:
     parser.add_argument("--rows", action="append", type=int, help="default: 1, 4 and 16")
     parser.add_argument("--context", action="append", type=int, help="default: 1024 and 32768")
     parser.add_argument("--sampling", choices=["greedy", *CANDIDATES], default="recommended")
-    parser.add_argument("--record", action="append", default=[], help='JSON: {"device": ..., "floor": {"read": ...}}')
+    parser.add_argument("--record", action="append", default=[], help="of bench/kernels.py or bench/gpu.py")
     parser.add_argument("--launches", action="store_true", help="a line for each launch, too")
     options = parser.parse_args()
     devices = {name: DEVICES[name] for name in options.device or DEVICES}
-    for path in options.record:
-        with open(path, encoding="utf-8") as file:
-            record = json.load(file)
-        devices |= {name: with_record(gpu, record) for name, gpu in devices.items() if name in record["device"]}
+    try:
+        for path in options.record:
+            devices = with_record(devices, path)
+    except ValueError as error:
+        parser.error(str(error))
     for name, gpu in devices.items():
         print(f"{name}: {', '.join(f'{key} {value:g}' for key, value in gpu._asdict().items())}")
 

@@ -13,12 +13,11 @@ BENCH = Path(__file__).parents[1] / "bench"
 SCRIPT = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
-from step_model import Assumed, Cost, microseconds, with_record
+from step_model import Assumed, Cost, microseconds
 gpu = Assumed(read=1e12, l2=2e12, gap=1.0, trip=2.0, clock=1e9, issued=4.0, issued_by_warp=1.0)
 empty = Cost("", "", 1, 0, 0, 0, 0, 132, 4, 1, 10**6, 0)
 launches = {name: [empty._replace(**each) for each in chain] for name, chain in json.loads(sys.argv[2]).items()}
-told = with_record(gpu, {"device": "H100", "floor": {"read": 2e12, "copy": 1.0}, "latency": {"trip": 3.0, "other": 1}})
-print(json.dumps({"times": {k: microseconds(v, gpu) for k, v in launches.items()}, "told": told._asdict()}))
+print(json.dumps({"times": {k: microseconds(v, gpu) for k, v in launches.items()}}))
 """
 CHAINS = {
     "nothing but the gap": [{}],
@@ -62,7 +61,36 @@ def test_a_launch_takes_what_its_cost_says(said, chain, times):
     assert said["times"][chain] == pytest.approx(times)
 
 
-def test_a_record_replaces_what_it_has_measured_and_nothing_else(said):
-    assert said["told"] == {
-        "read": 2e12, "l2": 2e12, "gap": 1.0, "trip": 3.0, "clock": 1e9, "issued": 4.0, "issued_by_warp": 1.0
-    }  # fmt: skip
+CEILING = {"part": "ceilings", "name": "read", "state": "figure", "about": {"ceiling": "read"}}
+
+
+@pytest.mark.parametrize(
+    ("record", "expected"),
+    [
+        ({"floor": {"read": 2e12, "copy": 1.0}}, {"H100": 2e12, "H200": 4.5e12}),
+        ({"rows": [{**CEILING, "rounds": [x]} for x in (1000, 9000, 3000)]}, {"H100": 3e12, "H200": 4.5e12}),
+        ({"rows": []}, "has no read rate: name a record"),
+        ([], "has no read rate: name a record"),
+        (
+            {"floor": {"read": 2e12}, "stamp": {"device": "AMD EPYC"}},
+            "is of AMD EPYC, and the model is of H100 and H200",
+        ),
+    ],
+)
+def test_a_record_gives_its_own_device_the_read_rate(tmp_path, record, expected):
+    stamp = {"stamp": {"device": "NVIDIA H100 80GB HBM3"}}
+    path = tmp_path / "record.json"
+    path.write_text(json.dumps({**stamp, **record} if isinstance(record, dict) else record))
+    script = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+from step_model import DEVICES, with_record
+try:
+    print(json.dumps({name: gpu.read for name, gpu in with_record(DEVICES, sys.argv[2]).items()}))
+except ValueError as error:
+    print(json.dumps(str(error)))
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", script, BENCH, path], env=environment, capture_output=True, text=True)
+    found = json.loads(done.stdout)
+    assert found == expected if isinstance(expected, dict) else expected in found
