@@ -40,7 +40,8 @@ _PROGRAMS = 64
 # spills, and all fit the 99 KB of sm_86. Page numbers take a stage of their own: with five, two tiles are under way.
 # One token's are small: a short context is more programs, and on sm_90 each takes 38 KB of shared memory and 86
 # registers, where tiles of 64 keys take 72 KB and 114. Those may be the faster ones at 32k tokens: measure there.
-_TILES = {16: (32, 4, 5), 32: (64, 4, 5), 64: (32, 8, 5), 128: (32, 8, 5)}
+# For 64 rows one tile ahead leaves room for a second program; two ahead spill on sm_86 and 89 with Triton 3.6 and 3.8.
+_TILES = {16: (32, 4, 5), 32: (64, 4, 5), 64: (32, 8, 4), 128: (32, 8, 5)}
 # Tensor cores that take both factors from shared memory, sm_90's and later, leave registers for more keys.
 _TALL_OF_SM90 = (64, 8, 2)
 
