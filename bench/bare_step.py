@@ -59,7 +59,7 @@ class Steps:
 
     def __init__(self, model: InternLM3ForCausalLM, rows: int, tokens: int):
         config, device = model.config, model.device
-        self.model, self.tokens = model, tokens
+        self.model = model
         self.pages = Pages(config, rows * pages_of(tokens), model.dtype, device)
         self.state = DecodeState.idle(rows, pages_of(tokens), config.vocab_size, config.head_dim, device)
         self.state.limit.fill_(2**30)

@@ -6,16 +6,18 @@ all weights and all that is held once, which at this card's read ceiling is its 
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator
 from functools import partial
 from itertools import islice
+from typing import Any
 
 import torch
 from bare_step import Steps, device_of, random_model
 from internlm3 import InternLM3ForCausalLM
 from internlm3.runtime.replay import cuda_graphs, eager
 from internlm3.runtime.state import Tier
-from rows import Part, Row
+from rows import Part, Row, first_line
 from timing import measure_floor, rounds_of
 from work import nbytes
 
@@ -32,20 +34,28 @@ def rows(small: bool) -> Iterator[Row]:
     shapes = [(16, 1), (32, 2)] if small else [*FIRST, *(shape for shape in rest if shape not in FIRST)]
     read = measure_floor(device, [model.dtype], 5).read
     for context, rows in shapes:
-        name, about = f"{rows} rows, {context} held", {"engine": "internlm3", "context": context, "rows": rows}
+        about = {"engine": "internlm3", "context": context, "rows": rows}
         try:
-            floor = step_bytes(model, rows, context) / read * 1e3
             times = step_times(model, rows, context, small)
         except (torch.cuda.OutOfMemoryError, MemoryError) as error:
-            yield part.missing(name, f"not enough memory: {str(error).splitlines()[0][:80]}", **about)
+            yield part.missing(name_of(**about), first_line(error), **about)
             continue
-        share = floor / sorted(times)[len(times) // 2]
-        yield part.figure(name, times, "ms", f"{share:.1%} of the read ceiling", **about, share=share)
+        yield step_figure(part, times, step_bytes(model, rows, context) / read, **about)
     if not small:
         yield part.figure("most memory", [torch.cuda.max_memory_allocated() / 2**30], "GiB")
     for tier in Tier:
         times = step_times(model, 1, 16 if small else 1024, small, tier)
         yield part.figure(f"1 row, sampling {tier.name.lower()}", times, "ms", engine="internlm3", tier=tier.name)
+
+
+def name_of(engine: str, rows: int, context: int) -> str:
+    return f"{rows} row{'s' * (rows > 1)}, {context} held, {engine}"
+
+
+def step_figure(part: Part, times: list[float], floor: float, **about: Any) -> Row:
+    """The figure of a step by an engine, at so many rows and tokens; `floor`: the seconds of its reads."""
+    share = 1e3 * floor / statistics.median(times)
+    return part.figure(name_of(**about), times, "ms", f"{share:.1%} of the read ceiling", **about, share=share)
 
 
 def step_bytes(model: InternLM3ForCausalLM, rows: int, context: int) -> int:

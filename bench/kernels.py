@@ -33,6 +33,7 @@ from cases import INTERNLM3_8B, SMALL, Arguments, Case, Size, cases, read_size
 from internlm3 import kernels
 from options import one_of, output, positive
 from record import Figure, Record, compare, load, stamp
+from rows import first_line
 from timing import Call, Floor, measure_floor, name_of, replayed, rounds_of
 from work import moved, nbytes, operations
 
@@ -68,7 +69,7 @@ def reason_of(error: BaseException) -> str:
     text = str(error).strip().splitlines()
     if text and "active drivers" in text[0]:
         return "Triton finds no GPU: TRITON_INTERPRET=1 checks a kernel without one, and times the interpreter"
-    return text[0] if isinstance(error, peers.Unfit) else f"{type(error).__name__}: {text[0] if text else ''}"
+    return text[0] if isinstance(error, peers.Unfit) else first_line(error)
 
 
 class Prepared(NamedTuple):

@@ -11,12 +11,11 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
-import sys
 import time
 
 from options import output, positive
 from record import stamp, write_json
+from workers import ask
 
 MOST = 200  # tokens of an answer
 QUESTIONS = (
@@ -39,8 +38,8 @@ QUESTIONS = (
 )
 
 
-def worker(rows: int, ways: list[str]) -> dict[str, list[float]]:
-    """Seconds of each way, and the lengths of the answers, measured in this process."""
+def worker(rows: int, way: str) -> list[float]:
+    """The seconds that a way takes in this process, and the lengths of its answers behind them."""
     from internlm3 import LLM
     from internlm3.runtime.standin import standin_checkpoint
 
@@ -60,21 +59,13 @@ def worker(rows: int, ways: list[str]) -> dict[str, list[float]]:
         return [n for first in range(0, len(prompts), rows) for n in answer(*prompts[first : first + rows])]
 
     answer("Warm up.")
-    found: dict[str, list[float]] = {}
-    for way in ways:
-        begin = time.perf_counter()
-        lengths = in_waves() if way == "in waves" else answer(*prompts)
-        found[way] = [time.perf_counter() - begin, *lengths]
-    return found
+    begin = time.perf_counter()
+    lengths = in_waves() if way == "in waves" else answer(*prompts)
+    return [time.perf_counter() - begin, *lengths]
 
 
-def run(rows: int, ways: list[str], before: str | None = None) -> dict[str, list[float]]:
-    environment = {**os.environ, **({"PYTHONPATH": os.path.dirname(os.path.abspath(before))} if before else {})}
-    command = [sys.executable, __file__, "--rows", str(rows), "--worker", *ways]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if done.returncode:
-        sys.exit(f"{before or 'this checkout'} failed:\n{done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])
+def run(rows: int, way: str, checkout: str | None = None) -> list[float]:
+    return ask(__file__, "--rows", str(rows), "--worker", way, checkout=checkout)
 
 
 def main() -> None:
@@ -83,7 +74,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=positive, default=5)
     parser.add_argument("--before", help="another checkout, a folder named internlm3")
     parser.add_argument("--json", type=output, help="write all figures here")
-    parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         print(json.dumps(worker(args.rows, args.worker)))
@@ -96,9 +87,9 @@ def main() -> None:
     rounds = []
     for number in range(args.rounds):
         # The prompts of the second way are in the cache of neither: each way has a process of its own.
-        found = {way: run(args.rows, [way])[way] for way in ("as rows are free", "in waves")}
+        found = {way: run(args.rows, way) for way in ("as rows are free", "in waves")}
         if args.before:
-            found["before"] = run(args.rows, ["before"], args.before)["before"]
+            found["before"] = run(args.rows, "before", args.before)
         rounds.append({way: seconds for way, (seconds, *_) in found.items()})
         if number == 0:
             lengths = found["as rows are free"][1:]

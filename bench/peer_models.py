@@ -13,10 +13,10 @@ from typing import Any
 import peers
 import torch
 from bare_step import Steps, device_of, random_model
-from decode_times import step_bytes, step_times
+from decode_times import name_of, step_bytes, step_figure, step_times
 from internlm3 import InternLM3ForCausalLM
 from plain_model import PlainModel
-from rows import Part, Row
+from rows import Part, Row, first_line
 from timing import Call, measure_floor, replayed, rounds_of
 
 SECONDS = 150  # that a peer may take to get ready, its compiler included
@@ -37,32 +37,24 @@ def rows(small: bool) -> Iterator[Row]:
         "cuBLAS and SDPA, torch.compile max-autotune": _plain_compiled("max-autotune"),
     }
     for context, rows in [(16, 1)] if small else [(1024, 1), (1024, 16), (32768, 1)]:
-        floor = step_bytes(model, rows, context) / read * 1e3
-        about: dict[str, Any] = {"context": context, "rows": rows}
+        floor = step_bytes(model, rows, context) / read
         ours = step_times(model, rows, context, small)
-        yield _figure(part, ours, floor, "internlm3", about)
-        for name, make in known.items():
+        yield step_figure(part, ours, floor, engine="internlm3", rows=rows, context=context)
+        for engine, make in known.items():
+            about = {"engine": engine, "rows": rows, "context": context}
             try:
                 with peers.time_limit(SECONDS), torch.inference_mode():
                     call = make(model, rows, context)
                     call()
                     times = [time / 1e3 for time in islice(rounds_of(call, 1), 3 if small else 50)]
             except Exception as error:
-                said = str(error).strip().splitlines()
-                why = f"{type(error).__name__}: {said[0][:90] if said else ''}"
-                yield part.missing(f"{rows} rows, {context} held, {name}", why, engine=name, **about)
+                yield part.missing(name_of(**about), first_line(error), **about)
                 continue
             finally:
                 call = None
                 if not small:
                     torch.cuda.empty_cache()
-            yield _figure(part, times, floor, name, about)
-
-
-def _figure(part: Part, times: list[float], floor: float, engine: str, about: dict[str, Any]) -> Row:
-    share = floor / sorted(times)[len(times) // 2]
-    name = f"{about['rows']} rows, {about['context']} held, {engine}"
-    return part.figure(name, times, "ms", f"{share:.1%} of the read ceiling", engine=engine, share=share, **about)
+            yield step_figure(part, times, floor, **about)
 
 
 def _same(model: InternLM3ForCausalLM, small: bool) -> str:

@@ -6,6 +6,7 @@ A start is broken down: imports, the model's weights in place, compiling and cap
 from __future__ import annotations
 
 import json
+import statistics
 import subprocess
 import sys
 import time
@@ -27,7 +28,7 @@ def rows(small: bool) -> Iterator[Row]:
         config = model.config
         operations = 2 * tokens * weights  # each weight, and each key and value that a token sees
         operations += 2 * tokens**2 * config.num_attention_heads * config.head_dim * config.num_hidden_layers
-        share = operations / (sorted(times)[len(times) // 2] / 1e3) / products
+        share = operations / (statistics.median(times) / 1e3) / products
         note = f"{share:.1%} of the matmul ceiling"
         yield part.figure(f"{tokens} tokens", times, "ms", note, engine="internlm3", tokens=tokens, share=share)
     del model

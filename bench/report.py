@@ -171,7 +171,11 @@ def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
         for name, milliseconds in ops:
             axes.barh(name, milliseconds, left=start, color="#0072b2")
             start += milliseconds
-        whole = [row.value for row in rows if row.part == "decode" and row.name == "1 rows, 1024 held" and row.rounds]
+        whole = [
+            row.value
+            for row in rows
+            if row.part == "decode" and row.rounds and {"rows": 1, "context": 1024}.items() <= row.about.items()
+        ]
         if whole:
             axes.barh("the step, in a graph", statistics.median(whole), color="#d55e00")
         axes.invert_yaxis()

@@ -31,6 +31,11 @@ class Row:
         return f"{self.state:8}{self.part:11}{self.name:58}{figure:>34}  {self.note}".rstrip()
 
 
+def first_line(error: BaseException) -> str:
+    """An exception in a row."""
+    return f"{type(error).__name__}: {''.join(str(error).strip().splitlines()[:1])}"
+
+
 class Part:
     """Makes the rows of one part."""
 
@@ -42,7 +47,7 @@ class Part:
         try:
             found = wrong if isinstance(wrong, str) else wrong()
         except Exception as error:
-            found = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+            found = first_line(error)
         return Row(self.name, name, "FAIL" if found else "pass", found, about=about)
 
     def figure(self, name: str, rounds: Sequence[float], unit: str, note: str = "", **about: Any) -> Row:

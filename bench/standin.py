@@ -15,11 +15,10 @@ import itertools
 import json
 import os
 import statistics
-import subprocess
-import sys
 import time
 
 from options import one_of, output, positive
+from workers import ask
 
 DECODE_TOKENS = 64
 DTYPES = ("bfloat16", "float16", "float32")
@@ -72,14 +71,8 @@ def worker(engine: str, folder: str, dtype: str, shapes: list[list[int]], begun:
 
 
 def run_worker(engine: str, folder: str, dtype: str, shapes: list[list[int]], before: str | None) -> dict[str, float]:
-    command = [sys.executable, __file__, "--worker", engine, folder, dtype, json.dumps(shapes), repr(time.time())]
-    environment = dict(os.environ)
-    if engine == "before" and before:
-        environment["PYTHONPATH"] = os.path.dirname(os.path.abspath(before))
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    if done.returncode:
-        sys.exit(f"{engine} failed:\n{done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])
+    asked = ("--worker", engine, folder, dtype, json.dumps(shapes), repr(time.time()))
+    return ask(__file__, *asked, checkout=before if engine == "before" else None)
 
 
 def main() -> None:

@@ -115,35 +115,6 @@ def _info(args: argparse.Namespace) -> None:
 # -------------------------------------------------------------------- what they share
 
 
-# Those of SamplingParams that have a switch of their name: all but n and logprobs, of which a stream shows nothing.
-_SAMPLING = (
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "typical_p",
-    "repetition_penalty",
-    "presence_penalty",
-    "frequency_penalty",
-    "allowed_token_ids",
-    "seed",
-    "max_tokens",
-    "min_tokens",
-    "stop",
-    "stop_token_ids",
-    "ignore_eos",
-    "include_stop_str_in_output",
-    "skip_special_tokens",
-    "suppress_tokens",
-    "begin_suppress_tokens",
-    "bad_words_ids",
-    "no_repeat_ngram_size",
-    "sequence_bias",
-    "exponential_decay_length_penalty",
-    "forced_eos_token_id",
-)
-
-
 def _load(args: argparse.Namespace) -> LLM:
     from .llm import LLM
 
@@ -160,7 +131,12 @@ def _load(args: argparse.Namespace) -> LLM:
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
     """The sampling settings that were given."""
-    settings = {name: getattr(args, name) for name in _SAMPLING}
+    from dataclasses import fields
+
+    from .sampling import SamplingParams
+
+    # All have a switch of their name but n and logprobs, of which a stream shows nothing.
+    settings = {field.name: getattr(args, field.name, None) for field in fields(SamplingParams)}
     if args.logit_bias:
         settings["logit_bias"] = dict(args.logit_bias)
     return {name: value for name, value in settings.items() if value is not None}
