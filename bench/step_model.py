@@ -31,7 +31,7 @@ from audit import FACTS, Facts, kernel_name
 from cases import INTERNLM3_8B as SIZE
 from cases import Arguments, Case, cases
 from internlm3 import kernels
-from internlm3.kernels.sampling import PASSES
+from internlm3.kernels.sampling_search import PASSES
 from launches import Launch, compile_launches
 from machine_code import MachineCode, read
 from sass import Access

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from internlm3 import kernels
 from internlm3.kernels import sampling as launcher
 from internlm3.kernels import sampling_reference as reference
+from internlm3.kernels import sampling_search
 
 from .support import DEVICE, assert_near, assert_same, call, dtypes, embedded, generator, seeds
 
@@ -114,8 +115,8 @@ def test_sample(data, seed, dtype, rows, vocab, shape, sizes, padding):
     add_tables(data.draw, rng, arguments, rows, vocab, padding)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launcher, "BLOCK", sizes[0])
-        patch.setattr(launcher, "CHUNK", sizes[1])
-        patch.setattr(launcher, "FEW", sizes[1])
+        patch.setattr(sampling_search, "CHUNK", sizes[1])
+        patch.setattr(sampling_search, "FEW", sizes[1])
         compare(logits, arguments)
 
 
@@ -138,8 +139,8 @@ def test_both_ends_of_what_the_filters_keep(data, seed, vocab, shape, sizes, cho
     logits = make_logits(rng, 1, vocab, shape, torch.float32, ascending=True).repeat(rows, 1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launcher, "BLOCK", sizes[0])
-        patch.setattr(launcher, "CHUNK", sizes[1])
-        patch.setattr(launcher, "FEW", sizes[1])
+        patch.setattr(sampling_search, "CHUNK", sizes[1])
+        patch.setattr(sampling_search, "FEW", sizes[1])
         compare(logits, arguments)
 
 
