@@ -70,24 +70,31 @@ FACTS = {
         ["w_ptr", "bias_ptr"], streams=["w_ptr", "x_ptr"], tensor_cores=True,
         bulk=["w_ptr"], most_slots=0.9, most_trips=3, least_programs=0.8,
     ),
+    "_attend, one token": Facts(
+        streams=["k_ptr", "v_ptr"], tensor_cores=True, bulk=["k_ptr", "v_ptr"], most_slots=0.9, most_trips=4
+    ),
     "_attend": Facts(streams=["k_ptr", "v_ptr"], tensor_cores=True, bulk=["k_ptr", "v_ptr"]),
     "_combine": Facts(bulk=["partial_ptr"], most_trips=3),
     "_penalize": Facts(
-        streams=["logits_ptr", "bias_ptr", "prompt_counts_ptr", "output_counts_ptr"], bulk=["logits_ptr"]
+        streams=["logits_ptr", "bias_ptr", "prompt_counts_ptr", "output_counts_ptr"], bulk=["logits_ptr"], most_trips=3
     ),
-    "_collect": Facts(streams=["x_ptr"], bulk=["x_ptr"]),
-    "_weigh": Facts(bulk=["candidate_ptr"]),
-    "_narrow": Facts(bulk=["candidate_ptr"]),
-    "_narrow_few": Facts(bulk=["candidate_ptr"]),
-    "_add_up": Facts(streams=["x_ptr"], bulk=["x_ptr"]),
-    "_pick": Facts(),
-    "_advance": Facts(),
+    "_collect": Facts(streams=["x_ptr"], bulk=["x_ptr"], most_trips=3),
+    "_weigh": Facts(bulk=["candidate_ptr"], most_trips=3),
+    "_narrow": Facts(bulk=["candidate_ptr"], most_trips=3),
+    "_narrow_few": Facts(bulk=["candidate_ptr"], most_trips=6),
+    "_add_up": Facts(streams=["x_ptr"], bulk=["x_ptr"], most_trips=4),
+    "_pick": Facts(most_trips=4),
+    "_advance": Facts(most_trips=4),
 }  # fmt: skip
 
 
 def kernel_name(launch: Launch) -> str:
-    """The kernel's name in FACTS: one row of a linear layer is another kernel than several."""
-    return launch.kernel + ", one row" * (launch.kernel == "_skinny" and launch.constants["BR"] == 1)
+    """The kernel's name in FACTS: one row of a linear layer, or token of attention, is another kernel than several."""
+    if launch.kernel == "_skinny" and launch.constants["BR"] == 1:
+        return "_skinny, one row"
+    if launch.kernel == "_attend" and launch.constants["BM"] == 16:
+        return "_attend, one token"
+    return launch.kernel
 
 
 def instructions_per_16_bytes(code: MachineCode, pointers: Sequence[str]) -> float:

@@ -98,8 +98,8 @@ def _collect(
     """Copies the tokens among which the thresholds lie.
 
     A top-k threshold is at least the k-th largest of the blocks' maxima. A top-p threshold leaves out a mass of
-    (1 - p) * 2^40 at least, more than all tokens under (1 - p) * 2^40 / 2V together; what they weigh counts among the
-    smallest candidates, since the whole is what p is a part of.
+    (1 - p) * 2^40 at least, more than all tokens under (1 - p) * 2^40 / 2V together (V rounded up here); what they
+    weigh counts among the smallest candidates, since the whole is what p is a part of.
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -116,7 +116,7 @@ def _collect(
     typical = _goal(typical_p_ptr, row, V, TYPICAL_P)
     weight = weight_of((x - best_of(maxima)) * sharpness)
     least_x = tl.where((share >= 0) | (typical >= 0), -INF, INF)
-    least_weight = tl.where(share >= 0, (WHOLE - share) * (UNIT // WHOLE) // (2 * V), 0)
+    least_weight = tl.where(share >= 0, (WHOLE - share) * (UNIT // WHOLE) // (2 * BLOCK * BLOCKS), 0)
     if top_k_ptr is not None:
         # Again from memory, in a second layout.
         at = tl.arange(0, BLOCKS)
@@ -127,13 +127,13 @@ def _collect(
         least_x = tl.where(k >= 0, of_k, least_x)
         least_weight = tl.where(k >= 0, 0, least_weight)
     chosen = inside & (x >= least_x) & (weight >= least_weight)
+    if (share >= 0) & (k < 0):
+        tl.atomic_add(search_ptr + _first_mass(TOP_P, 0), tl.sum(tl.where(chosen, 0, weight), axis=0), sem="relaxed")
     count = tl.sum(chosen.to(tl.int64), axis=0)
     if count > 0:
         start = tl.atomic_add(search_ptr + _COUNT, count, sem="relaxed")
         slot = start + tl.cumsum(chosen.to(tl.int32), axis=0) - 1
         tl.store(candidate_ptr + row * V + slot, x, mask=chosen)
-    if (share >= 0) & (k < 0):
-        tl.atomic_add(search_ptr + _first_mass(TOP_P, 0), tl.sum(tl.where(chosen, 0, weight), axis=0), sem="relaxed")
 
 
 @triton.jit
