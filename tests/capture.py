@@ -133,7 +133,7 @@ def engines() -> Any:
 
 @pytest.fixture(autouse=True)
 def depth(engines: CapturedEngines, request: pytest.FixtureRequest) -> Any:
-    """Another depth for every test; what it patches is captured anew, and forgotten behind it."""
-    engines.begin(depth=1 + len(request.node.name) % 4)
+    """The depth that a test asks for, else one of 1 to 4; what it patches is captured anew, and forgotten behind it."""
+    engines.begin(depth=getattr(request, "param", 1 + len(request.node.name) % 4))
     yield
     engines.begin(depth=1)
