@@ -6,7 +6,8 @@ Two kinds of work go through `LLM.generate` of the stand-in model, on this machi
 model ends by itself, and answers whose lengths are drawn from an exponential distribution: any may end at any step.
 Each goes through one call, and in waves of as many questions as there are rows, in turns (A B A B ...). Beside how many
 times as fast the one call is stands what the lengths allow: the steps of waves by those of rows that are taken as they
-come free. Prompts take no step, and count in the times alone.
+come free. The rest goes to prompts, which take as long both ways, and to this: a step of one row, as waves end in,
+costs a CPU less than one of all rows.
 """
 
 import argparse
@@ -23,8 +24,8 @@ from record import stamp, write_json
 from workers import ask
 
 FREE, WAVES = "as rows are free", "in waves"
-MOST = 256  # tokens of an answer
-MEAN = 64  # tokens of an answer of a length that is drawn
+MOST = 512  # tokens of an answer
+MEAN = 128  # tokens of an answer whose length is drawn
 QUESTIONS = (  # all to which the stand-in's greedy answer comes to an end: others go round in circles
     "What is the capital of France?",
     "Name three rivers.",
