@@ -240,6 +240,11 @@ def test_a_call_that_another_one_broke_off_is_told(model, monkeypatch):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(model, "head", lambda x: (_ for _ in ()).throw(KeyboardInterrupt))
             engine.step()
+    again = ask(mine.prompt_ids)
+    with engine.running([again]):
+        while again.finish_reason is None:
+            engine.step()
+    assert said(again) == alone(model, again)
 
 
 def test_more_answers_than_rows_wait(model):
@@ -273,7 +278,7 @@ def test_a_soak_of_two_thousand(model):
         assert said(request) == alone(model, request)
 
 
-def test_no_memory_for_a_capture_leaves_the_step_eager(monkeypatch):
+def test_no_memory_for_a_capture_leaves_the_step_eager(model, monkeypatch):
     """The step has run once, as it must have, and is run again each time; a warning tells that it is slower."""
 
     @contextlib.contextmanager
@@ -290,6 +295,11 @@ def test_no_memory_for_a_capture_leaves_the_step_eager(monkeypatch):
     assert len(runs) == 1
     replay()
     assert len(runs) == 2
+    engine = Engine(model, max_rows=2, max_seq_len=512, capture=cuda_graphs(), depth=2)
+    with pytest.warns(UserWarning, match="no memory to capture a decode step"):
+        requests = run(engine, *(ask(ids(70, seed), 6 + seed) for seed in range(3)))
+    assert [said(request) for request in requests] == [alone(model, request) for request in requests]
+    assert engine.pages.free == len(engine.pages)
 
 
 asked = st.fixed_dictionaries(
