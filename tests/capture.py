@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from internlm3.kernels import for_device
+from internlm3.kernels import reference
 from internlm3.runtime import generation
 from internlm3.runtime import model as runtime_model
 from internlm3.runtime.engine import Engine
@@ -36,17 +36,16 @@ class NoHostReads(TorchDispatchMode):
 
 
 class Recorder:
-    """The ops of a model, recorded while a step is captured.
+    """The ops of models, a backend's, recorded while a step is captured.
 
     nodes: (name, op, arguments, keywords, results) of the last capture. replays: how many there were.
     """
 
-    def __init__(self, monkeypatch: Any):
+    def __init__(self, monkeypatch: Any, ops: Any = reference):
         self.nodes: list[tuple[str, Callable[..., Any], tuple[Any, ...], dict[str, Any], Any]] = []
         self.replays = 0
         self._recording = False
         self._only_reads = False
-        ops = for_device(torch.device("cpu"))
 
         class Ops:
             def __getattr__(_, name: str) -> Callable[..., Any]:
