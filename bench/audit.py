@@ -76,7 +76,9 @@ FACTS = {
         streams=["logits_ptr", "bias_ptr", "prompt_counts_ptr", "output_counts_ptr"], bulk=["logits_ptr"]
     ),
     "_collect": Facts(streams=["x_ptr"], bulk=["x_ptr"]),
-    "_find_floors": Facts(bulk=["candidate_ptr"]),
+    "_weigh": Facts(bulk=["candidate_ptr"]),
+    "_narrow": Facts(bulk=["candidate_ptr"]),
+    "_narrow_few": Facts(bulk=["candidate_ptr"]),
     "_add_up": Facts(streams=["x_ptr"], bulk=["x_ptr"]),
     "_pick": Facts(),
     "_advance": Facts(),

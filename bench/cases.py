@@ -173,6 +173,7 @@ def _sampled(make: Inputs, rows: int) -> Arguments:
         "top_k": make.full((rows,), 50, torch.int64),
         "prompt_counts": make.full((rows, make.size.vocabulary), 0, torch.int32),
         "output_counts": make.full((rows, make.size.vocabulary), 0, torch.int32),
+        "few_candidates": True,
     }
 
 

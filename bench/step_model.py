@@ -31,6 +31,7 @@ from audit import FACTS, Facts, kernel_name
 from cases import INTERNLM3_8B as SIZE
 from cases import Arguments, Case, cases
 from internlm3 import kernels
+from internlm3.kernels.sampling_search import PASSES
 from launches import Launch, compile_launches
 from machine_code import MachineCode, read
 from sass import Access
@@ -54,9 +55,8 @@ class Assumed(NamedTuple):
 
 
 DEVICES = {"H100": Assumed(3.05e12), "H200": Assumed(4.5e12, l2=5.5e12)}
-# Tokens among which a threshold is searched, where the kernel's loops do not say how often they run.
+# Tokens among which a threshold is searched.
 CANDIDATES = {"recommended": 128, "top_p alone": 8192, "typical_p alone": SIZE.vocabulary}
-PASSES = 8  # over them
 
 
 class Cost(NamedTuple):
@@ -94,13 +94,16 @@ def cost(case: Case, count: int, launch: Launch, code: MachineCode, candidates: 
     arguments = case.arguments(torch.device("meta"))
     metadata, memory = launch.compiled.metadata, bulk(arguments, launch)
     threads, programs = 32 * metadata.num_warps, launch.programs
+    if launch.kernel in ("_narrow", "_weigh"):  # programs without a candidate end at once
+        chunk = launch.constants["CHUNK"]
+        programs = programs * -(-candidates // chunk) // -(-SIZE.vocabulary // chunk)
     loads = [access for access in code.accesses if access.is_load]
 
     def runs(loop: str) -> float:
         """How often the instructions of a loop run: to bring all of the bulk, or over what is searched."""
-        if launch.kernel == "_find_floors" and loop:
-            return PASSES * -(-candidates // launch.constants["CHUNK"])
         streamed = sum(x.bytes for x in loads if x.loop == loop and x.pointers & set(facts.bulk))
+        if launch.kernel == "_narrow_few" and loop:  # an outer loop, and one over what the first chunk does not hold
+            return PASSES * (-(-candidates // launch.constants["CHUNK"]) - 1 if streamed else 1)
         return max(memory / programs / threads / streamed, 1) if loop and streamed else 1
 
     def programs_at_l2(x: Access) -> float:

@@ -29,6 +29,9 @@ LOG2_E = 1 / math.log(2)
 # 2^f on [0, 1], exact at both ends, relative error below 2e-7 in float32 (a minimax fit of degree 5).
 EXP2_COEFFICIENTS = (0.0018793186, 0.0089909956, 0.055818677, 0.24015927, 0.69315171, 1.0)
 
+# Up to so many tokens of a top-k are few to a GPU (see `sample`).
+FEW_TOKENS = 64
+
 # The arguments of the two halves of `sample`.
 PENALTIES = (
     "repetition_penalty",
@@ -64,6 +67,7 @@ def sample(
     seed: Tensor,
     stream: Tensor,
     position: Tensor,
+    few_candidates: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Choose one token for each row of `logits` [B, V] (any float dtype); `None` turns a stage off for the whole batch.
 
@@ -72,6 +76,9 @@ def sample(
     how often each token stands in the prompt and in the generated text, `logit_bias` is float32 [B, V], `allowed` an
     int32 bit mask [B, ceil(V / 32)] (bit i % 32 of word i // 32: token i may be chosen). `seed`, `stream` and
     `position`, int64 (`position` may be int32), key the one random number of a row.
+
+    `few_candidates` is the caller's word that every row that samples with a top-k or a top-p has a `top_k` of 1 to
+    `FEW_TOKENS`. A GPU searches those in fewer launches; the tokens are the same even where the word is broken.
 
     Returns the tokens, int64 [B], and their log-probabilities, float32 [B], under the softmax of the `logits` given
     (before bias, penalties and temperature, as vLLM reports them).

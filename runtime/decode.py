@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -106,11 +107,11 @@ def watched(
         ops.advance(drawn, log_probability(mine, drawn), **own.advanced())
 
 
-def _behind_penalties(state: DecodeState, tier: Tier) -> dict[str, Tensor | None]:
+def _behind_penalties(state: DecodeState, tier: Tier) -> dict[str, Any]:
     return {name: stage for name, stage in state.stages(tier).items() if name not in PENALTIES}
 
 
-def _drawn_from(x: Tensor, stages: Mapping[str, Tensor | None]) -> Tensor:
+def _drawn_from(x: Tensor, stages: Mapping[str, Any]) -> Tensor:
     """The logits that `sample` draws from: float32 [B, V], -inf where never chosen; greedy rows unfiltered."""
     temperature = stages["temperature"]
     if temperature is None:

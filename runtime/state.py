@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels.sampling_reference import FEW_TOKENS
 from .pages import Sequences
 from .request import Request
 
@@ -18,7 +19,7 @@ class Tier(IntEnum):
     """Which stages of sampling a step has. One that a row leaves idle gives it the very bits of one turned off."""
 
     GREEDY = 0
-    USUAL = 1  # temperature, top-k, top-p, min-p, repetition penalty
+    USUAL = 1  # temperature, a small top-k, top-p behind it, min-p, repetition penalty
     FULL = 2
 
 
@@ -26,7 +27,15 @@ def tier_of(request: Request) -> Tier:
     """The lowest tier that has all stages of this request."""
     p = request.params
     masked = p.allowed_token_ids is not None or p.suppress_tokens or (p.min_tokens > 0 and bool(request.ends))
-    if masked or p.logit_bias or p.typical_p != 1 or p.presence_penalty or p.frequency_penalty:
+    many = p.top_k > FEW_TOKENS or (p.top_k <= 0 and p.top_p < 1)
+    if (
+        masked
+        or (many and not p.greedy)
+        or p.logit_bias
+        or p.typical_p != 1
+        or p.presence_penalty
+        or p.frequency_penalty
+    ):
         return Tier.FULL
     return Tier.GREEDY if p.greedy and p.repetition_penalty == 1 else Tier.USUAL
 
@@ -151,10 +160,11 @@ class DecodeState:
                 tensor[target] = tensor[source]
         self.clear(source)
 
-    def stages(self, tier: Tier) -> dict[str, Tensor | None]:
+    def stages(self, tier: Tier) -> dict[str, Any]:
         """The arguments of `sample` but for the logits."""
         keys = {"seed": self.seed, "stream": self.stream, "position": self.seqs.seq_lens}
-        return {"temperature": None, **keys, **{name: getattr(self, name) for name in _STAGES[tier]}}
+        stages = {name: getattr(self, name) for name in _STAGES[tier]}
+        return {"temperature": None, **keys, **stages, "few_candidates": tier == Tier.USUAL}
 
     def advanced(self) -> dict[str, Tensor]:
         """The arguments of `advance` but for what was drawn."""

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from internlm3 import kernels
 from internlm3.kernels import sampling as launcher
 from internlm3.kernels import sampling_reference as reference
+from internlm3.kernels import sampling_search
 
 from .support import DEVICE, assert_near, assert_same, call, dtypes, embedded, generator, seeds
 
@@ -70,6 +71,7 @@ def stages(draw, rows):
         arguments[name] = torch.tensor(values, dtype=dtype, device=DEVICE)
     if draw(st.integers(0, 5)) == 0:
         arguments["temperature"] = None
+    arguments["few_candidates"] = draw(st.booleans())  # the word may be broken
     return arguments
 
 
@@ -113,7 +115,8 @@ def test_sample(data, seed, dtype, rows, vocab, shape, sizes, padding):
     add_tables(data.draw, rng, arguments, rows, vocab, padding)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launcher, "BLOCK", sizes[0])
-        patch.setattr(launcher, "CHUNK", sizes[1])
+        patch.setattr(sampling_search, "CHUNK", sizes[1])
+        patch.setattr(sampling_search, "FEW", sizes[1])
         compare(logits, arguments)
 
 
@@ -132,10 +135,12 @@ def test_both_ends_of_what_the_filters_keep(data, seed, vocab, shape, sizes, cho
         dtype = torch.int64 if name == "top_k" else torch.float32
         arguments[name] = torch.tensor(values, dtype=dtype, device=DEVICE)
     arguments["temperature"] = torch.tensor([data.draw(st.sampled_from([0.3, 1.0, 2.0]))] * rows, device=DEVICE)
+    arguments["few_candidates"] = data.draw(st.booleans())
     logits = make_logits(rng, 1, vocab, shape, torch.float32, ascending=True).repeat(rows, 1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launcher, "BLOCK", sizes[0])
-        patch.setattr(launcher, "CHUNK", sizes[1])
+        patch.setattr(sampling_search, "CHUNK", sizes[1])
+        patch.setattr(sampling_search, "FEW", sizes[1])
         compare(logits, arguments)
 
 
@@ -146,7 +151,8 @@ def test_filters_in_their_order(chosen):
     logits = make_logits(generator(6), 1, 100, "ordinary", torch.float32, ascending=True).repeat(2, 1) / 3
     arguments = {name: torch.tensor([values[name]] * 2, device=DEVICE) for name in chosen}
     arguments |= {"temperature": torch.ones(2, device=DEVICE), **random_numbers(generator(1), 2, "extreme")}
-    compare(logits, arguments)
+    for few_candidates in (False, True):
+        compare(logits, {**arguments, "few_candidates": few_candidates})
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
