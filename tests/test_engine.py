@@ -210,6 +210,19 @@ def test_an_error_in_a_step_ends_every_request_and_leaves_the_engine_as_new(mode
     assert again.cached_tokens == 0 and said(again) == alone(model, again)
 
 
+def test_rows_that_an_error_ended_write_no_page(model, monkeypatch):
+    """In a captured step of four rows three go on: the fourth one's old pages are another's prompt by then."""
+    engine = Engine(model, max_rows=4, max_seq_len=512, capture=lambda step: (step(), step)[1], depth=2)
+    engine.add([ask(ids(100, seed), 20) for seed in range(4)])
+    for _ in range(3):
+        engine.step()
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+        patch.setattr(model, "head", lambda x: (_ for _ in ()).throw(RuntimeError("in a step")))
+        engine.step()
+    requests = run(engine, *(ask(ids(250, seed), 6) for seed in range(3)))
+    assert [said(request) for request in requests] == [alone(model, request) for request in requests]
+
+
 def test_threads_share_steps_and_each_gets_its_own(model):
     engine = Engine(model, max_rows=4, max_seq_len=512)
     requests = [ask(ids(20 + seed, seed), 30, temperature=1.0, seed=seed) for seed in range(6)]
