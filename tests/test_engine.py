@@ -149,6 +149,21 @@ def test_out_of_pages_waits(model):
     assert engine.pages.free == len(engine.pages) == 8
 
 
+@pytest.mark.parametrize("tail", [[], [1, 2]], ids=["same prompt", "same beginning"])
+def test_what_waits_for_pages_holds_none(model, tail):
+    """Not those either that hold its beginning, and would be shared."""
+    engine = Engine(model, max_rows=4, max_seq_len=512, cache_tokens=512)
+    requests = [ask(prompt, 40) for prompt in (ids(200), ids(200, 1), ids(200) + tail)]
+    engine.add(requests)
+    engine.step()
+    assert engine.pages.free == 0 and requests[2].token_ids == []
+    engine.cancel(requests[:2])
+    assert engine.pages.free == len(engine.pages)
+    while engine.busy:
+        engine.step()
+    assert said(requests[2]) == alone(model, requests[2])
+
+
 def test_what_can_never_fit_is_refused_at_once(model):
     engine = Engine(model, max_rows=4, max_seq_len=100)
     with pytest.raises(ValueError, match="a prompt of 90 tokens and 11 more are 101, and the window is 100"):
