@@ -4,6 +4,7 @@ import contextlib
 import random
 import threading
 
+import mixed
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,7 +13,7 @@ from internlm3 import InternLM3Config, InternLM3ForCausalLM
 from internlm3.runtime import decode
 from internlm3.runtime.engine import Engine
 from internlm3.runtime.pages import PAGE, budget, page_bytes, pages_of
-from internlm3.runtime.replay import cuda_graphs
+from internlm3.runtime.replay import Replays, cuda_graphs
 from internlm3.runtime.request import Request
 from internlm3.runtime.sampling import SamplingParams
 
@@ -279,6 +280,23 @@ def test_more_answers_than_rows_wait(model):
     requests = [ask(ids(70), answer=answer, temperature=1.0, seed=4) for answer in range(6)]
     run(Engine(model, max_rows=2, max_seq_len=512), *requests)
     assert [said(request) for request in requests] == [alone(model, request) for request in requests]
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4])
+def test_steps_are_as_few_as_lengths_allow(model, monkeypatch, rows):
+    """No row is idle while somebody waits for it: as many steps as bench/mixed.py holds the engine to."""
+    dice, queued, queue = random.Random(rows), [], Replays.queue
+    monkeypatch.setattr(Replays, "queue", lambda *arguments: (queued.append(1), queue(*arguments)))
+    lengths = [dice.choice([1, 2, 3, 20, 40]) for _ in range(16)]
+    run(Engine(model, max_rows=rows, max_seq_len=512), *(ask(ids(5, row), n) for row, n in enumerate(lengths)))
+    assert len(queued) == mixed.steps(lengths, rows, mixed.FREE)
+    ends, waves = [0] * rows, 0
+    for n in lengths:  # once more, written another way
+        ends.sort()
+        ends[0] += n - 1
+    for first in range(0, 16, rows):
+        waves += max(lengths[first : first + rows]) - 1
+    assert len(queued) == max(ends) and waves == mixed.steps(lengths, rows, mixed.WAVES)
 
 
 def test_a_soak_of_two_thousand(model):
