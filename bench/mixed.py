@@ -1,112 +1,145 @@
 """Answers of mixed lengths, more than are decoded together: as rows are free, beside waves that wait for their slowest.
 
-    python bench/mixed.py [--rows 4] [--rounds 5] [--before CHECKOUT] [--json FILE]
+    python bench/mixed.py [--rows 4] [--rounds 5] [--json FILE]
 
-Sixteen questions go through one `LLM.generate` of the stand-in model, on this machine's CPU; each answer ends where the
-model ends it. Beside it the same in waves of as many questions as there are rows, in turns (A B A B ...). `--before`
-sets another checkout of this project, a folder named internlm3, beside both, in a process of its own each round.
+Two kinds of work go through `LLM.generate` of the stand-in model, on this machine's CPU: questions whose answers the
+model ends by itself, and answers whose lengths are drawn from an exponential distribution: any may end at any step.
+Each goes through one call, and in waves of as many questions as there are rows, in turns (A B A B ...). Beside how many
+times as fast the one call is stands what the lengths allow: the steps of waves by those of rows that are taken as they
+come free. The rest goes to prompts, which take as long both ways, and to this: a step of one row, as waves end in,
+costs a CPU less than one of all rows.
 """
 
 import argparse
+import heapq
 import json
-import os
+import random
 import statistics
 import time
+from collections.abc import Sequence
+from typing import TypedDict
 
 from options import output, positive
 from record import stamp, write_json
 from workers import ask
 
-MOST = 200  # tokens of an answer
-QUESTIONS = (
+FREE, WAVES = "as rows are free", "in waves"
+MOST = 512  # tokens of an answer
+MEAN = 128  # tokens of an answer whose length is drawn
+QUESTIONS = (  # all to which the stand-in's greedy answer comes to an end: others go round in circles
     "What is the capital of France?",
     "Name three rivers.",
-    "Write a short poem about the sea.",
     "Is 17 a prime number?",
-    "Explain why the sky is blue.",
     "Say hello in Spanish.",
-    "List the planets of the solar system.",
-    "What is two plus two?",
-    "Give me a recipe for pancakes.",
-    "Who wrote Hamlet?",
     "Describe a sunset in one sentence.",
     "What does a compiler do?",
     "Translate 'good night' into French.",
-    "How do bees make honey?",
     "What colour is grass?",
-    "Tell me a story about a lost dog.",
+    "How many legs does a spider have?",
+    "Thank you!",
+    "Good morning!",
+    "What is photosynthesis?",
+    "Name a fruit that is yellow.",
+    "What is the boiling point of water?",
+    "How do I say thank you in Japanese?",
+    "What is the opposite of hot?",
 )
 
 
-def worker(rows: int, way: str) -> list[float]:
-    """The seconds that a way takes in this process, and the lengths of its answers behind them."""
-    from internlm3 import LLM
+class Done(TypedDict):
+    seconds: float
+    lengths: list[int]
+    cut: int  # answers that came to no end
+
+
+def drawn_lengths() -> list[int]:
+    dice = random.Random(0)
+    return [min(max(round(dice.expovariate(1 / MEAN)), 1), MOST) for _ in QUESTIONS]
+
+
+def steps(lengths: Sequence[int], rows: int, way: str) -> int:
+    """How many steps decode answers of these lengths, whose first tokens come with their prompts."""
+    behind = [length - 1 for length in lengths]
+    if way == WAVES:
+        return sum(max(behind[first : first + rows]) for first in range(0, len(behind), rows))
+    ends = [0] * rows
+    for each in behind:
+        heapq.heapreplace(ends, ends[0] + each)
+    return max(ends)
+
+
+def worker(kind: str, way: str, rows: int) -> Done:
+    from internlm3 import LLM, SamplingParams
     from internlm3.runtime.standin import standin_checkpoint
 
     llm = LLM(standin_checkpoint(progress=False), max_batch_size=rows, progress=False)
-    prompts = [
-        llm.tokenizer.apply_chat_template(
-            [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
-        )
-        for question in QUESTIONS
-    ]
-
-    def answer(*questions: str) -> list[int]:
-        outputs = llm.generate([*questions], temperature=0, max_tokens=MOST)
-        return [len(output.outputs[0].token_ids) for output in outputs]
-
-    def in_waves() -> list[int]:
-        return [n for first in range(0, len(prompts), rows) for n in answer(*prompts[first : first + rows])]
-
-    answer("Warm up.")
+    conversations = [[{"role": "user", "content": question}] for question in QUESTIONS]
+    params = [SamplingParams(temperature=0, max_tokens=MOST)] * len(conversations)
+    if kind == "drawn lengths":
+        params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in drawn_lengths()]
+    llm.chat("Warm up.", params[0])
     begin = time.perf_counter()
-    lengths = in_waves() if way == "in waves" else answer(*prompts)
-    return [time.perf_counter() - begin, *lengths]
-
-
-def run(rows: int, way: str, checkout: str | None = None) -> list[float]:
-    return ask(__file__, "--rows", str(rows), "--worker", way, checkout=checkout)
+    some = rows if way == WAVES else len(params)
+    answers = [
+        output.outputs[0]
+        for first in range(0, len(params), some)
+        for output in llm.chat(conversations[first : first + some], params[first : first + some])
+    ]
+    seconds = time.perf_counter() - begin
+    return {
+        "seconds": seconds,
+        "lengths": [len(answer.token_ids) for answer in answers],
+        "cut": sum(answer.finish_reason == "length" for answer in answers),
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=positive, default=4, help="decoded together")
     parser.add_argument("--rounds", type=positive, default=5)
-    parser.add_argument("--before", help="another checkout, a folder named internlm3")
     parser.add_argument("--json", type=output, help="write all figures here")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        print(json.dumps(worker(args.rows, args.worker)))
+        print(json.dumps(worker(*args.worker, args.rows)))
         return
-    if args.before and os.path.basename(os.path.abspath(args.before)) != "internlm3":
-        parser.error(f"--before {args.before}: name a checkout whose folder is called internlm3")
 
     made = stamp()
     print("; ".join(f"{key} {value}" for key, value in made.items()))
-    rounds = []
-    for number in range(args.rounds):
-        # The prompts of the second way are in the cache of neither: each way has a process of its own.
-        found = {way: run(args.rows, way) for way in ("as rows are free", "in waves")}
-        if args.before:
-            found["before"] = run(args.rows, "before", args.before)
-        rounds.append({way: seconds for way, (seconds, *_) in found.items()})
-        if number == 0:
-            lengths = found["as rows are free"][1:]
-            same = all(of[1:] == lengths for of in found.values())
-            print(
-                f"{len(lengths)} answers of {min(lengths)} to {max(lengths)} tokens ({sum(lengths)} in all), "
-                f"{args.rows} rows; {'' if same else 'not '}the same lengths every way"
-            )
-    for way in rounds[0]:
-        seconds = [times[way] for times in rounds]
-        ratios = [times[way] / times["as rows are free"] for times in rounds]
+    record = {}
+    for kind in ("questions", "drawn lengths"):
+        # Each way has a process of its own: the prompts of one are in no cache of the other.
+        rounds: list[dict[str, Done]] = [
+            {way: ask(__file__, "--rows", str(args.rows), "--worker", kind, way) for way in (FREE, WAVES)}
+            for _ in range(args.rounds)
+        ]
+        lengths, cut = rounds[0][FREE]["lengths"], rounds[0][FREE]["cut"]
+        same = all(done["lengths"] == lengths for each in rounds for done in each.values())
         print(
-            f"{way:18}{statistics.median(seconds):8.2f} s ({min(seconds):.2f} to {max(seconds):.2f}); takes "
-            f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) of it"
+            f"{kind}: {len(lengths)} answers of {min(lengths)} to {max(lengths)} tokens ({sum(lengths)} in all, {cut} "
+            f"cut off at their bound), {args.rows} rows{'' if same else '; NOT the same lengths every time'}"
         )
+        count = {way: steps(lengths, args.rows, way) for way in (FREE, WAVES)}
+        for way in (FREE, WAVES):
+            seconds = [each[way]["seconds"] for each in rounds]
+            print(
+                f"  {way:18}{statistics.median(seconds):7.2f} s ({min(seconds):.2f} to {max(seconds):.2f}), "
+                f"{count[way]} steps"
+            )
+        times = [each[WAVES]["seconds"] / each[FREE]["seconds"] for each in rounds]
+        found, allowed = statistics.median(times), count[WAVES] / count[FREE]
+        print(
+            f"  {found:.2f} times as fast ({min(times):.2f} to {max(times):.2f}); these lengths allow {allowed:.2f}: "
+            f"{found / allowed:.0%} of it"
+        )
+        record[kind] = {
+            "lengths": lengths,
+            "cut": cut,
+            "steps": count,
+            "seconds": [{way: done["seconds"] for way, done in each.items()} for each in rounds],
+        }
     if args.json:
-        write_json(args.json, {"stamp": made, "lengths": lengths, "rows": args.rows, "rounds": rounds})
+        write_json(args.json, {"stamp": made, "rows": args.rows, "work": record})
 
 
 if __name__ == "__main__":

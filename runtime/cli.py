@@ -108,6 +108,8 @@ def _info(args: argparse.Namespace) -> None:
     print(f"{'weights':24} {parameters * size / 1e9:.2f} GB in {str(dtype).removeprefix('torch.')}")
     print(f"{'KV cache':24} {per_token:,} bytes a token, {length * per_token / 1e9:.2f} GB at {length:,} tokens")
     print(f"{'KV cache of LLM':24} {windows:.2f} GB for 16 answers, but at most half of what the weights leave free")
+    page = f"{page_bytes(config, dtype) / 1e6:.2f} MB for {PAGE} tokens, {pages_of(length):,} of them for {length:,}"
+    print(f"{'admission':24} an answer waits for the pages of its prompt and max_tokens: {page}")
     print(f"{'generation_config.json':24} {generation_config or 'none'}")
     print(f"{'default settings':24} {SamplingParams.from_generation_config(generation_config)}")
 

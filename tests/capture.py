@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from internlm3.kernels import for_device
+from internlm3.kernels import reference
 from internlm3.runtime import generation
 from internlm3.runtime import model as runtime_model
 from internlm3.runtime.engine import Engine
@@ -36,17 +36,16 @@ class NoHostReads(TorchDispatchMode):
 
 
 class Recorder:
-    """The ops of a model, recorded while a step is captured.
+    """The ops of models, a backend's, recorded while a step is captured.
 
     nodes: (name, op, arguments, keywords, results) of the last capture. replays: how many there were.
     """
 
-    def __init__(self, monkeypatch: Any):
+    def __init__(self, monkeypatch: Any, ops: Any = reference):
         self.nodes: list[tuple[str, Callable[..., Any], tuple[Any, ...], dict[str, Any], Any]] = []
         self.replays = 0
         self._recording = False
         self._only_reads = False
-        ops = for_device(torch.device("cpu"))
 
         class Ops:
             def __getattr__(_, name: str) -> Callable[..., Any]:
@@ -133,7 +132,7 @@ def engines() -> Any:
 
 @pytest.fixture(autouse=True)
 def depth(engines: CapturedEngines, request: pytest.FixtureRequest) -> Any:
-    """Another depth for every test; what it patches is captured anew, and forgotten behind it."""
-    engines.begin(depth=1 + len(request.node.name) % 4)
+    """The depth that a test asks for, else one of 1 to 4; what it patches is captured anew, and forgotten behind it."""
+    engines.begin(depth=getattr(request, "param", 1 + len(request.node.name) % 4))
     yield
     engines.begin(depth=1)

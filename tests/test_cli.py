@@ -110,6 +110,8 @@ def test_info_of_the_8b_needs_its_config_only(tmp_path):
     printed = run("info", tmp_path, "--length", 32768).stdout
     assert "8,804,241,408" in printed and "17.61 GB in bfloat16" in printed
     assert "49,152 bytes a token, 1.61 GB at 32,768 tokens" in printed
+    assert "25.77 GB for 16 answers, but at most half of what the weights leave free" in printed  # 16 x 32768 x 49152
+    assert "the pages of its prompt and max_tokens: 3.15 MB for 64 tokens, 512 of them for 32,768" in printed
 
 
 @pytest.mark.parametrize(

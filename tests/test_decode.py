@@ -271,6 +271,22 @@ def test_late_steps_write_no_page(model):
     assert (engine._state.said[:, 0] == -1).all()
 
 
+def test_a_cancelled_row_writes_no_page(model, recorder):
+    """Its row stands among others in a step of four, which go on; its pages may be another's by then."""
+    engine = Engine(model, max_rows=4, max_seq_len=160, capture=recorder.capture, depth=2)
+    requests = [Request([row, 1, 2], SamplingParams(temperature=0), 40) for row in range(4)]
+    engine.add(requests)
+    for _ in range(3):
+        engine.step()
+    pages = engine._rows[1].pages
+    engine.cancel([requests[1]])
+    before = [kv[:, pages].clone() for kv in engine.pages.kv]
+    while engine.busy:
+        engine.step()
+    for kv, old in zip(engine.pages.kv, before, strict=True):
+        assert torch.equal(kv[:, pages].nan_to_num(), old.nan_to_num())
+
+
 def reads_a_length(step, model, pages, state, tier):
     int(state.seqs.seq_lens[0])
     step(model, pages, state, tier)

@@ -4,6 +4,7 @@ import contextlib
 import random
 import threading
 
+import mixed
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,7 +13,7 @@ from internlm3 import InternLM3Config, InternLM3ForCausalLM
 from internlm3.runtime import decode
 from internlm3.runtime.engine import Engine
 from internlm3.runtime.pages import PAGE, budget, page_bytes, pages_of
-from internlm3.runtime.replay import cuda_graphs
+from internlm3.runtime.replay import Replays, cuda_graphs
 from internlm3.runtime.request import Request
 from internlm3.runtime.sampling import SamplingParams
 
@@ -149,6 +150,21 @@ def test_out_of_pages_waits(model):
     assert engine.pages.free == len(engine.pages) == 8
 
 
+@pytest.mark.parametrize("tail", [[], [1, 2]], ids=["same prompt", "same beginning"])
+def test_what_waits_for_pages_holds_none(model, tail):
+    """Not those either that hold its beginning, and would be shared."""
+    engine = Engine(model, max_rows=4, max_seq_len=512, cache_tokens=512)
+    requests = [ask(prompt, 40) for prompt in (ids(200), ids(200, 1), ids(200) + tail)]
+    engine.add(requests)
+    engine.step()
+    assert engine.pages.free == 0 and requests[2].token_ids == []
+    engine.cancel(requests[:2])
+    assert engine.pages.free == len(engine.pages)
+    while engine.busy:
+        engine.step()
+    assert said(requests[2]) == alone(model, requests[2])
+
+
 def test_what_can_never_fit_is_refused_at_once(model):
     engine = Engine(model, max_rows=4, max_seq_len=100)
     with pytest.raises(ValueError, match="a prompt of 90 tokens and 11 more are 101, and the window is 100"):
@@ -210,6 +226,19 @@ def test_an_error_in_a_step_ends_every_request_and_leaves_the_engine_as_new(mode
     assert again.cached_tokens == 0 and said(again) == alone(model, again)
 
 
+def test_rows_that_an_error_ended_write_no_page(model, monkeypatch):
+    """In a captured step of four rows three go on: the fourth one's old pages are another's prompt by then."""
+    engine = Engine(model, max_rows=4, max_seq_len=512, capture=lambda step: (step(), step)[1], depth=2)
+    engine.add([ask(ids(100, seed), 20) for seed in range(4)])
+    for _ in range(3):
+        engine.step()
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+        patch.setattr(model, "head", lambda x: (_ for _ in ()).throw(RuntimeError("in a step")))
+        engine.step()
+    requests = run(engine, *(ask(ids(250, seed), 6) for seed in range(3)))
+    assert [said(request) for request in requests] == [alone(model, request) for request in requests]
+
+
 def test_threads_share_steps_and_each_gets_its_own(model):
     engine = Engine(model, max_rows=4, max_seq_len=512)
     requests = [ask(ids(20 + seed, seed), 30, temperature=1.0, seed=seed) for seed in range(6)]
@@ -240,12 +269,34 @@ def test_a_call_that_another_one_broke_off_is_told(model, monkeypatch):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(model, "head", lambda x: (_ for _ in ()).throw(KeyboardInterrupt))
             engine.step()
+    again = ask(mine.prompt_ids)
+    with engine.running([again]):
+        while again.finish_reason is None:
+            engine.step()
+    assert said(again) == alone(model, again)
 
 
 def test_more_answers_than_rows_wait(model):
     requests = [ask(ids(70), answer=answer, temperature=1.0, seed=4) for answer in range(6)]
     run(Engine(model, max_rows=2, max_seq_len=512), *requests)
     assert [said(request) for request in requests] == [alone(model, request) for request in requests]
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4])
+def test_steps_are_as_few_as_lengths_allow(model, monkeypatch, rows):
+    """No row is idle while somebody waits for it: as many steps as bench/mixed.py holds the engine to."""
+    dice, queued, queue = random.Random(rows), [], Replays.queue
+    monkeypatch.setattr(Replays, "queue", lambda *arguments: (queued.append(1), queue(*arguments)))
+    lengths = [dice.choice([1, 2, 3, 20, 40]) for _ in range(16)]
+    run(Engine(model, max_rows=rows, max_seq_len=512), *(ask(ids(5, row), n) for row, n in enumerate(lengths)))
+    assert len(queued) == mixed.steps(lengths, rows, mixed.FREE)
+    ends, waves = [0] * rows, 0
+    for n in lengths:  # once more, written another way
+        ends.sort()
+        ends[0] += n - 1
+    for first in range(0, 16, rows):
+        waves += max(lengths[first : first + rows]) - 1
+    assert len(queued) == max(ends) and waves == mixed.steps(lengths, rows, mixed.WAVES)
 
 
 def test_a_soak_of_two_thousand(model):
@@ -273,7 +324,7 @@ def test_a_soak_of_two_thousand(model):
         assert said(request) == alone(model, request)
 
 
-def test_no_memory_for_a_capture_leaves_the_step_eager(monkeypatch):
+def test_no_memory_for_a_capture_leaves_the_step_eager(model, monkeypatch):
     """The step has run once, as it must have, and is run again each time; a warning tells that it is slower."""
 
     @contextlib.contextmanager
@@ -290,6 +341,11 @@ def test_no_memory_for_a_capture_leaves_the_step_eager(monkeypatch):
     assert len(runs) == 1
     replay()
     assert len(runs) == 2
+    engine = Engine(model, max_rows=2, max_seq_len=512, capture=cuda_graphs(), depth=2)
+    with pytest.warns(UserWarning, match="no memory to capture a decode step"):
+        requests = run(engine, *(ask(ids(70, seed), 6 + seed) for seed in range(3)))
+    assert [said(request) for request in requests] == [alone(model, request) for request in requests]
+    assert engine.pages.free == len(engine.pages)
 
 
 asked = st.fixed_dictionaries(

@@ -1,6 +1,7 @@
 """`generate` against transformers' own: the same tokens, scores, lengths, padding, streamers and refusals."""
 
 import copy
+import functools
 import inspect
 import json
 import re
@@ -135,44 +136,24 @@ def answer_of(row, start, eos=2):
 GREEDY = {"do_sample": False, "max_new_tokens": 64}
 
 
-@pytest.fixture(scope="module")
-def expected(real):
+@functools.cache  # test_generate_captured.py asks too
+def greedy_answers(standin):
     """transformers' greedy answers to the 50 prompts, in one batch padded on the left."""
-    ids, mask = padded(real_prompts(real.tokenizer), 2, left=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(standin, dtype=torch.float32)
+    ids, mask = padded(real_prompts(InternLM3Tokenizer.from_pretrained(standin)), 2, left=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about the temperature in generation_config.json
-        answers = [answer_of(row, ids.shape[1]) for row in real.theirs.generate(ids, attention_mask=mask, **GREEDY)]
+        answers = [answer_of(row, ids.shape[1]) for row in model.generate(ids, attention_mask=mask, **GREEDY)]
     assert sum(map(len, answers)) > 2000  # real answers, not fifty ends of text
     return answers
 
 
-@pytest.mark.parametrize(
-    ("way", "chosen"),
-    [
-        ("alone", range(25)),
-        ("alone", range(25, 50)),
-        ("padded on the left", range(0, 50, 2)),
-        ("padded on the right", range(1, 50, 2)),
-    ],
-    ids=str,
-)
-def test_greedy_tokens_are_those_of_transformers(real, expected, way, chosen):
-    """50 real prompts, 64 tokens: each alone, and in a ragged batch of one side or the other.
-
-    Where the texts part, the two tokens must tie in transformers' own logits (closer than 1e-4 of the largest), which
-    rounding may break either way; more than one such tie would be no accident.
+def check_greedy(real, expected, prompts, answers):
+    """Where texts part, the two tokens must tie in transformers' own logits (closer than 1e-4 of the largest), which
+    rounding may break either way; more than one such tie would be no accident. All by the prompt's index.
     """
-    prompts = real_prompts(real.tokenizer)
-    if way == "alone":
-        answers = [
-            answer_of(real.ours.generate(torch.tensor([prompts[index]]), **GREEDY)[0], len(prompts[index]))
-            for index in chosen
-        ]
-    else:
-        ids, mask = padded([prompts[index] for index in chosen], 2, left=way == "padded on the left")
-        answers = [answer_of(row, ids.shape[1]) for row in real.ours.generate(ids, mask, **GREEDY)]
     ties = []
-    for index, answer in zip(chosen, answers, strict=True):
+    for index, answer in answers.items():
         if answer != expected[index]:
             at = next(i for i, (a, b) in enumerate(zip(answer, expected[index], strict=False)) if a != b)
             logits = real.theirs(torch.tensor([prompts[index] + answer[:at]])).logits[0, -1]
@@ -180,6 +161,27 @@ def test_greedy_tokens_are_those_of_transformers(real, expected, way, chosen):
             assert gap < 1e-4, f"prompt {index} parts at token {at} with a gap of {gap:.1e}"
             ties.append(index)
     assert len(ties) <= 1, f"prompts {ties} tie"
+
+
+@pytest.mark.parametrize("chosen", [range(25), range(25, 50)], ids=str)
+def test_greedy_tokens_are_those_of_transformers(real, standin, chosen):
+    """50 real prompts, 64 tokens, each alone."""
+    prompts = real_prompts(real.tokenizer)
+    answers = {
+        index: answer_of(real.ours.generate(torch.tensor([prompts[index]]), **GREEDY)[0], len(prompts[index]))
+        for index in chosen
+    }
+    check_greedy(real, greedy_answers(standin), prompts, answers)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_greedy_tokens_in_a_ragged_batch_are_those_of_transformers(real, standin, side):
+    """The same 50 prompts, half of them padded on each side."""
+    prompts = real_prompts(real.tokenizer)
+    chosen = range(side == "right", 50, 2)
+    ids, mask = padded([prompts[index] for index in chosen], 2, left=side == "left")
+    answers = [answer_of(row, ids.shape[1]) for row in real.ours.generate(ids, mask, **GREEDY)]
+    check_greedy(real, greedy_answers(standin), prompts, dict(zip(chosen, answers, strict=True)))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -1,6 +1,7 @@
 """LLM as its users meet it: what they type, what comes back, how it ends, and what it says to a mistake."""
 
 import hashlib
+import io
 import itertools
 import json
 import os
@@ -28,6 +29,7 @@ from internlm3 import (
     RequestOutput,
     SamplingParams,
 )
+from internlm3.runtime.replay import Replays, eager
 
 PROMPTS = [
     "The capital of France is",
@@ -90,6 +92,12 @@ def tiny(tiny_folder: Path) -> LLM:
     return LLM(tiny_folder, progress=False)
 
 
+@pytest.fixture(scope="module")
+def undisturbed(tiny_folder: Path) -> LLM:
+    """The same model as `tiny`, with an engine of its own, to which no test does harm."""
+    return LLM(tiny_folder, progress=False)
+
+
 @pytest.fixture
 def as_op() -> Callable[..., Any]:
     """What makes of a function an op of the backend; here every function is one. See test_llm_captured.py."""
@@ -113,6 +121,25 @@ def script(tiny: LLM, monkeypatch: pytest.MonkeyPatch, as_op: Any) -> Callable[[
         return said
 
     return script
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many answers each step, or the end of prompts, draws a token for: run by Python or replayed."""
+    drawn: list[int] = []
+    tell = Replays.tell
+
+    def counting(replays: Replays, notes: Sequence[Any]) -> None:
+        drawn.append(sum(note is not None for note in notes))
+        tell(replays, notes)
+
+    monkeypatch.setattr(Replays, "tell", counting)
+    return drawn
+
+
+def ahead(llm: LLM) -> int:
+    """How many tokens the device draws ahead of those that were read."""
+    return llm._engine()._depth - 1
 
 
 def ids_of(llm: LLM, text: str) -> list[int]:
@@ -199,6 +226,19 @@ def test_a_list_gives_a_list_in_order(tiny):
     assert same(tiny.generate(PROMPTS[:1], max_tokens=5), together[:1])
     assert tiny.generate([]) == []
     assert same(tiny.generate((text for text in PROMPTS[:2]), max_tokens=5), together[:2])
+
+
+@pytest.mark.parametrize(
+    ("terminal", "progress", "prompts", "shown"),
+    [(True, True, 3, True), (False, True, 3, False), (True, False, 3, False), (True, True, 1, False)],
+)
+def test_a_progress_bar_over_several_prompts_on_a_terminal(tiny, monkeypatch, terminal, progress, prompts, shown):
+    stderr = io.StringIO()
+    monkeypatch.setattr(stderr, "isatty", lambda: terminal)
+    monkeypatch.setattr(sys, "stderr", stderr)
+    monkeypatch.setattr(tiny, "_progress", progress)
+    tiny.generate(PROMPTS[:prompts], max_tokens=3)
+    assert ("3/3" in stderr.getvalue()) is bool(stderr.getvalue()) is shown
 
 
 def test_several_conversations(tiny):
@@ -551,7 +591,7 @@ def test_the_context_ends_an_answer(tiny_folder, max_tokens):
 
 @pytest.mark.parametrize("include", [False, True])
 @pytest.mark.parametrize("verb", ["generate", "stream"])
-def test_a_stop_string_is_met_across_tokens(tiny, script, verb, include):
+def test_a_stop_string_is_met_across_tokens(tiny, script, drawn, verb, include):
     story = ids_of(tiny, "One fish, two fish. The end is near, said the fish")
     words = [tiny.tokenizer.decode([token]) for token in story]
     assert not any("e end i" in word for word in words)
@@ -565,8 +605,19 @@ def test_a_stop_string_is_met_across_tokens(tiny, script, verb, include):
         last, text = chunks[-1], text_of(chunks)
     assert text == ("One fish, two fish. The end i" if include else "One fish, two fish. Th")
     assert (last.finish_reason, last.stop_reason) == ("stop", "e end i")
-    # It ends at once: the token that completes the stop string is the last one asked for.
-    assert tiny.tokenizer.decode(said).endswith(" is") and len(said) < len(story)
+    # It ends at once: the token that completes the stop string is the last one asked for, but for those drawn ahead.
+    assert tiny.tokenizer.decode(said[: len(drawn) - ahead(tiny)]).endswith(" is") and len(drawn) < len(story)
+
+
+def test_a_stop_string_leaves_its_row_to_others(tiny, drawn):
+    """While one answer goes on, nothing is drawn for the one that has ended, but what was under way."""
+    long = {"temperature": 0, "max_tokens": 20, "ignore_eos": True}
+    text = tiny.generate(PROMPTS[0], **long).text
+    drawn.clear()
+    params = [SamplingParams(**long, stop=text[5:9]), SamplingParams(**long)]
+    one, two = (output.outputs[0] for output in tiny.generate(PROMPTS[:2], params))
+    assert len(one.token_ids) < 12 < len(two.token_ids) == 20
+    assert sum(drawn) == len(one.token_ids) + ahead(tiny) + 20
 
 
 def test_what_might_become_a_stop_string_is_held_and_given_back(tiny, script):
@@ -580,13 +631,13 @@ def test_what_might_become_a_stop_string_is_held_and_given_back(tiny, script):
 
 
 @pytest.mark.parametrize("skip", [True, False])
-def test_a_special_token_is_a_stop_string(tiny, script, skip):
+def test_a_special_token_is_a_stop_string(tiny, script, drawn, skip):
     plain = ids_of(tiny, "some code")
     mark = tiny.tokenizer.convert_tokens_to_ids("<file_sep>")
     said = script([*plain, mark, *plain])
     answer = tiny.generate("x", stop=["<file_sep>"], skip_special_tokens=skip, max_tokens=9).outputs[0]
     assert (answer.text, answer.finish_reason, answer.stop_reason) == ("some code", "stop", "<file_sep>")
-    assert said == [*plain, mark]
+    assert said[: len(drawn) - ahead(tiny)] == [*plain, mark] and len(drawn) < 9
 
 
 def test_stop_token_ids(tiny, script):
@@ -715,42 +766,40 @@ def counted(monkeypatch: pytest.MonkeyPatch, llm: LLM) -> list[int]:
     return calls
 
 
-def test_closing_a_stream_stops_it_and_frees_it(tiny, monkeypatch):
-    calls = counted(monkeypatch, tiny)
+def test_closing_a_stream_stops_it_and_frees_it(tiny, undisturbed, drawn):
     stream = tiny.stream("hello", max_tokens=30, ignore_eos=True)
-    assert calls == []
+    assert drawn == []
     for chunk in stream:
         if chunk.decode_tokens == 3:
             break
-    assert len(calls) == 3 and held_pages(tiny) == 1
+    assert len(drawn) == 3 + ahead(tiny) and held_pages(tiny) == 1
     stream.close()
-    assert len(calls) == 3 and held_pages(tiny) == 0
+    assert len(drawn) == 3 + ahead(tiny) and held_pages(tiny) == 0
     assert list(stream) == []
+    assert tiny.generate("hello", max_tokens=6) == undisturbed.generate("hello", max_tokens=6)
 
 
-def test_ctrl_c_in_a_step_reaches_the_caller_and_leaves_the_model_well(tiny, monkeypatch):
-    expected = tiny.generate("hello", max_tokens=6)
-    for verb in (tiny.generate, lambda *args, **kwargs: list(tiny.stream(*args, **kwargs))):
-        calls: list[int] = []
-        forward = tiny.model.model.layers[1].forward
+@pytest.mark.parametrize("at", [1, 2, 3], ids=["prompt", "first step", "later step"])
+@pytest.mark.parametrize("verb", ["generate", "stream"])
+def test_ctrl_c_in_a_step_reaches_the_caller_and_leaves_the_model_well(tiny, undisturbed, monkeypatch, as_op, verb, at):
+    head, calls = tiny.model.head, 0
 
-        def interrupted(*args: Any, calls: list[int] = calls, forward: Any = forward) -> torch.Tensor:
-            calls.append(1)
-            if len(calls) == 3:
-                raise KeyboardInterrupt
-            return forward(*args)
+    def interrupted(x: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == at:
+            raise KeyboardInterrupt
+        return head(x)
 
-        monkeypatch.setattr(tiny.model.model.layers[1], "forward", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            verb("hello", max_tokens=6)
-        monkeypatch.undo()
-        assert len(calls) == 3
-        assert tiny.generate("hello", max_tokens=6) == expected
-    assert held_pages(tiny) == 0
+    monkeypatch.setattr(tiny.model, "head", as_op(interrupted))
+    with pytest.raises(KeyboardInterrupt):
+        text_of([*tiny.stream("hello", max_tokens=6)]) if verb == "stream" else tiny.generate("hello", max_tokens=6)
+    assert calls == at and held_pages(tiny) == 0
+    assert tiny.generate("hello", max_tokens=6) == undisturbed.generate("hello", max_tokens=6)
 
 
 @pytest.mark.parametrize("where", ["logits_processor", "put", "end"])
-def test_a_users_exception_leaves_the_model_well(tiny, where):
+def test_a_users_exception_leaves_the_model_well(tiny, undisturbed, where):
     class Streamer:
         def put(self, ids: torch.Tensor) -> None:
             if where == "put" and ids.dim() == 1:
@@ -766,7 +815,7 @@ def test_a_users_exception_leaves_the_model_well(tiny, where):
         return logits
 
     prompt = torch.tensor([[504, 300]])
-    expected = tiny.model.generate(prompt, max_new_tokens=5)
+    expected = undisturbed.model.generate(prompt, max_new_tokens=5)
     with pytest.raises(RuntimeError, match="mine"):
         tiny.model.generate(prompt, max_new_tokens=5, streamer=Streamer(), logits_processor=process)
     assert torch.equal(tiny.model.generate(prompt, max_new_tokens=5), expected)
@@ -968,6 +1017,15 @@ def test_a_templates_own_error_is_told(tiny, monkeypatch):
 def test_a_mistake_in_loading_is_named(tiny_folder, arguments, error, message):
     with pytest.raises(error, match=message):
         LLM(tiny_folder, progress=False, **arguments)
+
+
+@pytest.mark.parametrize(("options", "capture"), [({}, None), ({"cuda_graphs": False}, eager)], ids=str)
+def test_cuda_graphs_may_be_turned_off(tiny_folder, monkeypatch, options, capture):
+    """What a GPU replays is then run as it is: to the engine that is another capture, and nothing else."""
+    asked: list[Any] = []
+    monkeypatch.setattr(InternLM3ForCausalLM, "reserve", lambda model, *arguments: asked.append(arguments[3]))
+    LLM(tiny_folder, progress=False, **options)._engine()
+    assert {*asked} == {capture}
 
 
 def test_the_switch_for_remote_code_means_nothing(tiny_folder):

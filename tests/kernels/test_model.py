@@ -6,7 +6,11 @@ import torch
 from internlm3 import InternLM3Config, InternLM3ForCausalLM, kernels
 from internlm3.runtime import decode
 from internlm3.runtime import model as runtime_model
+from internlm3.runtime.engine import Engine
+from internlm3.runtime.request import Request
+from internlm3.runtime.sampling import SamplingParams
 
+from ..capture import Recorder
 from .support import DEVICE
 
 SHAPE = {
@@ -51,6 +55,28 @@ def test_generation(monkeypatch, dtype, shape):
     tolerance = 1e-5 if dtype == torch.float32 else 0.05
     for step, (ours, theirs) in enumerate(zip(found.logits, expected.logits, strict=True)):
         assert (ours - theirs).abs().max() < tolerance * theirs.abs().max(), f"step {step}"
+
+
+def test_a_captured_step(monkeypatch):
+    """Steps that run free, replayed without their Python, no value read on the host in between: a row of each tier."""
+    settings = [{"temperature": 0}, {"seed": 1, "top_p": 0.9}, {"seed": 2, "presence_penalty": 0.5, "min_tokens": 2}]
+
+    def answers(**options):
+        engine = Engine(make(torch.float32), max_rows=4, max_seq_len=16, **options)
+        requests = [
+            Request([row + 5] * (row + 1), SamplingParams(**each), 4, frozenset(range(0, 320, 9)))
+            for row, each in enumerate(settings)
+        ]
+        engine.add(requests)
+        while engine.busy:
+            engine.step()
+        return [(request.token_ids, request.finish_reason) for request in requests]
+
+    expected = answers()
+    recorder = Recorder(monkeypatch, kernels)
+    with np.errstate(all="ignore"):
+        assert answers(capture=recorder.capture, depth=2) == expected
+    assert recorder.replays
 
 
 def test_batch_invariance(monkeypatch):
