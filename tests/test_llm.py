@@ -1019,7 +1019,7 @@ def test_a_mistake_in_loading_is_named(tiny_folder, arguments, error, message):
         LLM(tiny_folder, progress=False, **arguments)
 
 
-@pytest.mark.parametrize(("options", "capture"), [({}, None), ({"cuda_graphs": False}, eager)], ids=str)
+@pytest.mark.parametrize(("options", "capture"), [({}, None), ({"cuda_graphs": False}, eager)], ids=["on", "off"])
 def test_cuda_graphs_may_be_turned_off(tiny_folder, monkeypatch, options, capture):
     """What a GPU replays is then run as it is: to the engine that is another capture, and nothing else."""
     asked: list[Any] = []
