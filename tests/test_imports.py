@@ -5,8 +5,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 FLOORS = {"kernels": set(), "runtime": {"kernels"}, "tests": {"kernels", "runtime"}, "bench": {"kernels", "runtime"}}
-# Where the runtime meets the kernels: the model runs them, and a watched step asks what it draws from.
-MEETS_KERNELS = {"decode", "model"}
+# Where the runtime meets the kernels: the model runs them, a watched step asks what it draws from, and the state knows
+# how many tokens of a top-k are few to them.
+MEETS_KERNELS = {"decode", "model", "state"}
 
 
 def modules(path: Path) -> set[tuple[str, ...]]:
