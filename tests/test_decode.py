@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from internlm3 import InternLM3Config, InternLM3ForCausalLM
 from internlm3.kernels import reference
+from internlm3.kernels.sampling_reference import FEW_TOKENS
 from internlm3.runtime import decode
 from internlm3.runtime.engine import Engine
 from internlm3.runtime.request import Request
@@ -146,6 +147,28 @@ def test_an_idle_stage_gives_the_bits_of_one_turned_off(given_settings, seed):
     highest = Rows(rows, 150, [7], Tier.FULL)
     for _ in range(4):
         assert torch.equal(lowest(logits), highest(logits))
+
+
+@pytest.mark.parametrize(
+    ("params", "tier"),
+    [
+        ({"temperature": 0}, Tier.GREEDY),
+        ({"temperature": 0, "top_p": 0.5}, Tier.GREEDY),
+        ({"temperature": 0, "top_p": 0.5, "repetition_penalty": 1.1}, Tier.USUAL),
+        ({"temperature": 1.0}, Tier.USUAL),
+        ({"temperature": 1.0, "top_k": FEW_TOKENS, "top_p": 0.8, "min_p": 0.1}, Tier.USUAL),
+        ({"temperature": 1.0, "top_k": FEW_TOKENS + 1}, Tier.FULL),
+        ({"temperature": 1.0, "top_p": 0.8}, Tier.FULL),
+        ({"temperature": 1.0, "top_k": -1, "top_p": 0.8}, Tier.FULL),
+        ({"temperature": 1.0, "typical_p": 0.8}, Tier.FULL),
+        ({"temperature": 0, "presence_penalty": 0.1}, Tier.FULL),
+    ],
+)
+def test_the_lowest_tier_that_serves(params, tier):
+    """Only where a top-k leaves few candidates is a search told so."""
+    rows = Rows([(SamplingParams(**params), [1], 0)], 10)
+    assert rows.tier == tier
+    assert rows.state.stages(tier)["few_candidates"] == (tier == Tier.USUAL)
 
 
 def test_limits_are_the_devices_own():
