@@ -216,7 +216,8 @@ def rope_and_cache(
         ]
         b, page, slot = torch.tensor(live, dtype=torch.int64, device=qkv.device).view(-1, 3).T
         k_cache[page, :, slot], v_cache[page, :, slot] = k[b, 0], v[b, 0]
-        qk[seq_lens == 0] = 0
+        if idle := [b for b, (length, _) in enumerate(held) if not length]:
+            qk[idle] = 0
         return qk[:, :, :heads].flatten(0, 1)
     for b, (length, pages) in enumerate(held):
         before = length - tokens  # token t stands at place before + t

@@ -34,7 +34,7 @@ from .sampling_weights import (
     share_of,
     typical_key,
     weight_of,
-)  # fmt: skip
+)
 
 # Tokens of one program: 8 a thread.
 BLOCK = 1024

@@ -33,7 +33,7 @@ from .sampling_weights import (
     share_of,
     typical_key,
     weight_of,
-)  # fmt: skip
+)
 
 # Candidates of one program of a search: of one of many, and of the only one that a row has.
 CHUNK = 1024
@@ -43,7 +43,8 @@ FEW = 128
 DIGIT_BITS = 4
 PASSES = 8
 
-TOP_K, TOP_P, TYPICAL_P = (tl.constexpr(number) for number in range(3))
+SEARCHES = 3
+TOP_K, TOP_P, TYPICAL_P = (tl.constexpr(number) for number in range(SEARCHES))
 _PASSES = tl.constexpr(PASSES)
 _DIGIT_BITS = tl.constexpr(DIGIT_BITS)
 _DIGITS = tl.constexpr(2**DIGIT_BITS)
@@ -51,9 +52,9 @@ _HALF_BITS = tl.constexpr(UNIT_BITS // 2)
 _HALF = tl.constexpr(2 ** (UNIT_BITS // 2) - 1)
 # A row's numbers, int64: by search and pass the mass of each digit, and the bits and the target that the pass began
 # with; how many candidates there are; what they weigh, and the moment, for typical-p.
-_MASSES = 3 * PASSES * 2**DIGIT_BITS
+_MASSES = SEARCHES * PASSES * 2**DIGIT_BITS
 _BEGUN = tl.constexpr(_MASSES)
-_COUNT = tl.constexpr(_MASSES + 2 * 3 * PASSES)
+_COUNT = tl.constexpr(_MASSES + 2 * SEARCHES * PASSES)
 _TOTAL = tl.constexpr(_COUNT.value + 1)
 _MOMENT = tl.constexpr(_COUNT.value + 2)
 NUMBERS = _COUNT.value + 3
