@@ -20,23 +20,18 @@ class Tier(IntEnum):
 
     GREEDY = 0
     USUAL = 1  # temperature, a small top-k, top-p behind it, min-p, repetition penalty
-    FULL = 2
+    WIDE = 2  # the same, whatever top-k is
+    FULL = 3
 
 
 def tier_of(request: Request) -> Tier:
     """The lowest tier that has all stages of this request."""
     p = request.params
     masked = p.allowed_token_ids is not None or p.suppress_tokens or (p.min_tokens > 0 and bool(request.ends))
-    many = p.top_k > FEW_TOKENS or (p.top_k <= 0 and p.top_p < 1)
-    if (
-        masked
-        or (many and not p.greedy)
-        or p.logit_bias
-        or p.typical_p != 1
-        or p.presence_penalty
-        or p.frequency_penalty
-    ):
+    if masked or p.logit_bias or p.typical_p != 1 or p.presence_penalty or p.frequency_penalty:
         return Tier.FULL
+    if not p.greedy and (p.top_k > FEW_TOKENS or (p.top_k <= 0 and p.top_p < 1)):
+        return Tier.WIDE
     return Tier.GREEDY if p.greedy and p.repetition_penalty == 1 else Tier.USUAL
 
 
@@ -49,9 +44,11 @@ _FLOATS = (
     "presence_penalty",
     "frequency_penalty",
 )
+_USUAL = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "prompt_counts", "output_counts")
 _STAGES: dict[Tier, tuple[str, ...]] = {
     Tier.GREEDY: (),
-    Tier.USUAL: ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "prompt_counts", "output_counts"),
+    Tier.USUAL: _USUAL,
+    Tier.WIDE: _USUAL,
     Tier.FULL: (*_FLOATS, "top_k", "prompt_counts", "output_counts", "logit_bias", "allowed"),
 }
 
