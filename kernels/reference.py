@@ -121,18 +121,21 @@ def _rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x.roll(x.shape[-1] // 2, dims=-1).mul_(sin.unsqueeze(-2)).add_(x * cos.unsqueeze(-2))
 
 
+def _attention_of_one(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Attention of one token over all tokens of its sequence. q [1, K, H/K, D], k and v [K, L, D] -> like q.
+
+    The heads of a group share their keys, so they stand as query tokens and nothing is repeated.
+    """
+    return F.scaled_dot_product_attention(q, k[None], v[None], scale=scale)
+
+
 def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """Causal attention of one sequence's last T tokens over all its L. q [T, H, D], k and v [K, L, D] -> [T, H, D].
 
     Query head h reads key/value head h // (H / K). Scores and softmax in float32. Vaswani et al. 2017, Ainslie et al.
     2023 (grouped queries).
     """
-    tokens, heads, dim = q.shape
-    kv_heads, length = k.shape[:2]
-    if tokens == 1:
-        # The heads of a group share their keys, so they stand as query tokens and nothing is repeated.
-        folded = q.view(kv_heads, heads // kv_heads, dim)
-        return F.scaled_dot_product_attention(folded[None], k[None], v[None], scale=scale).reshape(1, heads, dim)
+    tokens, length = q.shape[0], k.shape[1]
     past, queries = length - tokens, q.transpose(0, 1)
     if q.is_cpu:
         return torch.cat(
@@ -175,11 +178,12 @@ def _on_host(block_table: Tensor, seq_lens: Tensor, page_size: int) -> list[tupl
     return [(length, pages[: -(-length // page_size)]) for length, pages in zip(lengths, table, strict=True)]
 
 
-def _held(cache: Tensor, pages: list[int], length: int) -> Tensor:
-    """What a sequence holds on its pages. cache [K, P, S, D] -> [K, L, D]; a view where they lie in a run."""
+def _held(cache: Tensor, pages: list[int], length: int, page_size: int) -> Tensor:
+    """What a sequence holds on its pages. cache [K, P * S, D] -> [K, L, D]; a view where they lie in a run."""
     first, last = pages[0], pages[-1]
-    run = pages == list(range(first, last + 1))
-    return (cache[:, first : last + 1] if run else cache[:, pages]).flatten(1, 2)[:, :length]
+    if pages == list(range(first, last + 1)):
+        return cache[:, first * page_size : first * page_size + length]
+    return cache.unflatten(1, (-1, page_size))[:, pages].flatten(1, 2)[:, :length]
 
 
 def rope_and_cache(
@@ -256,16 +260,18 @@ def paged_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seq_lens: Tensor, scale: float
 ) -> Tensor:
     """Causal attention of each sequence's last T tokens over its pages. q [B*T, H, D] -> [B*T, H*D], idle rows zero."""
-    page_size, tokens = k_cache.shape[2], q.shape[0] // block_table.shape[0]
-    k_cache, v_cache = k_cache.transpose(0, 1), v_cache.transpose(0, 1)
+    sequences, kv_heads, page_size, dim = block_table.shape[0], *k_cache.shape[1:]
+    tokens = len(q) // sequences
+    k_cache, v_cache = (cache.transpose(0, 1).flatten(1, 2) for cache in (k_cache, v_cache))
+    queries = q.view(sequences, kv_heads, -1, dim) if tokens == 1 else q
     out = []
-    for mine, (length, pages) in zip(q.split(tokens), _on_host(block_table, seq_lens, page_size), strict=True):
+    for mine, (length, pages) in zip(queries.split(tokens), _on_host(block_table, seq_lens, page_size), strict=True):
         if length < tokens:
             out.append(torch.zeros_like(mine[length:]))
         if length:
-            k, v = _held(k_cache, pages, length), _held(v_cache, pages, length)
-            out.append(_attention(mine[-length:], k, v, scale))
-    return torch.cat(out).flatten(1)
+            k, v = (_held(cache, pages, length, page_size) for cache in (k_cache, v_cache))
+            out.append(_attention_of_one(mine, k, v, scale) if tokens == 1 else _attention(mine[-length:], k, v, scale))
+    return torch.cat(out).view(len(q), -1)
 
 
 def advance(
