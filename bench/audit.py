@@ -76,11 +76,11 @@ FACTS = {
     "_attend": Facts(streams=["k_ptr", "v_ptr"], tensor_cores=True, bulk=["k_ptr", "v_ptr"]),
     "_combine": Facts(bulk=["partial_ptr"], most_trips=3),
     "_penalize": Facts(
-        streams=["logits_ptr", "bias_ptr", "prompt_counts_ptr", "output_counts_ptr"], bulk=["logits_ptr"], most_trips=3
+        streams=["logits_ptr", "bias_ptr", "prompt_counts_ptr", "output_counts_ptr"], bulk=["logits_ptr"], most_trips=2
     ),
     "_collect": Facts(streams=["x_ptr"], bulk=["x_ptr"], most_trips=3),
-    "_weigh": Facts(bulk=["candidate_ptr"], most_trips=3),
-    "_narrow": Facts(bulk=["candidate_ptr"], most_trips=3),
+    "_weigh": Facts(bulk=["candidate_ptr"], most_trips=4),
+    "_narrow": Facts(bulk=["candidate_ptr"], most_trips=4),
     "_narrow_few": Facts(bulk=["candidate_ptr"], most_trips=6),
     "_add_up": Facts(streams=["x_ptr"], bulk=["x_ptr"], most_trips=4),
     "_pick": Facts(most_trips=4),

@@ -177,12 +177,21 @@ def _sampled(make: Inputs, rows: int) -> Arguments:
     }
 
 
-def _filtered(make: Inputs, rows: int, name: str) -> Arguments:
-    """One filter alone, which leaves the whole vocabulary to search."""
-    per_row = {"temperature": 1.0, name: 0.8}
+def _top_p_alone(make: Inputs, rows: int) -> Arguments:
+    """As the runtime asks for it: with the idle stages of its tier, and many candidates."""
+    idle = {"repetition_penalty": make.full((rows,), 1.0, torch.float32), "few_candidates": False}
+    return {**_sampled(make, rows), **idle, "top_k": make.full((rows,), 0, torch.int64)}
+
+
+def _typical_p_alone(make: Inputs, rows: int) -> Arguments:
+    """As the runtime asks for it: with all other stages, idle."""
+    vocabulary = make.size.vocabulary
+    per_row = {"top_p": 1.0, "min_p": 0.0, "typical_p": 0.8, "presence_penalty": 0.0, "frequency_penalty": 0.0}
     return {
-        **_greedy(make, rows),
+        **_top_p_alone(make, rows),
         **{name: make.full((rows,), value, torch.float32) for name, value in per_row.items()},
+        "logit_bias": make.full((rows, vocabulary), 0.0, torch.float32),
+        "allowed": make.full((rows, -(-vocabulary // 32)), -1, torch.int32),
     }
 
 
@@ -241,8 +250,8 @@ def _launches(size: Size, dtype: torch.dtype, rows: int, sequences: int, context
         yield case("rms_norm_linear", _norm_linear, size.vocabulary, part="head")
         yield case("sample", _greedy, part="greedy")
         yield case("sample", _sampled, part="recommended")
-        yield case("sample", _filtered, "top_p", part="top_p alone")
-        yield case("sample", _filtered, "typical_p", part="typical_p alone")
+        yield case("sample", _top_p_alone, part="top_p alone")
+        yield case("sample", _typical_p_alone, part="typical_p alone")
         yield case("advance", _advance)
 
 

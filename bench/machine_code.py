@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from launches import Launch
-from sass import TENSOR_CORE, Access, Flight, flight, fuses_16_bits, instructions, trace
+from sass import TENSOR_CORE, Access, Flight, flight, fuses_16_bits, instructions, trace, way_out
 from targets import Target
 from triton import knobs
 
@@ -26,6 +26,7 @@ class MachineCode(NamedTuple):
     waits: bool = False  # for the predecessor in programmatic dependent launch
     exits_unwaited: bool = False  # on some way
     flight: Flight = Flight(0, 0, 0)
+    way_out: Flight = Flight(0, 0, 0)  # the same of a thread that leaves at the first exit
     fused_16_bits: Sequence[str] = ()  # instructions that round a product and a sum once, to 16 bits
 
 
@@ -53,6 +54,7 @@ def _read_nvidia(launch: Launch) -> MachineCode:
         names["ACQBULK"] > 0,
         traced.exits_unwaited,
         flight(listing),
+        flight(way_out(listing)),
         [str(instruction) for instruction in listing if fuses_16_bits(instruction)],
     )
 

@@ -8,7 +8,7 @@ whether programmatic dependent launch has been triggered (PREEXIT) and waited fo
 import itertools
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 Names = frozenset[str]  # of pointer arguments
@@ -155,6 +155,12 @@ def flight(listing: Iterable[_Instruction]) -> Flight:
     return Flight(most, ahead, waits)
 
 
+def way_out(listing: Sequence[_Instruction]) -> Sequence[_Instruction]:
+    """What a thread runs that leaves at the first exit."""
+    first = next((at for at, instruction in enumerate(listing) if instruction.base == "EXIT"), len(listing))
+    return listing[:first]
+
+
 class _State:
     """What is known between two instructions."""
 
@@ -267,7 +273,8 @@ def _blocks(text: str) -> dict[str, _Block]:
             if base in ("BRX", "BRXU", "JMX"):
                 raise NotImplementedError(f"cannot follow the indirect branch {instruction}")
             if base in ("BRA", "JMP", "CALL", "EXIT", "RET"):
-                block.successors += _TARGET.findall(" ".join(instruction.operands))
+                if base != "RET":  # names where its address counts from; what follows the call is its block's successor
+                    block.successors += _TARGET.findall(" ".join(instruction.operands))
                 conditional = instruction.guard or base == "CALL"
                 # A branch may have its predicate as an operand.
                 conditional = conditional or (base in ("BRA", "JMP") and not instruction.operands[0].startswith("`"))

@@ -31,7 +31,7 @@ from audit import FACTS, Facts, kernel_name
 from cases import INTERNLM3_8B as SIZE
 from cases import Arguments, Case, cases
 from internlm3 import kernels
-from internlm3.kernels.sampling_search import PASSES
+from internlm3.kernels.sampling_search import PASSES, TOP_K, TOP_P, TYPICAL_P
 from launches import Launch, compile_launches
 from machine_code import MachineCode, read
 from sass import Access
@@ -55,8 +55,21 @@ class Assumed(NamedTuple):
 
 
 DEVICES = {"H100": Assumed(3.05e12), "H200": Assumed(4.5e12, l2=5.5e12)}
-# Tokens among which a threshold is searched.
-CANDIDATES = {"recommended": 128, "top_p alone": 8192, "typical_p alone": SIZE.vocabulary}
+
+
+class Search(NamedTuple):
+    """What the settings of a request leave to search."""
+
+    candidates: int  # tokens among which a threshold lies
+    filters: tuple[int, ...]  # that have one; the others' programs leave at once
+
+
+SEARCHES = {
+    "greedy": Search(0, ()),
+    "recommended": Search(128, (TOP_K.value, TOP_P.value)),
+    "top_p alone": Search(8192, (TOP_P.value,)),
+    "typical_p alone": Search(SIZE.vocabulary, (TYPICAL_P.value,)),
+}
 
 
 class Cost(NamedTuple):
@@ -85,25 +98,28 @@ def bulk(x: Arguments, launch: Launch) -> int:
     if launch.kernel == "_embed":
         return x["token_ids"].numel() * SIZE.hidden * 2
     if launch.kernel == "_penalize":
-        return sum(x[name].numel() * 4 for name in ("prompt_counts", "output_counts") if name in x)
+        return sum(x[name].numel() * 4 for name in ("prompt_counts", "output_counts", "logit_bias") if name in x)
     return 0
 
 
-def cost(case: Case, count: int, launch: Launch, code: MachineCode, candidates: int) -> Cost:
+def cost(case: Case, count: int, launch: Launch, code: MachineCode, search: Search) -> Cost:
     facts = FACTS.get(kernel_name(launch), Facts())
     arguments = case.arguments(torch.device("meta"))
     metadata, memory = launch.compiled.metadata, bulk(arguments, launch)
     threads, programs = 32 * metadata.num_warps, launch.programs
-    if launch.kernel in ("_narrow", "_weigh"):  # programs without a candidate end at once
+    if launch.kernel in ("_narrow", "_weigh"):  # programs that have nothing to search leave
+        if launch.constants.get("SEARCH", TYPICAL_P.value) not in search.filters:
+            waits = code.way_out.round_trips
+            return Cost(case.op, launch.kernel, count, 0, 0, 0, 0, programs, metadata.num_warps, programs, 0, waits)
         chunk = launch.constants["CHUNK"]
-        programs = programs * -(-candidates // chunk) // -(-SIZE.vocabulary // chunk)
+        programs = programs * -(-search.candidates // chunk) // -(-SIZE.vocabulary // chunk)
     loads = [access for access in code.accesses if access.is_load]
 
     def runs(loop: str) -> float:
         """How often the instructions of a loop run: to bring all of the bulk, or over what is searched."""
         streamed = sum(x.bytes for x in loads if x.loop == loop and x.pointers & set(facts.bulk))
         if launch.kernel == "_narrow_few" and loop:  # an outer loop, and one over what the first chunk does not hold
-            return PASSES * (-(-candidates // launch.constants["CHUNK"]) - 1 if streamed else 1)
+            return PASSES * (-(-search.candidates // launch.constants["CHUNK"]) - 1 if streamed else 1)
         return max(memory / programs / threads / streamed, 1) if loop and streamed else 1
 
     def programs_at_l2(x: Access) -> float:
@@ -160,7 +176,7 @@ def costs(shape: tuple[int, int, str]) -> list[Cost]:
     for case, count in step(*shape):
         for launch in compile_launches(getattr(kernels, case.op), case.arguments, TARGET):
             code = read(launch, TARGET)
-            found.append(cost(case, count, launch, code, CANDIDATES.get(shape[2], 0)))
+            found.append(cost(case, count, launch, code, SEARCHES[shape[2]]))
     return found
 
 
@@ -210,7 +226,7 @@ def main() -> None:
     parser.add_argument("--device", action="append", choices=DEVICES, help="default: all")
     parser.add_argument("--rows", action="append", type=int, help="default: 1, 4 and 16")
     parser.add_argument("--context", action="append", type=int, help="default: 1024 and 32768")
-    parser.add_argument("--sampling", choices=["greedy", *CANDIDATES], default="recommended")
+    parser.add_argument("--sampling", choices=SEARCHES, default="recommended")
     parser.add_argument("--record", action="append", default=[], help="of bench/kernels.py or bench/gpu.py")
     parser.add_argument("--launches", action="store_true", help="a line for each launch, too")
     options = parser.parse_args()

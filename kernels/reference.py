@@ -25,13 +25,15 @@ from .sampling_reference import sample as sample
 # Up to this many rows a linear layer streams its weights once, whatever the number of rows.
 SKINNY_ROWS = 16
 # Up to so many rows a CPU computes weight @ x^T, where that streams the weights faster than x @ weight^T does. Measured
-# at the stand-in's shapes, one thread: on a Xeon with AMX (2026-11-23, 16 bits alone), and on an EPYC with AVX512-BF16
-# and without AMX (2026-11-25; it takes 2.2 times as long in bfloat16, and in float32 0.75, 0.40, 0.57, 0.93 and 1.2 of
-# the time at 1, 2, 4, 8 and 16 rows).
+# at the stand-in's shapes: on a Xeon with AMX (2026-11-23, 16 bits alone), and on an EPYC with AVX512-BF16 and without
+# AMX (2026-11-25; it takes 2.2 times as long in bfloat16, and in float32 0.7 of the time up to 4 rows).
 if torch.cpu._is_amx_tile_supported():
     TRANSPOSED_ROWS = {torch.bfloat16: 16, torch.float16: 16, torch.float32: 0}
 else:
-    TRANSPOSED_ROWS = {torch.bfloat16: 0, torch.float16: 0, torch.float32: 8}
+    TRANSPOSED_ROWS = {torch.bfloat16: 0, torch.float16: 0, torch.float32: 4}
+# PyTorch gives float32 products to MKL, which is fast on Intel's CPUs alone. oneDNN, which has the 16-bit ones, takes
+# 0.45 to 0.65 of its time on the EPYC, for 5 rows as for 2048.
+ONEDNN_FLOAT32 = torch.backends.mkldnn.is_available() and not torch.cpu._is_amx_tile_supported()
 # So many tokens of a chunk go through a CPU's attention together. It computes what its mask hides too: of 512 tokens in
 # one go that is half of all scores, in blocks of 64 a sixteenth (0.65 to 0.77 of the time, the same EPYC).
 QUERY_BLOCK = 64
@@ -55,12 +57,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, batch_invariant: bool = False) -> Tensor:
     """x @ weight^T (+ bias), accumulated in float32. x [..., C], weight [O, C], bias [O] -> [..., O].
 
-    Few rows on a CPU go the way that is fastest there (`TRANSPOSED_ROWS`). In 16 bits one row goes as two, so that it
-    has the same bits whatever rows ride along: alone it would be a product of another kind.
+    A CPU goes the way that is fastest there (`TRANSPOSED_ROWS`, `ONEDNN_FLOAT32`). In 16 bits one row goes as two, so
+    that it has the same bits whatever rows ride along: alone it would be a product of another kind.
     """
     size = x.shape[-1]
     rows = x.numel() // size
     transposed = rows <= TRANSPOSED_ROWS[x.dtype]
+    if x.is_cpu and x.dtype == torch.float32 and not transposed and ONEDNN_FLOAT32:
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     if not x.is_cpu or rows > SKINNY_ROWS or (x.dtype == torch.float32 and not transposed):
         return F.linear(x, weight, bias)
     few = x.reshape(rows, size)

@@ -59,29 +59,36 @@ def _penalize(
     if PDL:
         tl.extra.cuda.gdc_wait()
     x = tl.load(logits_ptr + row * logits_stride + token, mask=inside, other=-INF).to(tl.float32)
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + row * bias_stride + token, mask=inside, other=0.0)
+    generated = tl.zeros_like(token)
+    if output_counts_ptr is not None:
+        generated = tl.load(output_counts_ptr + row * output_counts_stride + token, mask=inside, other=0)
+    seen = generated
+    if repetition_ptr is not None:
+        penalty = tl.load(repetition_ptr + row)
+        if prompt_counts_ptr is not None:
+            seen |= tl.load(prompt_counts_ptr + row * prompt_counts_stride + token, mask=inside, other=0)
+    if frequency_ptr is not None:
+        frequency = tl.load(frequency_ptr + row)
+    if presence_ptr is not None:
+        presence = tl.load(presence_ptr + row)
+    if allowed_ptr is not None:
+        word = tl.load(allowed_ptr + row * allowed_stride + token // 32, mask=inside, other=0)
     partial = row * blocks + block
     peak = tl.maximum(tl.max(x, axis=0), -LARGEST)
     tl.store(peak_ptr + partial, peak)
     tl.store(spread_ptr + partial, tl.sum(tl.exp(x - peak), axis=0))
     if bias_ptr is not None:
-        x += tl.load(bias_ptr + row * bias_stride + token, mask=inside, other=0.0)
-    generated = tl.zeros_like(token)
-    if output_counts_ptr is not None:
-        generated = tl.load(output_counts_ptr + row * output_counts_stride + token, mask=inside, other=0)
+        x += bias
     if repetition_ptr is not None:
-        seen = generated > 0
-        if prompt_counts_ptr is not None:
-            prompt = tl.load(prompt_counts_ptr + row * prompt_counts_stride + token, mask=inside, other=0)
-            seen = seen | (prompt > 0)
-        penalty = tl.load(repetition_ptr + row)
-        x = tl.where(seen, tl.where(x > 0, tl.div_rn(x, tl.zeros_like(x) + penalty), x * penalty), x)
+        x = tl.where(seen > 0, tl.where(x > 0, tl.div_rn(x, tl.zeros_like(x) + penalty), x * penalty), x)
     if frequency_ptr is not None:
-        x -= tl.load(frequency_ptr + row) * generated.to(tl.float32)
+        x -= frequency * generated.to(tl.float32)
     if presence_ptr is not None:
-        x -= tl.load(presence_ptr + row) * (generated > 0).to(tl.float32)
+        x -= presence * (generated > 0).to(tl.float32)
     x = tl.minimum(tl.where(x == x, x, -INF), LARGEST)
     if allowed_ptr is not None:
-        word = tl.load(allowed_ptr + row * allowed_stride + token // 32, mask=inside, other=0)
         x = tl.where(((word >> (token % 32)) & 1) != 0, x, -INF)
     tl.store(x_ptr + row * V + token, x, mask=inside)
     best, first = tl.max(x, axis=0, return_indices=True)

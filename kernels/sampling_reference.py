@@ -87,27 +87,27 @@ def sample(
         "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "typical_p": typical_p,
         "repetition_penalty": repetition_penalty, "presence_penalty": presence_penalty,
         "frequency_penalty": frequency_penalty, "prompt_counts": prompt_counts, "output_counts": output_counts,
-        "logit_bias": logit_bias, "allowed": allowed, "seed": seed, "stream": stream, "position": position,
+        "logit_bias": logit_bias, "allowed": allowed,
     }  # fmt: skip
     # Row by row, whose vectors stay in a CPU's caches: four rows of 49152 at once take it twice as long as one by one.
-    drawn = [
-        _sample_row(logits[b : b + 1], **{name: None if x is None else x[b : b + 1] for name, x in stages.items()})
-        for b in range(len(logits))
-    ]
+    drawn = []
+    for row in (slice(b, b + 1) for b in range(len(logits))):
+        own = {name: None if x is None else x[row] for name, x in stages.items()}
+        drawn.append(_sample_row(logits[row], seed[row], stream[row], position[row], **own))
     tokens, logprobs = zip(*drawn, strict=True)
     return torch.cat(tokens), torch.cat(logprobs)
 
 
 def _sample_row(
     logits: Tensor,
+    seed: Tensor,
+    stream: Tensor,
+    position: Tensor,
     temperature: Tensor | None,
     top_k: Tensor | None,
     top_p: Tensor | None,
     min_p: Tensor | None,
     typical_p: Tensor | None,
-    seed: Tensor,
-    stream: Tensor,
-    position: Tensor,
     **penalties: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     # A stage that is idle changes nothing, and over a whole vocabulary takes a CPU milliseconds.

@@ -251,6 +251,28 @@ def test_what_is_asked_for_and_not_yet_used_is_in_flight(sass, lines, flight):
     assert sass.flight(sass.instructions(listing)) == flight
 
 
+def test_a_call_goes_on_behind_itself_and_its_return_makes_no_loop(trace):
+    traced = trace(
+        "kernel:",
+        "LDC.64 R2, c[0x0][0x160]",
+        "@P0 CALL.REL.NOINC `(.L_x_0)",
+        "LDG.E R4, [R2.64]",
+        "EXIT",
+        ".L_x_0:",
+        "FADD R0, R4, R1",
+        "RET.REL.NODEC R8 `(kernel)",
+    )
+    assert origins(traced) == [{"x_ptr"}]
+    assert traced.instructions == {"": 6}
+
+
+def test_the_first_exit_ends_the_shortest_way(sass):
+    lines = ["LDG.E R4, [R2.64]", "ISETP.LT.AND P0, PT, R4, RZ, PT", "@P0 EXIT", "LDG.E R5, [R2.64]", "FADD R0, R5, R1"]
+    listing = list(sass.instructions("\n".join(f"/*0000*/ {line} ;" for line in lines)))
+    assert sass.flight(sass.way_out(listing)).round_trips == 1
+    assert sass.flight(listing).round_trips == 2
+
+
 def test_an_audit_of_nothing_fails():
     """An op that has no case, in the audit of it alone and of all."""
     for chosen in (["--kernel", "embed"], []):
