@@ -73,9 +73,9 @@ class Steps:
     def prefill(self, ids: Sequence[int], row: int = 0) -> Tensor:
         """Logits [1, V] behind a prompt, which row `row` then holds."""
         prompt = torch.tensor(ids, device=self.model.device)
-        logits = decode.prefill(self.model, self.pages, self.state.rows(row, row + 1).seqs, prompt, 0)
+        last = decode.prefill(self.model, self.pages, self.state.rows(row, row + 1).seqs, prompt, 0)
         self.state.seqs.seq_lens[row] = len(ids)
-        return logits
+        return self.model.head(last)
 
     @torch.inference_mode()
     def follow(self, token: int) -> Tensor:

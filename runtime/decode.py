@@ -40,7 +40,7 @@ def choose(ops: ModuleType, logits: Tensor, state: DecodeState, tier: Tier) -> N
 
 
 def prefill(model: LanguageModel, pages: Pages, seqs: Sequences, prompt: Tensor, begin: int) -> Tensor:
-    """A prompt [T] from token `begin`, a multiple of CHUNK, into its pages; logits [1, V] behind the last one.
+    """A prompt [T] from token `begin`, a multiple of CHUNK, into its pages; the last token's row [1, C], for the head.
 
     `seqs` is its row of the state, whose `seq_lens` is left alone: until the prompt is filled the row is idle.
     """
@@ -49,7 +49,7 @@ def prefill(model: LanguageModel, pages: Pages, seqs: Sequences, prompt: Tensor,
         seq_lens = torch.full_like(seqs.seq_lens, start + len(chunk))
         x = model.model.ops.embed(chunk, model.model.embed_tokens.weight)
         x = model.model.run(x, Sequences(seqs.block_table, seq_lens, seqs.inv_freq), pages)
-    return model.head(x[-1:])
+    return x[-1:]
 
 
 def compile_all(model: LanguageModel, pages: Pages, state: DecodeState, longest: int) -> None:
@@ -62,7 +62,8 @@ def compile_all(model: LanguageModel, pages: Pages, state: DecodeState, longest:
     config, ops = model.config, model.model.ops
     group = config.num_attention_heads // config.num_key_value_heads
     for tokens in token_counts(min(longest, CHUNK), group, config.head_dim, model.dtype, model.device):
-        logits = prefill(model, pages, state.seqs, state.token.repeat(tokens), 0)
+        x = prefill(model, pages, state.seqs, state.token.repeat(tokens), 0)
+    logits = model.head(x)
     for tier in Tier:
         ops.sample(logits.float(), **_behind_penalties(state, tier))
 

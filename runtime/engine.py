@@ -233,10 +233,10 @@ class Engine:
             if running is None:
                 break
             self._waiting.popleft()
-            logits = self._fill(running) if twin is None else self._copy(running, *twin)
-            filled.setdefault(prompt, (running.pages, logits))
+            last = self._fill(running) if twin is None else self._copy(running, *twin)
+            filled.setdefault(prompt, (running.pages, last))
             self._state.seqs.seq_lens[running.row] = len(prompt)
-            admitted.append((running, logits))
+            admitted.append((running, last))
         if admitted:
             self._first_tokens(admitted)
 
@@ -267,40 +267,41 @@ class Engine:
         return running
 
     def _fill(self, running: _Running) -> Tensor:
-        """The part of the prompt that no shared page holds, into its pages; logits [1, V] behind its last token."""
+        """The part of the prompt that no shared page holds, into its pages; its last token's row [1, C]."""
         request, row = running.request, running.row
         ids = request.prompt_ids
         seqs = self._state.rows(row, row + 1).seqs
-        logits = decode.prefill(self._model, self.pages, seqs, running.prompt, request.cached_tokens)
+        last = decode.prefill(self._model, self.pages, seqs, running.prompt, request.cached_tokens)
         # Only what whole chunks wrote: a prompt that goes on from there is cut at the same places.
         whole = len(ids) // decode.CHUNK * decode.CHUNK // PAGE
         self.pages.name(running.pages[:whole], ids[: whole * PAGE], self._root(request))
-        return logits
+        return last
 
-    def _copy(self, running: _Running, pages: list[int], logits: Tensor) -> Tensor:
-        """The page of a twin that both will write into; the twin's logits."""
+    def _copy(self, running: _Running, pages: list[int], last: Tensor) -> Tensor:
+        """The page of a twin that both will write into; the twin's last row."""
         whole, rest = divmod(len(running.request.prompt_ids), PAGE)
         if rest:
             self.pages.copy(pages[whole : whole + 1], running.pages[whole : whole + 1])
-        return logits
+        return last
 
     def _root(self, request: Request) -> bytes:
         """What keys and values follow from besides tokens: the rotary base."""
         return repr(rope_base(self._model.config, len(request.prompt_ids))).encode()
 
     def _first_tokens(self, admitted: list[tuple[_Running, Tensor]]) -> None:
-        """Draws from each prompt's logits, and tells the host of all of them at once."""
+        """Draws behind each prompt's last row [1, C], and tells the host of all of them at once."""
         rows, ops = self._width(), self._model.model.ops
         notes: list[_Running | None] = [None] * rows
         seen: list[Request | None] = [None] * rows
         every = torch.zeros(rows, self._model.config.vocab_size, dtype=self._model.dtype, device=self._model.device)
-        for running, logits in admitted:
+        logits = self._model.head(torch.cat([last for _, last in admitted]))
+        for (running, _), own in zip(admitted, logits.split(1), strict=True):
             row = running.row
             running.queued, notes[row] = 1, running
             if running.request.watched:
-                seen[row], every[row] = running.request, logits[0]
+                seen[row], every[row] = running.request, own[0]
             else:
-                decode.choose(ops, logits, self._state.rows(row, row + 1), running.tier)
+                decode.choose(ops, own, self._state.rows(row, row + 1), running.tier)
         if any(seen):
             decode.watched(ops, every, self._state.rows(0, rows), max(r.tier for r, _ in admitted), seen)
         self._replays.tell(notes)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -139,9 +140,10 @@ def test_bad_usage_is_status_2():
 
 def test_control_c_ends_an_answer_at_once(standin):
     options = ("generate", standin, "-p", "Tell me a very long story.", "--temp", 0)
-    with subprocess.Popen(
-        [*COMMAND, *map(str, options)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0, env=ENVIRONMENT
-    ) as process:
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "bufsize": 0}
+    # A shell has its background jobs, and all that they start, ignore Ctrl-C.
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen([*COMMAND, *map(str, options)], **streams, env=ENVIRONMENT, preexec_fn=heard) as process:
         begun = process.stdout.read(1)  # the answer has begun
         process.send_signal(signal.SIGINT)
         out, err = process.communicate()
