@@ -73,7 +73,7 @@ class Steps:
     def prefill(self, ids: Sequence[int], row: int = 0) -> Tensor:
         """Logits [1, V] behind a prompt, which row `row` then holds."""
         prompt = torch.tensor(ids, device=self.model.device)
-        last = decode.prefill(self.model, self.pages, self.state.rows(row, row + 1).seqs, prompt, 0)
+        last = decode.prefill(self.model, self.pages, self.state.rows(row, row + 1).seqs, [prompt])
         self.state.seqs.seq_lens[row] = len(ids)
         return self.model.head(last)
 

@@ -34,6 +34,9 @@ else:
 # PyTorch gives float32 products to MKL, which is fast on Intel's CPUs alone. oneDNN, which has the 16-bit ones, takes
 # 0.45 to 0.65 of its time on the EPYC, for 5 rows as for 2048.
 ONEDNN_FLOAT32 = torch.backends.mkldnn.is_available() and not torch.cpu._is_amx_tile_supported()
+# Whether, of more than SKINNY_ROWS rows, each has the same bits however many there are. So it is on the EPYC, for 17 to
+# 512 rows of 7 to 14336 numbers; with AMX nobody has looked.
+ROWS_ALIKE = not torch.cpu._is_amx_tile_supported()
 # So many tokens of a chunk go through a CPU's attention together. It computes what its mask hides too: of 512 tokens in
 # one go that is half of all scores, in blocks of 64 a sixteenth (0.65 to 0.77 of the time, the same EPYC).
 QUERY_BLOCK = 64

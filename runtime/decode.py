@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from collections.abc import Sequence as SequenceOf
 from types import ModuleType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels.sampling_reference import FILTERS, PENALTIES, filter_logits, log_probability, penalize
@@ -39,17 +41,20 @@ def choose(ops: ModuleType, logits: Tensor, state: DecodeState, tier: Tier) -> N
     ops.advance(drawn, logprob, **state.advanced())
 
 
-def prefill(model: LanguageModel, pages: Pages, seqs: Sequences, prompt: Tensor, begin: int) -> Tensor:
-    """A prompt [T] from token `begin`, a multiple of CHUNK, into its pages; the last token's row [1, C], for the head.
+def prefill(model: LanguageModel, pages: Pages, seqs: Sequences, prompts: SequenceOf[Tensor], begin: int = 0) -> Tensor:
+    """Prompts [T] into their pages, one from token `begin`, a multiple of CHUNK; their last rows [B, C], for the head.
 
-    `seqs` is its row of the state, whose `seq_lens` is left alone: until the prompt is filled the row is idle.
+    Several begin at their first token and have up to CHUNK each: they share a launch, padded to the longest. `seqs` are
+    their rows of the state, whose `seq_lens` are left alone: until a prompt is filled its row is idle.
     """
-    for start in range(begin, len(prompt), CHUNK):
-        chunk = prompt[start : start + CHUNK]
-        seq_lens = torch.full_like(seqs.seq_lens, start + len(chunk))
-        x = model.model.ops.embed(chunk, model.model.embed_tokens.weight)
+    for start in range(begin, max(map(len, prompts)), CHUNK):
+        chunks = [prompt[start : start + CHUNK] for prompt in prompts]
+        width = max(map(len, chunks))
+        tokens = torch.cat([F.pad(chunk, (width - len(chunk), 0)) for chunk in chunks])
+        seq_lens = seqs.seq_lens.new_tensor([start + len(chunk) for chunk in chunks])
+        x = model.model.ops.embed(tokens, model.model.embed_tokens.weight)
         x = model.model.run(x, Sequences(seqs.block_table, seq_lens, seqs.inv_freq), pages)
-    return x[-1:]
+    return x[width - 1 :: width]
 
 
 def compile_all(model: LanguageModel, pages: Pages, state: DecodeState, longest: int) -> None:
@@ -62,14 +67,14 @@ def compile_all(model: LanguageModel, pages: Pages, state: DecodeState, longest:
     config, ops = model.config, model.model.ops
     group = config.num_attention_heads // config.num_key_value_heads
     for tokens in token_counts(min(longest, CHUNK), group, config.head_dim, model.dtype, model.device):
-        x = prefill(model, pages, state.seqs, state.token.repeat(tokens), 0)
+        x = prefill(model, pages, state.seqs, [state.token.repeat(tokens)])
     logits = model.head(x)
     for tier in Tier:
         ops.sample(logits.float(), **_behind_penalties(state, tier))
 
 
 def watched(
-    ops: ModuleType, logits: Tensor, state: DecodeState, tier: Tier, requests: Sequence[Request | None]
+    ops: ModuleType, logits: Tensor, state: DecodeState, tier: Tier, requests: SequenceOf[Request | None]
 ) -> None:
     """As `choose` from logits [B, V], where calls see and change what is drawn from; requests[b] stands in row b.
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import decode
 from .model import LanguageModel
-from .pages import PAGE, Pages, budget, pages_of
+from .pages import PAGE, Pages, Sequences, budget, pages_of
 from .replay import Capture, Replays, cuda_graphs, eager
 from .request import Request
 from .rope import inverse_frequencies, rope_base
@@ -223,22 +223,34 @@ class Engine:
 
     def _admit(self) -> None:
         """Gives rows to those who wait, in their order, while there are rows and pages; draws their first tokens."""
-        filled: dict[tuple[int, ...], tuple[list[int], Tensor]] = {}
-        admitted: list[tuple[_Running, Tensor]] = []
+        admitted: list[_Running] = []
+        short: list[_Running] = []
+        firsts: dict[tuple[int, ...], _Running] = {}
+        last: dict[_Running, Tensor] = {}  # of a prompt's rows, [1, C]
         while self._waiting and None in self._rows:
-            request = self._waiting[0]
-            prompt = tuple(request.prompt_ids)
-            twin = filled.get(prompt)
-            running = self._seat(request, [] if twin is None else twin[0])
+            prompt = tuple(self._waiting[0].prompt_ids)
+            first = firsts.get(prompt)
+            running = self._seat(self._waiting[0], [] if first is None else first.pages)
             if running is None:
                 break
             self._waiting.popleft()
-            last = self._fill(running) if twin is None else self._copy(running, *twin)
-            filled.setdefault(prompt, (running.pages, last))
-            self._state.seqs.seq_lens[running.row] = len(prompt)
-            admitted.append((running, last))
+            admitted.append(running)
+            if first is None:
+                firsts[prompt] = running
+                if self._model.model.may_share(len(prompt)) and len(prompt) < decode.CHUNK:
+                    short.append(running)
+                else:
+                    last[running] = self._fill(running)
+        for group in _groups(short):
+            last.update(zip(group, self._fill_together(group).split(1), strict=True))
+        for running in admitted:
+            first = firsts[tuple(running.request.prompt_ids)]
+            if running is not first:
+                self._copy(first, running)
+                last[running] = last[first]
+            self._state.seqs.seq_lens[running.row] = len(running.prompt)
         if admitted:
-            self._first_tokens(admitted)
+            self._first_tokens(admitted, torch.cat([last[running] for running in admitted]))
 
     def _seat(self, request: Request, twin: list[int]) -> _Running | None:
         """A row and pages for a request, or None where there are not enough of them; its row stays idle.
@@ -271,31 +283,35 @@ class Engine:
         request, row = running.request, running.row
         ids = request.prompt_ids
         seqs = self._state.rows(row, row + 1).seqs
-        last = decode.prefill(self._model, self.pages, seqs, running.prompt, request.cached_tokens)
+        last = decode.prefill(self._model, self.pages, seqs, [running.prompt], request.cached_tokens)
         # Only what whole chunks wrote: a prompt that goes on from there is cut at the same places.
         whole = len(ids) // decode.CHUNK * decode.CHUNK // PAGE
         self.pages.name(running.pages[:whole], ids[: whole * PAGE], self._root(request))
         return last
 
-    def _copy(self, running: _Running, pages: list[int], last: Tensor) -> Tensor:
-        """The page of a twin that both will write into; the twin's last row."""
-        whole, rest = divmod(len(running.request.prompt_ids), PAGE)
+    def _fill_together(self, group: list[_Running]) -> Tensor:
+        """Prompts of less than a chunk, which leave nothing to be shared, into their pages; their last rows [B, C]."""
+        rows, seqs = [running.row for running in group], self._state.seqs
+        seqs = Sequences(seqs.block_table[rows], seqs.seq_lens[rows], seqs.inv_freq[rows])
+        return decode.prefill(self._model, self.pages, seqs, [running.prompt for running in group])
+
+    def _copy(self, first: _Running, running: _Running) -> None:
+        """The page that two of one prompt will both write into."""
+        whole, rest = divmod(len(running.prompt), PAGE)
         if rest:
-            self.pages.copy(pages[whole : whole + 1], running.pages[whole : whole + 1])
-        return last
+            self.pages.copy(first.pages[whole : whole + 1], running.pages[whole : whole + 1])
 
     def _root(self, request: Request) -> bytes:
         """What keys and values follow from besides tokens: the rotary base."""
         return repr(rope_base(self._model.config, len(request.prompt_ids))).encode()
 
-    def _first_tokens(self, admitted: list[tuple[_Running, Tensor]]) -> None:
-        """Draws behind each prompt's last row [1, C], and tells the host of all of them at once."""
+    def _first_tokens(self, admitted: list[_Running], last: Tensor) -> None:
+        """Draws behind each prompt's last row, of [B, C], and tells the host of all of them at once."""
         rows, ops = self._width(), self._model.model.ops
         notes: list[_Running | None] = [None] * rows
         seen: list[Request | None] = [None] * rows
         every = torch.zeros(rows, self._model.config.vocab_size, dtype=self._model.dtype, device=self._model.device)
-        logits = self._model.head(torch.cat([last for _, last in admitted]))
-        for (running, _), own in zip(admitted, logits.split(1), strict=True):
+        for running, own in zip(admitted, self._model.head(last).split(1), strict=True):
             row = running.row
             running.queued, notes[row] = 1, running
             if running.request.watched:
@@ -303,7 +319,7 @@ class Engine:
             else:
                 decode.choose(ops, own, self._state.rows(row, row + 1), running.tier)
         if any(seen):
-            decode.watched(ops, every, self._state.rows(0, rows), max(r.tier for r, _ in admitted), seen)
+            decode.watched(ops, every, self._state.rows(0, rows), max(running.tier for running in admitted), seen)
         self._replays.tell(notes)
 
     def _leave(self, running: _Running) -> None:
@@ -349,3 +365,16 @@ class Engine:
         if device.type == "cpu":
             return contextlib.nullcontext()
         return torch.cuda.stream(torch.cuda.default_stream(device))
+
+
+def _groups(short: list[_Running]) -> Iterator[list[_Running]]:
+    """Those that share a launch: padded to one length they are a chunk at most, and at most a quarter is padding."""
+    group: list[_Running] = []
+    for running in sorted(short, key=lambda running: len(running.prompt), reverse=True):
+        longest = len(group[0].prompt) if group else 0
+        if (len(group) + 1) * longest > decode.CHUNK or 4 * len(running.prompt) < 3 * longest:
+            yield group
+            group = []
+        group.append(running)
+    if group:
+        yield group

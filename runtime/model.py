@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import for_device
-from ..kernels.reference import SKINNY_ROWS
+from ..kernels.reference import ROWS_ALIKE, SKINNY_ROWS
 from .config import InternLM3Config
 from .layers import Embedding, Linear, PartNames, RMSNorm, StackedLinear
 from .pages import Pages, Sequences
@@ -96,6 +96,11 @@ class Decoder(nn.Module):
     def ops(self) -> ModuleType:
         """Those of the device that the weights are on now."""
         return for_device(self.device)
+
+    def may_share(self, tokens: int) -> bool:
+        """Whether prompts of so many tokens may share a launch: nobody was promised bits that could tell."""
+        alike = ROWS_ALIKE if self.device.type == "cpu" else not self.batch_invariant
+        return alike and tokens > SKINNY_ROWS
 
     def run(self, x: Tensor, seqs: Sequences, pages: Pages, states: list[Tensor] | None = None) -> Tensor:
         """x [B * T, C] through all blocks, not yet normed; what each block gives is appended to `states`."""

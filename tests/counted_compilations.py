@@ -36,7 +36,7 @@ class Server:
         self.state = DecodeState.idle(rows, slots, CONFIG.vocab_size, CONFIG.head_dim, device)
 
     def prefill(self, row, prompt):
-        self.model.head(decode.prefill(self.model, self.pages, self.state.rows(row, row + 1).seqs, prompt, 0))
+        self.model.head(decode.prefill(self.model, self.pages, self.state.rows(row, row + 1).seqs, [prompt]))
 
     def step(self, first, last):
         for tier in Tier:
