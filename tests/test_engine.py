@@ -10,8 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from internlm3 import InternLM3Config, InternLM3ForCausalLM
+from internlm3.kernels.reference import ROWS_ALIKE, SKINNY_ROWS
 from internlm3.runtime import decode
 from internlm3.runtime.engine import Engine
+from internlm3.runtime.model import Decoder
 from internlm3.runtime.pages import PAGE, budget, page_bytes, pages_of
 from internlm3.runtime.replay import Replays, cuda_graphs
 from internlm3.runtime.request import Request
@@ -125,6 +127,31 @@ def test_answers_to_one_prompt_fill_it_once(model, monkeypatch):
         engine.step()
     assert len({tuple(request.token_ids) for request in requests}) == 4
     assert [said(request) for request in requests] == [alone(model, request) for request in requests]
+
+
+@pytest.mark.skipif(not ROWS_ALIKE, reason="this CPU's bits may tell how many rows there are")
+def test_short_prompts_share_launches(model, monkeypatch):
+    """Those of like lengths, up to a chunk together; one of up to 16 tokens goes alone, and so does a long one."""
+    monkeypatch.setattr(decode, "CHUNK", 256)
+    engine = Engine(model, max_rows=8, max_seq_len=512)
+    requests = [ask(ids(length, length)) for length in (50, 45, 16, 40, 300, 51, 200, 39, 38)]
+    tokens = fed(monkeypatch, model)
+    engine.add(requests)
+    engine.step()
+    assert tokens == [16, 256, 44, 200, 5 * 51]  # the last prompt waits for a row
+    while engine.busy:
+        engine.step()
+    for request in requests:
+        assert said(request) == alone(model, request)
+
+
+def test_who_may_share_a_launch(model):
+    assert not model.model.may_share(SKINNY_ROWS)
+    assert model.model.may_share(SKINNY_ROWS + 1) == ROWS_ALIKE
+    on_a_gpu = Decoder(model.config, device="meta")
+    assert on_a_gpu.may_share(SKINNY_ROWS + 1) and not on_a_gpu.may_share(SKINNY_ROWS)
+    on_a_gpu.batch_invariant = True
+    assert not on_a_gpu.may_share(SKINNY_ROWS + 1)
 
 
 def test_sequences_of_different_rotary_bases_share_nothing():
