@@ -35,8 +35,9 @@ class Server:
         self.pages = SimpleNamespace(layer=lambda _: cache.unbind(1))
         self.state = DecodeState.idle(rows, slots, CONFIG.vocab_size, CONFIG.head_dim, device)
 
-    def prefill(self, row, prompt):
-        self.model.head(decode.prefill(self.model, self.pages, self.state.rows(row, row + 1).seqs, [prompt]))
+    def prefill(self, first, *prompts):
+        seqs = self.state.rows(first, first + len(prompts)).seqs
+        self.model.head(decode.prefill(self.model, self.pages, seqs, prompts))
 
     def step(self, first, last):
         for tier in Tier:
@@ -60,6 +61,9 @@ def serve(device):
         for tokens in (rng.randint(1, 3 * decode.CHUNK), rng.randint(1, decode.CHUNK), rng.randint(1, 40)):
             begin = rng.randint(0, 6000)
             server.prefill(rng.randrange(rows), prompt[begin : begin + tokens])
+        together = rng.randint(1, min(rows, 16))
+        most = decode.CHUNK // together
+        server.prefill(rng.randint(0, rows - together), *(prompt[: rng.randint(1, most)] for _ in range(together)))
         first = rng.randrange(rows)
         server.step(first, rng.randint(first + 1, rows))
 
