@@ -1,6 +1,6 @@
 """Answers of mixed lengths, more than are decoded together: as rows are free, beside waves that wait for their slowest.
 
-    python bench/mixed.py [--rows 4] [--rounds 5] [--json FILE]
+    python bench/mixed.py [--rows 4] [--rounds 5] [--before CHECKOUT] [--json FILE]
 
 Two kinds of work go through `LLM.generate` of the stand-in model, on this machine's CPU: questions whose answers the
 model ends by itself, and answers whose lengths are drawn from an exponential distribution: any may end at any step.
@@ -8,6 +8,8 @@ Each goes through one call, and in waves of as many questions as there are rows,
 times as fast the one call is stands what the lengths allow: the steps of waves by those of rows that are taken as they
 come free. The rest goes to prompts, which take as long both ways, and to this: a step of one row, as waves end in,
 costs a CPU less than one of all rows.
+`--before` sets beside them another checkout of this project, a folder named internlm3, which gets the questions in one
+call of its own: up to commit 5a2bf93 that went through them in waves.
 """
 
 import argparse
@@ -23,7 +25,7 @@ from options import output, positive
 from record import stamp, write_json
 from workers import ask
 
-FREE, WAVES = "as rows are free", "in waves"
+FREE, WAVES, BEFORE = "as rows are free", "in waves", "before"
 MOST = 512  # tokens of an answer
 MEAN = 128  # tokens of an answer whose length is drawn
 QUESTIONS = (  # all to which the stand-in's greedy answer comes to an end: others go round in circles
@@ -83,7 +85,9 @@ def worker(kind: str, way: str, rows: int) -> Done:
     answers = [
         output.outputs[0]
         for first in range(0, len(params), some)
-        for output in llm.chat(conversations[first : first + some], params[first : first + some])
+        for output in llm.chat(
+            conversations[first : first + some], params[0] if way == BEFORE else params[first : first + some]
+        )
     ]
     seconds = time.perf_counter() - begin
     return {
@@ -97,6 +101,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=positive, default=4, help="decoded together")
     parser.add_argument("--rounds", type=positive, default=5)
+    parser.add_argument("--before", help="another checkout, to be asked the questions too")
     parser.add_argument("--json", type=output, help="write all figures here")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -108,11 +113,15 @@ def main() -> None:
     print("; ".join(f"{key} {value}" for key, value in made.items()))
     record = {}
     for kind in ("questions", "drawn lengths"):
-        # Each way has a process of its own: the prompts of one are in no cache of the other.
-        rounds: list[dict[str, Done]] = [
-            {way: ask(__file__, "--rows", str(args.rows), "--worker", kind, way) for way in (FREE, WAVES)}
-            for _ in range(args.rounds)
-        ]
+        # One call before had one setting for all.
+        ways = [FREE, WAVES, *([BEFORE] if args.before and kind == "questions" else [])]
+
+        def run(kind: str, way: str) -> Done:
+            """In a process of its own: the prompts of one way are in no cache of the other."""
+            checkout = args.before if way == BEFORE else None
+            return ask(__file__, "--rows", str(args.rows), "--worker", kind, way, checkout=checkout)
+
+        rounds = [{way: run(kind, way) for way in ways} for _ in range(args.rounds)]
         lengths, cut = rounds[0][FREE]["lengths"], rounds[0][FREE]["cut"]
         same = all(done["lengths"] == lengths for each in rounds for done in each.values())
         print(
@@ -120,17 +129,18 @@ def main() -> None:
             f"cut off at their bound), {args.rows} rows{'' if same else '; NOT the same lengths every time'}"
         )
         count = {way: steps(lengths, args.rows, way) for way in (FREE, WAVES)}
-        for way in (FREE, WAVES):
+        for way in ways:
             seconds = [each[way]["seconds"] for each in rounds]
-            print(
-                f"  {way:18}{statistics.median(seconds):7.2f} s ({min(seconds):.2f} to {max(seconds):.2f}), "
-                f"{count[way]} steps"
-            )
+            taken = f", {count[way]} steps" if way in count else ""
+            print(f"  {way:18}{statistics.median(seconds):7.2f} s ({min(seconds):.2f} to {max(seconds):.2f}){taken}")
+        for way in ways[2:]:
+            times = [each[way]["seconds"] / each[FREE]["seconds"] for each in rounds]
+            print(f"  {statistics.median(times):.2f} times as fast as {way} ({min(times):.2f} to {max(times):.2f})")
         times = [each[WAVES]["seconds"] / each[FREE]["seconds"] for each in rounds]
         found, allowed = statistics.median(times), count[WAVES] / count[FREE]
         print(
-            f"  {found:.2f} times as fast ({min(times):.2f} to {max(times):.2f}); these lengths allow {allowed:.2f}: "
-            f"{found / allowed:.0%} of it"
+            f"  {found:.2f} times as fast as in waves ({min(times):.2f} to {max(times):.2f}); these lengths allow "
+            f"{allowed:.2f}: {found / allowed:.0%} of it"
         )
         record[kind] = {
             "lengths": lengths,

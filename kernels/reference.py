@@ -24,19 +24,22 @@ from .sampling_reference import sample as sample
 
 # Up to this many rows a linear layer streams its weights once, whatever the number of rows.
 SKINNY_ROWS = 16
-# Up to so many rows a CPU computes weight @ x^T, where that streams the weights faster than x @ weight^T does. Measured
-# at the stand-in's shapes: on a Xeon with AMX (2026-11-23, 16 bits alone), and on an EPYC with AVX512-BF16 and without
-# AMX (2026-11-25; it takes 2.2 times as long in bfloat16, and in float32 0.7 of the time up to 4 rows).
-if torch.cpu._is_amx_tile_supported():
+# What a CPU is fast at was measured at the stand-in's shapes on two: a Xeon with AMX (2026-11-23, 16 bits alone) and an
+# EPYC with AVX512-BF16 and without AMX (2026-11-25).
+_AMX = torch.cpu._is_amx_tile_supported()
+_AVX512_BF16 = torch.cpu._is_avx512_bf16_supported() and not _AMX
+# Up to so many rows it computes weight @ x^T, where that streams the weights faster than x @ weight^T does: without AMX
+# it takes 2.2 times as long in bfloat16, and in float32 0.7 of the time up to 4 rows.
+if _AMX:
     TRANSPOSED_ROWS = {torch.bfloat16: 16, torch.float16: 16, torch.float32: 0}
 else:
     TRANSPOSED_ROWS = {torch.bfloat16: 0, torch.float16: 0, torch.float32: 4}
 # PyTorch gives float32 products to MKL, which is fast on Intel's CPUs alone. oneDNN, which has the 16-bit ones, takes
 # 0.45 to 0.65 of its time on the EPYC, for 5 rows as for 2048.
-ONEDNN_FLOAT32 = torch.backends.mkldnn.is_available() and not torch.cpu._is_amx_tile_supported()
+ONEDNN_FLOAT32 = _AVX512_BF16 and torch.backends.mkldnn.is_available()
 # Whether, of more than SKINNY_ROWS rows, each has the same bits however many there are. So it is on the EPYC, for 17 to
-# 512 rows of 7 to 14336 numbers; with AMX nobody has looked.
-ROWS_ALIKE = not torch.cpu._is_amx_tile_supported()
+# 512 rows of 7 to 14336 numbers; elsewhere nobody has looked.
+ROWS_ALIKE = _AVX512_BF16
 # So many tokens of a chunk go through a CPU's attention together. It computes what its mask hides too: of 512 tokens in
 # one go that is half of all scores, in blocks of 64 a sixteenth (0.65 to 0.77 of the time, the same EPYC).
 QUERY_BLOCK = 64
