@@ -18,8 +18,9 @@ from torch import Tensor
 
 # InternLM3-8B-Instruct's config.json.
 EIGHT_B = InternLM3Config(
-    intermediate_size=10240, num_key_value_heads=2, rope_scaling={"rope_type": "dynamic", "factor": 6.0}
-)
+    intermediate_size=10240, num_hidden_layers=48, num_key_value_heads=2,
+    rope_scaling={"rope_type": "dynamic", "factor": 6.0},
+)  # fmt: skip
 TOY = InternLM3Config(
     vocab_size=320, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
     num_key_value_heads=2, head_dim=16, max_position_embeddings=32,
@@ -52,7 +53,9 @@ def on_ops(ops: ModuleType) -> Iterator[None]:
 
 
 class Steps:
-    """Rows of so many tokens each, with pages of their own.
+    """Rows of so many tokens each, with pages of their own, whose keys and values are random.
+
+    What memory held before may be a NaN, and a row that has seen one ends: its steps would be timed without it.
 
     Raises torch.cuda.OutOfMemoryError, or MemoryError on a CPU, where they do not fit.
     """
@@ -61,6 +64,8 @@ class Steps:
         config, device = model.config, model.device
         self.model = model
         self.pages = Pages(config, rows * pages_of(tokens), model.dtype, device)
+        for layer in self.pages.kv:
+            layer.normal_()
         self.state = DecodeState.idle(rows, pages_of(tokens), config.vocab_size, config.head_dim, device)
         self.state.limit.fill_(2**30)
         self.state.allowed.fill_(-1)

@@ -1,7 +1,7 @@
 """Milliseconds of a decode step of the whole model, captured as the engine captures it, by context and rows.
 
-Weights are random, and what is held is whatever lies in the pages: neither changes what a step does. Each step reads
-all weights and all that is held once, which at this card's read ceiling is its floor.
+Weights are random, and so is what is held: neither changes what a step does. Each step reads all weights and all that
+is held once, which at this card's read ceiling is its floor.
 """
 
 from __future__ import annotations
@@ -82,4 +82,7 @@ def step_times(
     capture = eager if small else cuda_graphs()
     with torch.inference_mode():
         replay = capture(partial(steps.step, tier))
-        return [time / 1e3 for time in islice(rounds_of(replay, 1), rounds)]
+        times = [time / 1e3 for time in islice(rounds_of(replay, 1), rounds)]
+    if (held := int(steps.state.seqs.seq_lens.min())) < context:
+        raise RuntimeError(f"a row holds {held} tokens at the end: what was timed is not a step at {context}")
+    return times

@@ -20,7 +20,8 @@ def rows(small: bool) -> Iterator[Row]:
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
         command += [str(ROOT / "tests" / "kernels")]
         command += ["-k", "advance or embed"] if small else []
-        command += ["-n", "8"] if not small and find_spec("xdist") else []  # most of the time goes to compilers
+        if not small and find_spec("xdist"):  # most of the time goes to compilers
+            command += ["-n", "8", "--dist", "loadgroup"]
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
         if not report.exists():
             last = (done.stdout + done.stderr).strip().splitlines()[-1:]

@@ -16,6 +16,7 @@ every kernel asks for all it needs before it computes.
 """
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -26,6 +27,7 @@ from .sampling_weights import (
     INF,
     LARGEST,
     LOW32,
+    UNIT,
     best_of,
     kept_weight,
     read_least_weight,
@@ -39,6 +41,16 @@ from .sampling_weights import (
 # Tokens of one program: 8 a thread.
 BLOCK = 1024
 BLOCK_WARPS = 4
+
+
+@triton.jit
+def _sum_of(x):
+    """The sum of numbers from 0 on, in units of 2^-40: float32, NaN where one is.
+
+    Of integers, since the compiler lays out x, and so orders a sum of floats, as it likes in each tier's kernel.
+    """
+    total = tl.sum((x * UNIT).to(tl.int64), axis=0).to(tl.float32) / UNIT
+    return tl.where(tl.max((x != x).to(tl.int32), axis=0) > 0, float("nan"), total)
 
 
 @jit(
@@ -78,7 +90,7 @@ def _penalize(
     partial = row * blocks + block
     peak = tl.maximum(tl.max(x, axis=0), -LARGEST)
     tl.store(peak_ptr + partial, peak)
-    tl.store(spread_ptr + partial, tl.sum(tl.exp(x - peak), axis=0))
+    tl.store(spread_ptr + partial, _sum_of(tl.exp(x - peak)))
     if bias_ptr is not None:
         x += bias
     if repetition_ptr is not None:
@@ -172,7 +184,7 @@ def _pick(
     logit = tl.load(logits_ptr + row * logits_stride + token).to(tl.float32)
     tl.store(token_ptr + row, token.to(tl.int64))
     peak = tl.max(peaks, axis=0)
-    log_total = tl.log(tl.sum(spread * tl.exp(peaks - peak), axis=0))
+    log_total = tl.log(_sum_of(spread * tl.exp(peaks - peak)))
     tl.store(logprob_ptr + row, logit - peak - log_total)
 
 

@@ -10,6 +10,9 @@ from internlm3 import kernels
 
 from .support import DEVICE, assert_same, generator, normal
 
+# One worker at a time: on a GPU each of them takes gigabytes that no other has.
+pytestmark = pytest.mark.xdist_group("gigabytes")
+
 ROWS, WIDTH, HEADS, DIM, PAGES, PAGE, VOCAB = 3, 64, 3, 16, 4, 16, 70
 
 
