@@ -315,7 +315,7 @@ def _all_passes(
     at, digit = tl.arange(0, CHUNK), tl.arange(0, _DIGITS)
     key, weight = order_key(x), _weights(x, at < count, best, sharpness, floor, SEARCH)
     bits = tl.full((), 0, tl.int64)
-    target, begun_bits, begun_target = bits, bits, bits
+    target = bits
     mass = tl.load(search_ptr + _first_mass(SEARCH, 0) + digit)
     for step in range(_PASSES):
         mass = tl.where(step == 0, mass, 0)
@@ -324,11 +324,11 @@ def _all_passes(
             more = tl.load(candidate_ptr + start + at, mask=start + at < count, other=-INF)
             their_key, theirs = order_key(more), _weights(more, start + at < count, best, sharpness, floor, SEARCH)
             mass += _by_digit(their_key, tl.where(_begins(their_key, bits, step), theirs, 0), step)
-        begun_bits, begun_target = bits, target
+        # Left behind in each pass, though the last would do: see tests/kernels/test_twins.py on what a loop carries.
+        tl.store(search_ptr + _begun(SEARCH, step), bits)
+        tl.store(search_ptr + _begun(SEARCH, step) + 1, target)
+        tl.store(search_ptr + _first_mass(SEARCH, step) + digit, mass)
         bits, target = _settled(goal, mass, bits, target, step, SEARCH)
-    tl.store(search_ptr + _first_mass(SEARCH, _PASSES - 1) + digit, mass)
-    tl.store(search_ptr + _begun(SEARCH, _PASSES - 1), begun_bits)
-    tl.store(search_ptr + _begun(SEARCH, _PASSES - 1) + 1, begun_target)
     return bits
 
 

@@ -6,13 +6,14 @@ float64 in its own words, and holds both to `assert_near`.
 
 import os
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import hypothesis
 import torch
 from harness import GUARD, difference, poison
 from harness import call as call
 from hypothesis import strategies as st
+from internlm3.kernels import reference
 from torch import Tensor
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
@@ -43,6 +44,13 @@ def embedded(x: Tensor, padding: int = 0) -> Tensor:
     memory = poison(2 * GUARD + rows * (width + padding), x.dtype, DEVICE)
     view = memory[GUARD : memory.numel() - GUARD].view(*lead, width + padding)[..., :width]
     return view.copy_(x)
+
+
+def twin(op: str, *args: Any, **options: Any) -> Tensor:
+    """What the reference's op of this name gives on a CPU, where it is at home; on the tests' device."""
+    given = [arg.cpu() if isinstance(arg, Tensor) else arg for arg in args]
+    result: Tensor = getattr(reference, op)(*given, **options)
+    return result.to(DEVICE)
 
 
 def assert_near(exact: Tensor, ulps: float, magnitude: Tensor | float = 0.0, **results: Tensor) -> None:

@@ -21,6 +21,7 @@ from .support import (
     normal,
     paged_cache,
     seeds,
+    twin,
 )
 
 # The weights of a row are rounded to the dtype before they meet the values (half an ulp each), and so is the result.
@@ -54,7 +55,7 @@ def check_case(q, cache: PagedCache, scale, programs=64):
     """Any number of programs may share the work: it decides whether and how splits wrap around."""
     with mock.patch.object(attention, "_PROGRAMS", programs):
         out = call(kernels.paged_attention, q, *cache, scale)
-    expected = reference.paged_attention(q, *cache, scale)
+    expected = twin("paged_attention", q, *cache, scale)
     truth, size = exact(q, cache, scale)
     assert_near(truth, ULPS[q.dtype], size, triton=out, reference=expected)
     return out

@@ -21,6 +21,7 @@ from .support import (
     normal,
     scales,
     seeds,
+    twin,
 )
 from .test_rope import ULPS, orders
 from .test_rope import Case as RopeCase
@@ -41,10 +42,12 @@ def product(x, weight, bias=None, normed=False):
 
     Those are: float32 sums, within 4 float32 ulp of the sum of magnitudes; where x is a norm's result, an element that
     is rounded the other way because rsqrt's last bit decides a tie: two ulp of the largest term are room for several.
+    A GPU's rsqrt is itself within two float32 ulp, in the same direction for all elements.
     """
     terms = x.double()[:, None] * weight.double()
     exact, addends = terms.sum(-1), terms.abs().sum(-1)
-    largest = 2 * terms.abs().amax(-1) if normed else 0.0
+    shifted = 2 * torch.finfo(torch.float32).eps / torch.finfo(x.dtype).eps * exact.abs()
+    largest = 2 * terms.abs().amax(-1) + shifted if normed else 0.0
     unbiased = 0.0
     if bias is not None:
         # The reference rounds before the bias is added.
@@ -79,7 +82,7 @@ def run(op, *args, **options):
     """The op by both modules. The reference gets a weight without gaps between its rows: torch's bfloat16 torch.mm on a
     CPU multiplies what lies in a gap by zero, which is a NaN here."""
     result = call(functools.partial(getattr(kernels, op), **options), *args)
-    expected = getattr(reference, op)(*(arg.contiguous() if isinstance(arg, torch.Tensor) else arg for arg in args))
+    expected = twin(op, *(arg.contiguous() if isinstance(arg, torch.Tensor) else arg for arg in args))
     return {"triton": result, "reference": expected}
 
 
@@ -301,7 +304,7 @@ def test_any_leading_dimensions():
 @pytest.mark.parametrize("rows", [1, 4])
 def test_roundings_in_the_reference_order(dtype, rows):
     """Bit by bit, but for a few values where the order of a float32 sum decides a tie."""
-    case = Case(19, dtype, rows, 576, 64)
+    case = Case(19, dtype, rows, 576, 128)  # one place of a half is then under 3%
     args = (case.x, case.norm, EPS, case.weight)
     for op in ("rms_norm_linear", "rms_norm_swiglu"):
         results = run(op, *args)
@@ -336,8 +339,11 @@ def test_bad_input(rows, op, change, error, message):
         good |= {"norm": torch.zeros(16), "eps": EPS}
     args = {**good, **change}
     args = {n: x.to(DEVICE) if isinstance(x, torch.Tensor) and not x.is_meta else x for n, x in args.items()}
+    # A copy to another device lies as it likes.
     if "weight" in change and change["weight"].stride(0) == 17:
         args["weight"] = torch.zeros(4, 17, device=DEVICE)[:, 1:]
+    elif "weight" in change and change["weight"].storage_offset():
+        args["weight"] = torch.zeros(65, device=DEVICE)[1:].view(4, 16)
     with pytest.raises(error, match=message):
         getattr(kernels, op)(**args)
 

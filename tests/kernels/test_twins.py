@@ -52,6 +52,31 @@ def test_every_kernel_that_is_launched_has_its_facts():
     assert {key.value.split(",")[0] for key in facts.keys} == launched
 
 
+def carried(loop):
+    """Names in a loop to which a statement gives what another name had at its beginning, and has no more at its end."""
+    assigned = [
+        {x.id for x in ast.walk(node) if isinstance(x, ast.Name) and isinstance(x.ctx, ast.Store)} for node in loop.body
+    ]
+    for line, node in enumerate(loop.body):
+        if isinstance(node, ast.Assign):
+            values = node.value.elts if isinstance(node.value, ast.Tuple) else [node.value]
+            before, after = set().union(*assigned[:line]), set().union(*assigned[line:])
+            yield from (x.id for x in values if isinstance(x, ast.Name) and x.id in after - before)
+
+
+def test_no_loop_carries_what_another_name_had():
+    """Triton up to 3.9 takes `old = x` in front of `x = ...` in a loop for what both had before the loop.
+
+    Behind it `old` is the first value, whatever the loop did; the interpreter gives the right one.
+    """
+    wrong = "for step in range(8):\n  old, other = x, 1\n  new = x + 1\n  x = new"
+    assert list(carried(ast.parse(wrong).body[0])) == ["x"]
+    for path in Path(reference.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.For):
+                assert not list(carried(node)), f"{path.name}:{node.lineno}"
+
+
 def test_no_file_hides_an_op():
     """Importing kernels/<op>.py would bind the module where the op should be."""
     files = {path.stem for path in Path(reference.__file__).parent.glob("*.py")}
