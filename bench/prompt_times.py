@@ -13,7 +13,11 @@ import time
 from collections.abc import Iterator
 
 import torch
-from bare_step import Steps, device_of, random_model
+from bare_step import device_of, random_model
+from internlm3 import InternLM3ForCausalLM
+from internlm3.runtime.engine import Engine
+from internlm3.runtime.request import Request
+from internlm3.runtime.sampling import SamplingParams
 from rows import Part, Row
 from timing import measure_floor, name_of
 
@@ -23,7 +27,7 @@ def rows(small: bool) -> Iterator[Row]:
     model = random_model(small)
     products = measure_floor(device, [model.dtype], 5).matmul[name_of(model.dtype)]
     weights = sum(weight.numel() for weight in model.model.layers.parameters())
-    for tokens in (8, 24) if small else (128, 2048, 8192):
+    for tokens in (8, 24) if small else (16, 128, 512, 1024, 2048, 8192):
         times = prompt_times(model, tokens, 2 if small else 10)
         config = model.config
         operations = 2 * tokens * weights  # each weight, and each key and value that a token sees
@@ -45,14 +49,15 @@ def rows(small: bool) -> Iterator[Row]:
             yield part.figure(f"a start, {run} run: {name}", [seconds], "s", start=run)
 
 
-def prompt_times(model, tokens: int, rounds: int) -> list[float]:
-    """Milliseconds until the logits behind a prompt are there."""
-    steps = Steps(model, 1, tokens)
-    ids = torch.randint(1, model.config.vocab_size, (tokens,)).tolist()
-    times = []
+def prompt_times(model: InternLM3ForCausalLM, tokens: int, rounds: int) -> list[float]:
+    """Milliseconds from a request, each with a prompt of its own, to its first token."""
+    engine, times = Engine(model, max_rows=1, max_seq_len=tokens + 1), []
     for _ in range(rounds + 1):
+        request = Request(torch.randint(1, model.config.vocab_size, (tokens,)).tolist(), SamplingParams(), 1)
         begin = time.perf_counter()
-        steps.prefill(ids).argmax().item()
+        engine.add([request])
+        while engine.busy:
+            engine.step()
         times.append((time.perf_counter() - begin) * 1e3)
     return times[1:]
 

@@ -100,11 +100,10 @@ def _answers(engine: Engine, requests: Sequence[Request]) -> list[Answer]:
 def _graphs(model, small: bool, capture: Callable[[], Capture]) -> str:
     window = 64 if small else 1024
     found = []
-    # One depth, since it decides when a row is free for the next prompt, and so what stands beside what.
-    for made in (eager, capture()):
+    # As in graphs prompts are padded, and of one depth: it decides when a row is free, and so what stands beside what.
+    for made in (lambda step: eager(step), capture()):
         engine = Engine(model, max_rows=8, max_seq_len=window, capture=made, depth=3)
-        if made is not eager:
-            engine.warm_up()
+        engine.warm_up()
         found.append(_answers(engine, _requests(model.config.vocab_size, window, 20, 5)))
         if engine.pages.free != len(engine.pages):
             return f"{len(engine.pages) - engine.pages.free} pages are held by nobody"

@@ -10,16 +10,16 @@ and even one token fills a tensor-core tile. It walks the keys in tiles of conse
 
 Tile j belongs to split j mod SPLITS, whatever the length. A split leaves its normalised sum, its largest score and its
 weight beside that in float32; `_combine` joins the splits in the order of their numbers. SPLITS and the tiles are
-functions of T, G, D and the dtype. So for given T, G and D the bits of a row depend on nothing but its query and the
-keys and values that it sees: not on the other sequences, nor the other rows of its tile, the page size, the order of
-the pages, or the width of the block table. Dao et al. 2022 (online softmax), Dao et al. 2023 (split keys), Kwon et al.
-2023 (pages).
+functions of T, G, D, the dtype, and whether there is one sequence. So for given T, G and D, alone or not, the bits of a
+row depend on nothing but its query and the keys and values that it sees: not on the other sequences, nor the other rows
+of its tile, the page size, the order of the pages, or the width of the block table. Dao et al. 2022 (online softmax),
+Dao et al. 2023 (split keys), Kwon et al. 2023 (pages).
 
 At InternLM3-8B's shapes (48 layers, H 32, K 2, D 128, bfloat16) a token's keys and values are 1 KiB a layer, 48 KiB in
 all. One decode step of one sequence moves, and does, per layer:
     1k tokens     1 MiB    16.8 MFLOP     0.35 us at 3.0 TB/s: latency, not bandwidth, is what it costs
     32k tokens   32 MiB     537 MFLOP    11.2  us at 3.0 TB/s
-and 16.5 KB of float32 partial sums on top for each split at work, 1.06 MB with all 64, written and read once (in L2).
+and 16.5 KB of float32 partial sums on top for each split at work, 2.1 MB with all 128, written and read once (in L2).
 """
 
 import math
@@ -36,18 +36,20 @@ from .launch import cdiv, check, check_activation, jit, next_power_of_2, options
 MAX_HEAD_DIM = 256
 # Programs that share a sequence's work on one key/value head: twice as many, with InternLM3-8B's two, fill 132 SMs.
 _PROGRAMS = 64
-# Rows in a tile -> keys in a tile, warps, stages. Chosen by compiling for sm_80 to sm_100, not yet by measuring: none
-# spills, and all fit the 99 KB of sm_86. Page numbers take a stage of their own: with five, two tiles are under way.
-# One token's are small: a short context is more programs, and on sm_90 each takes 38 KB of shared memory and 86
-# registers, where tiles of 64 keys take 72 KB and 114. Those may be the faster ones at 32k tokens: measure there.
-# For 64 rows one tile ahead leaves room for a second program; two ahead spill on sm_86 and 89 with Triton 3.6 and 3.8.
-_TILES = {16: (32, 4, 5), 32: (64, 4, 5), 64: (32, 8, 4), 128: (32, 8, 5)}
+# Rows in a tile -> keys in a tile, warps, stages. None spills on sm_80 to sm_100, and all fit the 99 KB of sm_86. Page
+# numbers take a stage of their own: with five, two tiles are under way. For 64 rows one tile ahead leaves room for a
+# second program; two ahead spill on sm_86 and 89 with Triton 3.6 and 3.8. That of 16 was chosen by the time of whole
+# steps of InternLM3-8B on an H200, 2026-11-27, at 1k and 8k tokens in 16 rows; the others by compiling alone.
+_TILES = {16: (64, 4, 3), 32: (64, 4, 5), 64: (32, 8, 4), 128: (32, 8, 5)}
+# One sequence alone has the GPU for itself: by the same measure at 1k, 8k and 32k tokens.
+_PROGRAMS_ALONE = 128
+_TILE_ALONE = (64, 8, 3)
 # Tensor cores that take both factors from shared memory, sm_90's and later, leave registers for more keys.
 _TALL_OF_SM90 = (64, 8, 2)
 
 
 class Tiling(NamedTuple):
-    """How one launch is cut: on one device a function of T, G, D and the dtype alone."""
+    """How one launch is cut: on one device a function of T, G, D, the dtype, and whether its sequence is alone."""
 
     rows: int
     keys: int
@@ -58,16 +60,18 @@ class Tiling(NamedTuple):
 
 
 @lru_cache
-def tiling(T: int, G: int, D: int, dtype: torch.dtype, sm90: bool) -> Tiling:
-    dims = next_power_of_2(D)
+def tiling(T: int, G: int, D: int, dtype: torch.dtype, sm90: bool, alone: bool) -> Tiling:
+    dims, programs = next_power_of_2(D), _PROGRAMS
     rows = min(max(next_power_of_2(T * G), 16), 128 if dims <= 128 else 64)
     keys, warps, stages = _TALL_OF_SM90 if rows == 128 and sm90 else _TILES[rows]
+    if rows == 16 and alone:
+        (keys, warps, stages), programs = _TILE_ALONE, _PROGRAMS_ALONE
     if dims > 128:
         keys //= 2
     if dtype == torch.float32:
         # Not for speed: exact products have no tensor cores, and hold both factors in registers.
         rows, keys, warps, stages = 16, 16, 4, 5
-    splits = max(_PROGRAMS // next_power_of_2(cdiv(T * G, rows)), 1)
+    splits = max(programs // next_power_of_2(cdiv(T * G, rows)), 1)
     return Tiling(rows, keys, dims, splits, warps, stages)
 
 
@@ -196,9 +200,18 @@ def _combine(
 
 
 def paged_attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seq_lens: Tensor, scale: float
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    scale: float,
+    *,
+    batch_invariant: bool = False,
 ) -> Tensor:
     """Causal attention of each sequence's last T tokens over its pages. q [B*T, H, D] -> [B*T, H*D].
+
+    With `batch_invariant` a sequence alone is computed as one of several would be: its bits are the same.
 
     k_cache and v_cache [P, K, S, D] of q's dtype, laid out alike; block_table [B, N] and seq_lens [B] int32; D a
     multiple of 16 up to 256. Rows at negative positions, all rows of an idle sequence among them, are zero. Slots past
@@ -229,7 +242,9 @@ def paged_attention(
 
     T, G = rows // B, H // K
     shared = options(device)
-    BM, BN, BD, SPLITS, warps, stages = tiling(T, G, D, q.dtype, sm90=shared["PDL"])
+    BM, BN, BD, SPLITS, warps, stages = tiling(
+        T, G, D, q.dtype, sm90=shared["PDL"], alone=B == 1 and not batch_invariant
+    )
     out = torch.empty((rows, H * D), dtype=q.dtype, device=device)
     partial, best, total = out, out, out
     if SPLITS > 1:

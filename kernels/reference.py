@@ -268,7 +268,14 @@ def rms_norm_qkv_rope_cache(
 
 
 def paged_attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seq_lens: Tensor, scale: float
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    scale: float,
+    *,
+    batch_invariant: bool = False,
 ) -> Tensor:
     """Causal attention of each sequence's last T tokens over its pages. q [B*T, H, D] -> [B*T, H*D], idle rows zero."""
     sequences, kv_heads, page_size, dim = block_table.shape[0], *k_cache.shape[1:]

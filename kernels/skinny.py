@@ -13,18 +13,18 @@ W is read once whatever R is, and its bytes are the time. At InternLM3-8B's shap
     rms_norm_linear (head)    128512 x 4096   1052.8    1053 MFLOP R     350.9
 The first four once a layer, 48 times; the head once. x and y are kilobytes.
 
-One row: a program owns four whole rows of W (two of long ones) and has all of them on the way to its registers before
-it waits for the predecessor that computes x, which it norms for itself. Up to 16 rows: the norm is a launch of its own;
-a program multiplies a tile of W by x^T, padded to 16 columns, on the tensor cores, and walks the columns of W in one
-fixed order, so the bits of a row of y depend on no other row. Its tile is high, since every program reads all of x.
+One row: a program owns two whole rows of W and has all of them on the way to its registers before it waits for the
+predecessor that computes x, which it norms for itself. Up to 16 rows: the norm is a launch of its own; a program
+multiplies a tile of W by x^T, padded to 16 columns, on the tensor cores, and walks the columns of W in one fixed order,
+so the bits of a row of y depend on no other row. Its tile is high, since every program reads all of x.
 
 What ptxas makes of it for sm_90 (Triton 3.7.1, bfloat16), nothing spilled; one row, then up to 16:
     op                        registers   programs/SM   KB of W in flight/SM      registers   shared KB
-    rms_norm_qkv_rope_cache      128           4                128                   64          72
-    linear_add (o)                96           5                160                   64          72
-    rms_norm_swiglu              125           4                128                   48          80
-    linear_add (down)             70           3                120                   64          72
-    rms_norm_linear (head)       126           4                128                   48          80
+    rms_norm_qkv_rope_cache       96           5                 80                   56         160
+    linear_add (o)                56           9                144                   56         160
+    rms_norm_swiglu               95           5                 80                   48         160
+    linear_add (down)            126           4                160                   56         160
+    rms_norm_linear (head)        94           5                 80                   48         160
 
 SwiGLU joins W's row i with row i + I, a rotation row d of a head with d + D/2. Both lie HALF rows apart in a group of
 2 HALF rows, and one program takes both, so that they meet in registers:
@@ -55,16 +55,18 @@ class Tile(NamedTuple):
     stages: int = 1
 
 
-# Chosen by compiling for sm_80 to sm_100, not yet by measuring.
-ONE_ROW = Tile(4, 4096, 4)  # rows of W up to 8 KiB: 32 KiB on the way to a program's registers, for one norm of x
+# Chosen by the time of whole steps of InternLM3-8B on an H200, 2026-11-27, with 1, 4 and 16 rows; for GPUs before sm_90
+# by compiling alone.
+ONE_ROW = Tile(2, 4096, 4)  # rows of W up to LONG bytes
 ONE_ROW_LONG = Tile(2, 4096, 8)
-LONGEST = 40960  # bytes of a row of W: more do not fit the registers, and one row of x goes the way of several
+LONG, LONGEST = 20480, 40960  # bytes of a row of W: more do not fit the registers, and go the way of several rows
+ROWS_SM90 = Tile(64, 256, 4, 8)  # tensor cores that read shared memory take 64 rows of W: 112 KB are under way
 ROWS = Tile(32, 512, 4, 4)
 ROWS_WIDE = Tile(64, 256, 4, 4)  # more rows of W than WIDE: half the programs fill a GPU, and read x half as often
 WIDE = 16384  # AMD's: of any, where ROWS would take more than the 64 KB of shared memory that a program may have
 ROWS_FLOAT32 = Tile(32, 256, 4, 2)  # for checks: no tensor core multiplies float32 exactly
 PADDED_ROWS = 16
-AHEAD = 16  # cache lines of each row of W that a program asks into L2 before it waits, where registers do not hold it
+AHEAD = 8  # cache lines of each row of W that a program asks into L2 before it waits, where registers do not hold it
 
 NO_CACHE = dict.fromkeys(
     [
@@ -286,11 +288,14 @@ def multiply(
     rows, columns = x.shape
     outputs = weight.shape[0]
     size = weight.element_size()
+    shared = options(x.device)
     alone = rows == 1 and not batch_invariant and columns * size <= LONGEST
     if alone:
-        tile = ONE_ROW if columns * size <= 2 * ONE_ROW.width else ONE_ROW_LONG
+        tile = ONE_ROW if columns * size <= LONG else ONE_ROW_LONG
     elif x.dtype == torch.float32:
         tile = ROWS_FLOAT32
+    elif shared["PDL"]:
+        tile = ROWS_SM90
     else:
         tile = ROWS_WIDE if outputs > WIDE or torch.version.hip else ROWS
     if norm is not None and not alone:  # once for all programs
@@ -300,5 +305,5 @@ def multiply(
         y, rows, **(cache or NO_CACHE),
         OUT=outputs, C=columns, W_STRIDE=weight.stride(0), HALF=half,
         BO=tile.rows, BC=min(tile.width // size, max(next_power_of_2(columns), 16)),
-        BR=1 if alone else PADDED_ROWS, STAGES=tile.stages, AHEAD=AHEAD, num_warps=tile.warps, **options(x.device),
+        BR=1 if alone else PADDED_ROWS, STAGES=tile.stages, AHEAD=AHEAD, num_warps=tile.warps, **shared,
     )  # fmt: skip

@@ -25,6 +25,6 @@ def token_counts(most: int, group: int, head_dim: int, dtype: torch.dtype, devic
     """
     firsts: dict[object, int] = {}
     for tokens in range(1, most + 1):
-        tiles = tiling(tokens, group, head_dim, dtype, sm90=options(device)["PDL"])
+        tiles = tiling(tokens, group, head_dim, dtype, sm90=options(device)["PDL"], alone=True)
         firsts.setdefault((min(tokens, 2), tokens <= SKINNY_ROWS, heads_of_a_program(tokens), tiles), tokens)
     return list(firsts.values())

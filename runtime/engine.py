@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import decode
+from .filling import Filler
 from .model import LanguageModel
 from .pages import PAGE, Pages, Sequences, budget, pages_of
 from .replay import Capture, Replays, cuda_graphs, eager
@@ -73,7 +74,10 @@ class Engine:
             self._state = DecodeState.idle(max_rows, pages_of(max_seq_len), config.vocab_size, config.head_dim, device)
         self._eager = capture is eager or (capture is None and device.type == "cpu")
         self._depth = depth or (1 if device.type == "cpu" and self._eager else DEPTH)
-        self._replays = Replays(self._step, self._state.said, capture or (eager if self._eager else cuda_graphs()))
+        capture = capture or (eager if self._eager else cuda_graphs())
+        self._replays = Replays(self._step, self._state.said, capture)
+        with self._on_device():
+            self._filler = None if self._eager else Filler(model, self.pages, pages_of(max_seq_len), capture)
 
     # ---------------------------------------------------------------- what callers do
 
@@ -166,6 +170,8 @@ class Engine:
             for rows in sorted({self._size(rows) for rows in range(1, most + 1)}):
                 for tier in Tier:
                     self._replays.prepare(rows, tier)
+            if self._filler is not None:
+                self._filler.warm_up(self.max_seq_len)
 
     def _compile(self) -> None:
         longest = min(self.max_seq_len, decode.CHUNK)
@@ -242,7 +248,10 @@ class Engine:
                 else:
                     last[running] = self._fill(running)
         for group in _groups(short):
-            last.update(zip(group, self._fill_together(group).split(1), strict=True))
+            if len(group) == 1:
+                last[group[0]] = self._fill(group[0])
+            else:
+                last.update(zip(group, self._fill_together(group).split(1), strict=True))
         for running in admitted:
             first = firsts[tuple(running.request.prompt_ids)]
             if running is not first:
@@ -283,7 +292,10 @@ class Engine:
         request, row = running.request, running.row
         ids = request.prompt_ids
         seqs = self._state.rows(row, row + 1).seqs
-        last = decode.prefill(self._model, self.pages, seqs, [running.prompt], request.cached_tokens)
+        if self._filler is None:
+            last = decode.prefill(self._model, self.pages, seqs, [running.prompt], request.cached_tokens)
+        else:
+            last = self._filler.fill(seqs, running.prompt, request.cached_tokens)
         # Only what whole chunks wrote: a prompt that goes on from there is cut at the same places.
         whole = len(ids) // decode.CHUNK * decode.CHUNK // PAGE
         self.pages.name(running.pages[:whole], ids[: whole * PAGE], self._root(request))

@@ -65,7 +65,8 @@ class Block(nn.Module):
         q = ops.rms_norm_qkv_rope_cache(
             x, norm.weight, norm.eps, qkv.weight, qkv.bias, seqs.inv_freq, *pages, seqs.positions, **alike
         )
-        x = ops.linear_add(ops.paged_attention(q, *pages, self.scale), o.weight, x, o.bias, **alike)
+        seen = ops.paged_attention(q, *pages, self.scale, **alike)
+        x = ops.linear_add(seen, o.weight, x, o.bias, **alike)
 
         norm, gate_up, down = self.post_attention_layernorm, self.mlp.gate_up_proj, self.mlp.down_proj
         h = ops.rms_norm_swiglu(x, norm.weight, norm.eps, gate_up.weight, gate_up.bias, **alike)

@@ -122,6 +122,7 @@ class CapturedEngines:
         """All engines know no graph."""
         for engine in self._made:
             engine._replays._captured.clear()
+            engine._filler._captured.clear()
 
 
 @pytest.fixture(scope="module", autouse=True)

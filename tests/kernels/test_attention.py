@@ -1,5 +1,7 @@
 """paged_attention against kernels.reference and a float64 softmax written out here; what its bits depend on."""
 
+import contextlib
+import functools
 from unittest import mock
 
 import pytest
@@ -51,9 +53,17 @@ def exact(q, cache: PagedCache, scale):
     return out.view(len(q), -1), size.view(len(q), -1)
 
 
-def check_case(q, cache: PagedCache, scale, programs=64):
+@contextlib.contextmanager
+def shared_by(programs):
     """Any number of programs may share the work: it decides whether and how splits wrap around."""
-    with mock.patch.object(attention, "_PROGRAMS", programs):
+    attention.tiling.cache_clear()
+    with mock.patch.multiple(attention, _PROGRAMS=programs, _PROGRAMS_ALONE=programs):
+        yield
+    attention.tiling.cache_clear()
+
+
+def check_case(q, cache: PagedCache, scale, programs=64):
+    with shared_by(programs):
         out = call(kernels.paged_attention, q, *cache, scale)
     expected = twin("paged_attention", q, *cache, scale)
     truth, size = exact(q, cache, scale)
@@ -169,7 +179,7 @@ def test_a_constant_beside_every_score_changes_no_bit(offset, programs):
     cache.k_cache[held, ..., 1] = 1
     q = torch.zeros(1, 2, 16, dtype=torch.float16, device=DEVICE)
     q[..., 0] = 1
-    with mock.patch.object(attention, "_PROGRAMS", programs):
+    with shared_by(programs):
         expected = call(kernels.paged_attention, q, *cache, 0.3)
         q[..., 1] = offset
         assert_same(expected, found=call(kernels.paged_attention, q, *cache, 0.3))
@@ -198,7 +208,7 @@ def test_idle_sequences_are_zero_whatever_the_table_names():
 @given(seeds, dtypes, st.sampled_from([(1, 1), (1, 16), (2, 4), (4, 16), (5, 16)]), st.integers(5, 150))
 def test_bits_depend_on_the_row_alone(seed, dtype, tokens_and_group, length):
     """Not on other sequences, other queries, the page size, the order of pages, the table's width, or its place."""
-    with mock.patch.object(attention, "_PROGRAMS", 4):  # 150 keys are five tiles, ten in float32
+    with shared_by(4):  # 150 keys are five tiles, ten in float32
         check_bits(seed, dtype, *tokens_and_group, length)
 
 
@@ -207,7 +217,7 @@ def check_bits(seed, dtype, tokens, group, length):
     q = normal(rng, tokens, group, 32, dtype=dtype)
     alone = paged_cache(rng, [length], 1, 32, 16, dtype)
     k, v = (x[alone.block_table[0, : -(-length // 16)].long()].transpose(1, 2).flatten(0, 1) for x in alone[:2])
-    expected = call(kernels.paged_attention, q, *alone, 0.3)
+    expected = call(functools.partial(kernels.paged_attention, batch_invariant=True), q, *alone, 0.3)
 
     crowd = paged_cache(rng, [length + 70, length, 0, length - 1], 1, 32, 48, dtype)
     for b in (1, 3):
@@ -230,7 +240,7 @@ def test_a_length_beyond_the_table_reads_what_the_table_has(tokens, programs):
     cache = paged_cache(generator(8), [160, 70], 1, 32, 16, torch.bfloat16)
     cache = cache._replace(block_table=cache.block_table[:, :10].contiguous())
     q = normal(generator(9), 2 * tokens, 4, 32, dtype=torch.bfloat16)
-    with mock.patch.object(attention, "_PROGRAMS", programs):
+    with shared_by(programs):
         expected = call(kernels.paged_attention, q, *cache, 0.3)
         cache.seq_lens[0] = 5000
         found = call(kernels.paged_attention, q, *cache, 0.3)
