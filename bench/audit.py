@@ -64,7 +64,7 @@ FACTS = {
     "_rope_and_cache": Facts(bulk=["qkv_ptr"], most_trips=2),
     "_skinny, one row": Facts(
         ["w_ptr", "norm_ptr", "bias_ptr"], ["w_ptr", "norm_ptr"], ["w_ptr", "norm_ptr", "x_ptr"],
-        # Two rows of W for one norm of x: 77% of what an H200 can issue in qkv, where they beat four, and 106% of a B200's.
+        # Two rows of W for one norm of x beat four on an H200, of whose issue slots qkv takes 77%; of a B200's 106%.
         bulk=["w_ptr"], most_slots=1.1, most_trips=3, least_programs=2,
     ),
     "_skinny": Facts(

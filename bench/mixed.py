@@ -6,8 +6,8 @@ Two kinds of work go through `LLM.generate` of the stand-in model, on this machi
 model ends by itself, and answers whose lengths are drawn from an exponential distribution: any may end at any step.
 Each goes through one call, and in waves of as many questions as there are rows, in turns (A B A B ...). Beside how many
 times as fast the one call is stands what the lengths allow: the steps of waves by those of rows that are taken as they
-come free. The rest goes to prompts, which take as long both ways, and to this: a step of one row, as waves end in,
-costs a CPU less than one of all rows.
+come free. The rest goes to prompts, which share a launch in a wave and come one by one otherwise, and to this: a step
+of one row, as waves end in, costs a CPU less than one of all rows.
 `--before` sets beside them another checkout of this project, a folder named internlm3, which gets the questions in one
 call of its own: up to commit 5a2bf93 that went through them in waves.
 """

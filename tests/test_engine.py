@@ -19,6 +19,8 @@ from internlm3.runtime.replay import Replays, cuda_graphs
 from internlm3.runtime.request import Request
 from internlm3.runtime.sampling import SamplingParams
 
+from .capture import Recorder
+
 SHAPE = {
     "vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 512, "initializer_range": 0.3,
@@ -143,6 +145,29 @@ def test_short_prompts_share_launches(model, monkeypatch):
         engine.step()
     for request in requests:
         assert said(request) == alone(model, request)
+
+
+def test_prompts_in_captured_launches(model, monkeypatch):
+    """Padded to a few widths and replayed without their Python: the same answers, beside one that goes on meanwhile."""
+    monkeypatch.setattr(decode, "CHUNK", 256)
+    lengths = (1, 15, 16, 17, 64, 65, 130, 255, 256, 257, 300, 500)
+    prompts = {length: ids(length, length) for length in lengths}
+    expected = {length: alone(model, ask(prompt))[0] for length, prompt in prompts.items()}
+    neighbour = ask(ids(90, 7), 120)
+    its_answer = alone(model, neighbour)[0]
+
+    recorder = Recorder(monkeypatch)
+    engine = Engine(model, max_rows=2, max_seq_len=512, capture=recorder.capture)
+    engine.warm_up()
+    engine.add([neighbour])
+    launched = fed(monkeypatch, model)
+    for length, prompt in prompts.items():
+        (request,) = run(engine, ask(prompt))
+        assert request.token_ids == expected[length], length
+    while engine.busy:
+        engine.step()
+    assert neighbour.token_ids == its_answer
+    assert launched == [1, 44, 244], "what runs its Python is the end of a prompt behind a whole chunk"
 
 
 def test_who_may_share_a_launch(model):
