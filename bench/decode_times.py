@@ -68,16 +68,22 @@ def step_bytes(model: InternLM3ForCausalLM, rows: int, context: int) -> int:
     return weights + rows * context * held
 
 
+def ready(model: InternLM3ForCausalLM, rows: int, tokens: int) -> Steps:
+    """Rows of up to so many tokens, sampled as InternLM3 recommends."""
+    steps = Steps(model, rows, tokens)
+    steps.state.temperature.fill_(1.0)
+    steps.state.top_k.fill_(50)
+    steps.state.top_p.fill_(0.8)
+    steps.state.repetition_penalty.fill_(1.005)
+    return steps
+
+
 def step_times(
     model: InternLM3ForCausalLM, rows: int, context: int, small: bool, tier: Tier = Tier.USUAL
 ) -> list[float]:
     """Milliseconds of each of some replays, in the middle of which the rows hold `context` tokens."""
     rounds = 3 if small else 50
-    steps = Steps(model, rows, context + rounds + 4)
-    steps.state.temperature.fill_(1.0)
-    steps.state.top_k.fill_(50)
-    steps.state.top_p.fill_(0.8)
-    steps.state.repetition_penalty.fill_(1.005)
+    steps = ready(model, rows, context + rounds + 4)
     steps.hold(max(context - rounds // 2, 1))
     capture = eager if small else cuda_graphs()
     with torch.inference_mode():

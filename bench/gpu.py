@@ -44,6 +44,7 @@ PARTS = {
     "ceilings": Box("ceilings", 90),
     "kernels": Box("kernel_table", 400),
     "decode": Box("decode_times", 300),
+    "where": Box("where", 60),
     "prompt": Box("prompt_times", 200),
     "peers": Box("peer_models", 500),
 }
