@@ -1,5 +1,6 @@
 """The kernels' test suite, natively: every op against its twin and float64, promised roundings included."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ def rows(small: bool) -> Iterator[Row]:
         command += [str(ROOT / "tests" / "kernels")]
         command += ["-k", "advance or embed"] if small else []
         if not small and find_spec("xdist"):  # most of the time goes to compilers
-            command += ["-n", "8", "--dist", "loadgroup"]
+            command += ["-n", str(max(3 * (os.cpu_count() or 1) // 4, 1)), "--dist", "loadgroup"]
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
         if not report.exists():
             last = (done.stdout + done.stderr).strip().splitlines()[-1:]
