@@ -21,8 +21,17 @@ ROOT = Path(__file__).parents[1]
 MARKS = "<!-- bench/report.py writes what a GPU measured from here -->\n", "<!-- to here -->\n"
 # The languages of a README, and what they say above its table.
 ABOVE = {
-    "README.md": "On {device} ({versions}; commit {commit}, {date}), InternLM3-8B's shapes, random weights, bfloat16:",
-    "README.zh-CN.md": "在 {device} 上（{versions}；提交 {commit}，{date}），InternLM3-8B 的形状，随机权重，bfloat16：",
+    "README.md": (
+        "On {device} ({versions}; commit {commit}, {date}), InternLM3-8B's shapes, random weights, bfloat16.\n"
+        "A captured decode step with the recommended sampling, and its share of what this card was measured to read;\n"
+        "the same step by others, with how many times as long they take; a request's first token, and its share of\n"
+        "what the card multiplies:"
+    ),
+    "README.zh-CN.md": (
+        "在 {device} 上（{versions}；提交 {commit}，{date}），InternLM3-8B 的形状，随机权重，bfloat16。\n"
+        "依次为：采用推荐采样的一个已捕获解码步，及其占此卡实测读取上限的比例；其他实现的同一步，及其耗时是我们的多少倍；\n"
+        "一个请求的首个 token，及其占此卡乘法上限的比例："
+    ),
 }
 LAYERS = 48
 # The ops of a step, and how often each runs.
@@ -99,6 +108,13 @@ def peers_table(rows: Sequence[Row]) -> str:
     return table(head, [[engine, *(cell(engine, shape) for shape in shapes)] for engine in engines])
 
 
+def prompts_table(rows: Sequence[Row]) -> str:
+    """A request's first token by tokens of its prompt (across): milliseconds, and the share of the matmul ceiling."""
+    known = sorted(_by([row for row in rows if row.part == "prompt"], "tokens").items())
+    cells = [f"{row.value:.1f} ms, {row.about['share']:.0%}" for _, row in known]
+    return table(["prompt", *(f"{tokens} tokens" for (tokens,), _ in known)], [["first token", *cells]])
+
+
 def listed(rows: Iterable[Row]) -> str:
     return table(["", "", ""], [[row.name, _figure(row) if row.rounds else row.state, row.note] for row in rows])
 
@@ -115,6 +131,8 @@ def markdown(stamp: dict[str, Any], rows: Sequence[Row]) -> str:
         text += f"\n## A step, and the share of the read ceiling that it is\n\n{decode_table(rows)}"
     if any(row.part == "peers" for row in rows):
         text += f"\n## The same step by others\n\n{peers_table(rows)}"
+    if any(row.part == "prompt" for row in rows):
+        text += f"\n## A request's first token\n\n{prompts_table(rows)}"
     for part, own in parts.items():
         text += f"\n## {part}\n\n{listed(own)}"
     return text
@@ -196,7 +214,7 @@ def into_readme(text: str, above: str, stamp: dict[str, Any], rows: Sequence[Row
         raise ValueError("the README lacks the marks between which a GPU's figures stand")
     versions = ", ".join(f"{name} {stamp[name]}" for name in ("driver", "torch", "triton") if stamp.get(name))
     about = {"device": stamp["device"], "versions": versions, "commit": stamp["commit"], "date": stamp["date"][:10]}
-    tables = "\n".join([above.format(**about) + "\n", decode_table(rows), peers_table(rows)])
+    tables = "\n".join([above.format(**about) + "\n", decode_table(rows), peers_table(rows), prompts_table(rows)])
     return f"{text[:begin]}{MARKS[0]}\n{tables}\n{text[end:]}"
 
 

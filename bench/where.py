@@ -36,16 +36,14 @@ def rows(small: bool) -> Iterator[Row]:
         added = what_launches_add(model, count, context)
         step = sum(map(sum, added.values())) / (REPLAYS - 1)
         yield part.figure(f"{name}: a step", [step], "us")
-        for (kernel, grid), times in sorted(added.items(), key=lambda item: -sum(item[1])):
+        for launch, times in sorted(added.items(), key=lambda item: -sum(item[1])):
             share = sum(times) / (REPLAYS - 1) / step
             note = f"x {len(times) / (REPLAYS - 1):.0f}, {share:.1%} of the step"
-            yield part.figure(f"{name}: {kernel} {'x'.join(map(str, grid))}", times, "us", note)
+            yield part.figure(f"{name}: {launch}", times, "us", note)
 
 
-def what_launches_add(
-    model: InternLM3ForCausalLM, rows: int, context: int
-) -> dict[tuple[str, tuple[int, ...]], list[float]]:
-    """Microseconds that each launch of some replays adds, by kernel and grid."""
+def what_launches_add(model: InternLM3ForCausalLM, rows: int, context: int) -> dict[str, list[float]]:
+    """Microseconds that each launch of some replays adds, by kernel, grid and registers."""
     steps = ready(model, rows, context + REPLAYS + 4)
     steps.hold(context)
     with torch.inference_mode():
@@ -62,7 +60,9 @@ def what_launches_add(
     first = len(launches) // REPLAYS
     for before, launch in zip(launches[first - 1 :], launches[first:], strict=False):
         ends = [each["ts"] + each["dur"] for each in (before, launch)]
-        added[launch["name"], tuple(launch["args"]["grid"])].append(ends[1] - ends[0])
+        about = launch["args"]
+        grid, registers = "x".join(map(str, about["grid"])), about["registers per thread"]
+        added[f"{launch['name']} {grid}, {registers} registers"].append(ends[1] - ends[0])
     return dict(added)
 
 

@@ -47,7 +47,8 @@ def product(x, weight, bias=None, normed=False):
     terms = x.double()[:, None] * weight.double()
     exact, addends = terms.sum(-1), terms.abs().sum(-1)
     shifted = 2 * torch.finfo(torch.float32).eps / torch.finfo(x.dtype).eps * exact.abs()
-    largest = 2 * terms.abs().amax(-1) + shifted if normed else 0.0
+    steps = x.double().abs().clamp(min=torch.finfo(x.dtype).smallest_normal)  # no step is smaller below that
+    largest = 2 * (steps[:, None] * weight.double().abs()).amax(-1) + shifted if normed else 0.0
     unbiased = 0.0
     if bias is not None:
         # The reference rounds before the bias is added. Where one pass takes all columns, up to 64 in float32, Triton's
