@@ -28,5 +28,8 @@ def test_requests_compile_nothing_behind_the_warm_up(said, target):
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_warm_up_is_short(said, target):
-    """A second or two each, once a machine: what compiles more has a reason that stands here."""
-    assert len(said[target]["warm"]) <= 48, said[target]["warm"]
+    """A second or two each, once a machine: what compiles more has a reason that stands here.
+
+    Two of 50 are attention's for one sequence alone, whose tiles are its own.
+    """
+    assert len(said[target]["warm"]) <= 50, said[target]["warm"]
