@@ -42,7 +42,7 @@ ONEDNN_FLOAT32 = _AVX512_BF16 and torch.backends.mkldnn.is_available()
 ROWS_ALIKE = _AVX512_BF16
 # So many tokens of a chunk go through a CPU's attention together. It computes what its mask hides too: of 512 tokens in
 # one go that is half of all scores, in blocks of 128 an eighth. Blocks of 64 give two threads too little at a time.
-QUERY_BLOCK = 128
+QUERY_BLOCK = 256
 
 
 def embed(token_ids: Tensor, table: Tensor) -> Tensor:
@@ -168,18 +168,17 @@ def _joined(q: Tensor, k: Tensor, v: Tensor, past: int, scale: float) -> Tensor:
 
     softmax over both is the mean of the softmax over each, weighted by their sums of exponentials, in float32.
     """
-    (heads, tokens, dim), kv_heads = q.shape, k.shape[0]
-    group = heads // kv_heads
+    tokens, kv_heads = q.shape[1], k.shape[0]
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    own_k, own_v = (x[None, :, past : past + tokens].repeat_interleave(group, dim=1) for x in (k, v))
-    of_own, own_sum = flash(q[None], own_k, own_v, is_causal=True, scale=scale)
+    grouped = q.unflatten(0, (kv_heads, -1))
+    own_k, own_v = (x[:, None, past : past + tokens].expand(-1, grouped.shape[1], -1, -1) for x in (k, v))
+    of_own, own_sum = flash(grouped, own_k, own_v, is_causal=True, scale=scale)
     if past == 0:
-        return of_own[0]
+        return of_own.flatten(0, 1)
     # As in one token's attention, the heads of a group stand as query tokens; among themselves the tokens have a mask.
-    folded = q.reshape(1, kv_heads, group * tokens, dim)
-    of_past, past_sum = flash(folded, k[None, :, :past], v[None, :, :past], scale=scale)
-    share = (past_sum.reshape(own_sum.shape) - own_sum).sigmoid().unsqueeze(-1)
-    return torch.lerp(of_own.float(), of_past.reshape(of_own.shape).float(), share)[0].to(q.dtype)
+    of_past, past_sum = flash(grouped.flatten(1, 2)[None], k[None, :, :past], v[None, :, :past], scale=scale)
+    share = (past_sum.view(own_sum.shape) - own_sum).sigmoid().unsqueeze(-1)
+    return torch.lerp(of_own.float(), of_past.view(of_own.shape).float(), share).flatten(0, 1).to(q.dtype)
 
 
 def _on_host(block_table: Tensor, seq_lens: Tensor, page_size: int) -> list[tuple[int, list[int]]]:

@@ -53,8 +53,8 @@ def prefill(model: LanguageModel, pages: Pages, seqs: Sequences, prompts: Sequen
         tokens = torch.cat([F.pad(chunk, (width - len(chunk), 0)) for chunk in chunks])
         seq_lens = seqs.seq_lens.new_tensor([start + len(chunk) for chunk in chunks])
         x = model.model.ops.embed(tokens, model.model.embed_tokens.weight)
-        x = model.model.run(x, Sequences(seqs.block_table, seq_lens, seqs.inv_freq), pages)
-    return x[width - 1 :: width]
+        x = model.model.run(x, Sequences(seqs.block_table, seq_lens, seqs.inv_freq), pages, last_rows=True)
+    return x
 
 
 def compile_all(model: LanguageModel, pages: Pages, state: DecodeState, longest: int) -> None:

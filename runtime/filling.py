@@ -28,7 +28,7 @@ class Filler:
         config, device = model.config, model.device
         self._model, self._pages, self._capture = model, pages, capture
         self._captured: dict[int, Callable[[], None]] = {}
-        self._rows: dict[int, Tensor] = {}  # that a captured launch leaves, [width, C]
+        self._last: dict[int, Tensor] = {}  # the last row that a captured launch leaves, [1, C]
         # What they read.
         self._tokens = torch.zeros(decode.CHUNK, dtype=torch.int64, device=device)
         self._seqs = Sequences(
@@ -45,8 +45,8 @@ class Filler:
             piece = prompt[start : start + decode.CHUNK]
             if start and len(piece) < decode.CHUNK:  # padding in front of it would stand on tokens that are there
                 return decode.prefill(self._model, self._pages, seqs, [prompt], start)
-            rows = self._run(piece, start + len(piece))
-        return rows[-1:].clone()  # the next launch takes its place
+            last = self._run(piece, start + len(piece))
+        return last.clone()  # the next launch takes its place
 
     def warm_up(self, longest: int) -> None:
         """Captures all that prompts of up to `longest` tokens need."""
@@ -54,7 +54,7 @@ class Filler:
             self._run(self._tokens[:width].clone(), 0)  # of an idle sequence: no page is written
 
     def _run(self, piece: Tensor, length: int) -> Tensor:
-        """A piece of a sequence that holds `length` tokens with it; its rows, padding in front."""
+        """A piece of a sequence that holds `length` tokens with it; its last row [1, C]. Padding stands in front."""
         width = _width(len(piece))
         self._tokens[: width - len(piece)].zero_()
         self._tokens[width - len(piece) : width].copy_(piece)
@@ -62,12 +62,12 @@ class Filler:
         if width not in self._captured:
             self._captured[width] = self._capture(lambda: self._launch(width))
         self._captured[width]()
-        return self._rows[width]
+        return self._last[width]
 
     def _launch(self, width: int) -> None:
         model = self._model.model
         x = model.ops.embed(self._tokens[:width], model.embed_tokens.weight)
-        self._rows[width] = model.run(x, self._seqs, self._pages)
+        self._last[width] = model.run(x, self._seqs, self._pages, last_rows=True)
 
 
 def _width(tokens: int) -> int:

@@ -56,15 +56,21 @@ class Block(nn.Module):
         self.mlp = MLP(config, **factory)
 
     def forward(
-        self, ops: ModuleType, x: Tensor, seqs: Sequences, k: Tensor, v: Tensor, batch_invariant: bool
+        self, ops: ModuleType, x: Tensor, seqs: Sequences, k: Tensor, v: Tensor, batch_invariant: bool, last_rows: bool
     ) -> Tensor:
-        """x [B * T, C] -> the same; the rows' keys and values go to their pages in k and v [P, K, S, D]."""
+        """x [B * T, C] -> the same, or with `last_rows` the last row of each sequence, [B, C].
+
+        All rows' keys and values go to their pages in k and v [P, K, S, D].
+        """
         alike = {"batch_invariant": batch_invariant}
         norm, qkv, o = self.input_layernorm, self.self_attn.qkv_proj, self.self_attn.o_proj
         pages = (k, v, seqs.block_table, seqs.seq_lens)
         q = ops.rms_norm_qkv_rope_cache(
             x, norm.weight, norm.eps, qkv.weight, qkv.bias, seqs.inv_freq, *pages, seqs.positions, **alike
         )
+        if last_rows:
+            tokens = len(x) // len(seqs.seq_lens)
+            q, x = (rows[tokens - 1 :: tokens].contiguous() for rows in (q, x))
         seen = ops.paged_attention(q, *pages, self.scale, **alike)
         x = ops.linear_add(seen, o.weight, x, o.bias, **alike)
 
@@ -103,11 +109,23 @@ class Decoder(nn.Module):
         alike = ROWS_ALIKE if self.device.type == "cpu" else not self.batch_invariant
         return alike and tokens > SKINNY_ROWS
 
-    def run(self, x: Tensor, seqs: Sequences, pages: Pages, states: list[Tensor] | None = None) -> Tensor:
-        """x [B * T, C] through all blocks, not yet normed; what each block gives is appended to `states`."""
-        ops = self.ops
+    def run(
+        self,
+        x: Tensor,
+        seqs: Sequences,
+        pages: Pages,
+        states: list[Tensor] | None = None,
+        *,
+        last_rows: bool = False,
+    ) -> Tensor:
+        """x [B * T, C] through all blocks, not yet normed; what each block gives is appended to `states`.
+
+        With `last_rows` the last block gives the last row of each sequence alone, [B, C]: for a prompt, of which nobody
+        reads the others.
+        """
+        ops, last = self.ops, len(self.layers) - 1
         for layer, block in enumerate(self.layers):
-            x = block(ops, x, seqs, *pages.layer(layer), self.batch_invariant)
+            x = block(ops, x, seqs, *pages.layer(layer), self.batch_invariant, last_rows and layer == last)
             if states is not None:
                 states.append(x)
         return x
