@@ -130,7 +130,7 @@ class Pages:
 
     def take(self, count: int, behind: int | None = None) -> list[int]:
         """Holds `count` free pages: those behind page `behind` if they are free, else the first run that is long
-        enough, else any, named ones last.
+        enough, of unnamed pages and as few as need be of those that have rested longest; else any, named ones last.
 
         Raises ValueError, and holds nothing, where fewer are free.
         """
@@ -141,13 +141,23 @@ class Pages:
             )
         first = len(self) if behind is None else behind + 1
         if self._kind[first : first + count] != bytes(count):
-            first = self._kind.find(bytes(count))
+            first = self._run(count)
         unnamed = (page for page, kind in enumerate(self._kind) if kind == 0)
         pages = list(range(first, first + count) if first >= 0 else islice(chain(unnamed, self._resting), count))
         for page in pages:
             self._forget(page)
         self.hold(pages)
         return pages
+
+    def _run(self, count: int) -> int:
+        """The first page of a run of free pages, -1 where there is none."""
+        taken, resting, run = self._kind.copy(), iter(self._resting), bytes(count)
+        first = taken.find(run)
+        while first < 0 and (oldest := list(islice(resting, count))):
+            for page in oldest:
+                taken[page] = 0
+            first = taken.find(run)
+        return first
 
     def hold(self, pages: Iterable[int]) -> None:
         """Holds pages once more, whether they are held or not."""

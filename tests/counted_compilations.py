@@ -3,7 +3,8 @@
     python counted_compilations.py BENCH TARGET...
 
 prints, as JSON for each target, what the warm-up compiled, and what requests still compile behind it. Prompts and steps
-are the runtime's own, of a layer of InternLM3-8B's shapes, on tensors without memory.
+are the runtime's own, of two layers of InternLM3-8B's shapes (the last one is another for prompts), on tensors without
+memory.
 """
 
 import json
@@ -18,7 +19,7 @@ from internlm3.runtime.model import Decoder, LanguageModel
 from internlm3.runtime.pages import PAGE
 from internlm3.runtime.state import DecodeState, Tier
 
-CONFIG = InternLM3Config(num_hidden_layers=1, intermediate_size=10240, num_key_value_heads=2)
+CONFIG = InternLM3Config(num_hidden_layers=2, intermediate_size=10240, num_key_value_heads=2)
 
 
 class Server:

@@ -1,4 +1,4 @@
-"""The engine's answers are those of `forward` in a loop, each prompt by itself, to the last token.
+"""The engine's answers are those of a loop of passes through the model, each prompt by itself, to the last token.
 
 In bfloat16, where on a CPU a row's bits depend neither on its batch nor on the pages that it lies on: nothing is left
 to rounding, as long as prompts are cut at the same places.
@@ -47,11 +47,12 @@ def looped(model, prompt, p, max_tokens, ends, seed, tokenizer=None):
     """The same answer by `forward`, the order of the settings written out here: tokens and how it ended."""
     ends = (frozenset() if p.ignore_eos else ends) | set(p.stop_token_ids or ())
     cache, vocab, token_ids = None, model.config.vocab_size, []
-    for chunk in torch.tensor([prompt]).split(decode.CHUNK, dim=1):
-        out = model(chunk, past_key_values=cache, logits_to_keep=1)
-        cache = out.past_key_values
+    *chunks, last = torch.tensor([prompt]).split(decode.CHUNK, dim=1)
+    for chunk in chunks:
+        cache = model(chunk, past_key_values=cache).past_key_values
+    logits, cache = last_logits(model, last, cache)
     while True:
-        x = out.logits[:, -1].float()
+        x = logits.float()
         counts = [
             torch.bincount(torch.tensor(ids, dtype=torch.int64), minlength=vocab)[None] for ids in (prompt, token_ids)
         ]
@@ -76,7 +77,15 @@ def looped(model, prompt, p, max_tokens, ends, seed, tokenizer=None):
             return token_ids, "stop"
         if len(token_ids) == max_tokens:
             return token_ids, "length"
-        out = model(torch.tensor([token_ids[-1:]]), past_key_values=cache)
+        logits = model(torch.tensor([token_ids[-1:]]), past_key_values=cache).logits[:, -1]
+
+
+def last_logits(model, chunk, cache):
+    """Logits [1, V] behind a prompt's last chunk [1, T], whose last row goes on alone in the last block."""
+    kept = model(chunk, past_key_values=cache).past_key_values
+    seqs = kept.sequences([0], 0, None)
+    x = model.model.ops.embed(chunk[0], model.model.embed_tokens.weight)
+    return model.head(model.model.run(x, seqs, kept.pages, last_rows=True)), kept  # writes what is there already
 
 
 def test_every_setting_in_ragged_batches_with_beginnings_that_recur(model, monkeypatch):

@@ -52,6 +52,32 @@ def test_every_page_is_free_or_held_once(count, steps):
     assert pool.take(count) == list(range(count))
 
 
+@given(st.integers(1, 24), st.integers(0, 30), st.randoms(use_true_random=False))
+def test_a_run_takes_the_pages_that_rest_longest(size, prompts, rng):
+    """A full pool gives runs too, and forgets little else than what was unused longest; brute force beside it."""
+    pool, held, resting = pages(30), [], []
+    for number in range(prompts):
+        count = rng.randint(1, 6)
+        if count <= pool.free:
+            held.append(pool.take(count))
+            resting = [page for page in resting if page not in held[-1]]
+            if rng.random() < 0.8:
+                pool.name(held[-1], [number] * count * PAGE, b"")
+        if held and rng.random() < 0.7:
+            released = held.pop(rng.randrange(len(held)))
+            pool.release(released)
+            resting += [page for page in reversed(released) if page in pool._names]
+    free = set(range(30)).difference(*held)
+    if size > len(free):
+        return
+    expected = [*sorted(free - set(resting)), *resting][:size]
+    for forgotten in reversed(range(0, len(resting) + size, size)):
+        may = free - set(resting[forgotten:])
+        runs = [first for first in range(31 - size) if may >= set(range(first, first + size))]
+        expected = list(range(runs[0], runs[0] + size)) if runs else expected
+    assert pool.take(size) == expected
+
+
 @pytest.mark.parametrize("wrong", [[1, 5], [2, 2], [1, 8], [1, -1]], ids=str)
 def test_a_page_that_nobody_holds_is_not_released(wrong):
     """Released twice, named twice, or no page at all: an error that names it, and the others stay held."""

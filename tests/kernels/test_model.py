@@ -7,6 +7,7 @@ from internlm3 import InternLM3Config, InternLM3ForCausalLM, kernels
 from internlm3.runtime import decode
 from internlm3.runtime import model as runtime_model
 from internlm3.runtime.engine import Engine
+from internlm3.runtime.pages import Pages, Sequences
 from internlm3.runtime.request import Request
 from internlm3.runtime.sampling import SamplingParams
 
@@ -55,6 +56,32 @@ def test_generation(monkeypatch, dtype, shape):
     tolerance = 1e-5 if dtype == torch.float32 else 0.05
     for step, (ours, theirs) in enumerate(zip(found.logits, expected.logits, strict=True)):
         assert (ours - theirs).abs().max() < tolerance * theirs.abs().max(), f"step {step}"
+
+
+@pytest.mark.parametrize("triton", [False, True], ids=["reference", "triton"])
+def test_the_last_rows_of_prompts(monkeypatch, triton):
+    """Alone in the last block they are what they are among the others, and leave the same keys and values."""
+    model = make(torch.float32)
+    if triton:
+        on_triton(monkeypatch)
+    tokens, lengths = 21, torch.tensor([21, 4, 0, 37], dtype=torch.int32)  # padded, idle, behind others
+    x = torch.randn(4 * tokens, 64, generator=torch.Generator().manual_seed(5)).to(DEVICE)
+    table = torch.tensor([[5], [2], [1], [0]], dtype=torch.int32)
+    seqs = Sequences(table.to(DEVICE), lengths.to(DEVICE), torch.rand(4, 8).to(DEVICE))
+
+    def through(**options):
+        pages = Pages(model.config, 7, torch.float32, DEVICE)
+        for kv in pages.kv:
+            kv.copy_(torch.randn(kv.shape, generator=torch.Generator().manual_seed(6)))
+        with np.errstate(all="ignore"):
+            return model.model.run(x, seqs, pages, **options), torch.stack(pages.kv)
+
+    every, kept = through()
+    found, also_kept = through(last_rows=True)
+    expected = every.view(4, tokens, -1)[:, -1]
+    live = lengths.to(DEVICE) > 0
+    assert found.shape == expected.shape and also_kept.equal(kept)
+    torch.testing.assert_close(found[live], expected[live], rtol=1e-4, atol=1e-5 * expected.abs().max().item())
 
 
 def test_a_captured_step(monkeypatch):
