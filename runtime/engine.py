@@ -380,11 +380,11 @@ class Engine:
 
 
 def _groups(short: list[_Running]) -> Iterator[list[_Running]]:
-    """Those that share a launch: padded to one length they are a chunk at most, and at most a quarter is padding."""
+    """Those that share a launch: padded to one length they are TOGETHER tokens at most, a quarter of it padding."""
     group: list[_Running] = []
     for running in sorted(short, key=lambda running: len(running.prompt), reverse=True):
         longest = len(group[0].prompt) if group else 0
-        if (len(group) + 1) * longest > decode.CHUNK or 4 * len(running.prompt) < 3 * longest:
+        if (len(group) + 1) * longest > decode.TOGETHER or 4 * len(running.prompt) < 3 * longest:
             yield group
             group = []
         group.append(running)

@@ -62,8 +62,8 @@ def serve(device):
         for tokens in (rng.randint(1, 3 * decode.CHUNK), rng.randint(1, decode.CHUNK), rng.randint(1, 40)):
             begin = rng.randint(0, 6000)
             server.prefill(rng.randrange(rows), prompt[begin : begin + tokens])
-        together = rng.randint(1, min(rows, 16))
-        most = decode.CHUNK // together
+        together = rng.randint(1, rows)
+        most = min(decode.CHUNK, decode.TOGETHER // together)
         server.prefill(rng.randint(0, rows - together), *(prompt[: rng.randint(1, most)] for _ in range(together)))
         first = rng.randrange(rows)
         server.step(first, rng.randint(first + 1, rows))

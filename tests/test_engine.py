@@ -133,14 +133,15 @@ def test_answers_to_one_prompt_fill_it_once(model, monkeypatch):
 
 @pytest.mark.skipif(not ROWS_ALIKE, reason="this CPU's bits may tell how many rows there are")
 def test_short_prompts_share_launches(model, monkeypatch):
-    """Those of like lengths, up to a chunk together; one of up to 16 tokens goes alone, and so does a long one."""
+    """Those of like lengths, up to a bound together; one of up to 16 tokens goes alone, and so does a long one."""
     monkeypatch.setattr(decode, "CHUNK", 256)
+    monkeypatch.setattr(decode, "TOGETHER", 200)
     engine = Engine(model, max_rows=8, max_seq_len=512)
     requests = [ask(ids(length, length)) for length in (50, 45, 16, 40, 300, 51, 200, 39, 38)]
     tokens = fed(monkeypatch, model)
     engine.add(requests)
     engine.step()
-    assert tokens == [16, 256, 44, 200, 5 * 51]  # the last prompt waits for a row
+    assert tokens == [16, 256, 44, 200, 3 * 51, 2 * 40]  # the last prompt waits for a row
     while engine.busy:
         engine.step()
     for request in requests:
