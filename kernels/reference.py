@@ -119,10 +119,11 @@ def _rope_tables(positions: Tensor, inv_freq: Tensor, dtype: torch.dtype) -> tup
 
     positions [...] int, inv_freq [..., D/2] float32 -> two [..., D] of `dtype`. The angle is the float32 product; its
     cosine and sine are exact to float32 however large it is, and then cast. The sine's first half carries rotate_half's
-    minus sign, which is its frequencies' here.
+    minus sign.
     """
-    angles = positions.unsqueeze(-1) * torch.cat((-inv_freq, inv_freq), dim=-1)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    angles = positions.unsqueeze(-1) * inv_freq
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def _rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -142,8 +143,9 @@ def _attention_of_one(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return F.scaled_dot_product_attention(q, k[None], v[None], scale=scale)
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Causal attention of one sequence's last T tokens over all its L. q [T, H, D], k and v [K, L, D] -> [T, H, D].
+def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> list[Tensor]:
+    """Causal attention of one sequence's last T tokens over all its L. q [T, H, D], k and v [K, L, D] -> like q, in
+    pieces.
 
     Query head h reads key/value head h // (H / K). Scores and softmax in float32. Vaswani et al. 2017, Ainslie et al.
     2023 (grouped queries).
@@ -151,18 +153,15 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     tokens, length = q.shape[0], k.shape[1]
     past, queries = length - tokens, q.transpose(0, 1)
     if q.is_cpu:
-        return torch.cat(
-            [
-                _joined(queries[:, first : first + QUERY_BLOCK], k, v, past + first, scale)
-                for first in range(0, tokens, QUERY_BLOCK)
-            ],
-            dim=1,
-        ).transpose(0, 1)
+        return [
+            _joined(queries[:, first : first + QUERY_BLOCK], k, v, past + first, scale).transpose(0, 1)
+            for first in range(0, tokens, QUERY_BLOCK)
+        ]
     mask = torch.ones(tokens, length, dtype=torch.bool, device=q.device).tril(past) if past else None
     out = F.scaled_dot_product_attention(
         queries[None], k[None], v[None], attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True
     )
-    return out[0].transpose(0, 1)
+    return [out[0].transpose(0, 1)]
 
 
 def _joined(q: Tensor, k: Tensor, v: Tensor, past: int, scale: float) -> Tensor:
@@ -196,6 +195,24 @@ def _held(cache: Tensor, pages: list[int], length: int, page_size: int) -> Tenso
     if pages == list(range(first, last + 1)):
         return cache[:, first * page_size : first * page_size + length]
     return cache.unflatten(1, (-1, page_size))[:, pages].flatten(1, 2)[:, :length]
+
+
+def _write(cache: Tensor, pages: list[int], start: int, rows: Tensor) -> None:
+    """Rows [T, K, D] into a sequence's places from `start` on, as far as it has pages. cache [P, K, S, D].
+
+    In one piece where the pages lie in a run, of which each head's part does: a copy for each page takes a CPU longer.
+    """
+    size = cache.shape[2]
+    pages = pages[start // size : (start + len(rows) - 1) // size + 1]
+    if pages and cache.stride(0) == size * cache.stride(2) and pages == list(range(pages[0], pages[-1] + 1)):
+        pieces = [cache[pages[0] : pages[-1] + 1].transpose(0, 1).flatten(1, 2)]
+    else:
+        pieces = [cache[page] for page in pages]
+    first = start % size
+    for piece in pieces:
+        fitting = rows[: piece.shape[1] - first]
+        piece[:, first : first + len(fitting)] = fitting.transpose(0, 1)
+        rows, first = rows[len(fitting) :], 0
 
 
 def rope_and_cache(
@@ -236,15 +253,13 @@ def rope_and_cache(
             qk[idle] = 0
         return qk[:, :, :heads].flatten(0, 1)
     for b, (length, pages) in enumerate(held):
-        before = length - tokens  # token t stands at place before + t
-        start = max(before, 0)
-        if before < 0:
-            qk[b, :-before] = 0
-        for slot, page in enumerate(pages[start // page_size :], start // page_size):
-            first, last = max(start - slot * page_size, 0), min(length - slot * page_size, page_size)
-            here = slice(slot * page_size + first - before, slot * page_size + last - before)
-            k_cache[page, :, first:last] = k[b, here].transpose(0, 1)
-            v_cache[page, :, first:last] = v[b, here].transpose(0, 1)
+        padding = max(tokens - length, 0)
+        if padding:
+            qk[b, :padding] = 0
+        if length:
+            start = max(length - tokens, 0)
+            _write(k_cache, pages, start, k[b, padding:])
+            _write(v_cache, pages, start, v[b, padding:])
     return qk[:, :, :heads].flatten(0, 1)
 
 
@@ -289,7 +304,10 @@ def paged_attention(
             out.append(torch.zeros_like(mine[length:]))
         if length:
             k, v = (_held(cache, pages, length, page_size) for cache in (k_cache, v_cache))
-            out.append(_attention_of_one(mine, k, v, scale) if tokens == 1 else _attention(mine[-length:], k, v, scale))
+            if tokens == 1:
+                out.append(_attention_of_one(mine, k, v, scale))
+            else:
+                out += _attention(mine[-length:], k, v, scale)
     return torch.cat(out).view(len(q), -1)
 
 
