@@ -41,7 +41,8 @@ ONEDNN_FLOAT32 = _AVX512_BF16 and torch.backends.mkldnn.is_available()
 # 512 rows of 7 to 14336 numbers; elsewhere nobody has looked.
 ROWS_ALIKE = _AVX512_BF16
 # So many tokens of a chunk go through a CPU's attention together. It computes what its mask hides too: of 512 tokens in
-# one go that is half of all scores, in blocks of 128 an eighth. Blocks of 64 give two threads too little at a time.
+# one go that is half of all scores, in blocks of 256 a quarter. Smaller blocks compute less of it, and slower: with 768
+# rows of queries and more (256 tokens of 3 heads, say) PyTorch takes the largest tiles that it has.
 QUERY_BLOCK = 256
 
 
@@ -56,7 +57,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     Zhang and Sennrich 2019 (RMSNorm). Casting before the weight multiplies is InternLM3's order; F.rms_norm with a
     weight would multiply in float32.
     """
-    # F.rms_norm without a weight is the same and takes more memory: prompts of 4 x 128 took 1.08 of the time with it.
+    if x.numel() <= SKINNY_ROWS * x.shape[-1]:
+        return F.rms_norm(x, x.shape[-1:], None, eps).mul_(weight)
+    # The same with fewer temporaries: prompts of 4 x 128 tokens take 1.08 of the time with F.rms_norm.
     wide = x.to(torch.float32, copy=True)
     mean = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1])
     return wide.mul_(mean.add_(eps).rsqrt_()).to(x.dtype).mul_(weight)
@@ -119,11 +122,10 @@ def _rope_tables(positions: Tensor, inv_freq: Tensor, dtype: torch.dtype) -> tup
 
     positions [...] int, inv_freq [..., D/2] float32 -> two [..., D] of `dtype`. The angle is the float32 product; its
     cosine and sine are exact to float32 however large it is, and then cast. The sine's first half carries rotate_half's
-    minus sign.
+    minus sign, which is its frequencies' here.
     """
-    angles = positions.unsqueeze(-1) * inv_freq
-    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
-    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+    angles = positions.unsqueeze(-1) * torch.cat((-inv_freq, inv_freq), dim=-1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def _rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -204,7 +206,8 @@ def _write(cache: Tensor, pages: list[int], start: int, rows: Tensor) -> None:
     """
     size = cache.shape[2]
     pages = pages[start // size : (start + len(rows) - 1) // size + 1]
-    if pages and cache.stride(0) == size * cache.stride(2) and pages == list(range(pages[0], pages[-1] + 1)):
+    in_run = len(pages) > 1 and pages == list(range(pages[0], pages[-1] + 1))
+    if in_run and cache.stride(0) == size * cache.stride(2):
         pieces = [cache[pages[0] : pages[-1] + 1].transpose(0, 1).flatten(1, 2)]
     else:
         pieces = [cache[page] for page in pages]
@@ -240,14 +243,18 @@ def rope_and_cache(
     qk, v = _rotary(x[:, :, : heads + kv_heads], cos, sin), x[:, :, heads + kv_heads :]
     k = qk[:, :, heads:]
     held = _on_host(block_table, seq_lens, page_size)
-    if tokens == 1 and sequences > 1:
-        # A decode step, all rows at once: 16 take 76 us and not 190 (the stand-in's shapes, the same EPYC).
+    if tokens == 1:
+        # A decode step, all rows at once: 16 take 76 us and not 190 (the stand-in's shapes, the same EPYC). One
+        # row needs no indices.
         live = [
             (b, pages[-1], (length - 1) % page_size)
             for b, (length, pages) in enumerate(held)
             if 0 < length <= len(pages) * page_size
         ]
-        b, page, slot = torch.tensor(live, dtype=torch.int64, device=qkv.device).view(-1, 3).T
+        if len(live) == 1:
+            b, page, slot = live[0]
+        else:
+            b, page, slot = torch.tensor(live, dtype=torch.int64, device=qkv.device).view(-1, 3).T
         k_cache[page, :, slot], v_cache[page, :, slot] = k[b, 0], v[b, 0]
         if idle := [b for b, (length, _) in enumerate(held) if not length]:
             qk[idle] = 0
