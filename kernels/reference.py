@@ -38,7 +38,7 @@ else:
 # 0.45 to 0.65 of its time on the EPYC, for 5 rows as for 2048.
 ONEDNN_FLOAT32 = _AVX512_BF16 and torch.backends.mkldnn.is_available()
 # Whether, of more than SKINNY_ROWS rows, each has the same bits however many there are. So it is on the EPYC, for 17 to
-# 512 rows of 7 to 14336 numbers; elsewhere nobody has looked.
+# 2048 rows of 7 to 14336 numbers; elsewhere nobody has looked.
 ROWS_ALIKE = _AVX512_BF16
 # So many tokens of a chunk go through a CPU's attention together. It computes what its mask hides too: of 512 tokens in
 # one go that is half of all scores, in blocks of 256 a quarter. Smaller blocks compute less of it, and slower: with 768
@@ -191,11 +191,15 @@ def _on_host(block_table: Tensor, seq_lens: Tensor, page_size: int) -> list[tupl
     return [(length, pages[: -(-length // page_size)]) for length, pages in zip(lengths, table, strict=True)]
 
 
+def _in_a_run(pages: list[int]) -> bool:
+    return pages == list(range(pages[0], pages[-1] + 1))
+
+
 def _held(cache: Tensor, pages: list[int], length: int, page_size: int) -> Tensor:
     """What a sequence holds on its pages. cache [K, P * S, D] -> [K, L, D]; a view where they lie in a run."""
-    first, last = pages[0], pages[-1]
-    if pages == list(range(first, last + 1)):
-        return cache[:, first * page_size : first * page_size + length]
+    if _in_a_run(pages):
+        first = pages[0] * page_size
+        return cache[:, first : first + length]
     return cache.unflatten(1, (-1, page_size))[:, pages].flatten(1, 2)[:, :length]
 
 
@@ -206,8 +210,7 @@ def _write(cache: Tensor, pages: list[int], start: int, rows: Tensor) -> None:
     """
     size = cache.shape[2]
     pages = pages[start // size : (start + len(rows) - 1) // size + 1]
-    in_run = len(pages) > 1 and pages == list(range(pages[0], pages[-1] + 1))
-    if in_run and cache.stride(0) == size * cache.stride(2):
+    if len(pages) > 1 and _in_a_run(pages) and cache.stride(0) == size * cache.stride(2):
         pieces = [cache[pages[0] : pages[-1] + 1].transpose(0, 1).flatten(1, 2)]
     else:
         pieces = [cache[page] for page in pages]
