@@ -38,7 +38,7 @@ else:
 # 0.45 to 0.65 of its time on the EPYC, for 5 rows as for 2048.
 ONEDNN_FLOAT32 = _AVX512_BF16 and torch.backends.mkldnn.is_available()
 # Whether, of more than SKINNY_ROWS rows, each has the same bits however many there are. So it is on the EPYC, for 17 to
-# 2048 rows of 7 to 14336 numbers; elsewhere nobody has looked.
+# 2048 rows of 7 to 14336 numbers on 1 to 7 threads; elsewhere nobody has looked.
 ROWS_ALIKE = _AVX512_BF16
 # So many tokens of a chunk go through a CPU's attention together. It computes what its mask hides too: of 512 tokens in
 # one go that is half of all scores, in blocks of 256 a quarter. Smaller blocks compute less of it, and slower: with 768
@@ -65,6 +65,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return wide.mul_(mean.add_(eps).rsqrt_()).to(x.dtype).mul_(weight)
 
 
+def _by_onednn(x: Tensor) -> bool:
+    few = x.numel() <= TRANSPOSED_ROWS[x.dtype] * x.shape[-1]
+    return ONEDNN_FLOAT32 and x.is_cpu and x.dtype == torch.float32 and not few
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, batch_invariant: bool = False) -> Tensor:
     """x @ weight^T (+ bias), accumulated in float32. x [..., C], weight [O, C], bias [O] -> [..., O].
 
@@ -73,9 +78,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, batch_invar
     """
     size = x.shape[-1]
     rows = x.numel() // size
-    transposed = rows <= TRANSPOSED_ROWS[x.dtype]
-    if x.is_cpu and x.dtype == torch.float32 and not transposed and ONEDNN_FLOAT32:
+    if _by_onednn(x):
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    transposed = rows <= TRANSPOSED_ROWS[x.dtype]
     if not x.is_cpu or rows > SKINNY_ROWS or (x.dtype == torch.float32 and not transposed):
         return F.linear(x, weight, bias)
     few = x.reshape(rows, size)
@@ -113,7 +118,14 @@ def rms_norm_swiglu(
     x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None, *, batch_invariant: bool = False
 ) -> Tensor:
     """swiglu(linear(rms_norm(x))), the first half of an MLP. weight [2I, C], gate rows in front -> [R, I]."""
-    gate, up = linear(rms_norm(x, norm, eps), weight, bias).chunk(2, dim=-1)
+    h = rms_norm(x, norm, eps)
+    if _by_onednn(h):
+        # With silu in the product. PyTorch's own rounds the last numbers of a thread's share in another way, in
+        # float32 alone, and where a share ends the number of rows decides.
+        of_gate, of_up = zip(weight.chunk(2), (None, None) if bias is None else bias.chunk(2), strict=True)
+        gate = torch.ops.mkldnn._linear_pointwise(h, *of_gate, "swish", [], "")
+        return gate.mul_(torch.ops.mkldnn._linear_pointwise(h, *of_up, "none", [], ""))
+    gate, up = linear(h, weight, bias).chunk(2, dim=-1)
     return F.silu(gate, inplace=True).mul_(up)  # `swiglu` in place: fresh memory takes a CPU longer than the arithmetic
 
 

@@ -19,10 +19,11 @@ from .sampling import top_logprobs
 from .state import DecodeState, Tier
 
 # A prompt goes through the model in pieces of so many tokens, cut at multiples of it whatever lies in the cache: where
-# it is cut decides the bits of its keys and values. It also bounds the memory for activations.
+# it is cut decides the bits of its keys and values.
 CHUNK = 512
-# Prompts under a chunk go together in launches of so many tokens, padding included: 16 x 128 take a CPU 1.07 times as
-# long in four launches (an EPYC, bfloat16, 2026-11-27).
+# So many tokens share a launch, padding included, where their number decides no bits: short prompts, and on a CPU the
+# chunks of a long one. It bounds the memory for activations. In launches of a chunk 16 x 128 tokens take a CPU 1.07 and
+# 1 x 1024 1.05 times as long (an EPYC, bfloat16, 2026-11-28).
 TOGETHER = 4 * CHUNK
 
 
@@ -49,14 +50,24 @@ def prefill(model: LanguageModel, pages: Pages, seqs: Sequences, prompts: Sequen
     Several begin at their first token and have up to CHUNK each: they share a launch, padded to the longest. `seqs` are
     their rows of the state, whose `seq_lens` are left alone: until a prompt is filled its row is idle.
     """
-    for start in range(begin, max(map(len, prompts)), CHUNK):
-        chunks = [prompt[start : start + CHUNK] for prompt in prompts]
-        width = max(map(len, chunks))
+    start, longest = begin, max(map(len, prompts))
+    while start < longest:
+        width = _launched(model, longest - start)
+        chunks = [prompt[start : start + width] for prompt in prompts]
         tokens = torch.cat([F.pad(chunk, (width - len(chunk), 0)) for chunk in chunks])
         seq_lens = seqs.seq_lens.new_tensor([start + len(chunk) for chunk in chunks])
         x = model.model.ops.embed(tokens, model.model.embed_tokens.weight)
         x = model.model.run(x, Sequences(seqs.block_table, seq_lens, seqs.inv_freq), pages, last_rows=True)
+        start += width
     return x
+
+
+def _launched(model: LanguageModel, tokens: int) -> int:
+    """How many of a prompt's next `tokens` go in one launch: on a CPU several chunks, where that decides no bits."""
+    if model.device.type != "cpu" or not model.model.may_share(CHUNK):
+        return min(tokens, CHUNK)
+    end = tokens % CHUNK
+    return min(TOGETHER, tokens if model.model.may_share(end) else tokens - end) or end
 
 
 def compile_all(model: LanguageModel, pages: Pages, state: DecodeState, longest: int) -> None:

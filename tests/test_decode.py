@@ -10,10 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from internlm3 import InternLM3Config, InternLM3ForCausalLM
 from internlm3.kernels import reference
+from internlm3.kernels.reference import SKINNY_ROWS
 from internlm3.kernels.sampling_reference import FEW_TOKENS
 from internlm3.runtime import decode
 from internlm3.runtime.engine import Engine
+from internlm3.runtime.pages import pages_of
 from internlm3.runtime.request import Request
+from internlm3.runtime.rope import inverse_frequencies
 from internlm3.runtime.sampling import SamplingParams
 from internlm3.runtime.state import DecodeState, Tier, tier_of
 
@@ -355,3 +358,55 @@ def test_a_state_that_is_bound_anew_is_found(model, recorder, monkeypatch):
         monkeypatch.setattr(decode, "choose", rebinding)
         found, _ = answers(model, 2, capture=recorder.capture)
     assert found != expected
+
+
+@pytest.mark.skipif(not reference.ROWS_ALIKE, reason="this CPU's bits may tell how many rows there are")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_chunks_that_share_a_launch(monkeypatch, threads, dtype):
+    """The bits of a launch for each chunk, whatever the shapes and wherever threads cut them."""
+    monkeypatch.setattr(decode, "CHUNK", reference.QUERY_BLOCK)
+    cut, most = decode.CHUNK, 3 * decode.CHUNK
+    config = InternLM3Config(
+        vocab_size=320, hidden_size=72, intermediate_size=97, num_hidden_layers=2, num_attention_heads=6,
+        num_key_value_heads=2, head_dim=12, initializer_range=0.3,
+    )  # fmt: skip
+    model = InternLM3ForCausalLM(config, dtype=dtype)
+    engine = Engine(model, max_rows=1, max_seq_len=4 * most)
+    seqs = engine._state.rows(0, 1).seqs
+    pages = engine.pages.take(pages_of(4 * most))
+    seqs.block_table[0, : len(pages)] = torch.tensor(pages)
+    seqs.inv_freq.copy_(inverse_frequencies(config, 1, CPU))
+    launches, through = [], model.model.run
+    monkeypatch.setattr(
+        model.model, "run", lambda x, *args, **flags: launches.append(len(x)) or through(x, *args, **flags)
+    )
+
+    def filled(prompt, begin, together):
+        monkeypatch.setattr(decode, "TOGETHER", together)
+        for kv in engine.pages.kv:
+            kv.fill_(7)
+        if begin:
+            decode.prefill(model, engine.pages, seqs, [prompt[:begin]])
+        launches.clear()
+        last = decode.prefill(model, engine.pages, seqs, [prompt], begin)
+        return list(launches), last, torch.stack(engine.pages.kv)
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        for tokens, begin, expected in [
+            (2 * cut, 0, [2 * cut]),
+            (most + 2 * cut + 1, 0, [most, 2 * cut, 1]),
+            (most + SKINNY_ROWS, 0, [most, SKINNY_ROWS]),
+            (2 * cut + SKINNY_ROWS + 1, 0, [2 * cut + SKINNY_ROWS + 1]),
+            (most + cut + 100, cut, [most, 100]),
+            (most + 101, cut, [2 * cut + 101]),
+        ]:
+            prompt = torch.randint(320, (tokens,))
+            of_chunks, *values = filled(prompt, begin, cut)
+            shared, *same = filled(prompt, begin, most)
+            assert shared == expected and len(of_chunks) == -(-(tokens - begin) // cut)
+            assert all(map(torch.equal, same, values)), (tokens, begin)
+    finally:
+        torch.set_num_threads(before)

@@ -39,6 +39,7 @@ def model():
 def short_chunks(monkeypatch):
     """A page each, so that short prompts have several."""
     monkeypatch.setattr(decode, "CHUNK", PAGE)
+    monkeypatch.setattr(decode, "TOGETHER", PAGE)
 
 
 def ids(length, seed=0):
@@ -134,14 +135,14 @@ def test_answers_to_one_prompt_fill_it_once(model, monkeypatch):
 @pytest.mark.skipif(not ROWS_ALIKE, reason="this CPU's bits may tell how many rows there are")
 def test_short_prompts_share_launches(model, monkeypatch):
     """Those of like lengths, up to a bound together; one of up to 16 tokens goes alone, and so does a long one."""
-    monkeypatch.setattr(decode, "CHUNK", 256)
-    monkeypatch.setattr(decode, "TOGETHER", 200)
+    monkeypatch.setattr(decode, "CHUNK", 192)
+    monkeypatch.setattr(decode, "TOGETHER", 192)
     engine = Engine(model, max_rows=8, max_seq_len=512)
     requests = [ask(ids(length, length)) for length in (50, 45, 16, 40, 300, 51, 200, 39, 38)]
     tokens = fed(monkeypatch, model)
     engine.add(requests)
     engine.step()
-    assert tokens == [16, 256, 44, 200, 3 * 51, 2 * 40]  # the last prompt waits for a row
+    assert tokens == [16, 192, 108, 192, 8, 3 * 51, 2 * 40]  # the last prompt waits for a row
     while engine.busy:
         engine.step()
     for request in requests:
@@ -151,6 +152,7 @@ def test_short_prompts_share_launches(model, monkeypatch):
 def test_prompts_in_captured_launches(model, monkeypatch):
     """Padded to a few widths and replayed without their Python: the same answers, beside one that goes on meanwhile."""
     monkeypatch.setattr(decode, "CHUNK", 256)
+    monkeypatch.setattr(decode, "TOGETHER", 256)
     lengths = (1, 15, 16, 17, 64, 65, 130, 255, 256, 257, 300, 500)
     prompts = {length: ids(length, length) for length in lengths}
     expected = {length: alone(model, ask(prompt))[0] for length, prompt in prompts.items()}

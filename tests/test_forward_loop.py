@@ -91,6 +91,7 @@ def last_logits(model, chunk, cache):
 def test_every_setting_in_ragged_batches_with_beginnings_that_recur(model, monkeypatch):
     """50 prompts, some of them edits of others in the middle, five settings in a batch, rows that join and leave."""
     monkeypatch.setattr(decode, "CHUNK", PAGE)
+    monkeypatch.setattr(decode, "TOGETHER", PAGE)
     dice = random.Random(0)
     story = [dice.randrange(300) for _ in range(220)]
     prompts = []
@@ -121,6 +122,7 @@ def test_every_setting_in_ragged_batches_with_beginnings_that_recur(model, monke
 def test_real_prompts_with_every_setting(standin, monkeypatch):
     """50 prompts of the stand-in through one call of LLM.generate, settings side by side, stop strings among them."""
     monkeypatch.setattr(decode, "CHUNK", PAGE)
+    monkeypatch.setattr(decode, "TOGETHER", PAGE)
     llm = LLM(standin, dtype="bfloat16", device="cpu", max_batch_size=8, progress=False)
     prompts = real_prompts(llm.tokenizer)
     scale = llm.config.vocab_size // 320

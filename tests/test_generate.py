@@ -791,6 +791,7 @@ def test_a_long_prompt_in_chunks(tiny, monkeypatch, length):
     flags = {"do_sample": False, "max_new_tokens": 3, "return_dict_in_generate": True, "output_logits": True}
     whole = tiny.ours.generate(prompt, eos_token_id=[], **flags)
     monkeypatch.setattr(decode, "CHUNK", 32)
+    monkeypatch.setattr(decode, "TOGETHER", 32)
     chunks = tiny.ours.generate(prompt, eos_token_id=[], **flags)
     assert chunks.sequences.equal(whole.sequences)
     theirs = tiny.theirs(prompt).logits[:, -1]

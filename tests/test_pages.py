@@ -185,6 +185,7 @@ def peak_bytes(run):
 def test_a_prompts_cache_is_never_held_twice(rows, monkeypatch):
     """The pages are there before; prefill in chunks and some steps take far less than another prompt's worth."""
     monkeypatch.setattr(decode, "CHUNK", 64)
+    monkeypatch.setattr(decode, "TOGETHER", 64)
     values = {**CONFIG.to_dict(), "num_key_value_heads": 8, "num_attention_heads": 8, "head_dim": 64}
     model = InternLM3ForCausalLM(InternLM3Config.from_dict(values), dtype=torch.float32)
     ids = torch.randint(50, (rows, 630), generator=torch.Generator().manual_seed(0))

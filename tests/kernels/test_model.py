@@ -42,6 +42,7 @@ def make(dtype, **shape):
 def test_generation(monkeypatch, dtype, shape):
     """Three ragged prompts, one in chunks and past the window, decoded together: tokens and logits."""
     monkeypatch.setattr(decode, "CHUNK", 16)
+    monkeypatch.setattr(decode, "TOGETHER", 16)
     model = make(dtype, **shape)
     ids = torch.randint(1, 320, (3, 24), generator=torch.Generator().manual_seed(1)).to(DEVICE)
     mask = torch.ones_like(ids)
