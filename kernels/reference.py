@@ -193,7 +193,7 @@ def _joined(q: Tensor, k: Tensor, v: Tensor, past: int, scale: float) -> Tensor:
     # As in one token's attention, the heads of a group stand as query tokens; among themselves the tokens have a mask.
     of_past, past_sum = flash(grouped.flatten(1, 2)[None], k[None, :, :past], v[None, :, :past], scale=scale)
     share = (past_sum.view(own_sum.shape) - own_sum).sigmoid().unsqueeze(-1)
-    return torch.lerp(of_own.float(), of_past.view(of_own.shape).float(), share).flatten(0, 1).to(q.dtype)
+    return of_own.float().lerp_(of_past.view(of_own.shape).float(), share).flatten(0, 1).to(q.dtype)
 
 
 def _on_host(block_table: Tensor, seq_lens: Tensor, page_size: int) -> list[tuple[int, list[int]]]:
