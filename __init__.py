@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .runtime.sampling import RECOMMENDED as RECOMMENDED
     from .runtime.sampling import RECOMMENDED_THINKING as RECOMMENDED_THINKING
     from .runtime.sampling import SamplingParams as SamplingParams
-    from .runtime.tokenizer import InternLM3Tokenizer as InternLM3Tokenizer
+    from .runtime.tokenization.tokenizer import InternLM3Tokenizer as InternLM3Tokenizer
 
 _HOME = {
     "Chunk": "outputs",
@@ -29,7 +29,7 @@ _HOME = {
     "InternLM3Config": "config",
     "InternLM3ForCausalLM": "causal_lm",
     "InternLM3Model": "causal_lm",
-    "InternLM3Tokenizer": "tokenizer",
+    "InternLM3Tokenizer": "tokenization.tokenizer",
     "LLM": "llm",
     "RECOMMENDED": "sampling",
     "RECOMMENDED_THINKING": "sampling",

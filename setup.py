@@ -23,7 +23,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     package_dir={"internlm3": "."},
-    packages=["internlm3", "internlm3.kernels", "internlm3.runtime"],
+    packages=["internlm3", "internlm3.kernels", "internlm3.runtime", "internlm3.runtime.tokenization"],
     package_data={"internlm3": ["py.typed"]},
     cmdclass={"build_py": BuildPackageOnly},
     # Both ends were tried (2026-11-25, Python 3.11, no GPU): the pins of constraints.txt, which are the newest, and

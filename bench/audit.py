@@ -25,11 +25,11 @@ os.environ.pop("TRITON_INTERPRET", None)
 
 from cases import Case, cases
 from internlm3 import kernels
-from launches import Launch, compile_launches
-from machine_code import MachineCode, read
+from machine_code.launches import Launch, compile_launches
+from machine_code.reader import MachineCode, read
+from machine_code.sass import Access
+from machine_code.targets import TARGETS, Target
 from options import one_of
-from sass import Access
-from targets import TARGETS, Target
 from triton import __version__ as triton_version
 from triton import knobs
 
@@ -231,8 +231,8 @@ def audit_case(case: Case, target_name: str) -> list[Finding]:
 
 def digest() -> str:
     """Of all that a finding follows from."""
-    mine = ("audit", "cases", "launches", "machine_code", "sass", "targets")
-    sources = sorted([*ROOT.glob("kernels/*.py"), *(ROOT / "bench" / f"{name}.py" for name in mine)])
+    mine = ("kernels/*.py", "bench/machine_code/*.py", "bench/audit.py", "bench/cases.py")
+    sources = [path for pattern in mine for path in sorted(ROOT.glob(pattern))]
     tools = [triton_version, knobs.nvidia.ptxas.path, knobs.nvidia.cuobjdump.path, knobs.nvidia.nvdisasm.path]
     return hashlib.sha256("\0".join([*(path.read_text("utf-8") for path in sources), *tools]).encode()).hexdigest()
 

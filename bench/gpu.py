@@ -38,15 +38,15 @@ class Box(NamedTuple):
 
 
 PARTS = {
-    "suite": Box("suite", 300),
-    "truth": Box("truth", 300),
-    "sanitizer": Box("sanitizer", 400),
-    "ceilings": Box("ceilings", 90),
-    "kernels": Box("kernel_table", 400),
-    "decode": Box("decode_times", 300),
-    "where": Box("where", 60),
-    "prompt": Box("prompt_times", 200),
-    "peers": Box("peer_models", 500),
+    "suite": Box("parts.suite", 300),
+    "truth": Box("parts.truth", 300),
+    "sanitizer": Box("parts.sanitizer", 400),
+    "ceilings": Box("parts.ceilings", 90),
+    "kernels": Box("parts.kernel_table", 400),
+    "decode": Box("parts.decode_times", 300),
+    "where": Box("parts.where", 60),
+    "prompt": Box("parts.prompt_times", 200),
+    "peers": Box("parts.peer_models", 500),
 }
 
 

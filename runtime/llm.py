@@ -17,7 +17,6 @@ import torch
 from tqdm import tqdm
 
 from .causal_lm import InternLM3ForCausalLM
-from .chat_template import check_messages, joined_text
 from .config import InternLM3Config
 from .engine import Engine
 from .generation import GENERATION_CONFIG, read_generation_config
@@ -33,7 +32,8 @@ from .sampling import RECOMMENDED_THINKING, SamplingKeywords, SamplingParams
 from .snapshots import NEUTRAL, locate
 from .text import Writer
 from .token_ids import check_ids
-from .tokenizer import InternLM3Tokenizer
+from .tokenization.chat_template import check_messages, joined_text
+from .tokenization.tokenizer import InternLM3Tokenizer
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

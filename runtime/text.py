@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .request import Request
-    from .tokenizer import InternLM3Tokenizer
+    from .tokenization.tokenizer import InternLM3Tokenizer
 
 
 class TextStream:

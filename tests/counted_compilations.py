@@ -71,8 +71,8 @@ def serve(device):
 
 def main(bench, *targets):
     sys.path.insert(0, bench)
-    from launches import compilations
-    from targets import TARGETS
+    from machine_code.launches import compilations
+    from machine_code.targets import TARGETS
 
     said = {}
     for name in targets:

@@ -112,9 +112,9 @@ def launch(x: torch.Tensor, w: torch.Tensor, fault: str) -> None:
 def main(bench: str, *targets: str) -> None:
     sys.path.insert(0, bench)
     from audit import Facts, violations
-    from launches import compile_launches
-    from machine_code import read
-    from targets import TARGETS
+    from machine_code.launches import compile_launches
+    from machine_code.reader import read
+    from machine_code.targets import TARGETS
 
     said = {}
     for name in targets:

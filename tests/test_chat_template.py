@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import sentencepiece
 from internlm3 import InternLM3Tokenizer
-from internlm3.runtime import template_sandbox
-from internlm3.runtime.chat_template import PUBLISHED_TEMPLATE, check_messages, render
+from internlm3.runtime.tokenization import template_sandbox
+from internlm3.runtime.tokenization.chat_template import PUBLISHED_TEMPLATE, check_messages, render
 from tokenizers import AddedToken as HFAddedToken
 
 MESSAGES = [

@@ -16,7 +16,7 @@ BENCH = HOME / "bench"
 import gpu  # noqa: E402  (conftest puts bench/ on the path)
 import report  # noqa: E402
 import rows  # noqa: E402
-import suite  # noqa: E402
+from parts import suite  # noqa: E402
 
 PLANTED = """
 import os, sys, time
@@ -128,7 +128,7 @@ def test_truth_finds_a_wrong_kernel():
     program = f"""
 import sys
 sys.path.insert(0, {str(BENCH)!r})
-import truth
+from parts import truth
 from internlm3 import kernels
 
 class Wrong:

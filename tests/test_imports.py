@@ -1,6 +1,7 @@
 """The house's arrows: every import of the tree is read, those for types and those inside functions too."""
 
 import ast
+import re
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -40,6 +41,18 @@ def files(floor: str) -> list[Path]:
     return sorted(path for path in (ROOT / floor).rglob("*.py") if path.stem != "__init__")
 
 
+def dotted(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).parts)
+
+
+def test_every_folder_is_packed():
+    """setup.py names the packages: a folder that it forgets works in a checkout, and is missing where one installs."""
+    packages = re.search(r"packages=\[(.*?)\]", (ROOT / "setup.py").read_text("utf-8"), re.S)[1]
+    folders = {path.parent for floor in ("kernels", "runtime") for path in (ROOT / floor).rglob("*.py")}
+    assert set(re.findall('"(.+?)"', packages)) == {"internlm3", *(f"internlm3.{dotted(folder)}" for folder in folders)}
+    assert all((folder / "__init__.py").is_file() for folder in folders)
+
+
 def test_no_floor_imports_upwards():
     """kernels knows nothing of the rest, runtime only kernels; nobody imports tests or bench. Nor the root's face."""
     for floor, below in FLOORS.items():
@@ -57,7 +70,9 @@ def test_only_these_rooms_meet_the_kernels():
 def test_no_circle():
     """A file that imports what imports it, by any way round."""
     graph = {
-        f"{floor}.{path.stem}": {name for name in imports(path) if name.startswith(f"{floor}.")}
+        ".".join(path.relative_to(ROOT).with_suffix("").parts): {
+            name for name in imports(path) if name.startswith(f"{floor}.")
+        }
         for floor in ("kernels", "runtime")
         for path in files(floor)
     }

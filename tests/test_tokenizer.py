@@ -26,8 +26,8 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from internlm3 import InternLM3Tokenizer
-from internlm3.runtime.added_tokens import AddedToken
-from internlm3.runtime.tokenizer_files import NAMED_TOKENS, NO_LIMIT
+from internlm3.runtime.tokenization.added_tokens import AddedToken
+from internlm3.runtime.tokenization.tokenizer_files import NAMED_TOKENS, NO_LIMIT
 
 MISTRAL_COMMON = "mistral-common==1.13.1"
 MISTRAL_COMMON_SHA256 = "98b4d0755b8d90bf4691fa8f1b70cb3b4a8cd4dc1653c4ed08ef3d1c7d2c29af"

@@ -1,6 +1,6 @@
 """compute-sanitizer over every op, at small shapes: its four tools, each over the same launches.
 
-python bench/sanitizer.py DTYPE     makes the launches; what the tools watch
+Run with a dtype, this file makes the launches: what the tools watch.
 """
 
 import os

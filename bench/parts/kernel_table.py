@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 import peers
 import torch
-from bare_step import device_of
 from cases import INTERNLM3_8B, SMALL, cases
+from parts.bare_step import device_of
 from rows import Part, Row
 from timing import measure_floor
 

@@ -6,6 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..files import write, write_json
+from ..keywords import reject_unknown, without_neutral
+from ..snapshots import NEUTRAL, NEUTRAL_AT_SAVE, locate
 from .added_tokens import AddedToken, parse_added_tokens
 from .batch_encoding import (
     BatchEncoding,
@@ -19,9 +22,6 @@ from .batch_encoding import (
 from .chat_template import PUBLISHED_TEMPLATE
 from .conversations import Conversations
 from .detokenizer import Detokenizer
-from .files import write, write_json
-from .keywords import reject_unknown, without_neutral
-from .snapshots import NEUTRAL, NEUTRAL_AT_SAVE, locate
 from .tokenizer_files import (
     ADDED_TOKENS_FILE,
     CONFIG_FILE,

@@ -13,10 +13,10 @@ from itertools import islice
 from typing import Any
 
 import torch
-from bare_step import Steps, device_of, random_model
 from internlm3 import InternLM3ForCausalLM
 from internlm3.runtime.replay import cuda_graphs, eager
 from internlm3.runtime.state import Tier
+from parts.bare_step import Steps, device_of, random_model
 from rows import Part, Row, first_line
 from timing import measure_floor, rounds_of
 from work import nbytes

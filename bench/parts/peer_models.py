@@ -13,10 +13,10 @@ from typing import Any
 
 import peers
 import torch
-from bare_step import Steps, device_of, random_model
-from decode_times import name_of, step_bytes, step_figure, step_times
 from internlm3 import InternLM3ForCausalLM
-from plain_model import PlainModel
+from parts.bare_step import Steps, device_of, random_model
+from parts.decode_times import name_of, step_bytes, step_figure, step_times
+from parts.plain_model import PlainModel
 from rows import Part, Row, first_line
 from timing import Call, measure_floor, replayed, rounds_of
 

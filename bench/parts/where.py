@@ -14,11 +14,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from bare_step import random_model
-from decode_times import ready
 from internlm3 import InternLM3ForCausalLM
 from internlm3.runtime.replay import cuda_graphs
 from internlm3.runtime.state import Tier
+from parts.bare_step import random_model
+from parts.decode_times import ready
 from rows import Part, Row
 
 SHAPES = ((1, 1024), (1, 32768), (4, 1024), (16, 1024))  # rows, tokens held

@@ -10,7 +10,6 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from bare_step import Steps, on_ops, random_model
 from internlm3 import kernels
 from internlm3.kernels import reference
 from internlm3.runtime.engine import Engine
@@ -18,6 +17,7 @@ from internlm3.runtime.replay import Capture, cuda_graphs, eager
 from internlm3.runtime.request import Request
 from internlm3.runtime.sampling import SamplingParams
 from internlm3.runtime.state import Tier
+from parts.bare_step import Steps, on_ops, random_model
 from rows import Part, Row
 from torch import Tensor
 

@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 
 from rows import Part, Row
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def rows(small: bool) -> Iterator[Row]:
