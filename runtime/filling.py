@@ -1,4 +1,4 @@
-"""Prompts into pages by captured launches: of a short one the host launches for longer than a GPU computes."""
+"""Prompts into pages by captured launches: of a short piece the host launches for longer than a GPU computes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import decode
 from .model import LanguageModel
-from .pages import Pages, Sequences
+from .pages import PAGE, Pages, Sequences
 from .replay import Capture
 
 # A prompt is padded to the least of these, or to a chunk, and each is captured once. Padding is cheap: up to about 256
@@ -18,7 +18,9 @@ WIDTHS = (16, 64, 128, 256)
 
 
 class Filler:
-    """Runs prompts alone, each padded in front.
+    """Runs prompts alone, each piece of a prompt padded in front.
+
+    Behind other pieces the padding stands on tokens that are there: what it would write goes to the spare page.
 
     Args:
         slots: how many pages a sequence's table names.
@@ -31,10 +33,12 @@ class Filler:
         self._last: dict[int, Tensor] = {}  # the last row that a captured launch leaves, [1, C]
         # What they read.
         self._tokens = torch.zeros(decode.CHUNK, dtype=torch.int64, device=device)
+        self._write_table = torch.zeros(1, slots, dtype=torch.int32, device=device)
         self._seqs = Sequences(
             torch.zeros(1, slots, dtype=torch.int32, device=device),
             torch.zeros(1, dtype=torch.int32, device=device),
             torch.zeros(1, config.head_dim // 2, device=device),
+            write_table=self._write_table,
         )
 
     def fill(self, seqs: Sequences, prompt: Tensor, begin: int) -> Tensor:
@@ -43,8 +47,8 @@ class Filler:
         self._seqs.inv_freq.copy_(seqs.inv_freq)
         for start in range(begin, len(prompt), decode.CHUNK):
             piece = prompt[start : start + decode.CHUNK]
-            if start and len(piece) < decode.CHUNK:  # padding in front of it would stand on tokens that are there
-                return decode.prefill(self._model, self._pages, seqs, [prompt], start)
+            self._write_table.copy_(seqs.block_table)
+            self._write_table[:, : start // PAGE] = self._pages.spare
             last = self._run(piece, start + len(piece))
         return last.clone()  # the next launch takes its place
 

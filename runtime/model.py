@@ -64,14 +64,15 @@ class Block(nn.Module):
         """
         alike = {"batch_invariant": batch_invariant}
         norm, qkv, o = self.input_layernorm, self.self_attn.qkv_proj, self.self_attn.o_proj
-        pages = (k, v, seqs.block_table, seqs.seq_lens)
+        written = seqs.block_table if seqs.write_table is None else seqs.write_table
         q = ops.rms_norm_qkv_rope_cache(
-            x, norm.weight, norm.eps, qkv.weight, qkv.bias, seqs.inv_freq, *pages, seqs.positions, **alike
-        )
+            x, norm.weight, norm.eps, qkv.weight, qkv.bias,
+            seqs.inv_freq, k, v, written, seqs.seq_lens, seqs.positions, **alike,
+        )  # fmt: skip
         if last_rows:
             tokens = len(x) // len(seqs.seq_lens)
             q, x = (rows[tokens - 1 :: tokens].contiguous() for rows in (q, x))
-        seen = ops.paged_attention(q, *pages, self.scale, **alike)
+        seen = ops.paged_attention(q, k, v, seqs.block_table, seqs.seq_lens, self.scale, **alike)
         x = ops.linear_add(seen, o.weight, x, o.bias, **alike)
 
         norm, gate_up, down = self.post_attention_layernorm, self.mlp.gate_up_proj, self.mlp.down_proj

@@ -76,12 +76,14 @@ class Sequences:
         seq_lens: [B] int32, the tokens of each, those of this launch included; 0: idle.
         inv_freq: [B, D/2] float32, the rotary frequencies of each, fixed when it begins.
         positions: [B * T] int32, where each row stands for the rotation; None: at its place in its sequence.
+        write_table: [B, N] int32, the pages that keys and values go to; None: those of `block_table`.
     """
 
     block_table: Tensor
     seq_lens: Tensor
     inv_freq: Tensor
     positions: Tensor | None = None
+    write_table: Tensor | None = None
 
 
 class Pages:
@@ -93,6 +95,7 @@ class Pages:
     Attributes:
         kv: for each layer [2, P, K, S, D], the view that the ops take. With `scratch` all layers are one, which is
             enough where a sequence is not continued.
+        spare: one more page, which nobody holds: what is not to be kept is written there.
     """
 
     def __init__(
@@ -105,9 +108,10 @@ class Pages:
         scratch: bool = False,
     ):
         layers, heads = config.num_hidden_layers, config.num_key_value_heads
-        shape = (2, heads, count, PAGE, config.head_dim)
+        shape = (2, heads, count + 1, PAGE, config.head_dim)
         kv = [torch.empty(shape, dtype=dtype, device=device).transpose(1, 2) for _ in range(1 if scratch else layers)]
         self.kv = kv * layers if scratch else kv
+        self.spare = count
         self._holders = [0] * count
         # 0: free, 1: free and named, 2: held. Bytes, since a run of equal ones is found fast.
         self._kind = bytearray(count)
@@ -229,10 +233,11 @@ class Pages:
         runs = [list(range(first, first + each)) for first in range(0, len(held) * each, each)]
         for layer, old in enumerate(self.kv):
             _, _, heads, _, dim = old.shape
-            new = old.new_empty((2, heads, len(held) * each, PAGE, dim)).transpose(1, 2)
+            new = old.new_empty((2, heads, len(held) * each + 1, PAGE, dim)).transpose(1, 2)
             for pages, run in zip(held, runs, strict=True):
                 new[:, run[0] : run[0] + len(pages)] = old[:, pages]
             self.kv[layer] = new
+        self.spare = len(held) * each
         self._kind, self._holders = bytearray(b"\2" * len(held) * each), [1] * (len(held) * each)
         return runs
 

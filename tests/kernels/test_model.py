@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 from internlm3 import InternLM3Config, InternLM3ForCausalLM, kernels
-from internlm3.runtime import decode
+from internlm3.runtime import decode, filling
 from internlm3.runtime import model as runtime_model
 from internlm3.runtime.engine import Engine
-from internlm3.runtime.pages import Pages, Sequences
+from internlm3.runtime.pages import PAGE, Pages, Sequences
 from internlm3.runtime.request import Request
 from internlm3.runtime.sampling import SamplingParams
 
@@ -83,6 +83,46 @@ def test_the_last_rows_of_prompts(monkeypatch, triton):
     live = lengths.to(DEVICE) > 0
     assert found.shape == expected.shape and also_kept.equal(kept)
     torch.testing.assert_close(found[live], expected[live], rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("triton", [False, True], ids=["reference", "triton"])
+def test_a_prompt_in_padded_pieces(monkeypatch, triton):
+    """The padding of a prompt's end, which stands on tokens that are there, changes no page that anybody holds."""
+    monkeypatch.setattr(decode, "CHUNK", PAGE)
+    monkeypatch.setattr(decode, "TOGETHER", PAGE)
+    monkeypatch.setattr(filling, "WIDTHS", (16, 48))
+    model = make(torch.float32)
+    if triton:
+        on_triton(monkeypatch)
+    generator = torch.Generator().manual_seed(8)
+    table = torch.tensor([[5, 2, 0, 6]], dtype=torch.int32, device=DEVICE)
+    idle = Sequences(table, torch.zeros(1, dtype=torch.int32, device=DEVICE), torch.rand(1, 8).to(DEVICE))
+    start = torch.randn(2, 2, 9, 2, PAGE, 16, generator=generator).to(DEVICE)  # what the pages hold before
+
+    def filled(fill, tokens):
+        pages = Pages(model.config, 8, torch.float32, DEVICE)
+        for kv, held in zip(pages.kv, start, strict=True):
+            kv.copy_(held)
+        with np.errstate(all="ignore"):
+            return fill(pages)(idle, prompt[:tokens], 0), torch.stack(pages.kv)[:, :, : pages.spare]
+
+    def padded(pages):
+        return filling.Filler(model, pages, table.shape[1], lambda launch: launch).fill
+
+    def plain(pages):
+        return lambda seqs, prompt, begin: decode.prefill(model, pages, seqs, [prompt], begin)
+
+    lengths = (PAGE + 20,) if triton else (PAGE + 1, 2 * PAGE + 20, 2 * PAGE + 50, 3 * PAGE)  # the interpreter is slow
+    for tokens in lengths:
+        prompt = torch.randint(1, 320, (tokens,), generator=generator).to(DEVICE)
+        last, kept = filled(padded, tokens)
+        expected, expected_kept = filled(plain, tokens)
+        torch.testing.assert_close(last, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+        torch.testing.assert_close(kept, expected_kept, rtol=1e-4, atol=1e-5)
+        whole = (tokens - 1) // PAGE
+        _, before = filled(padded, whole * PAGE)
+        others = [page for page in range(8) if page not in table[0, whole:].tolist()]
+        assert kept[:, :, others].equal(before[:, :, others])
 
 
 def test_a_captured_step(monkeypatch):
