@@ -125,7 +125,7 @@ def test_the_command_fails_where_a_tool_fails(tmp_path):
 # What follows needs no compiler: machine code in the disassembler's words.
 @pytest.fixture(scope="module")
 def sass():
-    spec = importlib.util.spec_from_file_location("sass", BENCH / "sass.py")
+    spec = importlib.util.spec_from_file_location("sass", BENCH / "machine_code" / "sass.py")
     sass = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sass)
     return sass

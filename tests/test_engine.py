@@ -294,7 +294,7 @@ def test_rows_that_an_error_ended_write_no_page(model, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(RuntimeError):
         patch.setattr(model, "head", lambda x: (_ for _ in ()).throw(RuntimeError("in a step")))
         engine.step()
-    requests = run(engine, *(ask(ids(250, seed), 6) for seed in range(3)))
+    requests = run(engine, *(ask(ids(256, seed), 6) for seed in range(3)))
     assert [said(request) for request in requests] == [alone(model, request) for request in requests]
 
 
@@ -402,7 +402,7 @@ def test_no_memory_for_a_capture_leaves_the_step_eager(model, monkeypatch):
     assert len(runs) == 2
     engine = Engine(model, max_rows=2, max_seq_len=512, capture=cuda_graphs(), depth=2)
     with pytest.warns(UserWarning, match="no memory to capture a decode step"):
-        requests = run(engine, *(ask(ids(70, seed), 6 + seed) for seed in range(3)))
+        requests = run(engine, *(ask(ids(60, seed), 6 + seed) for seed in range(3)))
     assert [said(request) for request in requests] == [alone(model, request) for request in requests]
     assert engine.pages.free == len(engine.pages)
 

@@ -14,6 +14,7 @@ import torch
 import transformers
 from internlm3 import InternLM3Config, InternLM3ForCausalLM, InternLM3Tokenizer
 from internlm3.runtime import decode, generation
+from internlm3.runtime.pages import PAGE
 
 QUESTIONS = [
     "What is the capital of France?",
@@ -784,14 +785,14 @@ def test_penalties_and_bias(tiny):
         torch.testing.assert_close(scores[0], expected)
 
 
-@pytest.mark.parametrize("length", [40, 63, 64, 65, 150])
+@pytest.mark.parametrize("length", [40, 64, 65, 127, 150])
 def test_a_long_prompt_in_chunks(tiny, monkeypatch, length):
     """A prompt beyond the window (64) goes through in pieces and counts as one: all is turned by its whole length."""
     prompt = torch.randint(6, 50, (1, length), generator=torch.Generator().manual_seed(length))
     flags = {"do_sample": False, "max_new_tokens": 3, "return_dict_in_generate": True, "output_logits": True}
     whole = tiny.ours.generate(prompt, eos_token_id=[], **flags)
-    monkeypatch.setattr(decode, "CHUNK", 32)
-    monkeypatch.setattr(decode, "TOGETHER", 32)
+    monkeypatch.setattr(decode, "CHUNK", PAGE)
+    monkeypatch.setattr(decode, "TOGETHER", PAGE)
     chunks = tiny.ours.generate(prompt, eos_token_id=[], **flags)
     assert chunks.sequences.equal(whole.sequences)
     theirs = tiny.theirs(prompt).logits[:, -1]

@@ -110,7 +110,7 @@ def test_without_a_gpu_nothing_is_measured(tmp_path, monkeypatch, capsys):
 
 def test_every_part_gives_its_rows():
     for box in gpu.PARTS.values():
-        source = (BENCH / f"{box.module}.py").read_text()
+        source = BENCH.joinpath(*box.module.split(".")).with_suffix(".py").read_text()
         assert "\ndef rows(small: bool) -> Iterator[Row]:\n" in source
 
 
