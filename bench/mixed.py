@@ -14,7 +14,6 @@ call of its own: up to commit 5a2bf93 that went through them in waves.
 
 import argparse
 import heapq
-import json
 import random
 import statistics
 import time
@@ -23,7 +22,7 @@ from typing import TypedDict
 
 from options import output, positive
 from record import stamp, write_json
-from workers import ask
+from workers import Worker, serve
 
 FREE, WAVES, BEFORE = "as rows are free", "in waves", "before"
 MOST = 512  # tokens of an answer
@@ -70,10 +69,11 @@ def steps(lengths: Sequence[int], rows: int, way: str) -> int:
     return max(ends)
 
 
-def worker(kind: str, way: str, rows: int) -> Done:
+def worker(work: tuple[str, str, int]) -> Done:
     from internlm3 import LLM, SamplingParams
     from internlm3.runtime.standin import standin_checkpoint
 
+    kind, way, rows = work
     llm = LLM(standin_checkpoint(progress=False), max_batch_size=rows, progress=False)
     conversations = [[{"role": "user", "content": question}] for question in QUESTIONS]
     params = [SamplingParams(temperature=0, max_tokens=MOST)] * len(conversations)
@@ -103,10 +103,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=positive, default=5)
     parser.add_argument("--before", help="another checkout, to be asked the questions too")
     parser.add_argument("--json", type=output, help="write all figures here")
-    parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        print(json.dumps(worker(*args.worker, args.rows)))
+        serve(worker)
         return
 
     made = stamp()
@@ -119,7 +119,8 @@ def main() -> None:
         def run(kind: str, way: str) -> Done:
             """In a process of its own: the prompts of one way are in no cache of the other."""
             checkout = args.before if way == BEFORE else None
-            return ask(__file__, "--rows", str(args.rows), "--worker", kind, way, checkout=checkout)
+            with Worker(__file__, "--worker", checkout=checkout) as process:
+                return process.ask((kind, way, args.rows))
 
         rounds = [{way: run(kind, way) for way in ways} for _ in range(args.rounds)]
         lengths, cut = rounds[0][FREE]["lengths"], rounds[0][FREE]["cut"]
