@@ -19,7 +19,7 @@ from .sampling import top_logprobs
 from .state import DecodeState, Tier
 
 # A prompt goes through the model in pieces of so many tokens, cut at multiples of it whatever lies in the cache: where
-# it is cut decides the bits of its keys and values. A multiple of PAGE.
+# it is cut decides the bits of its keys and values. A multiple of PAGE, and of the reference's QUERY_BLOCK.
 CHUNK = 512
 # So many tokens share a launch, padding included, where their number decides no bits: short prompts, and on a CPU the
 # chunks of a long one. It bounds the memory for activations. In launches of a chunk 16 x 128 tokens take a CPU 1.07 and
