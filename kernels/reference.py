@@ -124,7 +124,7 @@ def rms_norm_swiglu(
         # float32 alone, and where a share ends the number of rows decides.
         of_gate, of_up = zip(weight.chunk(2), (None, None) if bias is None else bias.chunk(2), strict=True)
         gate = torch.ops.mkldnn._linear_pointwise(h, *of_gate, "swish", [], "")
-        return gate.mul_(torch.ops.mkldnn._linear_pointwise(h, *of_up, "none", [], ""))
+        return gate.mul_(linear(h, *of_up))
     gate, up = linear(h, weight, bias).chunk(2, dim=-1)
     return F.silu(gate, inplace=True).mul_(up)  # `swiglu` in place: fresh memory takes a CPU longer than the arithmetic
 

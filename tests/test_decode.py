@@ -14,7 +14,7 @@ from internlm3.kernels.reference import SKINNY_ROWS
 from internlm3.kernels.sampling_reference import FEW_TOKENS
 from internlm3.runtime import decode
 from internlm3.runtime.engine import Engine
-from internlm3.runtime.pages import pages_of
+from internlm3.runtime.pages import PAGE, pages_of
 from internlm3.runtime.request import Request
 from internlm3.runtime.rope import inverse_frequencies
 from internlm3.runtime.sampling import SamplingParams
@@ -358,6 +358,11 @@ def test_a_state_that_is_bound_anew_is_found(model, recorder, monkeypatch):
         monkeypatch.setattr(decode, "choose", rebinding)
         found, _ = answers(model, 2, capture=recorder.capture)
     assert found != expected
+
+
+def test_where_a_chunk_ends_pages_and_blocks_of_attention_end():
+    """Else what is reused, and what a launch of several chunks computes, would be cut in other places."""
+    assert decode.CHUNK % PAGE == decode.CHUNK % reference.QUERY_BLOCK == decode.TOGETHER % decode.CHUNK == 0
 
 
 @pytest.mark.skipif(not reference.ROWS_ALIKE, reason="this CPU's bits may tell how many rows there are")

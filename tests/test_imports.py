@@ -70,9 +70,7 @@ def test_only_these_rooms_meet_the_kernels():
 def test_no_circle():
     """A file that imports what imports it, by any way round."""
     graph = {
-        ".".join(path.relative_to(ROOT).with_suffix("").parts): {
-            name for name in imports(path) if name.startswith(f"{floor}.")
-        }
+        dotted(path.with_suffix("")): {name for name in imports(path) if name.startswith(f"{floor}.")}
         for floor in ("kernels", "runtime")
         for path in files(floor)
     }
