@@ -304,9 +304,10 @@ def _share_of_total(weights: Tensor, fraction: Tensor) -> Tensor:
 
 def log_probability(logits: Tensor, token: Tensor) -> Tensor:
     """Natural log-softmax of the chosen tokens, [B] float32; NaN where a row holds NaN or +inf."""
-    x = logits.float()
-    best = x.amax(-1)
-    # Integers again: a float sum would depend on how the row is split over threads.
-    total = ((x - best[:, None]).exp() * 2**UNIT_BITS).long().sum(-1)
+    x = logits.to(torch.float32, copy=True)
+    best, chosen = x.amax(-1), x.gather(1, token[:, None])[:, 0]
+    # Integers again: a float sum would depend on how the row is split over threads. In place: fresh memory takes a CPU
+    # longer than the arithmetic, 4 times as long for 128512 tokens.
+    total = x.sub_(best[:, None]).exp_().mul_(2**UNIT_BITS).long().sum(-1)
     log_total = (total.double() / 2**UNIT_BITS).log()
-    return (x.gather(1, token[:, None])[:, 0] - best - log_total).float()
+    return (chosen - best - log_total).float()

@@ -191,6 +191,20 @@ def test_products_are_rounded_one_by_one(dtype):
     assert_rounded_alike(expected_k.nan_to_num(7.0), k_cache=k_cache.nan_to_num(7.0))
 
 
+@pytest.mark.parametrize("turned", [False, True])
+def test_arguments_that_change_in_place(turned):
+    """A launch keeps its tables for its other layers: none may serve where any argument is another by now."""
+    case = Case(11, torch.float32, [5, 30], 2, 4, 2, 64, 64, turned=turned)
+    check_case(case)
+    for argument in (case.seq_lens, case.inv_freq, *([case.positions] if turned else [])):
+        argument[1] += 1
+        check_case(case)
+    case.positions = None if turned else case.seq_lens.repeat_interleave(2)
+    check_case(case)
+    case.qkv, case.kv = case.qkv.half(), case.kv.half()
+    check_case(case)
+
+
 def test_page_ids_outside_the_cache_write_nothing():
     case = Case(9, torch.float32, [5, 6, 7], 2, 4, 2, 64, 16)
     case.block_table[0] = -1
