@@ -180,29 +180,28 @@ def _attention_of_one(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return F.scaled_dot_product_attention(q, k[None], v[None], scale=scale)
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> list[Tensor]:
-    """Causal attention of one sequence's last T tokens over all its L. q [T, H, D], k and v [K, L, D] -> like q, in
-    pieces.
+def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor) -> None:
+    """Causal attention of one sequence's last T tokens over all its L. q [T, H, D], k and v [K, L, D], `out` like q.
 
     Query head h reads key/value head h // (H / K). Scores and softmax in float32. Vaswani et al. 2017, Ainslie et al.
     2023 (grouped queries).
     """
     tokens, length = q.shape[0], k.shape[1]
-    past, queries = length - tokens, q.transpose(0, 1)
+    past, queries, out = length - tokens, q.transpose(0, 1), out.transpose(0, 1)
     if q.is_cpu:
-        return [
-            _joined(queries[:, first : first + QUERY_BLOCK], k, v, past + first, scale).transpose(0, 1)
-            for first in range(0, tokens, QUERY_BLOCK)
-        ]
+        for first in range(0, tokens, QUERY_BLOCK):
+            block = slice(first, first + QUERY_BLOCK)
+            out[:, block] = _joined(queries[:, block], k, v, past + first, scale)
+        return
     mask = torch.ones(tokens, length, dtype=torch.bool, device=q.device).tril(past) if past else None
-    out = F.scaled_dot_product_attention(
+    out[:] = F.scaled_dot_product_attention(
         queries[None], k[None], v[None], attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True
-    )
-    return [out[0].transpose(0, 1)]
+    )[0]
 
 
 def _joined(q: Tensor, k: Tensor, v: Tensor, past: int, scale: float) -> Tensor:
-    """Attention of q [H, T, D], whose tokens stand behind `past` others; k and v [K, L, D]. No mask over the past.
+    """Attention of q [H, T, D], whose tokens stand behind `past` others; k and v [K, L, D] -> [H, T, D], in float32
+    where there is a past. No mask over that.
 
     softmax over both is the mean of the softmax over each, weighted by their sums of exponentials, in float32.
     """
@@ -216,7 +215,7 @@ def _joined(q: Tensor, k: Tensor, v: Tensor, past: int, scale: float) -> Tensor:
     # As in one token's attention, the heads of a group stand as query tokens; among themselves the tokens have a mask.
     of_past, past_sum = flash(grouped.flatten(1, 2)[None], k[None, :, :past], v[None, :, :past], scale=scale)
     share = (past_sum.view(own_sum.shape) - own_sum).sigmoid().unsqueeze(-1)
-    return of_own.float().lerp_(of_past.view(of_own.shape).float(), share).flatten(0, 1).to(q.dtype)
+    return of_own.float().lerp_(of_past.view(of_own.shape).float(), share).flatten(0, 1)
 
 
 def _on_host(block_table: Tensor, seq_lens: Tensor, page_size: int) -> list[tuple[int, list[int]]]:
@@ -340,18 +339,23 @@ def paged_attention(
     sequences, kv_heads, page_size, dim = block_table.shape[0], *k_cache.shape[1:]
     tokens = len(q) // sequences
     k_cache, v_cache = (cache.transpose(0, 1).flatten(1, 2) for cache in (k_cache, v_cache))
-    queries = q.view(sequences, kv_heads, -1, dim) if tokens == 1 else q
-    out = []
-    for mine, (length, pages) in zip(queries.split(tokens), _on_host(block_table, seq_lens, page_size), strict=True):
-        if length < tokens:
-            out.append(torch.zeros_like(mine[length:]))
+    held = _on_host(block_table, seq_lens, page_size)
+    if tokens == 1:
+        rows = []
+        for mine, (length, pages) in zip(q.view(sequences, kv_heads, -1, dim).split(1), held, strict=True):
+            if length:
+                k, v = (_held(cache, pages, length, page_size) for cache in (k_cache, v_cache))
+                rows.append(_attention_of_one(mine, k, v, scale))
+            else:
+                rows.append(torch.zeros_like(mine))
+        return torch.cat(rows).view(sequences, -1)
+    out = torch.empty_like(q)
+    for mine, seen, (length, pages) in zip(q.split(tokens), out.split(tokens), held, strict=True):
+        seen[: max(tokens - length, 0)] = 0
         if length:
             k, v = (_held(cache, pages, length, page_size) for cache in (k_cache, v_cache))
-            if tokens == 1:
-                out.append(_attention_of_one(mine, k, v, scale))
-            else:
-                out += _attention(mine[-length:], k, v, scale)
-    return torch.cat(out).view(len(q), -1)
+            _attention(mine[-length:], k, v, scale, seen[-length:])
+    return out.view(len(q), -1)
 
 
 def advance(

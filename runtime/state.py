@@ -170,9 +170,9 @@ class DecodeState:
 
     def _words(self, token_ids: Iterable[int]) -> Tensor:
         """[W] int32 on the CPU with these tokens' bits."""
-        bits = torch.zeros(self.ends.shape[1] * 32, dtype=torch.int64)
-        bits[list(token_ids)] = 1
-        return (bits.view(-1, 32) << torch.arange(32)).sum(-1).to(torch.int32)
+        ids = torch.tensor(sorted(set(token_ids)), dtype=torch.int64)
+        words = torch.zeros(self.ends.shape[1], dtype=torch.int64)
+        return words.index_add_(0, ids // 32, 1 << ids % 32).to(torch.int32)
 
 
 _OF_SEQUENCES: Any = ("block_table", "seq_lens", "inv_freq")

@@ -49,6 +49,20 @@ class Rows:
         self.state = self.state.rows(0, len(rows))
 
 
+def tokens_of(words):
+    """The tokens whose bits are set in [W] int32."""
+    return {32 * word + bit for word, value in enumerate(words.tolist()) for bit in range(32) if value >> bit & 1}
+
+
+def test_a_bit_for_each_token():
+    """Those of a word's sign, of the last word, and one that is named twice; min_tokens holds back the ends."""
+    params = SamplingParams(allowed_token_ids=[0, 31, 32, 63, 69, 31], suppress_tokens=[32, 64], min_tokens=1)
+    state = Rows([(params, [1], 0), (SamplingParams(), [1], 0)], 70, eos_token_ids=[31, 69]).state
+    assert tokens_of(state.ends[0]) == tokens_of(state.ends[1]) == {31, 69}
+    assert tokens_of(state.permitted[0]) == {0, 31, 63, 69} and tokens_of(state.allowed[0]) == {0, 63}
+    assert tokens_of(state.permitted[1]) == set(range(96))
+
+
 def run(rows, logits, steps):
     """The tokens of each row, -1 when it is idle."""
     return torch.stack([rows(logits)[:, 0] for _ in range(steps)], dim=1).tolist()

@@ -98,6 +98,23 @@ def test_linear(seed, dtype, shape, scale, padding, biased, batch_invariant):
     assert_near(exact, 1.0, size, **run("linear", *args, batch_invariant=batch_invariant))
 
 
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("leading", [(), (1,), (1, 1), (5,), (2, 3), (20,)])
+@pytest.mark.parametrize("transposed", [0, 16])
+def test_the_reference_on_any_cpu(monkeypatch, transposed, leading, dtype, biased):
+    """Both ways of a product, whichever the CPU at hand takes, with any axes in front."""
+    monkeypatch.setattr(reference, "TRANSPOSED_ROWS", dict.fromkeys(reference.TRANSPOSED_ROWS, transposed))
+    monkeypatch.setattr(reference, "ONEDNN_FLOAT32", False)
+    rng = generator(7)
+    x, weight = normal(rng, *leading, 24, dtype=dtype), normal(rng, 40, 24, dtype=dtype)
+    bias = normal(rng, 40, dtype=dtype) if biased else None
+    exact, size = product(x.view(-1, 24), weight, bias)
+    found = reference.linear(x, weight, bias)
+    assert found.shape == (*leading, 40)
+    assert_near(exact, 1.0, size, reference=found.view(-1, 40))
+
+
 @pytest.mark.op(name="linear_add")
 @settings(max_examples=150)
 @draw(st.booleans())
