@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
 import time
 from collections import deque
@@ -259,7 +260,7 @@ class Engine:
                 last[running] = last[first]
             self._state.seqs.seq_lens[running.row] = len(running.prompt)
         if admitted:
-            self._first_tokens(admitted, torch.cat([last[running] for running in admitted]))
+            self._first_tokens(admitted, last)
 
     def _seat(self, request: Request, twin: list[int]) -> _Running | None:
         """A row and pages for a request, or None where there are not enough of them; its row stays idle.
@@ -317,21 +318,25 @@ class Engine:
         """What keys and values follow from besides tokens: the rotary base."""
         return repr(rope_base(self._model.config, len(request.prompt_ids))).encode()
 
-    def _first_tokens(self, admitted: list[_Running], last: Tensor) -> None:
-        """Draws behind each prompt's last row, of [B, C], and tells the host of all of them at once."""
+    def _first_tokens(self, admitted: list[_Running], last: dict[_Running, Tensor]) -> None:
+        """Draws behind each prompt's last row [1, C], and tells the host of all of them at once."""
         rows, ops = self._width(), self._model.model.ops
+        admitted = sorted(admitted, key=lambda running: running.row)
+        logits = self._model.head(torch.cat([last[running] for running in admitted]))
         notes: list[_Running | None] = [None] * rows
-        seen: list[Request | None] = [None] * rows
-        every = torch.zeros(rows, self._model.config.vocab_size, dtype=self._model.dtype, device=self._model.device)
-        for running, own in zip(admitted, self._model.head(last).split(1), strict=True):
-            row = running.row
-            running.queued, notes[row] = 1, running
+        watched: list[Request | None] = [None] * rows
+        for running in admitted:
+            running.queued, notes[running.row] = 1, running
             if running.request.watched:
-                seen[row], every[row] = running.request, own[0]
-            else:
-                decode.choose(ops, own, self._state.rows(row, row + 1), running.tier)
-        if any(seen):
-            decode.watched(ops, every, self._state.rows(0, rows), max(running.tier for running in admitted), seen)
+                watched[running.row] = running.request
+        for begin, end in _neighbours(admitted):
+            group = self._state.rows(admitted[begin].row, admitted[end - 1].row + 1)
+            decode.choose(ops, logits[begin:end], group, max(running.tier for running in admitted[begin:end]))
+        if any(watched):
+            every = logits.new_zeros(rows, logits.shape[1])
+            every[[running.row for running in admitted]] = logits
+            tier = max(running.tier for running in admitted)
+            decode.watched(ops, every, self._state.rows(0, rows), tier, watched)
         self._replays.tell(notes)
 
     def _leave(self, running: _Running) -> None:
@@ -390,3 +395,13 @@ def _groups(short: list[_Running]) -> Iterator[list[_Running]]:
         group.append(running)
     if group:
         yield group
+
+
+def _neighbours(admitted: list[_Running]) -> Iterator[tuple[int, int]]:
+    """Those in rows one behind the other, which can share a draw: begin and end in `admitted`. None that is watched."""
+    alike = [(running.row - index, running.request.watched) for index, running in enumerate(admitted)]
+    end = 0
+    for (_, watched), group in itertools.groupby(alike):
+        begin, end = end, end + len(list(group))
+        if not watched:
+            yield begin, end
