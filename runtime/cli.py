@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit status: 0, 1 after an error, 2 for bad usage, 130 after Ctrl-C."""
     args = _parser().parse_args(argv)
     # How long threads wait spinning: less lets them sleep between two products of a step (1.3 times as long on an idle
-    # EPYC of two cores), PyTorch's own 300000 keeps a busy machine from everything else (2.6 times as long).
+    # EPYC of two cores), GNU OpenMP's own 300000 keeps a busy machine from everything else (2.6 times as long).
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     tolerate_other_encodings()
     try:
