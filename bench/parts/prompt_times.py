@@ -27,7 +27,8 @@ def rows(small: bool) -> Iterator[Row]:
     model = random_model(small)
     products = measure_floor(device, [model.dtype], 5).matmul[name_of(model.dtype)]
     weights = sum(weight.numel() for weight in model.model.layers.parameters())
-    for tokens in (8, 24) if small else (16, 128, 512, 1024, 2048, 8192):
+    # 700: a whole piece of a prompt, and a short end behind it.
+    for tokens in (8, 24) if small else (16, 128, 512, 700, 1024, 2048, 8192):
         times = prompt_times(model, tokens, 2 if small else 10)
         config = model.config
         operations = 2 * tokens * weights  # each weight, and each key and value that a token sees
