@@ -349,9 +349,10 @@ def paged_attention(
             else:
                 rows.append(torch.zeros_like(mine))
         return torch.cat(rows).view(sequences, -1)
-    out = torch.empty_like(q)
+    out = q.new_empty(q.shape)
     for mine, seen, (length, pages) in zip(q.split(tokens), out.split(tokens), held, strict=True):
-        seen[: max(tokens - length, 0)] = 0
+        if length < tokens:
+            seen[: tokens - length] = 0
         if length:
             k, v = (_held(cache, pages, length, page_size) for cache in (k_cache, v_cache))
             _attention(mine[-length:], k, v, scale, seen[-length:])
