@@ -339,23 +339,22 @@ def paged_attention(
     sequences, kv_heads, page_size, dim = block_table.shape[0], *k_cache.shape[1:]
     tokens = len(q) // sequences
     k_cache, v_cache = (cache.transpose(0, 1).flatten(1, 2) for cache in (k_cache, v_cache))
-    held = _on_host(block_table, seq_lens, page_size)
+    held = (
+        (length, [_held(cache, pages, length, page_size) for cache in (k_cache, v_cache) if length])
+        for length, pages in _on_host(block_table, seq_lens, page_size)
+    )
     if tokens == 1:
-        rows = []
-        for mine, (length, pages) in zip(q.view(sequences, kv_heads, -1, dim).split(1), held, strict=True):
-            if length:
-                k, v = (_held(cache, pages, length, page_size) for cache in (k_cache, v_cache))
-                rows.append(_attention_of_one(mine, k, v, scale))
-            else:
-                rows.append(torch.zeros_like(mine))
+        rows = [
+            _attention_of_one(mine, kv[0], kv[1], scale) if length else torch.zeros_like(mine)
+            for mine, (length, kv) in zip(q.view(sequences, kv_heads, -1, dim).split(1), held, strict=True)
+        ]
         return torch.cat(rows).view(sequences, -1)
     out = q.new_empty(q.shape)
-    for mine, seen, (length, pages) in zip(q.split(tokens), out.split(tokens), held, strict=True):
+    for mine, seen, (length, kv) in zip(q.split(tokens), out.split(tokens), held, strict=True):
         if length < tokens:
             seen[: tokens - length] = 0
         if length:
-            k, v = (_held(cache, pages, length, page_size) for cache in (k_cache, v_cache))
-            _attention(mine[-length:], k, v, scale, seen[-length:])
+            _attention(mine[-length:], kv[0], kv[1], scale, seen[-length:])
     return out.view(len(q), -1)
 
 
