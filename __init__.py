@@ -9,34 +9,34 @@ from typing import TYPE_CHECKING, Any
 from .runtime.version import VERSION as __version__
 
 if TYPE_CHECKING:
-    from .runtime.causal_lm import InternLM3ForCausalLM as InternLM3ForCausalLM
-    from .runtime.causal_lm import InternLM3Model as InternLM3Model
-    from .runtime.config import InternLM3Config as InternLM3Config
-    from .runtime.llm import LLM as LLM
-    from .runtime.outputs import Chunk as Chunk
-    from .runtime.outputs import CompletionOutput as CompletionOutput
-    from .runtime.outputs import RequestOutput as RequestOutput
-    from .runtime.prompts import SYSTEM_PROMPT as SYSTEM_PROMPT
-    from .runtime.prompts import THINKING_SYSTEM_PROMPT as THINKING_SYSTEM_PROMPT
-    from .runtime.sampling import RECOMMENDED as RECOMMENDED
-    from .runtime.sampling import RECOMMENDED_THINKING as RECOMMENDED_THINKING
-    from .runtime.sampling import SamplingParams as SamplingParams
+    from .runtime.api.llm import LLM as LLM
+    from .runtime.api.outputs import Chunk as Chunk
+    from .runtime.api.outputs import CompletionOutput as CompletionOutput
+    from .runtime.api.outputs import RequestOutput as RequestOutput
+    from .runtime.api.prompts import SYSTEM_PROMPT as SYSTEM_PROMPT
+    from .runtime.api.prompts import THINKING_SYSTEM_PROMPT as THINKING_SYSTEM_PROMPT
+    from .runtime.compat.causal_lm import InternLM3ForCausalLM as InternLM3ForCausalLM
+    from .runtime.compat.causal_lm import InternLM3Model as InternLM3Model
+    from .runtime.model.config import InternLM3Config as InternLM3Config
+    from .runtime.sampling.params import RECOMMENDED as RECOMMENDED
+    from .runtime.sampling.params import RECOMMENDED_THINKING as RECOMMENDED_THINKING
+    from .runtime.sampling.params import SamplingParams as SamplingParams
     from .runtime.tokenization.tokenizer import InternLM3Tokenizer as InternLM3Tokenizer
 
 _HOME = {
-    "Chunk": "outputs",
-    "CompletionOutput": "outputs",
-    "InternLM3Config": "config",
-    "InternLM3ForCausalLM": "causal_lm",
-    "InternLM3Model": "causal_lm",
+    "Chunk": "api.outputs",
+    "CompletionOutput": "api.outputs",
+    "InternLM3Config": "model.config",
+    "InternLM3ForCausalLM": "compat.causal_lm",
+    "InternLM3Model": "compat.causal_lm",
     "InternLM3Tokenizer": "tokenization.tokenizer",
-    "LLM": "llm",
-    "RECOMMENDED": "sampling",
-    "RECOMMENDED_THINKING": "sampling",
-    "RequestOutput": "outputs",
-    "SYSTEM_PROMPT": "prompts",
-    "SamplingParams": "sampling",
-    "THINKING_SYSTEM_PROMPT": "prompts",
+    "LLM": "api.llm",
+    "RECOMMENDED": "sampling.params",
+    "RECOMMENDED_THINKING": "sampling.params",
+    "RequestOutput": "api.outputs",
+    "SYSTEM_PROMPT": "api.prompts",
+    "SamplingParams": "sampling.params",
+    "THINKING_SYSTEM_PROMPT": "api.prompts",
 }
 __all__ = ["__version__", *_HOME]
 

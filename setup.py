@@ -1,29 +1,35 @@
 """The repository root is the import package `internlm3`, so `kernels` and `runtime` never land top-level."""
 
+import re
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'VERSION = "(.+)"', (ROOT / "runtime" / "version.py").read_text(encoding="utf-8"))[1]
+ROOT_MODULES = {"__init__", "__main__"}
 
 
 class BuildPackageOnly(build_py):
-    """The root doubles as the package, so this very file would be packed as `internlm3.setup`: leave it out."""
+    """The root doubles as the package: only the package's own modules are packed, no other file of the checkout."""
 
     def find_package_modules(self, package, package_dir):
-        return [module for module in super().find_package_modules(package, package_dir) if module[1] != "setup"]
+        modules = super().find_package_modules(package, package_dir)
+        return [found for found in modules if package != "internlm3" or found[1] in ROOT_MODULES]
 
 
 setup(
     name="internlm3",
-    version="0.1.0",
+    version=VERSION,
     description="InternLM3 at the lowest latency one GPU allows: Triton kernels and a thin runtime",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",
     package_dir={"internlm3": "."},
-    packages=["internlm3", "internlm3.kernels", "internlm3.runtime", "internlm3.runtime.tokenization"],
+    packages=["internlm3", *(f"internlm3.{name}" for name in find_packages(ROOT, include=["kernels*", "runtime*"]))],
     package_data={"internlm3": ["py.typed"]},
     cmdclass={"build_py": BuildPackageOnly},
     # Both ends were tried (2026-11-25, Python 3.11, no GPU): the pins of constraints.txt, which are the newest, and

@@ -71,7 +71,7 @@ def steps(lengths: Sequence[int], rows: int, way: str) -> int:
 
 def worker(work: tuple[str, str, int]) -> Done:
     from internlm3 import LLM, SamplingParams
-    from internlm3.runtime.standin import standin_checkpoint
+    from internlm3.runtime.checkpoint.demo_model import standin_checkpoint
 
     kind, way, rows = work
     llm = LLM(standin_checkpoint(progress=False), max_batch_size=rows, progress=False)

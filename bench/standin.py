@@ -114,7 +114,7 @@ def main() -> None:
 
     if args.before and not os.path.exists(os.path.join(args.before, "runtime")):
         parser.error(f"--before {args.before} is no checkout of this project: name a folder internlm3 of one")
-    from internlm3.runtime.standin import standin_checkpoint
+    from internlm3.runtime.checkpoint.demo_model import standin_checkpoint
     from record import stamp, write_json
 
     folder = str(standin_checkpoint())

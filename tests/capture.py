@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 from internlm3.kernels import reference
-from internlm3.runtime import generation
-from internlm3.runtime import model as runtime_model
-from internlm3.runtime.engine import Engine
+from internlm3.runtime.compat import generation
+from internlm3.runtime.engine.engine import Engine
+from internlm3.runtime.model import model as runtime_model
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 

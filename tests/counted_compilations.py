@@ -14,10 +14,10 @@ from types import SimpleNamespace
 
 import torch
 from internlm3 import InternLM3Config
-from internlm3.runtime import decode
-from internlm3.runtime.model import Decoder, LanguageModel
-from internlm3.runtime.pages import PAGE
-from internlm3.runtime.state import DecodeState, Tier
+from internlm3.runtime.engine import decode
+from internlm3.runtime.engine.state import DecodeState, Tier
+from internlm3.runtime.model.model import Decoder, LanguageModel
+from internlm3.runtime.model.pages import PAGE
 
 CONFIG = InternLM3Config(num_hidden_layers=2, intermediate_size=10240, num_key_value_heads=2)
 

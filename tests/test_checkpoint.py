@@ -15,7 +15,7 @@ import pytest
 import torch
 import transformers
 from internlm3 import InternLM3Config, InternLM3ForCausalLM, InternLM3Model
-from internlm3.runtime import checkpoint
+from internlm3.runtime.checkpoint import weights as checkpoint
 from safetensors.torch import load_file, save_file
 
 SHAPE = {

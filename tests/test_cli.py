@@ -14,13 +14,13 @@ from types import SimpleNamespace
 import internlm3
 import pytest
 from internlm3 import Chunk, InternLM3Config, InternLM3Tokenizer, SamplingParams
-from internlm3.runtime import cli
-from internlm3.runtime.chat import Chat, show
+from internlm3.runtime.cli import main as cli
+from internlm3.runtime.cli.chat import Chat, show
 
 FIGURES = re.compile(
     r"\[prompt (\d+) tokens, [\d.]+ tokens/s; answer (\d+) tokens, [\d.]+ tokens/s; peak memory [\d.]+ GB\]"
 )
-COMMAND = [sys.executable, "-m", "internlm3.runtime.cli"]
+COMMAND = [sys.executable, "-m", "internlm3.runtime.cli.main"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
@@ -35,7 +35,7 @@ def run(*args, stdin="", expect=0):
 def test_help_names_every_command_and_imports_nothing_heavy():
     program = """
 import sys
-from internlm3.runtime.cli import main
+from internlm3.runtime.cli.main import main
 try:
     main(["--help"])
 except SystemExit as stop:
@@ -243,7 +243,7 @@ def chat(monkeypatch, turns, answer=None, messages=()):
             raise turn
         return turn
 
-    monkeypatch.setattr("internlm3.runtime.chat.reader", lambda: read)
+    monkeypatch.setattr("internlm3.runtime.cli.chat.reader", lambda: read)
     monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True))
     talk = Chat(chunks, list(messages))
     talk.run()
@@ -343,7 +343,7 @@ def test_a_paste_is_one_question(tmp_path, toolkit):
 import sys
 if not {toolkit}:
     sys.modules["prompt_toolkit"] = None
-from internlm3.runtime.terminal import history_file, reader
+from internlm3.runtime.cli.terminal import history_file, reader
 read = reader()
 sys.stderr.write("ready\\n")
 for _ in range(2):

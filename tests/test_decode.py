@@ -12,16 +12,15 @@ from internlm3 import InternLM3Config, InternLM3ForCausalLM
 from internlm3.kernels import reference
 from internlm3.kernels.reference import SKINNY_ROWS
 from internlm3.kernels.sampling_reference import FEW_TOKENS
-from internlm3.runtime import decode
-from internlm3.runtime.engine import Engine
-from internlm3.runtime.pages import PAGE, pages_of
-from internlm3.runtime.request import Request
-from internlm3.runtime.rope import inverse_frequencies
-from internlm3.runtime.sampling import SamplingParams
-from internlm3.runtime.state import DecodeState, Tier, tier_of
-
-from .capture import Recorder
-from .test_sampling import floats, random_logits
+from internlm3.runtime.engine import decode
+from internlm3.runtime.engine.engine import Engine
+from internlm3.runtime.engine.request import Request
+from internlm3.runtime.engine.state import DecodeState, Tier, tier_of
+from internlm3.runtime.model.pages import PAGE, pages_of
+from internlm3.runtime.model.rope import inverse_frequencies
+from internlm3.runtime.sampling.params import SamplingParams
+from internlm3.tests.capture import Recorder
+from internlm3.tests.test_sampling import floats, random_logits
 
 CPU = torch.device("cpu")
 

@@ -11,15 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from internlm3 import InternLM3Config, InternLM3ForCausalLM
 from internlm3.kernels.reference import ROWS_ALIKE, SKINNY_ROWS
-from internlm3.runtime import decode
-from internlm3.runtime.engine import Engine
-from internlm3.runtime.model import Decoder
-from internlm3.runtime.pages import PAGE, budget, page_bytes, pages_of
-from internlm3.runtime.replay import Replays, cuda_graphs
-from internlm3.runtime.request import Request
-from internlm3.runtime.sampling import SamplingParams
-
-from .capture import Recorder
+from internlm3.runtime.engine import decode
+from internlm3.runtime.engine.engine import Engine
+from internlm3.runtime.engine.graphs import Replays, cuda_graphs
+from internlm3.runtime.engine.request import Request
+from internlm3.runtime.model.model import Decoder
+from internlm3.runtime.model.pages import PAGE, budget, page_bytes, pages_of
+from internlm3.runtime.sampling.params import SamplingParams
+from internlm3.tests.capture import Recorder
 
 SHAPE = {
     "vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -236,7 +235,7 @@ def test_the_budget_says_its_arithmetic(model, monkeypatch):
         Engine(model, max_seq_len=512, cache_tokens=100)
     each = page_bytes(model.config, torch.bfloat16)
     assert each == 2 * 2 * 2 * 16 * 2 * PAGE
-    monkeypatch.setattr("internlm3.runtime.pages.free_memory", lambda device: 20 * each)
+    monkeypatch.setattr("internlm3.runtime.model.pages.free_memory", lambda device: 20 * each)
     where = (model.config, torch.bfloat16, torch.device("cpu"))
     assert budget(*where, rows=1, max_seq_len=512) == 8
     assert budget(*where, rows=4, max_seq_len=512) == 10  # half of what is free

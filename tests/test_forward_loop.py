@@ -10,12 +10,11 @@ import pytest
 import torch
 from internlm3 import LLM, InternLM3Config, InternLM3ForCausalLM
 from internlm3.kernels import sampling_reference
-from internlm3.runtime import decode
-from internlm3.runtime.pages import PAGE
-from internlm3.runtime.request import Request
-from internlm3.runtime.sampling import SamplingParams
-
-from .test_generate import real_prompts
+from internlm3.runtime.engine import decode
+from internlm3.runtime.engine.request import Request
+from internlm3.runtime.model.pages import PAGE
+from internlm3.runtime.sampling.params import SamplingParams
+from internlm3.tests.test_generate import real_prompts
 
 SETTINGS = [
     {"temperature": 0},

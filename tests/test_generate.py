@@ -13,8 +13,9 @@ import pytest
 import torch
 import transformers
 from internlm3 import InternLM3Config, InternLM3ForCausalLM, InternLM3Tokenizer
-from internlm3.runtime import decode, generation
-from internlm3.runtime.pages import PAGE
+from internlm3.runtime.compat import generation
+from internlm3.runtime.engine import decode
+from internlm3.runtime.model.pages import PAGE
 
 QUESTIONS = [
     "What is the capital of France?",

@@ -1,14 +1,25 @@
 """The house's arrows: every import of the tree is read, those for types and those inside functions too."""
 
 import ast
-import re
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 FLOORS = {"kernels": set(), "runtime": {"kernels"}, "tests": {"kernels", "runtime"}, "bench": {"kernels", "runtime"}}
+# The rooms of the runtime, each with those that it may import.
+ROOMS = {
+    "common": set(),
+    "sampling": {"common"},
+    "model": {"common"},
+    "checkpoint": {"common", "model", "sampling"},
+    "tokenization": {"common", "engine"},
+    "engine": {"common", "sampling", "model"},
+    "compat": {"common", "sampling", "model", "checkpoint", "tokenization", "engine"},
+    "api": {"common", "sampling", "model", "checkpoint", "tokenization", "engine", "compat"},
+    "cli": {"common", "sampling", "model", "checkpoint", "tokenization", "engine", "compat", "api"},
+}
 # Where the runtime meets the kernels: the model runs them, a watched step asks what it draws from, and the state knows
 # how many tokens of a top-k are few to them.
-MEETS_KERNELS = {"decode", "model", "state"}
+MEETS_KERNELS = {"engine/decode", "model/model", "engine/state"}
 
 
 def modules(path: Path) -> set[tuple[str, ...]]:
@@ -45,12 +56,12 @@ def dotted(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).parts)
 
 
-def test_every_folder_is_packed():
-    """setup.py names the packages: a folder that it forgets works in a checkout, and is missing where one installs."""
-    packages = re.search(r"packages=\[(.*?)\]", (ROOT / "setup.py").read_text("utf-8"), re.S)[1]
-    folders = {path.parent for floor in ("kernels", "runtime") for path in (ROOT / floor).rglob("*.py")}
-    assert set(re.findall('"(.+?)"', packages)) == {"internlm3", *(f"internlm3.{dotted(folder)}" for folder in folders)}
-    assert all((folder / "__init__.py").is_file() for folder in folders)
+def test_no_room_imports_upwards():
+    for room, below in ROOMS.items():
+        for path in files(f"runtime/{room}"):
+            reached = {name.split(".")[1] for name in imports(path) if name.startswith("runtime.")}
+            assert reached <= below | {room, "version"}, f"{path.relative_to(ROOT)} imports {sorted(reached - below)}"
+    assert {path.name for path in (ROOT / "runtime").iterdir() if path.is_dir() and path.name[0] != "_"} == ROOMS.keys()
 
 
 def test_no_floor_imports_upwards():
@@ -63,7 +74,8 @@ def test_no_floor_imports_upwards():
 
 
 def test_only_these_rooms_meet_the_kernels():
-    meets = {path.stem for path in files("runtime") if any(name.startswith("kernels") for name in imports(path))}
+    reach = [path for path in files("runtime") if any(name.startswith("kernels") for name in imports(path))]
+    meets = {path.relative_to(ROOT / "runtime").with_suffix("").as_posix() for path in reach}
     assert meets == MEETS_KERNELS
 
 

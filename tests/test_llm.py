@@ -29,7 +29,7 @@ from internlm3 import (
     RequestOutput,
     SamplingParams,
 )
-from internlm3.runtime.replay import Replays, eager
+from internlm3.runtime.engine.graphs import Replays, eager
 
 PROMPTS = [
     "The capital of France is",
@@ -466,7 +466,7 @@ def test_timings(tiny_folder, tiny, monkeypatch):
     """On a clock that ticks once a look: the second waits for the first one's row, and decodes all its tokens."""
     single = LLM(tiny_folder, max_batch_size=1, progress=False)
     ticks = iter(range(10_000))
-    monkeypatch.setattr("internlm3.runtime.llm.time.perf_counter", lambda: float(next(ticks)))
+    monkeypatch.setattr("internlm3.runtime.api.llm.time.perf_counter", lambda: float(next(ticks)))
     one, two = (output.timings for output in single.generate(["hello", "one two"], temperature=0, max_tokens=4))
     steps = [
         len(output.outputs[0].token_ids) - 1

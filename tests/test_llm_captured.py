@@ -3,9 +3,8 @@
 from typing import Any
 
 import pytest
-
-from .capture import CapturedEngines, depth, engines  # noqa: F401 (fixtures)
-from .test_llm import *  # noqa: F403
+from internlm3.tests.capture import CapturedEngines, depth, engines  # noqa: F401 (fixtures)
+from internlm3.tests.test_llm import *  # noqa: F403
 
 
 @pytest.fixture

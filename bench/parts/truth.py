@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from internlm3 import kernels
 from internlm3.kernels import reference
-from internlm3.runtime.engine import Engine
-from internlm3.runtime.replay import Capture, cuda_graphs, eager
-from internlm3.runtime.request import Request
-from internlm3.runtime.sampling import SamplingParams
-from internlm3.runtime.state import Tier
+from internlm3.runtime.engine.engine import Engine
+from internlm3.runtime.engine.graphs import Capture, cuda_graphs, eager
+from internlm3.runtime.engine.request import Request
+from internlm3.runtime.engine.state import Tier
+from internlm3.runtime.sampling.params import SamplingParams
 from parts.bare_step import Steps, on_ops, random_model
 from rows import Part, Row
 from torch import Tensor

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 from internlm3 import InternLM3ForCausalLM
-from internlm3.runtime.replay import cuda_graphs
-from internlm3.runtime.state import Tier
+from internlm3.runtime.engine.graphs import cuda_graphs
+from internlm3.runtime.engine.state import Tier
 from parts.bare_step import random_model
 from parts.decode_times import ready
 from rows import Part, Row

@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..keywords import nearest, reject_unknown
+from ..common.keywords import nearest, reject_unknown
 from . import chat_template as chat
 from .batch_encoding import BatchEncoding, mask_of
 from .control_tokens import control_tokens, encode_marked, marked

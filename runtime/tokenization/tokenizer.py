@@ -6,19 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..files import write, write_json
-from ..keywords import reject_unknown, without_neutral
-from ..snapshots import NEUTRAL, NEUTRAL_AT_SAVE, locate
+from ..common.files import write, write_json
+from ..common.hub import NEUTRAL, NEUTRAL_AT_SAVE, locate
+from ..common.keywords import reject_unknown, without_neutral
 from .added_tokens import AddedToken, parse_added_tokens
-from .batch_encoding import (
-    BatchEncoding,
-    check_side,
-    frame,
-    pad,
-    padding_strategy,
-    to_tensor,
-    truncation_strategy,
-)
+from .batch_encoding import BatchEncoding, check_side, frame, pad, padding_strategy, to_tensor, truncation_strategy
 from .chat_template import PUBLISHED_TEMPLATE
 from .conversations import Conversations
 from .detokenizer import Detokenizer

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..files import read_json, read_text
+from ..common.files import read_json, read_text
 from .added_tokens import AddedToken, parse_added_tokens
 from .batch_encoding import check_side
 from .vocabulary import Vocabulary

@@ -6,8 +6,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from internlm3 import kernels
 from internlm3.kernels import reference
-
-from .support import DEVICE, assert_near, assert_rounded_alike, call, dtypes, embedded, generator, normal, scales, seeds
+from internlm3.tests.kernels.support import (
+    DEVICE,
+    assert_near,
+    assert_rounded_alike,
+    call,
+    dtypes,
+    embedded,
+    generator,
+    normal,
+    scales,
+    seeds,
+)
 
 # silu and the product are rounded, half an ulp each; float32 adds the exponential's and the division's own ulps.
 ULPS = {torch.bfloat16: 1.1, torch.float16: 1.1, torch.float32: 4.0}

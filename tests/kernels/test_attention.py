@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from internlm3 import kernels
 from internlm3.kernels import attention, reference
-
-from .support import (
+from internlm3.tests.kernels.support import (
     DEVICE,
     PagedCache,
     assert_near,

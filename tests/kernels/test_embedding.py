@@ -6,8 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from internlm3 import kernels
 from internlm3.kernels import reference
-
-from .support import DEVICE, assert_same, call, dtypes, embedded, generator, normal, seeds
+from internlm3.tests.kernels.support import DEVICE, assert_same, call, dtypes, embedded, generator, normal, seeds
 
 widths = st.one_of(st.sampled_from([1, 64, 1024, 1032, 2048]), st.integers(1, 150).map(lambda n: 8 * n))
 

@@ -7,8 +7,7 @@ writes elsewhere, or crashes.
 import pytest
 import torch
 from internlm3 import kernels
-
-from .support import DEVICE, assert_same, generator, normal
+from internlm3.tests.kernels.support import DEVICE, assert_same, generator, normal
 
 # One worker at a time: on a GPU each of them takes gigabytes that no other has.
 pytestmark = pytest.mark.xdist_group("gigabytes")

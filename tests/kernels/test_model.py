@@ -4,15 +4,15 @@ import numpy as np
 import pytest
 import torch
 from internlm3 import InternLM3Config, InternLM3ForCausalLM, kernels
-from internlm3.runtime import decode, filling
-from internlm3.runtime import model as runtime_model
-from internlm3.runtime.engine import Engine
-from internlm3.runtime.pages import PAGE, Pages, Sequences
-from internlm3.runtime.request import Request
-from internlm3.runtime.sampling import SamplingParams
-
-from ..capture import Recorder
-from .support import DEVICE
+from internlm3.runtime.engine import decode
+from internlm3.runtime.engine import prefill as filling
+from internlm3.runtime.engine.engine import Engine
+from internlm3.runtime.engine.request import Request
+from internlm3.runtime.model import model as runtime_model
+from internlm3.runtime.model.pages import PAGE, Pages, Sequences
+from internlm3.runtime.sampling.params import SamplingParams
+from internlm3.tests.capture import Recorder
+from internlm3.tests.kernels.support import DEVICE
 
 SHAPE = {
     "vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -6,8 +6,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from internlm3 import kernels
 from internlm3.kernels import reference
-
-from .support import DEVICE, assert_near, assert_rounded_alike, call, dtypes, embedded, generator, normal, scales, seeds
+from internlm3.tests.kernels.support import (
+    DEVICE,
+    assert_near,
+    assert_rounded_alike,
+    call,
+    dtypes,
+    embedded,
+    generator,
+    normal,
+    scales,
+    seeds,
+)
 
 widths = st.one_of(st.sampled_from([1, 8, 64, 576, 1536, 4096]), st.integers(1, 80).map(lambda n: 8 * n))
 paddings = st.sampled_from([0, 8, 3])

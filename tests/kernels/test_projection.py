@@ -8,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from internlm3 import kernels
 from internlm3.kernels import reference
-
-from .support import (
+from internlm3.tests.kernels.support import (
     DEVICE,
     assert_near,
     assert_rounded_alike,
@@ -23,8 +22,8 @@ from .support import (
     seeds,
     twin,
 )
-from .test_rope import ULPS, orders
-from .test_rope import Case as RopeCase
+from internlm3.tests.kernels.test_rope import ULPS, orders
+from internlm3.tests.kernels.test_rope import Case as RopeCase
 
 EPS = 1e-5
 # Below, at and beyond the chunks that a program reads at once, whole and not; multiples of 8 for 16-byte rows.

@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from internlm3 import kernels
 from internlm3.kernels import reference
 from internlm3.kernels.rope import cos_sin
-
-from .support import (
+from internlm3.tests.kernels.support import (
     DEVICE,
     assert_near,
     assert_rounded_alike,

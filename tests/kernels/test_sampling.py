@@ -13,8 +13,7 @@ from internlm3 import kernels
 from internlm3.kernels import sampling as launcher
 from internlm3.kernels import sampling_reference as reference
 from internlm3.kernels import sampling_search
-
-from .support import DEVICE, assert_near, assert_same, call, dtypes, embedded, generator, seeds
+from internlm3.tests.kernels.support import DEVICE, assert_near, assert_same, call, dtypes, embedded, generator, seeds
 
 # Small blocks give small vocabularies many blocks, and small chunks a search of several turns.
 blocks = st.sampled_from([(32, 64), (64, 32), (256, 128), (1024, 1024)])

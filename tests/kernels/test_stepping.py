@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from internlm3 import kernels
 from internlm3.kernels import reference
-
-from .support import DEVICE, assert_same, call, embedded, generator, seeds
+from internlm3.tests.kernels.support import DEVICE, assert_same, call, embedded, generator, seeds
 
 NAMES = ("token", "seq_lens", "limit", "ends", "said", "output_counts", "free_from", "permitted", "allowed")
 WRITTEN = ("token", "seq_lens", "said", "output_counts", "allowed")

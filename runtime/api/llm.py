@@ -16,24 +16,23 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from tqdm import tqdm
 
-from .causal_lm import InternLM3ForCausalLM
-from .config import InternLM3Config
-from .engine import Engine
-from .generation import GENERATION_CONFIG, read_generation_config
-from .generation_settings import refuse_unsupported
-from .keywords import reject_unknown, without_neutral
-from .logits_processors import early_processors, processors
-from .model import INVARIANT_ROWS
+from ..common.checks import check_ids
+from ..common.hub import NEUTRAL, locate
+from ..common.keywords import reject_unknown, without_neutral
+from ..compat.causal_lm import InternLM3ForCausalLM
+from ..engine.engine import Engine
+from ..engine.graphs import eager
+from ..engine.request import Request, Watch, check_prompt
+from ..model.config import InternLM3Config
+from ..model.model import INVARIANT_ROWS
+from ..sampling.generation_config import GENERATION_CONFIG, read_generation_config, refuse_unsupported
+from ..sampling.logits_processors import early_processors, processors
+from ..sampling.params import RECOMMENDED_THINKING, SamplingKeywords, SamplingParams
+from ..tokenization.chat_template import check_messages, joined_text
+from ..tokenization.text_stream import Writer
+from ..tokenization.tokenizer import InternLM3Tokenizer
 from .outputs import Chunk, CompletionOutput, RequestOutput, Timings
 from .prompts import THINKING_SYSTEM_PROMPT
-from .replay import eager
-from .request import Request, Watch, check_prompt
-from .sampling import RECOMMENDED_THINKING, SamplingKeywords, SamplingParams
-from .snapshots import NEUTRAL, locate
-from .text import Writer
-from .token_ids import check_ids
-from .tokenization.chat_template import check_messages, joined_text
-from .tokenization.tokenizer import InternLM3Tokenizer
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from .request import LogitsProcessor
-    from .sampling import SamplingParams
+    from .params import SamplingParams
+
+LogitsProcessor = Callable[[Tensor, Tensor], Tensor]
 
 
 def early_processors(params: SamplingParams) -> list[LogitsProcessor]:

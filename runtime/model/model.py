@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..kernels import for_device
-from ..kernels.reference import ROWS_ALIKE, SKINNY_ROWS
+from ...kernels import for_device
+from ...kernels.reference import ROWS_ALIKE, SKINNY_ROWS
 from .config import InternLM3Config
 from .layers import Embedding, Linear, PartNames, RMSNorm, StackedLinear
 from .pages import Pages, Sequences

@@ -7,10 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..model.model import LanguageModel
+from ..model.pages import PAGE, Pages, Sequences
 from . import decode
-from .model import LanguageModel
-from .pages import PAGE, Pages, Sequences
-from .replay import Capture
+from .graphs import Capture
 
 # A prompt is padded to the least of these, or to a chunk, and each is captured once. Padding is cheap: up to about 256
 # tokens a GPU reads weights for longer than it computes.

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from .sampling import SamplingParams
-from .token_ids import check_ids
+from ..common.checks import check_ids
+from ..sampling.logits_processors import LogitsProcessor
+from ..sampling.params import SamplingParams
 
 NOT_NUMBERS = (
     "the model's logits are not numbers (NaN or infinity), so no token can follow: load it as bfloat16 or float32 if "
     "this is float16, whose range is small; else its weights are damaged"
 )
-
-LogitsProcessor = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(eq=False)

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .files import read_json, write_json
-from .keywords import reject_unknown, without_neutral
-from .snapshots import NEUTRAL, NEUTRAL_AT_SAVE, locate
-from .token_ids import check_ids
+from ..common.checks import check_ids
+from ..common.files import read_json, write_json
+from ..common.hub import NEUTRAL, NEUTRAL_AT_SAVE, locate
+from ..common.keywords import reject_unknown, without_neutral
 
 ROPE_TYPES = ("default", "dynamic")
 

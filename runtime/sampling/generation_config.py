@@ -6,9 +6,13 @@ nobody waits for its effect, and passed over in the others, which hold many that
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from .keywords import without_neutral
+from ..common.files import read_json
+from ..common.keywords import without_neutral
+
+GENERATION_CONFIG = "generation_config.json"
 
 # name -> its neutral values. Anything else would change which tokens come.
 _CHANGING: dict[str, tuple[Any, ...]] = {
@@ -98,3 +102,9 @@ class GenerationSettings(dict[str, Any]):
 def refuse_unsupported(settings: Mapping[str, Any], *, keywords: bool = False) -> None:
     """Raises ValueError for a setting with another value than its neutral ones; `keywords`: also for idle ones."""
     without_neutral("generate", settings, {**_CHANGING, **(_IDLE if keywords else {})})
+
+
+def read_generation_config(folder: Path) -> dict[str, Any]:
+    """generation_config.json of a checkpoint, {} where it has none. Raises ValueError where it is damaged."""
+    path = folder / GENERATION_CONFIG
+    return read_json(path) if path.is_file() else {}

@@ -8,13 +8,13 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..version import VERSION
 from .chat import Chat, show
 from .terminal import tolerate_other_encodings
-from .version import VERSION
 
 if TYPE_CHECKING:
-    from .llm import LLM
-    from .outputs import Chunk
+    from ..api.llm import LLM
+    from ..api.outputs import Chunk
 
 DEFAULT_MODEL = "internlm/internlm3-8b-instruct"
 DEMO_QUESTION = "What is the capital of France?"
@@ -65,7 +65,7 @@ def _chat(args: argparse.Namespace) -> None:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    from .standin import standin_checkpoint
+    from ..checkpoint.demo_model import standin_checkpoint
 
     args.model = str(standin_checkpoint(progress=sys.stderr.isatty()))
     llm = _load(args)
@@ -82,14 +82,14 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def _info(args: argparse.Namespace) -> None:
-    from .causal_lm import InternLM3ForCausalLM
-    from .checkpoint import resolve_dtype
-    from .config import InternLM3Config
-    from .generation import read_generation_config
-    from .llm import check_window
-    from .pages import PAGE, page_bytes, pages_of
-    from .sampling import SamplingParams
-    from .snapshots import locate
+    from ..api.llm import check_window
+    from ..checkpoint.weights import resolve_dtype
+    from ..common.hub import locate
+    from ..compat.causal_lm import InternLM3ForCausalLM
+    from ..model.config import InternLM3Config
+    from ..model.pages import PAGE, page_bytes, pages_of
+    from ..sampling.generation_config import read_generation_config
+    from ..sampling.params import SamplingParams
 
     folder = locate(args.model, revision=args.revision, local_files_only=args.local_files_only, weights=False)
     config = InternLM3Config.from_file(folder / "config.json")
@@ -119,7 +119,7 @@ def _info(args: argparse.Namespace) -> None:
 
 
 def _load(args: argparse.Namespace) -> LLM:
-    from .llm import LLM
+    from ..api.llm import LLM
 
     return LLM(
         args.model,
@@ -136,7 +136,7 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
     """The sampling settings that were given."""
     from dataclasses import fields
 
-    from .sampling import SamplingParams
+    from ..sampling.params import SamplingParams
 
     # All have a switch of their name but n and logprobs, of which a stream shows nothing.
     settings = {field.name: getattr(args, field.name, None) for field in fields(SamplingParams)}
@@ -166,7 +166,7 @@ def _bias(text: str) -> tuple[int, float]:
 
 
 def _preset(args: argparse.Namespace) -> Any:
-    from .sampling import RECOMMENDED
+    from ..sampling.params import RECOMMENDED
 
     return RECOMMENDED if args.recommended else None
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .pages import Pages, Sequences, pages_of
+from ..model.pages import Pages, Sequences, pages_of
 
 
 @dataclass(eq=False)

@@ -14,11 +14,11 @@ from gguf import GGUFReader
 from sentencepiece import sentencepiece_model_pb2
 from tqdm import tqdm
 
-from .causal_lm import InternLM3ForCausalLM
-from .checkpoint import save_weights
-from .config import InternLM3Config
-from .files import write_json
-from .generation import GENERATION_CONFIG
+from ..common.files import write_json
+from ..model.config import InternLM3Config
+from ..model.model import Decoder, LanguageModel
+from ..sampling.generation_config import GENERATION_CONFIG
+from .weights import save_weights
 
 MAX_SHARD_BYTES = 128 * 2**20
 VOCAB_MULTIPLE = 128  # InternLM3's embedding is padded to it as well
@@ -221,9 +221,9 @@ def unpermute(weight: torch.Tensor, heads: int) -> torch.Tensor:
     return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).reshape(weight.shape)
 
 
-def _model(config: dict[str, Any], tensors: Tensors, progress: bool) -> InternLM3ForCausalLM:
+def _model(config: dict[str, Any], tensors: Tensors, progress: bool) -> LanguageModel:
     """The model of these tensors, in bfloat16."""
-    model = InternLM3ForCausalLM(InternLM3Config.from_dict(config), dtype=torch.bfloat16)
+    model = LanguageModel(Decoder(InternLM3Config.from_dict(config), dtype=torch.bfloat16), dtype=torch.bfloat16)
     weights = model.state_dict()
     bar = tqdm(tensors.items(), desc="Converting weights", unit="tensor", disable=None if progress else True)
     for name, make in bar:

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels.sampling_reference import FEW_TOKENS
-from .pages import Sequences
+from ...kernels.sampling_reference import FEW_TOKENS
+from ..model.pages import Sequences
 from .request import Request
 
 

@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .files import draft_of, json_bytes, read_json, remove_dead_drafts, write
-from .snapshots import WEIGHTS
+from ..common.files import draft_of, json_bytes, read_json, remove_dead_drafts, write
+from ..common.hub import WEIGHTS
 
 SINGLE, INDEX = WEIGHTS[0]
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

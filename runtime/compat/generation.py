@@ -7,26 +7,23 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .engine import Engine
-from .files import read_json
-from .generation_settings import SETTINGS, GenerationSettings, refuse_unsupported
-from .keywords import reject_unknown
-from .logits_processors import early_processors, processors
-from .model import INVARIANT_ROWS, Decoder, LanguageModel
+from ..common.checks import check_ids
+from ..common.keywords import reject_unknown
+from ..engine.engine import Engine
+from ..engine.graphs import Capture
+from ..engine.request import Request, Watch, check_prompt
+from ..model.model import INVARIANT_ROWS, Decoder, LanguageModel
+from ..sampling.generation_config import SETTINGS, GenerationSettings, refuse_unsupported
+from ..sampling.logits_processors import LogitsProcessor, early_processors, processors
+from ..sampling.params import SamplingParams, check_int
+from ..tokenization.text_stream import TextStream
 from .model_outputs import Output
-from .replay import Capture
-from .request import LogitsProcessor, Request, Watch, check_prompt
-from .sampling import SamplingParams, check_int
-from .text import TextStream
-from .token_ids import check_ids
 
-GENERATION_CONFIG = "generation_config.json"
 MOST_ROWS = 64  # decoded together; more wait
 LEAST_WINDOW = 1024  # of an engine, so that a few calls of growing length don't make one each
 DEFAULT_MAX_NEW_TOKENS = 20  # transformers' own
@@ -316,12 +313,6 @@ def _constrained(allowed: Callable[[int, Tensor], Sequence[int]]) -> LogitsProce
         return kept
 
     return constrain
-
-
-def read_generation_config(folder: Path) -> dict[str, Any]:
-    """generation_config.json of a checkpoint, {} where it has none. Raises ValueError where it is damaged."""
-    path = folder / GENERATION_CONFIG
-    return read_json(path) if path.is_file() else {}
 
 
 def _options(model: Generation, given: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from .sampling import SamplingParams
+from ..sampling.params import SamplingParams
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from typing import Any, TypedDict
 
 from torch import Tensor
 
-from .keywords import reject_unknown
-from .token_ids import check_ids
+from ..common.checks import check_ids
+from ..common.keywords import reject_unknown
 
 ALIASES = {
     "max_new_tokens": "max_tokens",

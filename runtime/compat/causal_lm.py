@@ -13,17 +13,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..checkpoint.weights import DTYPES, Weights, load_weights, resolve_device, resolve_dtype, save_weights
+from ..common.checks import check_ids
+from ..common.hub import NEUTRAL, NEUTRAL_AT_SAVE, locate
+from ..common.keywords import reject_unknown, without_neutral
+from ..model.config import InternLM3Config
+from ..model.model import Decoder
+from ..model.pages import Pages, pages_of
+from ..model.rope import inverse_frequencies
+from ..sampling.generation_config import GENERATION_CONFIG, read_generation_config
 from .cache import KVCache
-from .checkpoint import DTYPES, Weights, load_weights, resolve_device, resolve_dtype, save_weights
-from .config import InternLM3Config
-from .generation import GENERATION_CONFIG, Generation, read_generation_config
-from .keywords import reject_unknown, without_neutral
-from .model import Decoder
+from .generation import Generation
 from .model_outputs import Output
-from .pages import Pages, pages_of
-from .rope import inverse_frequencies
-from .snapshots import NEUTRAL, NEUTRAL_AT_SAVE, locate
-from .token_ids import check_ids
 
 # transformers' keywords that mean nothing here, at the values at which they mean nothing; see snapshots.NEUTRAL.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -115,7 +116,7 @@ class InternLM3Model(Decoder):
             position_ids: [B, T], [1, T] or [T]; by default they count on from the columns in the cache, padding
                 included, as in transformers.
             past_key_values: the cache that an earlier call returned; it is extended in place. A row's rotary
-                frequencies are fixed by the length with which it begins (dynamic NTK; see runtime/rope.py).
+                frequencies are fixed by the length with which it begins (dynamic NTK; see runtime/model/rope.py).
             use_cache: return a cache; by default what the configuration says.
 
         Raises:

@@ -6,11 +6,11 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from .keywords import nearest
+from ..common.keywords import nearest
 from .terminal import command_of, reader
 
 if TYPE_CHECKING:
-    from .outputs import Chunk
+    from ..api.outputs import Chunk
 
 Messages = list[dict[str, str]]
 

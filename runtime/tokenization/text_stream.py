@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .request import Request
-    from .tokenization.tokenizer import InternLM3Tokenizer
+    from ..engine.request import Request
+    from .tokenizer import InternLM3Tokenizer
 
 
 class TextStream:

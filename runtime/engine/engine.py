@@ -13,13 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..model.model import LanguageModel
+from ..model.pages import PAGE, Pages, Sequences, budget, pages_of
+from ..model.rope import inverse_frequencies, rope_base
 from . import decode
-from .filling import Filler
-from .model import LanguageModel
-from .pages import PAGE, Pages, Sequences, budget, pages_of
-from .replay import Capture, Replays, cuda_graphs, eager
+from .graphs import Capture, Replays, cuda_graphs, eager
+from .prefill import Filler
 from .request import Request
-from .rope import inverse_frequencies, rope_base
 from .state import DecodeState, Tier, tier_of
 
 # Steps that are under way while the host reads. It needs tenths of a millisecond a step and a step takes several, so

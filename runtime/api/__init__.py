@@ -1,0 +1,1 @@
+"""What a Python user touches: LLM, its outputs and published system prompts."""

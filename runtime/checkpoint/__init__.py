@@ -1,0 +1,1 @@
+"""Weight files: reading, writing, converting, and the demo model."""

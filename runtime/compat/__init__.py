@@ -1,0 +1,1 @@
+"""transformers' two classes with their `forward` and `generate`, for code that was written for them."""

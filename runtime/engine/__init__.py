@@ -1,0 +1,1 @@
+"""From requests to tokens: schedule, prefill, decode, collect, and the state and graphs that these need."""

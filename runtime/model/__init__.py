@@ -1,0 +1,1 @@
+"""InternLM3's configuration, layers and decoder."""

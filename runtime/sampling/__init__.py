@@ -1,0 +1,1 @@
+"""What a caller may ask for when the next token is chosen, and how it is checked."""
