@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import operator
 import os
 import sys
 import time
@@ -16,9 +15,9 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from tqdm import tqdm
 
-from ..common.checks import check_ids
-from ..common.hub import NEUTRAL, locate
-from ..common.keywords import reject_unknown, without_neutral
+from ..common.checks import as_ints, as_list, check_ids, check_int
+from ..common.hub import locate
+from ..common.neutral import LOAD, without_neutral
 from ..compat.causal_lm import InternLM3ForCausalLM
 from ..engine.engine import Engine
 from ..engine.graphs import eager
@@ -26,8 +25,10 @@ from ..engine.request import Request, Watch, check_prompt
 from ..model.config import InternLM3Config
 from ..model.model import INVARIANT_ROWS
 from ..sampling.generation_config import GENERATION_CONFIG, read_generation_config, refuse_unsupported
+from ..sampling.keywords import SamplingKeywords
 from ..sampling.logits_processors import early_processors, processors
-from ..sampling.params import RECOMMENDED_THINKING, SamplingKeywords, SamplingParams
+from ..sampling.params import RECOMMENDED_THINKING, SamplingParams
+from ..sampling.settings import FILTERS
 from ..tokenization.chat_template import check_messages, joined_text
 from ..tokenization.text_stream import Writer
 from ..tokenization.tokenizer import InternLM3Tokenizer
@@ -81,9 +82,8 @@ class LLM:
         progress: bool = True,
         **unknown: Any,
     ):
-        unknown = without_neutral("LLM", unknown, NEUTRAL)
-        reject_unknown("LLM", unknown, LLM.__init__.__kwdefaults__ or ())
-        batch_size = _check_count("max_batch_size", max_batch_size)
+        without_neutral("LLM", unknown, LOAD, known=LLM.__init__.__kwdefaults__ or ())
+        batch_size = check_int("max_batch_size", max_batch_size, 1)
         if batch_invariant and batch_size > INVARIANT_ROWS:
             raise ValueError(
                 f"batch_invariant holds for up to {INVARIANT_ROWS} answers decoded together, and max_batch_size is "
@@ -244,7 +244,7 @@ class LLM:
                 what = "one SamplingParams" if count is None else "a SamplingParams, or a list of them"
                 raise TypeError(f"sampling_params must be {what}, not {given!r:.60}; or give keywords")
         merged = [self._merged(self.default_params if params is None else params, kwargs) for params in each]
-        idle = [name for name in ("top_k", "top_p", "min_p", "typical_p") if kwargs.get(name) is not None]
+        idle = [name for name in FILTERS if kwargs.get(name) is not None]
         if idle and any(params.greedy for params in merged):
             warnings.warn(f"{', '.join(idle)} have no effect at temperature 0, which is greedy", stacklevel=3)
         return merged * (1 if count is None else count) if several is None else merged
@@ -262,12 +262,10 @@ class LLM:
     def _encode(self, prompt: Any) -> tuple[str | None, list[int]]:
         if isinstance(prompt, str):
             return prompt, self.tokenizer.encode(prompt) if prompt else []
-        try:
-            others = isinstance(prompt, (bytes, bytearray)) or any(isinstance(token, bool) for token in prompt)
-            if isinstance(prompt, Sequence) and not others:
-                return None, [operator.index(token) for token in prompt]
-        except TypeError:
-            pass
+        if isinstance(prompt, Sequence) and not isinstance(prompt, (bytes, bytearray)):
+            ids = as_ints(prompt)
+            if ids is not None:
+                return None, ids
         raise TypeError(f"a prompt must be a string or token ids (messages go to chat), not {prompt!r:.60}")
 
     def _render(self, messages: list[dict[str, Any]]) -> tuple[str | None, list[int]]:
@@ -475,8 +473,7 @@ def _preset(thinking: bool) -> SamplingParams | None:
 def _generation_defaults(folder: Path, vocab_size: int) -> tuple[SamplingParams, list[int]]:
     """What generation_config.json says: the settings, and the ends of text."""
     values = read_generation_config(folder)
-    ends = values.get("eos_token_id")
-    ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
+    ends = as_list(values.get("eos_token_id"))
     try:
         check_ids("eos_token_id", ends, vocab_size)
         refuse_unsupported(values)
@@ -489,21 +486,12 @@ def _generation_defaults(folder: Path, vocab_size: int) -> tuple[SamplingParams,
         raise ValueError(f"{folder / GENERATION_CONFIG}: {error}") from None
 
 
-def _check_count(name: str, value: Any) -> int:
-    try:
-        if not isinstance(value, bool) and operator.index(value) >= 1:
-            return operator.index(value)
-    except TypeError:
-        pass
-    raise ValueError(f"{name} must be an integer of at least 1; it is {value!r}")
-
-
 def check_window(config: InternLM3Config, wanted: int | None) -> int:
     """The length to open, at most: the trained window for None. Raises ValueError for what the model does not take."""
     window = config.max_position_embeddings
     if wanted is None:
         return window
-    wanted = _check_count("max_seq_len", wanted)
+    wanted = check_int("max_seq_len", wanted, 1)
     dynamic = config.rope_scaling is not None and config.rope_scaling["rope_type"] == "dynamic"
     if wanted > window and not dynamic:
         raise ValueError(

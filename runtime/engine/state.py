@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...kernels.sampling_reference import FEW_TOKENS
 from ..model.pages import Sequences
+from ..sampling.settings import STATE
 from .request import Request
 
 
@@ -35,21 +36,12 @@ def tier_of(request: Request) -> Tier:
     return Tier.GREEDY if p.greedy and p.repetition_penalty == 1 else Tier.USUAL
 
 
-_FLOATS = (
-    "temperature",
-    "top_p",
-    "min_p",
-    "typical_p",
-    "repetition_penalty",
-    "presence_penalty",
-    "frequency_penalty",
-)
 _USUAL = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "prompt_counts", "output_counts")
 _STAGES: dict[Tier, tuple[str, ...]] = {
     Tier.GREEDY: (),
     Tier.USUAL: _USUAL,
     Tier.WIDE: _USUAL,
-    Tier.FULL: (*_FLOATS, "top_k", "prompt_counts", "output_counts", "logit_bias", "allowed"),
+    Tier.FULL: (*STATE, "prompt_counts", "output_counts", "logit_bias", "allowed"),
 }
 
 
@@ -106,8 +98,8 @@ class DecodeState:
             said=zeros(3),
             logit_bias=zeros(vocab_size, dtype=torch.float32),
             **{name: zeros() for name in ("limit", "free_from")},
-            **{name: zeros(dtype=torch.int64) for name in ("token", "seed", "stream", "top_k")},
-            **{name: zeros(dtype=torch.float32) for name in _FLOATS},
+            **{name: zeros(dtype=torch.int64) for name in ("token", "seed", "stream")},
+            **{name: zeros(dtype=getattr(torch, dtype)) for name, dtype in STATE.items()},
             **{name: zeros(words) for name in ("ends", "permitted", "allowed")},
             **{name: zeros(vocab_size) for name in ("prompt_counts", "output_counts")},
         )
@@ -132,7 +124,7 @@ class DecodeState:
         self.limit[row] = length + request.max_tokens
         self.free_from[row] = length + p.min_tokens
         self.seed[row], self.stream[row] = request.seed, request.answer
-        for name in _FLOATS:
+        for name in STATE:
             getattr(self, name)[row] = getattr(p, name)
         self.top_k[row] = max(p.top_k, 0)
         self.output_counts[row] = 0

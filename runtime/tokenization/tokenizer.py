@@ -1,14 +1,15 @@
 """InternLM3's tokenizer, with transformers' names: a vocabulary and added tokens, and no code of a checkpoint."""
 
-import operator
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..common.checks import as_ints
 from ..common.files import write, write_json
-from ..common.hub import NEUTRAL, NEUTRAL_AT_SAVE, locate
-from ..common.keywords import reject_unknown, without_neutral
+from ..common.hub import locate
+from ..common.keywords import reject_unknown
+from ..common.neutral import DETOKENIZE, LOAD_TOKENIZER, SAVE, TOKENIZE, without_neutral
 from .added_tokens import AddedToken, parse_added_tokens
 from .batch_encoding import BatchEncoding, check_side, frame, pad, padding_strategy, to_tensor, truncation_strategy
 from .chat_template import PUBLISHED_TEMPLATE
@@ -28,28 +29,6 @@ from .tokenizer_files import (
     read_config,
     vocabulary_file,
 )
-
-# transformers' keywords that mean nothing here, see keywords.without_neutral.
-_NEUTRAL_AT_LOAD: dict[str, tuple[Any, ...]] = {
-    "use_fast": (True, False),
-    "legacy": (True, False),
-    "from_slow": (False,),
-    "use_default_system_prompt": (False,),
-    "spaces_between_special_tokens": (False,),
-}
-_NEUTRAL_AT_CALL: dict[str, tuple[Any, ...]] = {
-    "stride": (0,),
-    "is_split_into_words": (False,),
-    "pad_to_multiple_of": (),
-    "return_overflowing_tokens": (False,),
-    "return_special_tokens_mask": (False,),
-    "return_offsets_mapping": (False,),
-    "return_length": (False,),
-    "split_special_tokens": (False,),
-    "text_target": (),
-    "text_pair_target": (),
-    "verbose": (True, False),
-}
 
 
 class InternLM3Tokenizer(Conversations):
@@ -138,8 +117,7 @@ class InternLM3Tokenizer(Conversations):
 
         Nothing of a checkpoint is ever executed: a config's `auto_map` is ignored, and so is `trust_remote_code`.
         """
-        overrides = without_neutral("InternLM3Tokenizer.from_pretrained", overrides, {**NEUTRAL, **_NEUTRAL_AT_LOAD})
-        reject_unknown("InternLM3Tokenizer.from_pretrained", overrides, SETTINGS)
+        overrides = without_neutral("InternLM3Tokenizer.from_pretrained", overrides, LOAD_TOKENIZER, known=SETTINGS)
         directory = locate(
             pretrained_model_name_or_path,
             revision=revision,
@@ -162,8 +140,7 @@ class InternLM3Tokenizer(Conversations):
 
         Each file appears whole or not at all. Files of an older tokenizer that would count before these are removed.
         """
-        unknown = without_neutral("save_pretrained", unknown, NEUTRAL_AT_SAVE)
-        reject_unknown("InternLM3Tokenizer.save_pretrained", unknown, ("save_directory",))
+        without_neutral("InternLM3Tokenizer.save_pretrained", unknown, SAVE, known=("save_directory",))
         special = {**self.special_tokens_map, "additional_special_tokens": self.additional_special_tokens}
         config = {
             "tokenizer_class": "InternLM3Tokenizer",
@@ -302,8 +279,8 @@ class InternLM3Tokenizer(Conversations):
             ValueError: options that contradict each other, padding without a pad token, rows of different lengths
                 with return_tensors, text that is not valid Unicode.
         """
-        unknown = without_neutral("calling InternLM3Tokenizer", unknown, _NEUTRAL_AT_CALL)
-        reject_unknown("calling InternLM3Tokenizer", unknown, InternLM3Tokenizer.__call__.__kwdefaults__ or ())
+        known = InternLM3Tokenizer.__call__.__kwdefaults__ or ()
+        without_neutral("calling InternLM3Tokenizer", unknown, TOKENIZE, known=known)
         encoded = [
             (self._vocabulary.encode(first), None if second is None else self._vocabulary.encode(second))
             for first, second in _pairs(text, text_pair)
@@ -412,8 +389,8 @@ class InternLM3Tokenizer(Conversations):
         Raises:
             TypeError: ids that are no whole numbers. ValueError: a negative one, or more than one sequence.
         """
-        unknown = without_neutral("decode", unknown, {"spaces_between_special_tokens": (False,)})
-        reject_unknown("decode", unknown, ("skip_special_tokens", "clean_up_tokenization_spaces"))
+        known = ("skip_special_tokens", "clean_up_tokenization_spaces")
+        without_neutral("decode", unknown, DETOKENIZE, known=known)
         tokens = self.convert_ids_to_tokens(_as_ids(ids), skip_special_tokens)
         return self.detokenizer(clean_up_tokenization_spaces).text(tokens)
 
@@ -437,11 +414,11 @@ def _pairs(text: Any, text_pair: Any) -> list[tuple[str, str | None]]:
 def _as_ids(ids: Any) -> list[int]:
     """A list of Python ints from a list, a tensor, an array or one id."""
     ids = ids.tolist() if hasattr(ids, "tolist") else ids
-    try:
-        ids = [operator.index(ids)] if not isinstance(ids, Iterable) else [operator.index(id) for id in ids]
-    except TypeError:
-        raise TypeError(f"ids must be whole numbers in one flat sequence (for several, use batch_decode), "
-                        f"not {ids!r:.80}") from None  # fmt: skip
-    if ids and min(ids) < 0:
-        raise ValueError(f"an id cannot be negative: {min(ids)}")
-    return ids
+    numbers = as_ints(ids if isinstance(ids, Iterable) else [ids])
+    if numbers is None:
+        raise TypeError(
+            f"ids must be whole numbers in one flat sequence (for several, use batch_decode), not {ids!r:.80}"
+        )
+    if numbers and min(numbers) < 0:
+        raise ValueError(f"an id cannot be negative: {min(numbers)}")
+    return numbers
