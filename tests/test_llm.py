@@ -43,18 +43,18 @@ DYNAMIC = {"rope_type": "dynamic", "factor": 6.0}
 
 
 @pytest.fixture(scope="module")
-def llm(standin: Path) -> LLM:
-    return LLM(standin, progress=False)
+def llm(demo_model: Path) -> LLM:
+    return LLM(demo_model, progress=False)
 
 
 @pytest.fixture(scope="module")
-def exact(standin: Path) -> LLM:
-    return LLM(standin, dtype="float32", progress=False)
+def exact(demo_model: Path) -> LLM:
+    return LLM(demo_model, dtype="float32", progress=False)
 
 
 @pytest.fixture(scope="module")
-def make(standin: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Saves a small random model with the stand-in's tokenizer; weights depend on the shape alone."""
+def make(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Saves a small random model with the demo model's tokenizer; weights depend on the shape alone."""
 
     def make(generation_config: dict[str, Any] | None = None, **overrides: Any) -> Path:
         values = {
@@ -76,7 +76,7 @@ def make(standin: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..
         model.generation_config = generation_config or {}
         model.save_pretrained(folder)
         for name in ("tokenizer.model", "tokenizer_config.json"):
-            shutil.copy(standin / name, folder)
+            shutil.copy(demo_model / name, folder)
         return folder
 
     return make

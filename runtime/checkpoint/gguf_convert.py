@@ -1,6 +1,6 @@
 """A small Llama-like model from one GGUF file, rewritten as an InternLM3 checkpoint: what a folder from the hub holds.
 
-Only what the stand-in model needs: architecture "llama", tied embeddings, a byte-level BPE vocabulary. Needs the
+Only what the demo model needs: architecture "llama", tied embeddings, a byte-level BPE vocabulary. Needs the
 packages of the extra `demo` (gguf, protobuf), which is why nothing imports this module until a conversion starts.
 """
 

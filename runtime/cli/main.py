@@ -65,9 +65,9 @@ def _chat(args: argparse.Namespace) -> None:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    from ..checkpoint.demo_model import standin_checkpoint
+    from ..checkpoint.demo_model import demo_model_checkpoint
 
-    args.model = str(standin_checkpoint(progress=sys.stderr.isatty()))
+    args.model = str(demo_model_checkpoint(progress=sys.stderr.isatty()))
     llm = _load(args)
     question = args.prompt or DEMO_QUESTION
     print(f"> {question}")
