@@ -23,7 +23,7 @@ import torch
 import transformers
 from internlm3.runtime.checkpoint import demo_model as module
 from internlm3.runtime.checkpoint import gguf_convert
-from internlm3.runtime.checkpoint import weights as checkpoint
+from internlm3.runtime.checkpoint import save as saving
 from internlm3.runtime.checkpoint.demo_model import NAME, demo_model_checkpoint
 from internlm3.runtime.checkpoint.gguf_convert import sentencepiece_model, unpermute
 from safetensors import SafetensorError, safe_open
@@ -439,7 +439,7 @@ def test_full_disk_leaves_nothing(registry: Path, tmp_path: Path, monkeypatch: p
             patch.setattr(subprocess, "run", lambda *_, **__: failed)
         if file == "model-00001":
             said = SafetensorError(f"I/O error: {os.strerror(errno.ENOSPC)} (os error {errno.ENOSPC})")
-            patch.setattr(checkpoint, "save_file", lambda *_, **__: raises(said))
+            patch.setattr(saving, "save_file", lambda *_, **__: raises(said))
         for method in ("write_bytes", "write_text"):
             write = getattr(Path, method)
             patch.setattr(

@@ -1010,7 +1010,7 @@ def test_a_templates_own_error_is_told(tiny, monkeypatch):
         ({"max_batch_size": 17, "batch_invariant": True}, ValueError, "up to 16 answers .* max_batch_size is 17"),
         ({"dtype": "int8"}, ValueError, "dtype 'int8' is not supported.*bfloat16"),
         ({"device": "gpu"}, ValueError, "device 'gpu' is no device"),
-        ({"device": "cuda:99"}, ValueError, "device 'cuda:99' is not here"),
+        ({"device": "cuda:99"}, ValueError, "device 'cuda:99' does not exist"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
@@ -1084,7 +1084,7 @@ def test_a_spoilt_folder_is_named_before_its_weights_are_read(
 
 
 def test_missing_weights(tiny_folder, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"holds no weights: it needs model\.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"contains no weights: it needs model\.safetensors"):
         LLM(spoilt(tiny_folder, tmp_path, model__safetensors=None), progress=False)
 
 

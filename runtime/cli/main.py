@@ -83,7 +83,7 @@ def _demo(args: argparse.Namespace) -> int:
 
 def _info(args: argparse.Namespace) -> None:
     from ..api.llm import check_window
-    from ..checkpoint.weights import resolve_dtype
+    from ..checkpoint.load import resolve_dtype
     from ..common.hub import locate
     from ..compat.causal_lm import InternLM3ForCausalLM
     from ..model.config import InternLM3Config
