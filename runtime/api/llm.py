@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from tqdm import tqdm
 
+from ..chat_template.render import check_messages, joined_text
 from ..common.checks import check_ids
 from ..common.hub import NEUTRAL, locate
 from ..common.keywords import reject_unknown, without_neutral
@@ -28,7 +29,6 @@ from ..model.model import INVARIANT_ROWS
 from ..sampling.generation_config import GENERATION_CONFIG, read_generation_config, refuse_unsupported
 from ..sampling.logits_processors import early_processors, processors
 from ..sampling.params import RECOMMENDED_THINKING, SamplingKeywords, SamplingParams
-from ..tokenization.chat_template import check_messages, joined_text
 from ..tokenization.text_stream import Writer
 from ..tokenization.tokenizer import InternLM3Tokenizer
 from .outputs import Chunk, CompletionOutput, RequestOutput, Timings

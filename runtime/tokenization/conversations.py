@@ -4,10 +4,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..chat_template import render as chat
+from ..chat_template.control_tokens import control_tokens, encode_marked, marked
 from ..common.keywords import nearest, reject_unknown
-from . import chat_template as chat
 from .batch_encoding import BatchEncoding, mask_of
-from .control_tokens import control_tokens, encode_marked, marked
 from .vocabulary import Vocabulary
 
 

@@ -6,12 +6,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..chat_template.render import PUBLISHED_TEMPLATE
 from ..common.files import write, write_json
 from ..common.hub import NEUTRAL, NEUTRAL_AT_SAVE, locate
 from ..common.keywords import reject_unknown, without_neutral
 from .added_tokens import AddedToken, parse_added_tokens
 from .batch_encoding import BatchEncoding, check_side, frame, pad, padding_strategy, to_tensor, truncation_strategy
-from .chat_template import PUBLISHED_TEMPLATE
 from .conversations import Conversations
 from .detokenizer import Detokenizer
 from .tokenizer_files import (

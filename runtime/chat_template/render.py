@@ -1,6 +1,6 @@
 """Renders messages to a prompt with a checkpoint's Jinja chat template.
 
-A template sees plain JSON data only, and runs in the sandbox of template_sandbox.py. Whatever goes wrong in it becomes
+A template sees plain JSON data only, and runs in the sandbox of sandbox.py. Whatever goes wrong in it becomes
 one ValueError that names the template's line.
 """
 
@@ -15,7 +15,7 @@ import jinja2
 import jinja2.meta
 import jinja2.nodes
 
-from .template_sandbox import GENERATION_BEGIN, GENERATION_END, Environment, bounds
+from .sandbox import GENERATION_BEGIN, GENERATION_END, Environment, bounds
 
 # InternLM3-8B-Instruct's published template; used for checkpoints that ship none.
 PUBLISHED_TEMPLATE = (

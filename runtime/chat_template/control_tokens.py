@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
-from .added_tokens import AddedToken
+from ..tokenization.added_tokens import AddedToken
 
 _BEGIN, _END = "\U000f0000", "\U000f0001"
 
