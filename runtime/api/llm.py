@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from tqdm import tqdm
 
+from ..chat_template.render import check_messages, joined_text
 from ..common.checks import as_ints, as_list, check_ids, check_int
 from ..common.hub import locate
 from ..common.neutral import LOAD, without_neutral
@@ -29,7 +30,6 @@ from ..sampling.keywords import SamplingKeywords
 from ..sampling.logits_processors import early_processors, processors
 from ..sampling.params import RECOMMENDED_THINKING, SamplingParams
 from ..sampling.settings import FILTERS
-from ..tokenization.chat_template import check_messages, joined_text
 from ..tokenization.text_stream import Writer
 from ..tokenization.tokenizer import InternLM3Tokenizer
 from .outputs import Chunk, CompletionOutput, RequestOutput, Timings

@@ -18,7 +18,8 @@ from ..common.neutral import GENERATE_CHANGING, GENERATE_IDLE, GENERATE_NOTES
 from ..engine.engine import Engine
 from ..engine.graphs import Capture
 from ..engine.request import Request, Watch, check_prompt
-from ..model.model import INVARIANT_ROWS, Decoder, LanguageModel
+from ..model.config import InternLM3Config
+from ..model.model import INVARIANT_ROWS, LanguageModel
 from ..sampling.generation_config import GenerationSettings, refuse_unsupported
 from ..sampling.logits_processors import LogitsProcessor, early_processors, processors
 from ..sampling.params import SamplingParams
@@ -67,8 +68,8 @@ class Generation(LanguageModel):
             whose entries are attributes too. transformers' GenerationConfig can take its place.
     """
 
-    def __init__(self, decoder: Decoder, **factory: Any):
-        super().__init__(decoder, **factory)
+    def __init__(self, config: InternLM3Config, **factory: Any):
+        super().__init__(config, **factory)
         self.generation_config = {}
         self._engine: Engine | None = None
 
