@@ -20,16 +20,19 @@ from ..common.checks import check_ids
 from ..common.hub import NEUTRAL, locate
 from ..common.keywords import reject_unknown, without_neutral
 from ..compat.causal_lm import InternLM3ForCausalLM
+from ..engine.answer import Answer, Update
 from ..engine.engine import Engine
 from ..engine.graphs import eager
-from ..engine.request import Request, Watch, check_prompt
+from ..engine.hooks import LogitsHooks
+from ..engine.request import Request, check_prompt
+from ..engine.shared import SharedEngine
 from ..model.config import InternLM3Config
 from ..model.model import INVARIANT_ROWS
 from ..sampling.generation_config import GENERATION_CONFIG, read_generation_config, refuse_unsupported
 from ..sampling.logits_processors import early_processors, processors
 from ..sampling.params import RECOMMENDED_THINKING, SamplingKeywords, SamplingParams
 from ..tokenization.chat_template import check_messages, joined_text
-from ..tokenization.text_stream import Writer
+from ..tokenization.text_stream import TextStream
 from ..tokenization.tokenizer import InternLM3Tokenizer
 from .outputs import Chunk, CompletionOutput, RequestOutput, Timings
 from .prompts import THINKING_SYSTEM_PROMPT
@@ -116,8 +119,8 @@ class LLM:
         self.model = InternLM3ForCausalLM.from_pretrained(
             folder, dtype=dtype, device=device, batch_invariant=batch_invariant, progress=progress
         )
-        self._cache_tokens, self._capture = cache_tokens, None if cuda_graphs else eager
-        self._engine()
+        self._shared = SharedEngine(self.model, cache_tokens, None if cuda_graphs else eager)
+        self._shared.get(self.max_batch_size, self.max_seq_len)  # too little memory is an error here
 
     # ---------------------------------------------------------------- the three verbs
 
@@ -290,9 +293,9 @@ class LLM:
             early = early_processors(wanted)
             late = processors(wanted, begin=len(prompt), most=limit, ends=own[0].ends)
             if early or late:
-                watch = Watch(torch.tensor([prompt] * len(own)), 0, early, late, own)
+                hooks = LogitsHooks(torch.tensor([prompt] * len(own)), 0, early, late, own)
                 for request in own:
-                    request.watch = watch
+                    request.hooks = hooks
             requests += own
         return requests
 
@@ -302,25 +305,11 @@ class LLM:
         self, prompts: Sequence[tuple[str | None, list[int]]], params: Sequence[SamplingParams]
     ) -> list[RequestOutput]:
         called = time.perf_counter()
-        requests = self._requests([ids for _, ids in prompts], params)
-        answers = [_Answer(request, Writer(request, self.tokenizer)) for request in requests]
-        running = answers
-
-        def read() -> bool:
-            """Whether there was anything to read; in the engine's own time, so that nothing comes in between."""
-            nonlocal running
-            fresh = False
-            for answer in running:
-                fresh |= answer.read(engine)
-            running = [answer for answer in running if not answer.writer.done]
-            bar.update(len(answers) - len(running) - bar.n)
-            return fresh or not running
-
+        answers = [self._new_answer(request) for request in self._requests([ids for _, ids in prompts], params)]
         bar = tqdm(total=len(answers), unit="answer", disable=None if self._progress and len(prompts) > 1 else True)
-        engine = self._engine()
-        with bar, engine.running(requests):
-            while running:
-                engine.step(unless=read)
+        with bar:
+            for updates in self.engine.run(answers):
+                bar.update(sum(update.finished for update in updates))
         outputs, done = [], iter(answers)
         for (text, ids), wanted in zip(prompts, params, strict=True):
             own = list(itertools.islice(done, wanted.n))
@@ -328,10 +317,10 @@ class LLM:
                 RequestOutput(
                     text,
                     ids,
-                    [each.output() for each in own],
+                    [_completion(answer) for answer in own],
                     wanted,
                     own[0].request.cached_tokens,
-                    _timings([each.request for each in own], called),
+                    _timings([answer.request for answer in own], called),
                 )
             )
         return outputs
@@ -340,86 +329,65 @@ class LLM:
         device = self.model.device
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        answer = _Answer(request, Writer(request, self.tokenizer))
-        told = 0
-        begin = time.perf_counter()
+        answer = self._new_answer(request)
+        called = time.perf_counter()
+        for updates in self.engine.run([answer]):
+            for update in updates:
+                yield _chunk(update, called, device)
 
-        def chunk(text: str, before: int, *, last: bool) -> Chunk:
-            """What came behind the first `before` tokens."""
-            times = request.times[:told]
-            return Chunk(
-                text,
-                request.token_ids[before:told],
-                request.logprobs[before:told],
-                request.top_logprobs[before:told] if request.params.logprobs else None,
-                request.finish_reason if last else None,
-                request.stop_reason if last else None,
-                len(request.prompt_ids),
-                told,
-                len(request.prompt_ids) / (times[0] - begin) if times else 0.0,
-                (told - 1) / (times[-1] - times[0]) if told > 1 else 0.0,
-                peak_memory(device),
-                request.cached_tokens,
-            )
+    def _new_answer(self, request: Request) -> Answer:
+        p = request.params
+        stream = TextStream(
+            self.tokenizer, p.stops, p.include_stop_str_in_output, p.skip_special_tokens, min_tokens=p.min_tokens
+        )
+        return Answer(request, stream)
 
-        engine = self._engine()
-        with engine.running([request]):
-            while not answer.writer.done or told < len(answer.parts):
-                engine.step(unless=lambda: answer.read(engine) or answer.writer.done)
-                while told < len(answer.parts):
-                    text = answer.parts[told]
-                    told += 1
-                    # An error comes behind the last token, and has a chunk of its own.
-                    last = answer.writer.done and told == len(answer.parts) and request.finish_reason != "error"
-                    yield chunk(text, told - 1, last=last)
-        if request.finish_reason == "error":
-            yield chunk(answer.writer.flush(), told, last=True)
+    @property
+    def engine(self) -> Engine:
+        """The engine that all calls run through."""
+        return self._shared.get(self.max_batch_size, self.max_seq_len)
 
     def warm_up(self) -> None:
-        """Compiles every kernel and captures every step that a request can need, so that none waits for it.
+        """Compiles every kernel and captures every step that a request can need, so that no request waits for that.
 
-        Without it the first request of its kind does that, which takes seconds on a GPU, and hardly any time on a CPU.
-        For servers: call it before the first request. Raises RuntimeError while requests are under way.
+        Without it the first request of its kind does, which takes seconds on a GPU and hardly any time on a CPU. For
+        servers: call it before the first request. Raises RuntimeError while requests are under way.
         """
-        self._engine().warm_up()
-
-    def _engine(self) -> Engine:
-        return self.model.reserve(self.max_batch_size, self.max_seq_len, self._cache_tokens, self._capture)
+        self.engine.warm_up()
 
 
-class _Answer:
-    """One answer as it comes, and its text, token by token."""
+def _completion(answer: Answer) -> CompletionOutput:
+    request = answer.request
+    return CompletionOutput(
+        request.answer,
+        answer.text,
+        request.token_ids,
+        request.logprobs,
+        request.top_logprobs if request.params.logprobs else None,
+        request.finish_reason,
+        request.stop_reason,
+    )
 
-    def __init__(self, request: Request, writer: Writer):
-        self.request, self.writer = request, writer
-        self.parts: list[str] = []
 
-    def read(self, engine: Engine) -> bool:
-        """Whether there was anything new. What a stop string cuts off is no part of the answer."""
-        request, writer = self.request, self.writer
-        if writer.done or writer.told == len(request.token_ids):
-            return False
-        while not writer.done and writer.told < len(request.token_ids):
-            self.parts.append(writer.write())
-        if writer.stopped is not None:
-            engine.cancel([request])
-            request.cut(writer.told)
-            request.finish("stop", writer.stopped)
-        elif isinstance(request.stop_reason, int):
-            request.stop_reason = writer.stop_string(request.stop_reason)
-        return True
-
-    def output(self) -> CompletionOutput:
-        request = self.request
-        return CompletionOutput(
-            request.answer,
-            "".join(self.parts) + self.writer.flush(),
-            request.token_ids,
-            request.logprobs,
-            request.top_logprobs if request.params.logprobs else None,
-            request.finish_reason,
-            request.stop_reason,
-        )
+def _chunk(update: Update, called: float, device: torch.device) -> Chunk:
+    answer, request = update.answer, update.answer.request
+    read = answer.read_tokens
+    new = slice(read if update.token_id is None else read - 1, read)
+    times = request.times[:read]
+    return Chunk(
+        update.text,
+        request.token_ids[new],
+        request.logprobs[new],
+        request.top_logprobs[new] if request.params.logprobs else None,
+        request.finish_reason if update.finished else None,
+        request.stop_reason if update.finished else None,
+        len(request.prompt_ids),
+        read,
+        len(request.prompt_ids) / (times[0] - called) if times else 0.0,
+        (read - 1) / (times[-1] - times[0]) if read > 1 else 0.0,
+        peak_memory(device),
+        request.cached_tokens,
+    )
 
 
 def _timings(requests: Sequence[Request], called: float) -> Timings:

@@ -87,7 +87,7 @@ def _info(args: argparse.Namespace) -> None:
     from ..common.hub import locate
     from ..compat.causal_lm import InternLM3ForCausalLM
     from ..model.config import InternLM3Config
-    from ..model.pages import PAGE, page_bytes, pages_of
+    from ..model.kv_cache import PAGE, page_bytes, pages_of
     from ..sampling.generation_config import read_generation_config
     from ..sampling.params import SamplingParams
 
