@@ -38,7 +38,7 @@ class Rows:
 
     def __call__(self, logits):
         decode.choose(reference, logits, self.state, self.tier)
-        return self.state.said.clone()
+        return self.state.report.clone()
 
     def keep(self, rows):
         """These rows, in rows 0, 1, ... which must not be among those that come later."""
@@ -57,7 +57,7 @@ def test_a_bit_for_each_token():
     """Those of a word's sign, of the last word, and one that is named twice; min_tokens holds back the ends."""
     params = SamplingParams(allowed_token_ids=[0, 31, 32, 63, 69, 31], suppress_tokens=[32, 64], min_tokens=1)
     state = Rows([(params, [1], 0), (SamplingParams(), [1], 0)], 70, eos_token_ids=[31, 69]).state
-    assert tokens_of(state.ends[0]) == tokens_of(state.ends[1]) == {31, 69}
+    assert tokens_of(state.end_mask[0]) == tokens_of(state.end_mask[1]) == {31, 69}
     assert tokens_of(state.permitted[0]) == {0, 31, 63, 69} and tokens_of(state.allowed[0]) == {0, 63}
     assert tokens_of(state.permitted[1]) == set(range(96))
 
@@ -191,7 +191,7 @@ def test_the_lowest_tier_that_serves(params, tier):
 def test_limits_are_the_devices_own():
     rows = [(SamplingParams(temperature=0), [1] * length, 0) for length in (1, 3)]
     rows = Rows(rows, 5)
-    rows.state.limit.copy_(torch.tensor([3, 4]))
+    rows.state.max_len.copy_(torch.tensor([3, 4]))
     said = [rows(floats(0, 1, 2, 9, 4).expand(2, -1)).tolist() for _ in range(3)]
     assert [[row[:2] for row in step] for step in said] == [
         [[3, 0], [3, 2]],
@@ -308,7 +308,7 @@ def test_late_steps_write_no_page(model):
         engine._step(4, Tier.FULL)
     for kv, old in zip(engine.pages.kv, before, strict=True):
         assert torch.equal(kv.nan_to_num(), old.nan_to_num())
-    assert (engine._state.said[:, 0] == -1).all()
+    assert (engine._state.report[:, 0] == -1).all()
 
 
 def test_a_cancelled_row_writes_no_page(model, recorder):

@@ -67,7 +67,7 @@ class Steps:
         for layer in self.pages.kv:
             layer.normal_()
         self.state = DecodeState.idle(rows, pages_of(tokens), config.vocab_size, config.head_dim, device)
-        self.state.limit.fill_(2**30)
+        self.state.max_len.fill_(2**30)
         self.state.allowed.fill_(-1)
         self.state.permitted.fill_(-1)
         for row in range(rows):

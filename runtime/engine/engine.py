@@ -76,7 +76,7 @@ class Engine:
         self._eager = capture is eager or (capture is None and device.type == "cpu")
         self._depth = depth or (1 if device.type == "cpu" and self._eager else DEPTH)
         capture = capture or (eager if self._eager else cuda_graphs())
-        self._replays = Replays(self._step, self._state.said, capture)
+        self._replays = Replays(self._step, self._state.report, capture)
         with self._on_device():
             self._filler = None if self._eager else Filler(model, self.pages, pages_of(max_seq_len), capture)
 

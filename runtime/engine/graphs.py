@@ -57,7 +57,7 @@ class Told:
 class _Slot:
     """Host memory for what one step says, and when it is there."""
 
-    said: Tensor
+    report: Tensor
     there: Any  # torch.cuda.Event, None on a CPU
 
 
@@ -66,11 +66,11 @@ class Replays:
 
     Args:
         step: (rows, tier) -> None: one decode step of the first `rows` rows, on the device's tensors alone.
-        said: [B, 3] int32, where a step leaves what the host is told.
+        report: [B, 3] int32, where a step leaves its report to the host (see `advance`).
     """
 
-    def __init__(self, step: Callable[[int, Tier], None], said: Tensor, capture: Capture):
-        self._step, self._said, self._capture = step, said, capture
+    def __init__(self, step: Callable[[int, Tier], None], report: Tensor, capture: Capture):
+        self._step, self._report, self._capture = step, report, capture
         self._captured: dict[tuple[int, Tier], Callable[[], None]] = {}
         self._idle: list[_Slot] = []
         self._flights: deque[tuple[_Slot, Sequence[Any]]] = deque()
@@ -95,20 +95,20 @@ class Replays:
     def tell(self, notes: Sequence[Any]) -> None:
         """Brings what the rows say now to the host, in its turn."""
         slot = self._idle.pop() if self._idle else self._slot()
-        slot.said.copy_(self._said, non_blocking=True)
+        slot.report.copy_(self._report, non_blocking=True)
         if slot.there is not None:
             slot.there.record()
         self._flights.append((slot, notes))
 
     def take(self) -> list[tuple[Any, Told]]:
-        """Waits for the oldest step: each note with what its row said, unless it was idle."""
+        """Waits for the oldest step: each note with the report of its row, unless it was idle."""
         slot, notes = self._flights.popleft()
         if slot.there is not None:
             slot.there.synchronize()
-        logprobs = slot.said[:, 2].contiguous().view(torch.float32).tolist()
+        logprobs = slot.report[:, 2].contiguous().view(torch.float32).tolist()
         told = [
             (note, Told(token, end, logprob))
-            for note, (token, end, _), logprob in zip(notes, slot.said.tolist(), logprobs, strict=False)
+            for note, (token, end, _), logprob in zip(notes, slot.report.tolist(), logprobs, strict=False)
             if note is not None and token >= 0
         ]
         self._idle.append(slot)
@@ -120,6 +120,6 @@ class Replays:
             self.take()
 
     def _slot(self) -> _Slot:
-        on_gpu = self._said.is_cuda
-        said = torch.empty(self._said.shape, dtype=torch.int32, pin_memory=on_gpu)
-        return _Slot(said, torch.cuda.Event() if on_gpu else None)
+        on_gpu = self._report.is_cuda
+        report = torch.empty(self._report.shape, dtype=torch.int32, pin_memory=on_gpu)
+        return _Slot(report, torch.cuda.Event() if on_gpu else None)

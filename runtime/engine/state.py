@@ -61,22 +61,22 @@ class DecodeState:
         seqs: where the rows stand. `seq_lens` counts the token that the coming step reads, so it is also the place of
             the token that the step draws.
         token: [B] int64, what the coming step reads.
-        limit: [B] int32, the length at which a row has had its tokens.
-        free_from: [B] int32, the length from which it may end.
-        said: [B, 3] int32, what the host is told (see `advance`).
-        ends: [B, W] int32, tokens that end the row.
+        max_len: [B] int32, the length at which a row ends.
+        min_len: [B] int32, the length from which a row may end.
+        report: [B, 3] int32, the step's report to the host (see `advance`).
+        end_mask: [B, W] int32, tokens that end the row.
         seed, stream: [B] int64. top_k: [B] int64. temperature ... frequency_penalty: [B] float32.
         prompt_counts, output_counts: [B, V] int32, how often each token stands in the prompt and in the answer.
         logit_bias: [B, V] float32.
-        permitted, allowed: [B, W] int32, what the user permits, and that less `ends` while seq_lens < free_from.
+        permitted, allowed: [B, W] int32, the tokens that the user permits; these without `end_mask` below min_len.
     """
 
     seqs: Sequences
     token: Tensor
-    limit: Tensor
-    free_from: Tensor
-    said: Tensor
-    ends: Tensor
+    max_len: Tensor
+    min_len: Tensor
+    report: Tensor
+    end_mask: Tensor
     seed: Tensor
     stream: Tensor
     temperature: Tensor
@@ -103,12 +103,12 @@ class DecodeState:
         words = -(-vocab_size // 32)
         return cls(
             seqs=Sequences(zeros(pages), zeros(), zeros(head_dim // 2, dtype=torch.float32)),
-            said=zeros(3),
+            report=zeros(3),
             logit_bias=zeros(vocab_size, dtype=torch.float32),
-            **{name: zeros() for name in ("limit", "free_from")},
+            **{name: zeros() for name in ("max_len", "min_len")},
             **{name: zeros(dtype=torch.int64) for name in ("token", "seed", "stream", "top_k")},
             **{name: zeros(dtype=torch.float32) for name in _FLOATS},
-            **{name: zeros(words) for name in ("ends", "permitted", "allowed")},
+            **{name: zeros(words) for name in ("end_mask", "permitted", "allowed")},
             **{name: zeros(vocab_size) for name in ("prompt_counts", "output_counts")},
         )
 
@@ -122,15 +122,15 @@ class DecodeState:
         """A request's settings into a row, which stays idle: prompt [T] int64, its pages in order, inv_freq [D/2]."""
         p, length = request.params, len(prompt)
         ends, permitted = self._words(request.ends), p.allowed_token_ids
-        self.ends[row] = ends
+        self.end_mask[row] = ends
         self.permitted[row] = -1 if permitted is None else self._words(permitted)
         if p.suppress_tokens:
             self.permitted[row] &= ~self._words(p.suppress_tokens).to(self.permitted.device)
         self.allowed[row] = self.permitted[row]
         if p.min_tokens:
             self.allowed[row] &= ~ends.to(self.allowed.device)
-        self.limit[row] = length + request.max_tokens
-        self.free_from[row] = length + p.min_tokens
+        self.max_len[row] = length + request.max_tokens
+        self.min_len[row] = length + p.min_tokens
         self.seed[row], self.stream[row] = request.seed, request.answer
         for name in _FLOATS:
             getattr(self, name)[row] = getattr(p, name)
@@ -164,14 +164,14 @@ class DecodeState:
         return {"temperature": None, **keys, **stages, "few_candidates": tier == Tier.USUAL}
 
     def advanced(self) -> dict[str, Tensor]:
-        """The arguments of `advance` but for what was drawn."""
-        names = ("token", "limit", "ends", "said", "output_counts", "free_from", "permitted", "allowed")
+        """The arguments of `advance` except the sampled tokens and their log-probabilities."""
+        names = ("token", "max_len", "end_mask", "report", "output_counts", "min_len", "permitted", "allowed")
         return {"seq_lens": self.seqs.seq_lens, **{name: getattr(self, name) for name in names}}
 
     def _words(self, token_ids: Iterable[int]) -> Tensor:
         """[W] int32 on the CPU with these tokens' bits."""
         ids = torch.tensor(sorted(set(token_ids)), dtype=torch.int64)
-        words = torch.zeros(self.ends.shape[1], dtype=torch.int64)
+        words = torch.zeros(self.end_mask.shape[1], dtype=torch.int64)
         return words.index_add_(0, ids // 32, 1 << ids % 32).to(torch.int32)
 
 
