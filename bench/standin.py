@@ -114,10 +114,10 @@ def main() -> None:
 
     if args.before and not os.path.exists(os.path.join(args.before, "runtime")):
         parser.error(f"--before {args.before} is no checkout of this project: name a folder internlm3 of one")
-    from internlm3.runtime.checkpoint.demo_model import standin_checkpoint
+    from internlm3.runtime.checkpoint.demo_model import demo_model_checkpoint
     from record import stamp, write_json
 
-    folder = str(standin_checkpoint())
+    folder = str(demo_model_checkpoint())
     here = stamp()
     print(f"SmolLM2-135M in InternLM3's format; {'; '.join(f'{key} {value}' for key, value in here.items())}")
     print(f"{DECODE_TOKENS} tokens decoded, greedy, medians of {args.rounds} rounds; batch x prompt\n")

@@ -17,7 +17,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(BENCH / "checkout")
 # The harness of kernels' tests is bench's too; benches are scripts that stand beside each other, not a package.
 sys.path.append(str(BENCH))
 
-from internlm3.runtime.checkpoint.demo_model import standin_checkpoint  # noqa: E402
+from internlm3.runtime.checkpoint.demo_model import demo_model_checkpoint  # noqa: E402
 
 # The same random cases for everybody, and no verdict by the clock: tests/fuzz.py draws new ones, by the other profile.
 hypothesis.settings.register_profile(
@@ -34,7 +34,7 @@ hypothesis.settings.load_profile("fixed")
 torch.set_num_threads(1)
 
 # transformers knows InternLM3 from 5.23 on, which needs Python 3.11: below it, what compares with it is left out.
-ORACLE = ("test_checkpoint.py", "test_config.py", "test_generate.py", "test_model.py", "test_standin.py")
+ORACLE = ("test_checkpoint.py", "test_config.py", "test_generate.py", "test_model.py", "test_demo_model.py")
 collect_ignore = [] if sys.version_info >= (3, 11) else list(ORACLE)
 
 
@@ -53,6 +53,6 @@ def torch_seed() -> None:
 
 
 @pytest.fixture(scope="session")
-def standin() -> Path:
-    """The stand-in checkpoint's folder: a real small chat model in InternLM3's format, converted once a machine."""
-    return standin_checkpoint(progress=False)
+def demo_model() -> Path:
+    """The folder of the demo model's checkpoint: a small chat model in InternLM3's format, converted only once."""
+    return demo_model_checkpoint(progress=False)

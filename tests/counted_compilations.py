@@ -19,7 +19,7 @@ from internlm3.runtime.engine.pages import PageAllocator
 from internlm3.runtime.engine.state import DecodeState, Tier
 from internlm3.runtime.engine.warm_up import compile_kernels
 from internlm3.runtime.model.kv_cache import PAGE
-from internlm3.runtime.model.model import Decoder, LanguageModel
+from internlm3.runtime.model.model import LanguageModel
 
 CONFIG = InternLM3Config(num_hidden_layers=2, intermediate_size=10240, num_key_value_heads=2)
 
@@ -29,7 +29,7 @@ class Server:
 
     def __init__(self, device, rows, slots, pages):
         factory = {"device": device, "dtype": torch.bfloat16}
-        self.model = LanguageModel(Decoder(CONFIG, device="meta"), device="meta")
+        self.model = LanguageModel(CONFIG, device="meta")
         for module in self.model.modules():
             for name, x in module._parameters.items():
                 if x is not None:

@@ -15,7 +15,9 @@ import pytest
 import torch
 import transformers
 from internlm3 import InternLM3Config, InternLM3ForCausalLM, InternLM3Model
-from internlm3.runtime.checkpoint import weights as checkpoint
+from internlm3.runtime.checkpoint import load as loading
+from internlm3.runtime.checkpoint import save as saving
+from internlm3.runtime.checkpoint.weight_files import read_header, read_tensors
 from safetensors.torch import load_file, save_file
 
 SHAPE = {
@@ -77,7 +79,7 @@ def nothing_is_allocated(monkeypatch):
     def taken(*_args, **_kwargs):
         raise AssertionError("memory for the weights was taken before the check")
 
-    monkeypatch.setattr(checkpoint, "_materialise", taken)
+    monkeypatch.setattr(loading, "_allocate", taken)
 
 
 def refused(folder, error, *words, **options):
@@ -505,8 +507,8 @@ class TestDamage:
                 damaged[dice.randrange(min(len(damaged), 2500))] = dice.randrange(256)
             path.write_bytes(damaged)
             try:
-                checkpoint._header(path)
-                list(checkpoint._tensors(path, weights, torch.device("cpu")))
+                read_header(path)
+                list(read_tensors(path, weights, torch.device("cpu")))
             except ValueError as error:
                 assert str(path) in str(error), f"seed {seed}: {error}"
                 refusals += 1
@@ -609,7 +611,7 @@ def test_disk_full_at_any_file(tmp_path, monkeypatch, failing):
 
     model = make(2)
     model.generation_config = {"do_sample": True}
-    monkeypatch.setattr(checkpoint, "save_file", full(checkpoint.save_file))
+    monkeypatch.setattr(saving, "save_file", full(saving.save_file))
     monkeypatch.setattr(Path, "write_bytes", full(Path.write_bytes))
     with pytest.raises(OSError, match="No space left"):
         model.save_pretrained(tmp_path, max_shard_size=20000)
@@ -641,7 +643,7 @@ class Cut:
 
     def __init__(self, monkeypatch, at, behind, error):
         self.at, self.behind, self.error, self.steps = at, behind, error, 0
-        monkeypatch.setattr(checkpoint, "save_file", self.wrapped(checkpoint.save_file))
+        monkeypatch.setattr(saving, "save_file", self.wrapped(saving.save_file))
         for name in ("write_bytes", "replace", "unlink"):
             monkeypatch.setattr(Path, name, self.wrapped(getattr(Path, name)))
 
@@ -702,7 +704,7 @@ def test_a_save_that_is_killed_leaves_one_checkpoint_whole(tmp_path, old, signal
                 os.kill(os.getpid(), getattr(signal, sys.argv[4]))
             return struck
         for name in ("write_bytes", "replace", "unlink", "save_file"):
-            at = tests.checkpoint if name == "save_file" else pathlib.Path
+            at = tests.saving if name == "save_file" else pathlib.Path
             step = getattr(at, name)
             for i in range(12):
                 pid = os.fork()

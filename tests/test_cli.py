@@ -52,47 +52,47 @@ def test_importing_warns_of_nothing():
     subprocess.run([sys.executable, "-W", "error", "-c", "from internlm3 import LLM"], check=True)
 
 
-def test_the_demo_says_paris_and_its_figures(standin):
+def test_the_demo_says_paris_and_its_figures(demo_model):
     done = run("demo")
     assert "Paris" in done.stdout
     prompt, answer = map(int, FIGURES.search(done.stderr).groups())
     assert prompt > 10 and 1 < answer < 40
 
 
-def test_generate_streams_the_answer_alone_to_standard_output(standin):
-    asked = run("generate", standin, "-p", "-", "--temp", 0, "-n", 12, stdin="What is the capital of France?")
+def test_generate_streams_the_answer_alone_to_standard_output(demo_model):
+    asked = run("generate", demo_model, "-p", "-", "--temp", 0, "-n", 12, stdin="What is the capital of France?")
     assert asked.stdout == "The capital of France is Paris.\n"
-    raw = run("generate", standin, "-p", "One, two, three,", "--raw", "--temp", 0, "-n", 4)
+    raw = run("generate", demo_model, "-p", "One, two, three,", "--raw", "--temp", 0, "-n", 4)
     assert raw.stdout.strip().startswith("four")
     assert FIGURES.search(raw.stderr).groups()[1] == "4"
 
 
-def test_one_seed_one_text_and_a_stop_string_ends_it(standin):
-    options = ("generate", standin, "-p", "Tell me a story.", "--temp", 1, "-n", 20)
+def test_one_seed_one_text_and_a_stop_string_ends_it(demo_model):
+    options = ("generate", demo_model, "-p", "Tell me a story.", "--temp", 1, "-n", 20)
     first, again, other = (run(*options, "--seed", seed).stdout for seed in (7, 7, 8))
     assert first == again != other
     stop = first.split()[2]
     assert run(*options, "--seed", 7, "--stop", stop).stdout.rstrip("\n") == first[: first.index(stop)]
 
 
-def test_a_chat_remembers_resets_and_survives_a_bad_turn(standin):
+def test_a_chat_remembers_resets_and_survives_a_bad_turn(demo_model):
     # The window is so small that the second question does not fit behind the first answer, and fits after /reset.
     turns = (
         "My name is Ada. Say hello.\n"
         + "word " * 120
         + "\n/reset\nWhat is the capital of France?\n/exit\nnever asked\n"
     )
-    done = run("chat", standin, "--temp", 0, "-n", 12, "--max-seq-len", 140, stdin=turns)
+    done = run("chat", demo_model, "--temp", 0, "-n", 12, "--max-seq-len", 140, stdin=turns)
     assert "max_seq_len is 140" in done.stderr and "/reset" in done.stderr
     assert done.stdout.splitlines()[-1] == "The capital of France is Paris."
     assert len(FIGURES.findall(done.stderr)) == 2
-    remembered = run("chat", standin, "--temp", 0, "-n", 24, stdin="My name is Ada.\nWhat is my name?\n")
+    remembered = run("chat", demo_model, "--temp", 0, "-n", 24, stdin="My name is Ada.\nWhat is my name?\n")
     (prompt, answer), (longer, _) = ((int(a), int(b)) for a, b in FIGURES.findall(remembered.stderr))
     assert longer > prompt + answer
 
 
-def test_info_counts_parameters_and_memory(standin):
-    printed = run("info", standin, "--length", 1000).stdout
+def test_info_counts_parameters_and_memory(demo_model):
+    printed = run("info", demo_model, "--length", 1000).stdout
     # 30 layers of (q and o 576 x 576, k and v 192 x 576, three of 1536 x 576, two norms), norm, embedding and head.
     layer = 2 * 576 * 576 + 2 * 192 * 576 + 3 * 1536 * 576 + 2 * 576
     parameters = 30 * layer + 576 + 2 * 49152 * 576
@@ -100,7 +100,7 @@ def test_info_counts_parameters_and_memory(standin):
     assert f"{parameters * 2 / 1e9:.2f} GB in bfloat16" in printed
     assert "23,040 bytes a token" in printed  # 30 layers x (k and v) x 3 heads x 64 x 2 bytes
     assert "0.02 GB at 1,000 tokens" in printed
-    assert run("info", standin, "--length", 1000, "--dtype", "bf16").stdout == printed
+    assert run("info", demo_model, "--length", 1000, "--dtype", "bf16").stdout == printed
 
 
 def test_info_of_the_8b_needs_its_config_only(tmp_path):
@@ -120,16 +120,16 @@ def test_info_of_the_8b_needs_its_config_only(tmp_path):
     [
         (("generate", "/nowhere/model", "-p", "hi"), "/nowhere/model"),
         (("generate", "owner/name", "-p", "hi"), "owner/name"),
-        (("generate", "STANDIN", "-p", ""), "prompt is empty"),
-        (("generate", "STANDIN", "-p", "hi", "--top-p", "3"), "top_p"),
-        (("generate", "STANDIN", "-p", "hi", "--raw", "--thinking"), "--raw"),
-        (("generate", "STANDIN", "-p", "hi", "--dtype", "int3"), "int3"),
-        (("generate", "STANDIN", "-p", "hi", "--device", "cuda:99"), "cuda:99"),
-        (("info", "STANDIN", "--dtype", "int3"), "int3"),
+        (("generate", "DEMO_MODEL", "-p", ""), "prompt is empty"),
+        (("generate", "DEMO_MODEL", "-p", "hi", "--top-p", "3"), "top_p"),
+        (("generate", "DEMO_MODEL", "-p", "hi", "--raw", "--thinking"), "--raw"),
+        (("generate", "DEMO_MODEL", "-p", "hi", "--dtype", "int3"), "int3"),
+        (("generate", "DEMO_MODEL", "-p", "hi", "--device", "cuda:99"), "cuda:99"),
+        (("info", "DEMO_MODEL", "--dtype", "int3"), "int3"),
     ],
 )
-def test_an_error_is_one_sentence_on_standard_error(standin, args, says):
-    done = run(*(standin if arg == "STANDIN" else arg for arg in args), expect=1)
+def test_an_error_is_one_sentence_on_standard_error(demo_model, args, says):
+    done = run(*(demo_model if arg == "DEMO_MODEL" else arg for arg in args), expect=1)
     assert done.stderr.count("\n") == 1 and done.stderr.startswith("internlm3: error: ") and says in done.stderr
     assert done.stdout == ""
 
@@ -138,8 +138,8 @@ def test_bad_usage_is_status_2():
     assert "--prompt" in run("generate", expect=2).stderr
 
 
-def test_control_c_ends_an_answer_at_once(standin):
-    options = ("generate", standin, "-p", "Tell me a very long story.", "--temp", 0)
+def test_control_c_ends_an_answer_at_once(demo_model):
+    options = ("generate", demo_model, "-p", "Tell me a very long story.", "--temp", 0)
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "bufsize": 0}
     # A shell has its background jobs, and all that they start, ignore Ctrl-C.
     heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
@@ -149,7 +149,7 @@ def test_control_c_ends_an_answer_at_once(standin):
         out, err = process.communicate()
     assert process.returncode == 130
     said = int(FIGURES.search(err.decode())[2])
-    whole = run("generate", standin, "-p", "Tell me a very long story.", "--temp", 0, "-n", said).stdout
+    whole = run("generate", demo_model, "-p", "Tell me a very long story.", "--temp", 0, "-n", said).stdout
     assert whole.startswith((begun + out).decode())  # the model's words, and nothing of its own
 
 
@@ -162,14 +162,14 @@ def test_the_command_by_its_other_name_and_its_version():
     assert "{chat,generate,info,demo}" in subprocess.run([*other, "--help"], capture_output=True, text=True).stdout
 
 
-def test_every_sampling_parameter_has_a_switch(standin):
+def test_every_sampling_parameter_has_a_switch(demo_model):
     shown = run("generate", "--help").stdout
     for field in fields(SamplingParams):
         if field.name not in ("n", "logprobs"):  # of which a stream shows nothing
             assert f"--{field.name.replace('_', '-')}" in shown.replace("--no-skip", "--skip"), field.name
-    tokens = InternLM3Tokenizer.from_pretrained(standin)
+    tokens = InternLM3Tokenizer.from_pretrained(demo_model)
     said = tokens.encode("Paris", add_special_tokens=False)
-    options = ("generate", standin, "-p", "What is the capital of France?", "--temp", 0, "-n", 12)
+    options = ("generate", demo_model, "-p", "What is the capital of France?", "--temp", 0, "-n", 12)
     assert run(*options, "--allowed-token-ids", *said, "--min-tokens", 3, "-n", 3).stdout == "Paris" * 3 + "\n"
     assert run(*options, "--logit-bias", f"{said[0]}=100", "-n", 2).stdout == "ParisParis\n"
     capital = tokens.encode(" capital", add_special_tokens=False)
@@ -197,25 +197,25 @@ def test_switches_of_sequences():
         (("--length", 10**6), "is 1000000, and the model was trained for"),
     ],
 )
-def test_info_of_a_length_that_no_model_takes(standin, args, says):
-    done = run("info", standin, *args, expect=1)
+def test_info_of_a_length_that_no_model_takes(demo_model, args, says):
+    done = run("info", demo_model, *args, expect=1)
     assert says in done.stderr and done.stderr.count("\n") == 1 and done.stdout == ""
     assert "no checkpoint is named" in run("info", "", expect=1).stderr
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "gbk", "utf-8"])
-def test_a_terminal_of_another_encoding(standin, encoding):
+def test_a_terminal_of_another_encoding(demo_model, encoding):
     """What it cannot show is replaced, and what it sends may be cut in the middle of a character."""
     environment = {**ENVIRONMENT, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
-    smile = InternLM3Tokenizer.from_pretrained(standin).encode("🙂", add_special_tokens=False)
-    options = ["chat", standin, "--temp", 0, "-n", 2 * len(smile), "--allowed-token-ids", *smile[:1]]
+    smile = InternLM3Tokenizer.from_pretrained(demo_model).encode("🙂", add_special_tokens=False)
+    options = ["chat", demo_model, "--temp", 0, "-n", 2 * len(smile), "--allowed-token-ids", *smile[:1]]
     turns = "你好".encode()[:4] + b"\n" + b"\xff\xfe\n" + b"Hi\n"
     done = subprocess.run(
         [*COMMAND, *map(str, options)], input=turns, capture_output=True, env=environment, check=False
     )
     assert done.returncode == 0, done.stderr
     assert len(FIGURES.findall(done.stderr.decode(errors="replace"))) == 3
-    asked = ["generate", standin, "-p", "-", "--temp", 0, "-n", 12]
+    asked = ["generate", demo_model, "-p", "-", "--temp", 0, "-n", 12]
     done = subprocess.run([*COMMAND, *map(str, asked)], input=b"What is the capital of France? \xe4\xbd",
                           capture_output=True, env=environment, check=False)  # fmt: skip
     assert done.returncode == 0 and done.stdout, done.stderr

@@ -117,11 +117,11 @@ def test_every_setting_in_ragged_batches_with_beginnings_that_recur(model, monke
     assert not wrong
 
 
-def test_real_prompts_with_every_setting(standin, monkeypatch):
-    """50 prompts of the stand-in through one call of LLM.generate, settings side by side, stop strings among them."""
+def test_real_prompts_with_every_setting(demo_model, monkeypatch):
+    """50 prompts of the demo model through one call of LLM.generate, settings side by side, stop strings among them."""
     monkeypatch.setattr(prefill, "CHUNK", PAGE)
     monkeypatch.setattr(prefill, "LAUNCH_TOKENS", PAGE)
-    llm = LLM(standin, dtype="bfloat16", device="cpu", max_batch_size=8, progress=False)
+    llm = LLM(demo_model, dtype="bfloat16", device="cpu", max_batch_size=8, progress=False)
     prompts = real_prompts(llm.tokenizer)
     scale = llm.config.vocab_size // 320
     params = []

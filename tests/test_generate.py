@@ -74,11 +74,11 @@ TEXTS = [
 
 
 @pytest.fixture(scope="module")
-def real(standin):
-    """The stand-in in float32, ours and transformers', and its tokenizer."""
-    ours = InternLM3ForCausalLM.from_pretrained(standin, dtype="float32", device="cpu", progress=False)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(standin, dtype=torch.float32)
-    return SimpleNamespace(ours=ours, theirs=theirs, tokenizer=InternLM3Tokenizer.from_pretrained(standin))
+def real(demo_model):
+    """The demo model in float32, ours and transformers', and its tokenizer."""
+    ours = InternLM3ForCausalLM.from_pretrained(demo_model, dtype="float32", device="cpu", progress=False)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(demo_model, dtype=torch.float32)
+    return SimpleNamespace(ours=ours, theirs=theirs, tokenizer=InternLM3Tokenizer.from_pretrained(demo_model))
 
 
 @pytest.fixture(scope="module")
@@ -139,10 +139,10 @@ GREEDY = {"do_sample": False, "max_new_tokens": 64}
 
 
 @functools.cache  # test_generate_captured.py asks too
-def greedy_answers(standin):
+def greedy_answers(demo_model):
     """transformers' greedy answers to the 50 prompts, in one batch padded on the left."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(standin, dtype=torch.float32)
-    ids, mask = padded(real_prompts(InternLM3Tokenizer.from_pretrained(standin)), 2, left=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(demo_model, dtype=torch.float32)
+    ids, mask = padded(real_prompts(InternLM3Tokenizer.from_pretrained(demo_model)), 2, left=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about the temperature in generation_config.json
         answers = [answer_of(row, ids.shape[1]) for row in model.generate(ids, attention_mask=mask, **GREEDY)]
@@ -166,32 +166,32 @@ def check_greedy(real, expected, prompts, answers):
 
 
 @pytest.mark.parametrize("chosen", [range(25), range(25, 50)], ids=str)
-def test_greedy_tokens_are_those_of_transformers(real, standin, chosen):
+def test_greedy_tokens_are_those_of_transformers(real, demo_model, chosen):
     """50 real prompts, 64 tokens, each alone."""
     prompts = real_prompts(real.tokenizer)
     answers = {
         index: answer_of(real.ours.generate(torch.tensor([prompts[index]]), **GREEDY)[0], len(prompts[index]))
         for index in chosen
     }
-    check_greedy(real, greedy_answers(standin), prompts, answers)
+    check_greedy(real, greedy_answers(demo_model), prompts, answers)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_greedy_tokens_in_a_ragged_batch_are_those_of_transformers(real, standin, side):
+def test_greedy_tokens_in_a_ragged_batch_are_those_of_transformers(real, demo_model, side):
     """The same 50 prompts, half of them padded on each side."""
     prompts = real_prompts(real.tokenizer)
     chosen = range(side == "right", 50, 2)
     ids, mask = padded([prompts[index] for index in chosen], 2, left=side == "left")
     answers = [answer_of(row, ids.shape[1]) for row in real.ours.generate(ids, mask, **GREEDY)]
-    check_greedy(real, greedy_answers(standin), prompts, dict(zip(chosen, answers, strict=True)))
+    check_greedy(real, greedy_answers(demo_model), prompts, dict(zip(chosen, answers, strict=True)))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_seed_is_a_text(standin, real, dtype):
+def test_a_seed_is_a_text(demo_model, real, dtype):
     """The same seed gives the same text: twice, alone, in any batch, at any place; streams and seeds differ."""
     model = real.ours
     if dtype != "float32":
-        model = InternLM3ForCausalLM.from_pretrained(standin, dtype=dtype, device="cpu", progress=False)
+        model = InternLM3ForCausalLM.from_pretrained(demo_model, dtype=dtype, device="cpu", progress=False)
     prompts = real_prompts(real.tokenizer)[8:12]
     options = {"do_sample": True, "temperature": 1.0, "top_p": 0.95, "max_new_tokens": 12, "seed": 7}
     alone = [answer_of(model.generate(torch.tensor([p]), **options)[0], len(p)) for p in prompts]
@@ -524,9 +524,9 @@ def test_streamer(tiny):
 
 
 @pytest.mark.parametrize("several", [{"num_return_sequences": 2, "do_sample": True}, {}])
-def test_several_answers_are_refused_by_transformers_own_streamer(tiny, standin, several):
+def test_several_answers_are_refused_by_transformers_own_streamer(tiny, demo_model, several):
     """It would print them interleaved; it says so by the rows that it is given first."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(standin)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(demo_model)
     prompts = PROMPTS[: 1 if several else 2]
     for model in (tiny.ours, tiny.theirs):
         with pytest.raises(ValueError, match="batch size 1"):

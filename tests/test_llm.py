@@ -44,18 +44,18 @@ DYNAMIC = {"rope_type": "dynamic", "factor": 6.0}
 
 
 @pytest.fixture(scope="module")
-def llm(standin: Path) -> LLM:
-    return LLM(standin, progress=False)
+def llm(demo_model: Path) -> LLM:
+    return LLM(demo_model, progress=False)
 
 
 @pytest.fixture(scope="module")
-def exact(standin: Path) -> LLM:
-    return LLM(standin, dtype="float32", progress=False)
+def exact(demo_model: Path) -> LLM:
+    return LLM(demo_model, dtype="float32", progress=False)
 
 
 @pytest.fixture(scope="module")
-def make(standin: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Saves a small random model with the stand-in's tokenizer; weights depend on the shape alone."""
+def make(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Saves a small random model with the demo model's tokenizer; weights depend on the shape alone."""
 
     def make(generation_config: dict[str, Any] | None = None, **overrides: Any) -> Path:
         values = {
@@ -77,7 +77,7 @@ def make(standin: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..
         model.generation_config = generation_config or {}
         model.save_pretrained(folder)
         for name in ("tokenizer.model", "tokenizer_config.json"):
-            shutil.copy(standin / name, folder)
+            shutil.copy(demo_model / name, folder)
         return folder
 
     return make
@@ -1011,7 +1011,7 @@ def test_a_templates_own_error_is_told(tiny, monkeypatch):
         ({"max_batch_size": 17, "batch_invariant": True}, ValueError, "up to 16 answers .* max_batch_size is 17"),
         ({"dtype": "int8"}, ValueError, "dtype 'int8' is not supported.*bfloat16"),
         ({"device": "gpu"}, ValueError, "device 'gpu' is no device"),
-        ({"device": "cuda:99"}, ValueError, "device 'cuda:99' is not here"),
+        ({"device": "cuda:99"}, ValueError, "device 'cuda:99' does not exist"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
@@ -1078,14 +1078,14 @@ def test_a_spoilt_folder_is_named_before_its_weights_are_read(
     tiny_folder, tmp_path, monkeypatch, changes, error, message
 ):
     folder = spoilt(tiny_folder, tmp_path, **changes)
-    monkeypatch.setattr(InternLM3ForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("the weights were read"))
+    monkeypatch.setattr("internlm3.runtime.api.llm.load_model", lambda *_, **__: pytest.fail("the weights were read"))
     with pytest.raises(error, match=message) as raised:
         LLM(folder, progress=False)
     assert "copy" in str(raised.value) or "config.json" in str(raised.value)
 
 
 def test_missing_weights(tiny_folder, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"holds no weights: it needs model\.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"contains no weights: it needs model\.safetensors"):
         LLM(spoilt(tiny_folder, tmp_path, model__safetensors=None), progress=False)
 
 

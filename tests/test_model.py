@@ -146,9 +146,9 @@ def test_logits_are_those_of_transformers(shape, tokens):
     assert_near(model(ids).logits, by_transformers(model)(ids).logits)
 
 
-def test_logits_of_the_stand_in_are_those_of_transformers(standin):
-    ours = InternLM3ForCausalLM.from_pretrained(standin, dtype="float32", device="cpu", progress=False)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(standin, dtype=torch.float32)
+def test_logits_of_the_demo_model_are_those_of_transformers(demo_model):
+    ours = InternLM3ForCausalLM.from_pretrained(demo_model, dtype="float32", device="cpu", progress=False)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(demo_model, dtype=torch.float32)
     ids = random_ids(2, 96, vocab=ours.config.vocab_size)
     mask = torch.ones_like(ids)
     mask[0, :30] = 0

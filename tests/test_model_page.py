@@ -62,8 +62,8 @@ def run(imports: str, checkpoint: Path) -> dict[str, Any]:
     ["from internlm3 import InternLM3Tokenizer, InternLM3ForCausalLM", "import internlm3 as transformers"],
     ids=["names", "module"],
 )
-def test_the_page_runs(standin, capsys, imports):
-    names = run(imports, standin)
+def test_the_page_runs(demo_model, capsys, imports):
+    names = run(imports, demo_model)
     tokenizer, chat, [answer] = names["tokenizer"], names["tokenized_chat"], names["generated_ids"]
     assert isinstance(chat, torch.LongTensor)
     assert chat.dim() == 2 and chat.shape[0] == 1

@@ -47,11 +47,11 @@ def trained(folder, **options):
     return tokenizer
 
 
-@pytest.fixture(scope="module", params=[*KINDS, "stand-in"])
+@pytest.fixture(scope="module", params=[*KINDS, "demo model"])
 def plain(request, tmp_path_factory):
-    """Small vocabularies of every normaliser, trained here, and the stand-in's."""
-    if request.param == "stand-in":
-        return InternLM3Tokenizer.from_pretrained(request.getfixturevalue("standin"))
+    """Small vocabularies of every normaliser, trained here, and the demo model's."""
+    if request.param == "demo model":
+        return InternLM3Tokenizer.from_pretrained(request.getfixturevalue("demo_model"))
     return trained(tmp_path_factory.mktemp("tokenizer"), **KINDS[request.param])
 
 
@@ -250,9 +250,9 @@ def test_stop_strings(tokenizer, data, include):
         (["ab"], "aaa", ["", "a", "a"]),
     ],
 )
-def test_what_may_become_a_stop_string_is_held_back(standin, stops, text, parts):
+def test_what_may_become_a_stop_string_is_held_back(demo_model, stops, text, parts):
     """Letter by letter: no more is held than may still become a stop string."""
-    tokenizer = InternLM3Tokenizer.from_pretrained(standin)
+    tokenizer = InternLM3Tokenizer.from_pretrained(demo_model)
     ids = tokenizer.convert_tokens_to_ids([f"<0x{byte:02X}>" for byte in text.encode()])
     told_parts, stream = told(tokenizer, ids, stops=stops)
     assert told_parts[: len(parts)] == parts

@@ -881,20 +881,20 @@ def test_misspelt_override_names_the_nearest(plain):
         InternLM3Tokenizer.from_pretrained(plain, padding_sid="left")
 
 
-# The stand-in
+# The demo model
 
 
 @pytest.fixture(scope="session")
-def standin_pair(standin):
+def demo_pair(demo_model):
     """Ours, and transformers' own choice for the folder: the pieces rebuilt as a BPE for the Rust library."""
     from transformers import AutoTokenizer
 
-    return InternLM3Tokenizer.from_pretrained(standin), AutoTokenizer.from_pretrained(standin)
+    return InternLM3Tokenizer.from_pretrained(demo_model), AutoTokenizer.from_pretrained(demo_model)
 
 
-def test_standin_ids_equal_transformers(standin, standin_pair):
-    tokenizer, expected = standin_pair
-    processor = sentencepiece.SentencePieceProcessor(model_file=str(standin / "tokenizer.model"))
+def test_demo_model_ids_equal_transformers(demo_model, demo_pair):
+    tokenizer, expected = demo_pair
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(demo_model / "tokenizer.model"))
     for text in [*TEXTS, *tokenizer.all_special_tokens, Path(__file__).read_text(encoding="utf-8")]:
         ids = tokenizer.encode(text, add_special_tokens=False)
         assert ids == expected.encode(text, add_special_tokens=False), text
@@ -905,15 +905,15 @@ def test_standin_ids_equal_transformers(standin, standin_pair):
 
 @settings(max_examples=200)
 @given(text=ANY_TEXT)
-def test_standin_random_text_equals_transformers(standin_pair, text):
-    tokenizer, expected = standin_pair
+def test_demo_model_random_text_equals_transformers(demo_pair, text):
+    tokenizer, expected = demo_pair
     ids = tokenizer.encode(text, add_special_tokens=False)
     assert ids == expected.encode(text, add_special_tokens=False)
     assert tokenizer.decode(ids) == expected.decode(ids)
 
 
-def test_standin_chat(standin_pair):
-    tokenizer, expected = standin_pair
+def test_demo_model_chat(demo_pair):
+    tokenizer, expected = demo_pair
     messages = [{"role": "user", "content": "What is the capital of France?"}]
     prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert prompt.endswith("<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n")

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from tqdm import tqdm
 
+from ..checkpoint.load import load_model
 from ..common.checks import check_ids
 from ..common.hub import NEUTRAL, locate
 from ..common.keywords import reject_unknown, without_neutral
-from ..compat.causal_lm import InternLM3ForCausalLM
 from ..engine.answer import Answer, Update
 from ..engine.engine import Engine
 from ..engine.graphs import eager
@@ -27,7 +27,7 @@ from ..engine.hooks import LogitsHooks
 from ..engine.request import Request, check_prompt
 from ..engine.shared import SharedEngine
 from ..model.config import InternLM3Config
-from ..model.model import INVARIANT_ROWS
+from ..model.model import INVARIANT_ROWS, LanguageModel
 from ..sampling.generation_config import GENERATION_CONFIG, read_generation_config, refuse_unsupported
 from ..sampling.logits_processors import early_processors, processors
 from ..sampling.params import RECOMMENDED_THINKING, SamplingKeywords, SamplingParams
@@ -63,7 +63,8 @@ class LLM:
         progress: show progress bars of download, of load, and of several prompts on a terminal.
 
     Raises:
-        FileNotFoundError, ValueError, MemoryError, TypeError: as InternLM3ForCausalLM.from_pretrained.
+        FileNotFoundError: a file of the checkpoint is missing. ValueError: an argument, or a file, is wrong; the message
+        names it. TypeError: an unknown keyword. MemoryError: the model and one window don't fit into free memory.
     """
 
     def __init__(
@@ -116,8 +117,14 @@ class LLM:
         self.eos_token_ids = sorted({*ends, *self.config.eos_token_ids, *self.tokenizer.eos_ids})
         self._ends = frozenset(self.eos_token_ids)
         self._progress = progress
-        self.model = InternLM3ForCausalLM.from_pretrained(
-            folder, dtype=dtype, device=device, batch_invariant=batch_invariant, progress=progress
+        self.model = load_model(
+            LanguageModel,
+            folder,
+            config=self.config,
+            dtype=dtype,
+            device=device,
+            batch_invariant=batch_invariant,
+            progress=progress,
         )
         self._shared = SharedEngine(self.model, cache_tokens, None if cuda_graphs else eager)
         self._shared.get(self.max_batch_size, self.max_seq_len)  # too little memory is an error here

@@ -65,9 +65,9 @@ def _chat(args: argparse.Namespace) -> None:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    from ..checkpoint.demo_model import standin_checkpoint
+    from ..checkpoint.demo_model import demo_model_checkpoint
 
-    args.model = str(standin_checkpoint(progress=sys.stderr.isatty()))
+    args.model = str(demo_model_checkpoint(progress=sys.stderr.isatty()))
     llm = _load(args)
     question = args.prompt or DEMO_QUESTION
     print(f"> {question}")
@@ -83,7 +83,7 @@ def _demo(args: argparse.Namespace) -> int:
 
 def _info(args: argparse.Namespace) -> None:
     from ..api.llm import check_window
-    from ..checkpoint.weights import resolve_dtype
+    from ..checkpoint.load import resolve_dtype
     from ..common.hub import locate
     from ..compat.causal_lm import InternLM3ForCausalLM
     from ..model.config import InternLM3Config

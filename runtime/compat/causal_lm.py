@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checkpoint.weights import DTYPES, Weights, load_weights, resolve_device, resolve_dtype, save_weights
+from ..checkpoint.load import load_model, resolve_device, resolve_dtype
+from ..checkpoint.save import save_weights
 from ..common.checks import check_ids
 from ..common.hub import NEUTRAL, NEUTRAL_AT_SAVE, locate
 from ..common.keywords import reject_unknown, without_neutral
@@ -203,10 +204,8 @@ class InternLM3Model(Decoder):
 class InternLM3ForCausalLM(Generation):
     """InternLM3 with its language-model head. Arguments as InternLM3Model."""
 
+    decoder_class = InternLM3Model
     model: InternLM3Model
-
-    def __init__(self, config: InternLM3Config, **factory: Any):
-        super().__init__(InternLM3Model(config, **factory), **factory)
 
     @classmethod
     def from_pretrained(
@@ -263,17 +262,19 @@ class InternLM3ForCausalLM(Generation):
             local_files_only=local_files_only,
             progress=progress,
         )
-        config = config or InternLM3Config.from_file(folder / "config.json")
-        generation_config = read_generation_config(folder)
-        stored = Weights.of(folder)
-        if use_safetensors and any(path.suffix == ".bin" for path in stored.files):
-            raise FileNotFoundError(f"{folder} holds pickled weights only, and use_safetensors=True asks for others")
-        stored.check_layers(config.num_hidden_layers)
-        model = cls(config, device="meta")
-        load_weights(model, stored, dtype=wanted or DTYPES.get(config.dtype or ""), device=where, progress=progress)
+        generation_config = read_generation_config(folder)  # before the weights: small files with errors come first
+        model = load_model(
+            cls,
+            folder,
+            config=config,
+            dtype=wanted,
+            device=where,
+            batch_invariant=batch_invariant,
+            use_safetensors=bool(use_safetensors),
+            progress=progress,
+        )
         model.generation_config = generation_config
-        model.model.batch_invariant = batch_invariant
-        return model.eval()
+        return model
 
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], *, max_shard_size: int | str = "5GB", **unknown: Any

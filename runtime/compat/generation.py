@@ -17,7 +17,8 @@ from ..engine.engine import Engine
 from ..engine.hooks import LogitsHooks
 from ..engine.request import Request, check_prompt
 from ..engine.shared import SharedEngine
-from ..model.model import INVARIANT_ROWS, Decoder, LanguageModel
+from ..model.config import InternLM3Config
+from ..model.model import INVARIANT_ROWS, LanguageModel
 from ..sampling.generation_config import SETTINGS, GenerationSettings, refuse_unsupported
 from ..sampling.logits_processors import LogitsProcessor, early_processors, processors
 from ..sampling.params import SamplingParams, check_int
@@ -79,8 +80,8 @@ class Generation(LanguageModel):
             whose entries are attributes too. transformers' GenerationConfig can take its place.
     """
 
-    def __init__(self, decoder: Decoder, **factory: Any):
-        super().__init__(decoder, **factory)
+    def __init__(self, config: InternLM3Config, **factory: Any):
+        super().__init__(config, **factory)
         self.generation_config = {}
         self._shared: SharedEngine | None = None
 

