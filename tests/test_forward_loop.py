@@ -132,9 +132,10 @@ def test_real_prompts_with_every_setting(demo_model, monkeypatch):
         wanted |= {"stop": [" the", "\n", "1"]} if index % 4 == 0 and not wanted.get("min_tokens") else {}
         params.append(SamplingParams(**wanted))
     outputs = llm.generate(prompts, params)
+    model = InternLM3ForCausalLM.from_pretrained(demo_model, dtype="bfloat16", device="cpu", progress=False)
     ends = frozenset(llm.eos_token_ids)
     for index, (output, prompt, p) in enumerate(zip(outputs, prompts, params, strict=True)):
         answer = output.outputs[0]
-        expected = looped(llm.model, prompt, p, p.max_tokens, ends, p.seed, llm.tokenizer)
+        expected = looped(model, prompt, p, p.max_tokens, ends, p.seed, llm.tokenizer)
         assert (answer.token_ids, answer.finish_reason) == expected, index
     assert sum(output.cached_tokens > 0 for output in outputs) > 0 or max(map(len, prompts)) <= PAGE

@@ -63,8 +63,10 @@ class LLM:
         progress: show progress bars of download, of load, and of several prompts on a terminal.
 
     Raises:
-        FileNotFoundError: a file of the checkpoint is missing. ValueError: an argument, or a file, is wrong; the message
-        names it. TypeError: an unknown keyword. MemoryError: the model and one window don't fit into free memory.
+        FileNotFoundError: a file of the checkpoint is missing.
+        ValueError: an argument or a file is wrong; the message names it.
+        TypeError: an unknown keyword.
+        MemoryError: the weights, or the KV cache of one window, don't fit into free memory.
     """
 
     def __init__(
