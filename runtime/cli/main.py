@@ -82,7 +82,7 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def _info(args: argparse.Namespace) -> None:
-    from ..api.llm import check_window
+    from ..api.inputs import check_window
     from ..checkpoint.load import resolve_dtype
     from ..common.hub import locate
     from ..compat.causal_lm import InternLM3ForCausalLM
