@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from internlm3.kernels import reference
-from internlm3.runtime.compat import generation
+from internlm3.runtime.engine import shared
 from internlm3.runtime.engine.engine import Engine
 from internlm3.runtime.model import model as runtime_model
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -109,7 +109,7 @@ class CapturedEngines:
                 super().__init__(*args, **{**options, "capture": recorder.capture, "depth": self._depth})
                 made.add(engine)
 
-        monkeypatch.setattr(generation, "Engine", Captured)
+        monkeypatch.setattr(shared, "Engine", Captured)
 
     def begin(self, depth: int) -> None:
         """All engines know no graph, and have so many steps under way from now on."""
@@ -121,8 +121,8 @@ class CapturedEngines:
     def forget(self) -> None:
         """All engines know no graph."""
         for engine in self._made:
-            engine._replays._captured.clear()
-            engine._filler._captured.clear()
+            engine._steps._captured.clear()
+            engine._prefill._captured._captured.clear()
 
 
 @pytest.fixture(scope="module", autouse=True)

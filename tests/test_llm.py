@@ -29,7 +29,8 @@ from internlm3 import (
     RequestOutput,
     SamplingParams,
 )
-from internlm3.runtime.engine.graphs import Replays, eager
+from internlm3.runtime.engine import shared
+from internlm3.runtime.engine.graphs import StepQueue, eager
 
 PROMPTS = [
     "The capital of France is",
@@ -127,19 +128,19 @@ def script(tiny: LLM, monkeypatch: pytest.MonkeyPatch, as_op: Any) -> Callable[[
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many answers each step, or the end of prompts, draws a token for: run by Python or replayed."""
     drawn: list[int] = []
-    tell = Replays.tell
+    copy_report = StepQueue.copy_report
 
-    def counting(replays: Replays, notes: Sequence[Any]) -> None:
-        drawn.append(sum(note is not None for note in notes))
-        tell(replays, notes)
+    def counting(steps: StepQueue, readers: Sequence[Any]) -> None:
+        drawn.append(sum(reader is not None for reader in readers))
+        copy_report(steps, readers)
 
-    monkeypatch.setattr(Replays, "tell", counting)
+    monkeypatch.setattr(StepQueue, "copy_report", counting)
     return drawn
 
 
 def ahead(llm: LLM) -> int:
     """How many tokens the device draws ahead of those that were read."""
-    return llm._engine()._depth - 1
+    return llm.engine._depth - 1
 
 
 def ids_of(llm: LLM, text: str) -> list[int]:
@@ -749,7 +750,7 @@ def test_a_stop_string_within_multibyte_text(tiny, script):
 
 
 def held_pages(llm: LLM) -> int:
-    pages = llm._engine().pages
+    pages = llm.engine.pages
     return len(pages) - pages.free
 
 
@@ -1023,8 +1024,8 @@ def test_a_mistake_in_loading_is_named(tiny_folder, arguments, error, message):
 def test_cuda_graphs_may_be_turned_off(tiny_folder, monkeypatch, options, capture):
     """What a GPU replays is then run as it is: to the engine that is another capture, and nothing else."""
     asked: list[Any] = []
-    monkeypatch.setattr(InternLM3ForCausalLM, "reserve", lambda model, *arguments: asked.append(arguments[3]))
-    LLM(tiny_folder, progress=False, **options)._engine()
+    monkeypatch.setattr(shared, "Engine", lambda model, *, capture, **_: asked.append(capture))
+    LLM(tiny_folder, progress=False, **options)
     assert {*asked} == {capture}
 
 
@@ -1077,7 +1078,7 @@ def test_a_spoilt_folder_is_named_before_its_weights_are_read(
     tiny_folder, tmp_path, monkeypatch, changes, error, message
 ):
     folder = spoilt(tiny_folder, tmp_path, **changes)
-    monkeypatch.setattr(InternLM3ForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("the weights were read"))
+    monkeypatch.setattr("internlm3.runtime.api.llm.load_model", lambda *_, **__: pytest.fail("the weights were read"))
     with pytest.raises(error, match=message) as raised:
         LLM(folder, progress=False)
     assert "copy" in str(raised.value) or "config.json" in str(raised.value)

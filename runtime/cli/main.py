@@ -83,12 +83,12 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def _info(args: argparse.Namespace) -> None:
-    from ..api.llm import check_window
+    from ..api.inputs import check_window
     from ..checkpoint.load import resolve_dtype
     from ..common.hub import locate
     from ..compat.causal_lm import InternLM3ForCausalLM
     from ..model.config import InternLM3Config
-    from ..model.pages import PAGE, page_bytes, pages_of
+    from ..model.kv_cache import PAGE, page_bytes, pages_of
     from ..sampling.generation_config import read_generation_config
     from ..sampling.params import SamplingParams
 

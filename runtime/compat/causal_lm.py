@@ -19,8 +19,8 @@ from ..common.checks import check_batch_ids
 from ..common.hub import locate
 from ..common.neutral import FORWARD, LOAD_MODEL, SAVE, without_neutral
 from ..model.config import InternLM3Config
+from ..model.kv_cache import PagedKVCache, pages_of
 from ..model.model import Decoder
-from ..model.pages import Pages, pages_of
 from ..model.rope import inverse_frequencies
 from ..sampling.generation_config import GENERATION_CONFIG, read_generation_config
 from .cache import KVCache
@@ -119,8 +119,8 @@ class InternLM3Model(Decoder):
 
         states: list[Tensor] | None = [x] if output_hidden_states else None
         if all(columns is None for columns in live):
-            seqs = cache.sequences(range(batch), tokens, None if placed else positions)
-            x = self.run(x.flatten(0, 1), seqs, cache.pages, states).view(x.shape)
+            launch = cache.batch(range(batch), tokens, None if placed else positions)
+            x = self.run(x.flatten(0, 1), launch, cache.kv_cache, states).view(x.shape)
         else:
             x = self._run_ragged(x, positions, live, cache, states)
         x = self.ops.rms_norm(x, self.norm.weight, self.norm.eps)
@@ -144,8 +144,8 @@ class InternLM3Model(Decoder):
             columns = torch.arange(x.shape[1], device=x.device) if columns is None else columns
             if len(columns):
                 own: list[Tensor] = []
-                seqs = cache.sequences([row], len(columns), positions[row, columns])
-                out[row, columns] = self.run(x[row, columns], seqs, cache.pages, own if of_layers else None)
+                launch = cache.batch([row], len(columns), positions[row, columns])
+                out[row, columns] = self.run(x[row, columns], launch, cache.kv_cache, own if of_layers else None)
                 for state, mine in zip(of_layers, own, strict=True):
                     state[row, columns] = mine
         if states is not None:
@@ -166,8 +166,8 @@ class InternLM3Model(Decoder):
 
     def _new_cache(self, batch: int, tokens: int, *, scratch: bool) -> KVCache:
         each = pages_of(tokens)
-        pages = Pages(self.config, batch * each, self.dtype, self.device, scratch=scratch)
-        return KVCache(pages, [pages.take(each) for _ in range(batch)])
+        kv_cache = PagedKVCache(self.config, batch * each, self.dtype, self.device, scratch=scratch)
+        return KVCache(kv_cache, [list(range(first, first + each)) for first in range(0, batch * each, each)])
 
 
 class InternLM3ForCausalLM(Generation):
@@ -312,9 +312,9 @@ class InternLM3ForCausalLM(Generation):
 
 def _check_cache(cache: KVCache, x: Tensor) -> None:
     """Raises ValueError unless the cache can be continued by x [B, T, C]."""
-    if len(cache.held) != len(x):
-        raise ValueError(f"past_key_values holds {len(cache.held)} sequences, and the input {len(x)}")
-    kv = cache.pages.kv[0]
+    if len(cache.pages) != len(x):
+        raise ValueError(f"past_key_values holds {len(cache.pages)} sequences, and the input {len(x)}")
+    kv = cache.kv_cache
     if (kv.device, kv.dtype) != (x.device, x.dtype):
         raise ValueError(
             f"past_key_values lies on {kv.device} as {kv.dtype}, and the model is on {x.device} as {x.dtype}: "
