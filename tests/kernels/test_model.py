@@ -11,7 +11,7 @@ from internlm3.runtime.engine.state import DecodeState
 from internlm3.runtime.model import model as runtime_model
 from internlm3.runtime.model.kv_cache import PAGE, BatchMetadata, PagedKVCache
 from internlm3.runtime.sampling.params import SamplingParams
-from internlm3.tests.capture import Recorder
+from internlm3.tests.support.capture import Recorder
 from internlm3.tests.kernels.support import DEVICE
 
 SHAPE = {
