@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import sentencepiece
 from internlm3 import InternLM3Tokenizer
-from internlm3.runtime.tokenization import template_sandbox
-from internlm3.runtime.tokenization.chat_template import PUBLISHED_TEMPLATE, check_messages, render
+from internlm3.runtime.chat_template import sandbox
+from internlm3.runtime.chat_template.render import PUBLISHED_TEMPLATE, check_messages, render
 from tokenizers import AddedToken as HFAddedToken
 
 MESSAGES = [
@@ -226,7 +226,7 @@ def test_template_gets_plain_data_only():
     ],
 )
 def test_a_template_has_a_bound_on_time(template, monkeypatch):
-    monkeypatch.setattr(template_sandbox, "SECONDS", 0.2)
+    monkeypatch.setattr(sandbox, "SECONDS", 0.2)
     with pytest.raises(ValueError, match=r"^chat template, line 1: it runs for more than 0\.2 seconds"):
         render(template, MESSAGES)
     assert render(PUBLISHED_TEMPLATE, MESSAGES[3:], bos_token="") == "<|im_start|>user\nMore?<|im_end|>\n"

@@ -11,10 +11,11 @@ ROOMS = {
     "sampling": {"common"},
     "model": {"common"},
     "checkpoint": {"common", "model", "sampling"},
-    "tokenization": {"common"},
+    "chat_template": {"common"},
+    "tokenization": {"common", "chat_template"},
     "engine": {"common", "sampling", "model"},
     "compat": {"common", "sampling", "model", "checkpoint", "tokenization", "engine"},
-    "api": {"common", "sampling", "model", "checkpoint", "tokenization", "engine"},
+    "api": {"common", "sampling", "model", "checkpoint", "chat_template", "tokenization", "engine"},
     "cli": {"common", "sampling", "model", "checkpoint", "tokenization", "engine", "compat", "api"},
 }
 # Where the runtime meets the kernels: the model runs them, hooks penalise and filter on the host, the

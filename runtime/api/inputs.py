@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..common.checks import check_ids
+from ..chat_template.render import check_messages, joined_text
+from ..common.checks import as_ints, as_list, check_ids, check_int
 from ..model.config import InternLM3Config
 from ..sampling.generation_config import GENERATION_CONFIG, read_generation_config, refuse_unsupported
 from ..sampling.params import SamplingParams
-from ..tokenization.chat_template import check_messages, joined_text
 from .prompts import THINKING_SYSTEM_PROMPT
 
 
-def as_list(given: Any) -> tuple[list[Any], bool]:
+def prompt_list(given: Any) -> tuple[list[Any], bool]:
     """The prompts in a list, and whether the caller gave a single one. Tensors and arrays become lists of integers."""
     if isinstance(given, str):
         return [given], True
@@ -29,12 +28,10 @@ def as_list(given: Any) -> tuple[list[Any], bool]:
 
 def token_ids_of(prompt: Any) -> list[int]:
     """A prompt's token ids as Python integers. Raises TypeError if it is anything else."""
-    try:
-        others = isinstance(prompt, (bytes, bytearray)) or any(isinstance(token, bool) for token in prompt)
-        if isinstance(prompt, Sequence) and not others:
-            return [operator.index(token) for token in prompt]
-    except TypeError:
-        pass
+    if isinstance(prompt, Sequence) and not isinstance(prompt, (bytes, bytearray)):
+        ids = as_ints(prompt)
+        if ids is not None:
+            return ids
     raise TypeError(f"a prompt must be a string or token ids (messages go to chat), not {prompt!r:.60}")
 
 
@@ -53,8 +50,7 @@ def conversation_of(messages: Any, thinking: bool) -> list[dict[str, Any]]:
 def checkpoint_defaults(folder: Path, vocab_size: int) -> tuple[SamplingParams, list[int]]:
     """The sampling parameters and end-of-text tokens of a checkpoint's generation_config.json."""
     values = read_generation_config(folder)
-    ends = values.get("eos_token_id")
-    ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
+    ends = as_list(values.get("eos_token_id"))
     try:
         check_ids("eos_token_id", ends, vocab_size)
         refuse_unsupported(values)
@@ -72,7 +68,7 @@ def check_window(config: InternLM3Config, wanted: int | None) -> int:
     window = config.max_position_embeddings
     if wanted is None:
         return window
-    wanted = check_count("max_seq_len", wanted)
+    wanted = check_int("max_seq_len", wanted, 1)
     dynamic = config.rope_scaling is not None and config.rope_scaling["rope_type"] == "dynamic"
     if wanted > window and not dynamic:
         raise ValueError(
@@ -80,12 +76,3 @@ def check_window(config: InternLM3Config, wanted: int | None) -> int:
             "with no dynamic NTK to go further"
         )
     return wanted
-
-
-def check_count(name: str, value: Any) -> int:
-    try:
-        if not isinstance(value, bool) and operator.index(value) >= 1:
-            return operator.index(value)
-    except TypeError:
-        pass
-    raise ValueError(f"{name} must be an integer of at least 1; it is {value!r}")

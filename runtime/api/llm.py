@@ -14,8 +14,9 @@ import torch
 from tqdm import tqdm
 
 from ..checkpoint.load import load_model
-from ..common.hub import NEUTRAL, locate
-from ..common.keywords import reject_unknown, without_neutral
+from ..common.checks import check_int
+from ..common.hub import locate
+from ..common.neutral import LOAD, without_neutral
 from ..engine.answer import Answer
 from ..engine.engine import Engine
 from ..engine.graphs import eager
@@ -24,11 +25,13 @@ from ..engine.request import Request, check_prompt
 from ..engine.shared import SharedEngine
 from ..model.config import InternLM3Config
 from ..model.model import INVARIANT_ROWS, LanguageModel
+from ..sampling.keywords import SamplingKeywords
 from ..sampling.logits_processors import early_processors, processors
-from ..sampling.params import RECOMMENDED_THINKING, SamplingKeywords, SamplingParams
+from ..sampling.params import RECOMMENDED_THINKING, SamplingParams
+from ..sampling.settings import FILTERS
 from ..tokenization.text_stream import TextStream
 from ..tokenization.tokenizer import InternLM3Tokenizer
-from .inputs import as_list, check_count, check_window, checkpoint_defaults, conversation_of, token_ids_of
+from .inputs import check_window, checkpoint_defaults, conversation_of, prompt_list, token_ids_of
 from .outputs import Chunk, RequestOutput, chunk_of, completion_of, timings_of
 
 if TYPE_CHECKING:
@@ -86,9 +89,8 @@ class LLM:
         progress: bool = True,
         **unknown: Any,
     ):
-        unknown = without_neutral("LLM", unknown, NEUTRAL)
-        reject_unknown("LLM", unknown, LLM.__init__.__kwdefaults__ or ())
-        batch_size = check_count("max_batch_size", max_batch_size)
+        without_neutral("LLM", unknown, LOAD, known=LLM.__init__.__kwdefaults__ or ())
+        batch_size = check_int("max_batch_size", max_batch_size, 1)
         if batch_invariant and batch_size > INVARIANT_ROWS:
             raise ValueError(
                 f"batch_invariant holds for up to {INVARIANT_ROWS} answers decoded together, and max_batch_size is "
@@ -168,7 +170,7 @@ class LLM:
             ValueError: an empty or too long prompt, or a bad setting.
             TypeError: an unknown keyword, or something that is not a prompt.
         """
-        several, single = as_list(prompts)
+        several, single = prompt_list(prompts)
         params = self._params(sampling_params, kwargs, None if single else len(several))
         outputs = self._answer([self._encode(prompt) for prompt in several], params)
         return outputs[0] if single else outputs
@@ -251,7 +253,7 @@ class LLM:
         if thinking or (isinstance(prompt, (list, tuple)) and prompt and isinstance(prompt[0], Mapping)):
             _, ids = self._render(conversation_of(prompt, thinking))
         else:
-            several, _ = as_list(prompt)
+            several, _ = prompt_list(prompt)
             if len(several) != 1:
                 raise ValueError(f"stream answers one prompt; there are {len(several)}")
             _, ids = self._encode(several[0])
@@ -270,7 +272,7 @@ class LLM:
                 what = "one SamplingParams" if count is None else "a SamplingParams, or a list of them"
                 raise TypeError(f"sampling_params must be {what}, not {given!r:.60}; or give keywords")
         merged = [self._merged(self.default_params if params is None else params, kwargs) for params in each]
-        idle = [name for name in ("top_k", "top_p", "min_p", "typical_p") if kwargs.get(name) is not None]
+        idle = [name for name in FILTERS if kwargs.get(name) is not None]
         if idle and any(params.greedy for params in merged):
             warnings.warn(f"{', '.join(idle)} have no effect at temperature 0, which is greedy", stacklevel=3)
         return merged * (1 if count is None else count) if several is None else merged

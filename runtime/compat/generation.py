@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common.checks import check_ids
+from ..common.checks import as_list, check_batch, check_ids, check_int
 from ..common.keywords import reject_unknown
+from ..common.neutral import GENERATE_CHANGING, GENERATE_IDLE, GENERATE_NOTES
 from ..engine.answer import Answer
 from ..engine.engine import Engine
 from ..engine.hooks import LogitsHooks
@@ -19,9 +20,10 @@ from ..engine.request import Request, check_prompt
 from ..engine.shared import SharedEngine
 from ..model.config import InternLM3Config
 from ..model.model import INVARIANT_ROWS, LanguageModel
-from ..sampling.generation_config import SETTINGS, GenerationSettings, refuse_unsupported
+from ..sampling.generation_config import GenerationSettings, refuse_unsupported
 from ..sampling.logits_processors import LogitsProcessor, early_processors, processors
-from ..sampling.params import SamplingParams, check_int
+from ..sampling.params import SamplingParams
+from ..sampling.settings import FILTERS, GENERATE
 from ..tokenization.text_stream import TextStream
 from .model_outputs import Output
 
@@ -51,23 +53,7 @@ class GenerateOutput(Output):
 
 
 _LENGTHS = ("max_length", "max_new_tokens", "min_length", "min_new_tokens")
-_SAMPLED_ONLY = ("temperature", "top_k", "top_p", "min_p", "typical_p", "seed")
-_SAMPLING = (
-    *_SAMPLED_ONLY,
-    "repetition_penalty",
-    "presence_penalty",
-    "frequency_penalty",
-    "logit_bias",
-    "stop_strings",
-    "num_return_sequences",
-    "suppress_tokens",
-    "begin_suppress_tokens",
-    "bad_words_ids",
-    "no_repeat_ngram_size",
-    "sequence_bias",
-    "exponential_decay_length_penalty",
-    "forced_eos_token_id",
-)
+_SAMPLED_ONLY = ("temperature", *FILTERS, "seed")
 _TOKENS = ("eos_token_id", "pad_token_id")
 _OUTPUTS = ("return_dict_in_generate", "output_scores", "output_logits", "renormalize_logits")
 
@@ -278,8 +264,8 @@ def _constrained(allowed: Callable[[int, Tensor], Sequence[int]]) -> LogitsProce
 
 def _options(model: Generation, given: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The checkpoint's settings, under those of generation_config, under the keywords; None counts as not said."""
-    known = (*_LENGTHS, *_SAMPLING, *_TOKENS, *_OUTPUTS, "do_sample")
-    reject_unknown("generate", kwargs, (*known, *SETTINGS))
+    known = (*_LENGTHS, *GENERATE, *_TOKENS, *_OUTPUTS, "do_sample")
+    reject_unknown("generate", kwargs, (*known, *GENERATE_CHANGING, *GENERATE_IDLE, *GENERATE_NOTES))
     config = GenerationSettings.of(given)
     refuse_unsupported(kwargs, keywords=True)
     options: dict[str, Any] = {}
@@ -298,7 +284,7 @@ def _params(options: Mapping[str, Any], explicit: Mapping[str, Any]) -> Sampling
         warnings.warn(
             f"{', '.join(idle)} have no effect: decoding is greedy until do_sample=True is given", stacklevel=3
         )
-    settings = {name: options[name] for name in _SAMPLING if name in options}
+    settings = {name: options[name] for name in GENERATE if name in options}
     if sampled:
         settings.setdefault("top_k", DEFAULT_TOP_K)
     return SamplingParams.from_kwargs(do_sample=sampled, **settings)
@@ -324,8 +310,7 @@ def _lengths(given: Mapping[str, Any], columns: int) -> tuple[int, int]:
 
 def _prompts(ids: Tensor, mask: Tensor | None, vocab_size: int, pad: int | None) -> list[list[int]]:
     """Each row's real tokens. Without a mask, a padding id that is no end token marks padding, as in transformers."""
-    if ids.dim() != 2 or ids.is_floating_point() or ids.numel() == 0:
-        raise ValueError(f"input_ids must be integers [B, T] and not empty; it is {list(ids.shape)} of {ids.dtype}")
+    check_batch("input_ids", ids)
     if mask is None:
         mask = torch.ones_like(ids) if pad is None else ids != pad
     if mask.shape != ids.shape:
@@ -361,9 +346,7 @@ def _power_of_2(count: int) -> int:
 
 
 def _token_ids(name: str, value: Any, vocab_size: int) -> list[int]:
-    """One id, several, or none, as a list. Raises ValueError for what is no id of the vocabulary."""
-    value = value.tolist() if hasattr(value, "tolist") else value
-    ids: list[Any] = [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
-    ids = [token.item() if hasattr(token, "item") else token for token in ids]
+    """One id, several, or none, as a list. Raises ValueError for an id outside the vocabulary."""
+    ids = as_list(value)
     check_ids(name, ids, vocab_size)
     return ids

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...kernels.sampling_reference import FEW_TOKENS
 from ..model.kv_cache import BatchMetadata
+from ..sampling.settings import STATE
 from .request import Request
 
 
@@ -38,21 +39,12 @@ def tier_of(request: Request) -> Tier:
     return Tier.GREEDY if p.greedy and p.repetition_penalty == 1 else Tier.USUAL
 
 
-_FLOATS = (
-    "temperature",
-    "top_p",
-    "min_p",
-    "typical_p",
-    "repetition_penalty",
-    "presence_penalty",
-    "frequency_penalty",
-)
 _USUAL = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "prompt_counts", "output_counts")
 _STAGES: dict[Tier, tuple[str, ...]] = {
     Tier.GREEDY: (),
     Tier.USUAL: _USUAL,
     Tier.WIDE: _USUAL,
-    Tier.FULL: (*_FLOATS, "top_k", "prompt_counts", "output_counts", "logit_bias", "allowed"),
+    Tier.FULL: (*STATE, "prompt_counts", "output_counts", "logit_bias", "allowed"),
 }
 
 
@@ -132,8 +124,8 @@ class DecodeState:
             report=zeros(3),
             logit_bias=zeros(vocab_size, dtype=torch.float32),
             **{name: zeros() for name in ("max_len", "min_len")},
-            **{name: zeros(dtype=torch.int64) for name in ("token", "seed", "stream", "top_k")},
-            **{name: zeros(dtype=torch.float32) for name in _FLOATS},
+            **{name: zeros(dtype=torch.int64) for name in ("token", "seed", "stream")},
+            **{name: zeros(dtype=getattr(torch, dtype)) for name, dtype in STATE.items()},
             **{name: zeros(words) for name in ("end_mask", "permitted", "allowed")},
             **{name: zeros(vocab_size) for name in ("prompt_counts", "output_counts")},
         )
@@ -159,7 +151,7 @@ class DecodeState:
         self.max_len[index] = length + request.max_tokens
         self.min_len[index] = length + p.min_tokens
         self.seed[index], self.stream[index] = request.seed, request.answer
-        for name in _FLOATS:
+        for name in STATE:
             getattr(self, name)[index] = getattr(p, name)
         self.top_k[index] = max(p.top_k, 0)
         self.output_counts[index] = 0

@@ -19,8 +19,8 @@ from internlm3.runtime.engine.state import DecodeState, Slot, Tier, tier_of
 from internlm3.runtime.model.kv_cache import PAGE, pages_of
 from internlm3.runtime.model.rope import inverse_frequencies
 from internlm3.runtime.sampling.params import SamplingParams
+from internlm3.tests.sampling.test_sampling import floats, random_logits
 from internlm3.tests.support.capture import Recorder
-from internlm3.tests.test_sampling import floats, random_logits
 
 CPU = torch.device("cpu")
 

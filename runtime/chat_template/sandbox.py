@@ -1,8 +1,8 @@
-"""What a chat template may do, and how much of it.
+"""The sandbox of chat templates, with limits on time and size.
 
-A template comes from a stranger. It runs in Jinja's immutable sandbox, has no way to Python's internals, and has
-bounds: `SECONDS` for one rendering, looked at in every turn of a loop and every call of a macro, and `SIZE` for
-whatever it makes on the way, looked at before anything that could be large is made.
+Templates are untrusted code. They run in Jinja's immutable sandbox without access to Python's internals. One rendering
+takes at most `SECONDS`, checked in every iteration of a loop and every call of a macro, and creates no value larger
+than `SIZE`, checked before an operation that could create one.
 """
 
 import json
@@ -24,14 +24,14 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 from jinja2.utils import generate_lorem_ipsum
 
 SECONDS = 10.0
-SIZE = 10_000_000  # characters, or elements of lists and objects with all that they hold
+SIZE = 10_000_000  # characters, or elements of lists and objects, nested ones included
 
-# Put around the text of a generation block where someone wants to know where it is; private-use characters.
+# Private-use characters around the text of a generation block, when its position is asked for.
 GENERATION_BEGIN, GENERATION_END = "\U000f0002", "\U000f0003"
 
-# What a template's filters and methods are handed, and what of it has a length.
+# Types whose length counts towards SIZE.
 _SIZED = (str, bytes, list, tuple, dict)
-# Filters that look at the outermost list only: no need to walk through all that it holds.
+# Filters that read only the outermost list, so that nested elements need not be counted.
 _SHALLOW = frozenset(
     ("count", "d", "default", "first", "items", "last", "length", "list", "map", "reject", "rejectattr", "reverse",
      "select", "selectattr")
@@ -42,8 +42,8 @@ _marking: ContextVar[bool] = ContextVar("marking", default=False)
 
 
 @contextmanager
-def bounds(marking: bool) -> Iterator[None]:
-    """A rendering begins: its time runs, and `marking` says whether generation blocks are marked."""
+def limits(marking: bool) -> Iterator[None]:
+    """Starts the time limit of a rendering. `marking`: put GENERATION_BEGIN and GENERATION_END around blocks."""
     tokens = _deadline.set(time.monotonic() + SECONDS), _marking.set(marking)
     try:
         yield
@@ -53,9 +53,9 @@ def bounds(marking: bool) -> Iterator[None]:
 
 
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %}...{% endgeneration %}` marks text for training masks; for rendering it is its body."""
+    """`{% generation %}...{% endgeneration %}`: marks text for training masks; renders as its body."""
 
-    tags = {"generation"}  # noqa: RUF012 (Jinja's own way to declare them)
+    tags = {"generation"}  # noqa: RUF012 (Jinja declares tags this way)
 
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno
@@ -67,7 +67,7 @@ class _Generation(jinja2.ext.Extension):
 
 
 class Environment(ImmutableSandboxedEnvironment):
-    """The sandbox. Whatever goes beyond its bounds is a SecurityError."""
+    """The sandbox. Exceeding a limit raises SecurityError."""
 
     intercepted_binops = frozenset({"+", "*", "**", "%"})
 
@@ -104,7 +104,7 @@ class Environment(ImmutableSandboxedEnvironment):
         return super().call(context, function, *args, **kwargs)
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
-        """The template's tree, with a tick in every loop and macro, and every `~` as the filter that joins."""
+        """Adds a tick to every loop and macro, and replaces every `~` by the filter `join`, which is checked."""
         tree = super()._parse(source, name, filename)
         for kind in (nodes.For, nodes.Macro, nodes.CallBlock):
             block: Any
@@ -128,7 +128,7 @@ def _joining(concat: nodes.Concat) -> nodes.Filter:
 
 
 def _bounded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """A filter that looks at what it is given first."""
+    """A filter that checks the size of its result before it runs."""
 
     @wraps(function)
     def bounded(*args: Any, **kwargs: Any) -> Any:
@@ -141,7 +141,7 @@ def _bounded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _listed(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments with lists for iterators, which have no size before they are run."""
+    """The arguments with iterators turned into lists, since an iterator has no length."""
 
     def listed(value: Any) -> Any:
         return list(_counted(value)) if isinstance(value, Iterator) else value
@@ -150,7 +150,7 @@ def _listed(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, .
 
 
 def _counted(values: Iterable[Any]) -> Iterator[Any]:
-    """The values, as long as all together are not too much and time is left."""
+    """Yields the values. Raises SecurityError once their total size or the time exceeds the limit."""
     size = 0
     for value in values:
         Environment.tick()
@@ -165,13 +165,16 @@ def _check_size(size: int) -> None:
 
 
 def _checked(value: Any) -> Any:
-    """`value`, if all that it holds is not too much."""
+    """`value`. Raises SecurityError if it is too large."""
     _size(value)
     return value
 
 
 def _size(value: Any) -> int:
-    """How much a value holds, if not too much. One object in several places counts in each: so it is printed."""
+    """The size of a value, nested values included. An object counts each time it occurs, as it is printed each time.
+
+    Raises SecurityError if it is too large.
+    """
     size, waiting = 0, [value]
     while waiting:
         item = waiting.pop()
@@ -186,8 +189,8 @@ def _size(value: Any) -> int:
 
 
 def _check_growth(operation: str, values: Sequence[Any]) -> None:
-    """Raises SecurityError where the result of an operator, a filter or a string's method may be too large."""
-    held = sum(map(_size, values))
+    """Raises SecurityError if the result of an operator, a filter or a string method may be too large."""
+    total = sum(map(_size, values))
     numbers = [value for value in values if isinstance(value, int)]
     lengths = [len(value) for value in values if isinstance(value, _SIZED)]
     texts = [value for value in values if isinstance(value, str)]
@@ -198,7 +201,7 @@ def _check_growth(operation: str, values: Sequence[Any]) -> None:
     elif operation == "*":
         size = max(lengths, default=0) * number
     elif operation in ("%", "format", "format_map") and text:
-        # A width stands in the text, or comes as a value.
+        # A width is written in the format, or passed as a value.
         size = sum(lengths) + sum(int(width[:18]) for width in re.findall(r"\d+", text))
         if re.search(r"\*|:[^}]*{", text):
             size += sum(abs(n) for value in values for n in _flat(value) if isinstance(n, int))
@@ -208,16 +211,16 @@ def _check_growth(operation: str, values: Sequence[Any]) -> None:
         size = sum(lengths) + (text.count("\n") + text.count("\t") + 1) * (number + sum(lengths[1:]))
     elif operation in ("join", "translate"):
         size = math.prod(length + 1 for length in lengths)
-    elif operation in ("wordwrap", "urlize", "pprint"):  # slow ones
-        size = held * max([100, *lengths[1:]])
+    elif operation in ("wordwrap", "urlize", "pprint"):  # their time grows faster than their result
+        size = total * max([100, *lengths[1:]])
     elif operation == "tojson":
-        # Only its options make more of it than there is: an indent, as a number or a text.
+        # Only an indent, a number or a text, makes the result larger than the value.
         indents = [
             value if isinstance(value, int) else len(value) for value in values[1:] if isinstance(value, int | str)
         ]
-        size = held * sum(indents)
+        size = total * sum(indents)
     elif operation == "sum":
-        size = held * (lengths[0] if len(lengths) > 1 else 1)
+        size = total * (lengths[0] if len(lengths) > 1 else 1)
     elif operation in ("batch", "slice"):
         size = number
     else:
@@ -242,6 +245,6 @@ def _strftime_now(format: str) -> str:
 
 
 def _lipsum(n: int = 5, html: bool = True, min: int = 20, max: int = 100) -> str:
-    """Jinja's own global, paragraphs at random, of a bounded length."""
+    """Jinja's global of that name (random paragraphs), with a limit on its length."""
     _check_size(n * max * 20)
     return generate_lorem_ipsum(n, html, min, max)

@@ -1,7 +1,7 @@
 """Renders messages to a prompt with a checkpoint's Jinja chat template.
 
-A template sees plain JSON data only, and runs in the sandbox of template_sandbox.py. Whatever goes wrong in it becomes
-one ValueError that names the template's line.
+A template sees only plain JSON data and runs in the sandbox of sandbox.py. Any error in it becomes a ValueError that
+names the template's line.
 """
 
 import json
@@ -15,22 +15,18 @@ import jinja2
 import jinja2.meta
 import jinja2.nodes
 
-from .template_sandbox import GENERATION_BEGIN, GENERATION_END, Environment, bounds
+from .messages import check_messages, joined_text, plain_json
+from .sandbox import GENERATION_BEGIN, GENERATION_END, Environment, limits
 
-# InternLM3-8B-Instruct's published template; used for checkpoints that ship none.
+# InternLM3-8B-Instruct's published template; for checkpoints without one.
 PUBLISHED_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "{{'<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n'}}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 
-ROLES = ("system", "developer", "user", "assistant", "tool", "environment", "function")
-# InternLM names the plugin in the role ("environment name=<|plugin|>"), and its template prints the role as it is.
-_ROLE = re.compile(rf"({'|'.join(ROLES)})( name=\S+)?")
-
-# Marks where the final message ends. The trailing space tells whether the template trims what it prints.
+# Marks the end of the final message. If its trailing space is missing in the output, the template trims what it prints.
 _CONTINUE_TAG = "[[the final message continues here]] "
-
 
 _environment = Environment()
 
@@ -43,20 +39,20 @@ def _compile(template: str) -> jinja2.Template:
         return _environment.from_string(template)
     except jinja2.TemplateSyntaxError as error:
         raise ValueError(f"chat template, line {error.lineno}: syntax error: {error.message}") from error
-    except Exception as error:  # Python's own compiler has limits too
+    except Exception as error:  # Python's compiler has limits too
         raise ValueError(f"chat template, line ?: {error}") from error
 
 
 @lru_cache
 def template_variables(template: str) -> frozenset[str]:
-    """The names that a template reads and does not set itself."""
+    """The variables that a template reads and does not set itself."""
     _compile(template)
     return frozenset(jinja2.meta.find_undeclared_variables(_environment.parse(template)))
 
 
 @lru_cache
 def literals(template: str) -> str:
-    """The text that stands in the template itself, as text or in quotes; a NUL between two such places."""
+    """The literal text of a template, outside of blocks and in quotes, joined by NUL characters."""
     _compile(template)
     tree = _environment.parse(template)
     texts = {node.data for node in tree.find_all(jinja2.nodes.TemplateData)}
@@ -64,57 +60,8 @@ def literals(template: str) -> str:
     return "\0".join(sorted(texts))
 
 
-def _plain(value: Any, name: str) -> Any:
-    """A copy of `value` made of JSON's types only, so that a template can reach no method of a caller's object."""
-    try:
-        return json.loads(json.dumps(value))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{name}: a chat template is given JSON data only: {error}") from error
-
-
-def _check_content(message: Mapping[str, Any], where: str) -> Any:
-    content = message.get("content")
-    if isinstance(content, str):
-        return content
-    if content is None and message.get("role") == "assistant" and message.get("tool_calls"):
-        return ""
-    if not isinstance(content, list):
-        raise ValueError(f"{where}: 'content' must be a string or a list of text parts, not {type(content).__name__}")
-    for part in content:
-        if not (isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)):
-            raise ValueError(f"{where}: this model reads text only: a part of 'content' must look like "
-                             f"{{'type': 'text', 'text': '...'}}, but one is {part!r:.80}")  # fmt: skip
-    return content
-
-
-def joined_text(content: str | list[dict[str, Any]]) -> str:
-    """The text of a message's content; the texts of parts are joined by newlines."""
-    return content if isinstance(content, str) else "\n".join(part["text"] for part in content)
-
-
-def check_messages(messages: Any) -> list[dict[str, Any]]:
-    """A plain copy of `messages`, every content a string or a list of text parts.
-
-    Raises:
-        ValueError: no messages, or one that is no dict with a known role and text; the message names its index.
-    """
-    if not isinstance(messages, Sequence) or isinstance(messages, (str, bytes)) or not messages:
-        raise ValueError(f"messages must be a non-empty list of {{'role', 'content'}} dicts, not {messages!r:.80}")
-    checked = []
-    for index, message in enumerate(messages):
-        where = f"messages[{index}]"
-        if not isinstance(message, Mapping):
-            raise ValueError(f"{where} must be a dict with 'role' and 'content', not {message!r:.80}")
-        role = message.get("role")
-        if not isinstance(role, str) or not _ROLE.fullmatch(role):
-            raise ValueError(f"{where}: unknown role {role!r}; known roles are {', '.join(ROLES)}")
-        fields = {key: value for key, value in message.items() if value is not None}
-        checked.append(_plain({**fields, "content": _check_content(message, where)}, where))
-    return checked
-
-
 def _line(error: Exception) -> int | str:
-    """The template's line that raised: Jinja gives a template's frames the file name <template>."""
+    """The line of the template that raised. Jinja gives the frames of a template the file name <template>."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == "<template>"]
     return lines[-1] or "?" if lines else "?"
 
@@ -129,19 +76,19 @@ def render(
 ) -> str:
     """The prompt for one conversation.
 
-    Content in parts goes to the template as it is, if that reads parts; else the parts' texts are joined by newlines.
+    A template that reads content in parts gets it unchanged; for any other the parts' texts are joined by newlines.
 
     Args:
         template: Jinja source.
         messages: dicts with `role` and `content`, see `check_messages`.
         add_generation_prompt: end with the header of an assistant's message.
-        continue_final_message: end inside the last message, so that the model goes on writing it; a string names the
-            message's field to continue, where it is another one than "content".
-        variables: what else the template may read (bos_token, tools, ...), as JSON data.
+        continue_final_message: end inside the last message, so that the model continues it; a string names the field
+            to continue, if it is not "content".
+        variables: further variables of the template (bos_token, tools, ...), as JSON data.
 
     Raises:
-        ValueError: a wrong message, a template that fails, that goes beyond its bounds or that breaks out of its
-            sandbox (with its line), both switches at once, or a template that does not print the message to continue.
+        ValueError: an invalid message; a template that fails, exceeds its limits or tries to leave its sandbox (with
+            its line); both switches at once; or a template that does not print the message to continue.
     """
     return _render(template, messages, add_generation_prompt, continue_final_message, variables)
 
@@ -149,9 +96,9 @@ def render(
 def render_generated(
     template: str, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = False, **variables: Any
 ) -> tuple[str, list[tuple[int, int]]]:
-    """The prompt, and where the texts lie in it that the template has in `{% generation %}` blocks: (start, end) each.
+    """The prompt, and the (start, end) of each text in it that comes from a `{% generation %}` block.
 
-    Raises ValueError as `render`, and for a template without such a block.
+    Raises ValueError as `render` does, and for a template without such a block.
     """
     if not re.search(r"{%[-+]?\s*generation\s*[-+]?%}", template):
         raise ValueError("return_assistant_tokens_mask needs a chat template with {% generation %} blocks")
@@ -186,33 +133,33 @@ def _render(
                          "one: give one of them")  # fmt: skip
     checked = check_messages(messages)
     compiled = _compile(template)
-    plain = {name: _plain(value, name) for name, value in variables.items()}
+    plain = {name: plain_json(value, name) for name, value in variables.items()}
     if any(isinstance(message["content"], list) for message in checked) and not _reads_parts(compiled, plain):
         checked = [{**message, "content": joined_text(message["content"])} for message in checked]
     if continue_final_message:
         _tag(checked[-1], "content" if continue_final_message is True else continue_final_message)
     try:
-        with bounds(marking):
+        with limits(marking):
             prompt = compiled.render(messages=checked, add_generation_prompt=add_generation_prompt, **plain)
-    except Exception as error:  # the template is foreign code: whatever it does wrong is one kind of error here
+    except Exception as error:  # the template is foreign code, which can raise anything
         raise ValueError(f"chat template, line {_line(error)}: {error}") from error
     return _cut_at_tag(prompt) if continue_final_message else prompt
 
 
 def _reads_parts(compiled: jinja2.Template, variables: Mapping[str, Any]) -> bool:
-    """Whether the template prints the text of a part, and not the part as Python or JSON writes it."""
+    """Whether the template prints the text of a content part, rather than the part's repr or JSON."""
     probe = "a text that no template has"
     message = {"role": "user", "content": [{"type": "text", "text": probe}]}
     try:
-        with bounds(False):
+        with limits(False):
             prompt = compiled.render(messages=[message], add_generation_prompt=False, **variables)
-    except Exception:  # it takes a string, or it fails on any message: rendering will tell
+    except Exception:  # it needs a string, or fails on any message: then rendering reports it
         return False
     return probe in prompt and f"'{probe}'" not in prompt and f'"{probe}"' not in prompt
 
 
 def _tag(message: dict[str, Any], field: str) -> None:
-    """Marks the end of the message's text, in its last part if it has parts."""
+    """Appends the tag to the message's text, or to the last part's text."""
     value = message.get(field)
     if isinstance(value, list) and value:
         value[-1]["text"] += _CONTINUE_TAG
@@ -223,6 +170,7 @@ def _tag(message: dict[str, Any], field: str) -> None:
 
 
 def _cut_at_tag(prompt: str) -> str:
+    """The prompt up to the tag, without trailing white space if the template trims the message."""
     position = prompt.rfind(_CONTINUE_TAG.strip())
     if position < 0:
         raise ValueError("continue_final_message: the chat template does not print the final message's content")

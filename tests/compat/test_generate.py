@@ -709,7 +709,7 @@ def test_rows_that_waited_see_their_own_step(tiny, monkeypatch):
         ({"no_repeat_ngram_size": -1}, "no_repeat_ngram_size must be an integer >= 0; got -1"),
         ({"no_repeat_ngram_size": True}, "no_repeat_ngram_size must be an integer"),
         ({"bad_words_ids": [3]}, "bad_words_ids must be a sequence; got 3"),
-        ({"bad_words_ids": [[]]}, "bad_words_ids must hold sequences of one token id at least"),
+        ({"bad_words_ids": [[]]}, "bad_words_ids must hold sequences of at least one token id"),
         ({"bad_words_ids": [[3, 50]]}, "bad_words_ids holds 50, which is outside the vocabulary of 50"),
         ({"suppress_tokens": [50]}, "suppress_tokens holds 50, which is outside"),
         ({"suppress_tokens": "a"}, "suppress_tokens must be a sequence"),
