@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from internlm3.tests.capture import CapturedEngines, depth, engines  # noqa: F401 (fixtures)
+from internlm3.tests.support.capture import CapturedEngines, depth, engines  # noqa: F401 (fixtures)
 from internlm3.tests.test_llm import *  # noqa: F403
 
 

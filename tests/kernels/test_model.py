@@ -11,8 +11,8 @@ from internlm3.runtime.engine.state import DecodeState
 from internlm3.runtime.model import model as runtime_model
 from internlm3.runtime.model.kv_cache import PAGE, BatchMetadata, PagedKVCache
 from internlm3.runtime.sampling.params import SamplingParams
-from internlm3.tests.capture import Recorder
 from internlm3.tests.kernels.support import DEVICE
+from internlm3.tests.support.capture import Recorder
 
 SHAPE = {
     "vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,

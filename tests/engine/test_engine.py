@@ -20,7 +20,7 @@ from internlm3.runtime.engine.request import Request
 from internlm3.runtime.model.kv_cache import PAGE, page_bytes, pages_of
 from internlm3.runtime.model.model import Decoder
 from internlm3.runtime.sampling.params import SamplingParams
-from internlm3.tests.capture import Recorder
+from internlm3.tests.support.capture import Recorder
 
 SHAPE = {
     "vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -1,6 +1,6 @@
 """The decode step: rows that know nothing of each other, and a step that a graph can hold.
 
-A CPU proves that by a graph of its own, see tests/capture.py.
+A CPU proves that by a graph of its own, see tests/support/capture.py.
 """
 
 import numpy as np
@@ -19,8 +19,8 @@ from internlm3.runtime.engine.state import DecodeState, Slot, Tier, tier_of
 from internlm3.runtime.model.kv_cache import PAGE, pages_of
 from internlm3.runtime.model.rope import inverse_frequencies
 from internlm3.runtime.sampling.params import SamplingParams
-from internlm3.tests.capture import Recorder
 from internlm3.tests.sampling.test_sampling import floats, random_logits
+from internlm3.tests.support.capture import Recorder
 
 CPU = torch.device("cpu")
 
