@@ -15,7 +15,7 @@ from internlm3.runtime.engine.answer import Answer
 from internlm3.runtime.engine.request import Request
 from internlm3.runtime.model.kv_cache import PAGE
 from internlm3.runtime.sampling.params import SamplingParams
-from internlm3.tests.compat.test_generate import real_prompts
+from internlm3.tests.support.prompts import real_prompts
 
 SETTINGS = [
     {"temperature": 0},
