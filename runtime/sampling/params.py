@@ -64,8 +64,8 @@ class SamplingParams:
     """The only tokens that may be chosen, at least one. None allows all."""
 
     seed: int | None = None
-    """Seed of the random numbers, 64 bits: the same seed gives the same answer in any batch. None and -1 draw a seed
-    from torch's default generator. Answer i of n has a random stream of its own."""
+    """Seed of the random numbers, 64 bits. They do not depend on the batch, and each of n answers has its own stream.
+    None and -1 draw a seed from torch's default generator."""
 
     max_tokens: int | None = None
     """The longest answer, in tokens, at least 1. None goes on until the context is full."""
