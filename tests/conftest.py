@@ -14,6 +14,9 @@ import torch
 BENCH = Path(__file__).parents[1] / "bench"
 sys.path.insert(0, str(BENCH / "checkout"))
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(BENCH / "checkout"), os.environ.get("PYTHONPATH"))))
+# Kernels run natively where there is a GPU, else under Triton's interpreter, chosen before anything imports Triton.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 # The harness of kernels' tests is bench's too; benches are scripts that stand beside each other, not a package.
 sys.path.append(str(BENCH))
 
