@@ -158,7 +158,7 @@ def test_the_command_by_its_other_name_and_its_version():
     for command in (other, COMMAND):
         done = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True)
         assert done.stdout == f"internlm3 {internlm3.__version__}\n"
-    assert f'version="{internlm3.__version__}"' in Path(__file__).parents[1].joinpath("setup.py").read_text()
+    assert f'version="{internlm3.__version__}"' in Path(__file__).parents[2].joinpath("setup.py").read_text()
     assert "{chat,generate,info,demo}" in subprocess.run([*other, "--help"], capture_output=True, text=True).stdout
 
 
