@@ -56,7 +56,7 @@ def steps(request, monkeypatch):
         yield request.param
         return
     models = [request.getfixturevalue(name).ours for name in ("tiny", "real") if name in request.fixturenames]
-    CapturedEngines(monkeypatch).begin(depth=1 + len(request.node.name) % 4)
+    CapturedEngines(monkeypatch, depth=1 + len(request.node.name) % 4)
     for model in models:
         model._shared = None  # its engine, which captures nothing
     yield request.param

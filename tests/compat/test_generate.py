@@ -59,7 +59,7 @@ def test_greedy_options(tiny, options):
 
 def test_captured_steps_are_replayed(tiny, monkeypatch):
     """What the captured half of these tests is about."""
-    engines = CapturedEngines(monkeypatch)
+    engines = CapturedEngines(monkeypatch, depth=2)
     copied = copy.deepcopy(tiny.ours)
     out = copied.generate(PROMPTS, do_sample=False, max_new_tokens=6, min_new_tokens=6)
     assert engines.recorder.replays >= 4  # of five steps after the prompts, the first of which is captured
