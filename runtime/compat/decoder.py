@@ -66,7 +66,7 @@ class InternLM3Model(Decoder):
 
         Raises:
             ValueError: arguments that contradict each other, a wrong shape, an id outside the vocabulary, a cache of
-                other sequences or of a model that was moved since, a mask that changes what is cached.
+                other sequences or of a model that was moved since, a mask that contradicts the cached columns.
             TypeError: an unknown keyword.
         """
         if unknown:
@@ -154,11 +154,11 @@ class InternLM3Model(Decoder):
 def _check_cache(cache: KVCache, x: Tensor) -> None:
     """Raises ValueError unless the cache can be continued by x [B, T, C]."""
     if len(cache.pages) != len(x):
-        raise ValueError(f"past_key_values holds {len(cache.pages)} sequences, and the input {len(x)}")
+        raise ValueError(f"past_key_values has {len(cache.pages)} sequences, and the input {len(x)}")
     kv = cache.kv_cache
     if (kv.device, kv.dtype) != (x.device, x.dtype):
         raise ValueError(
-            f"past_key_values lies on {kv.device} as {kv.dtype}, and the model is on {x.device} as {x.dtype}: "
+            f"past_key_values is on {kv.device} as {kv.dtype}, and the model is on {x.device} as {x.dtype}: "
             "a model that was moved begins without the cache that it had"
         )
 

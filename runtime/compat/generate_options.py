@@ -53,7 +53,7 @@ class GenerateOptions:
 def read_options(
     config: InternLM3Config, defaults: Mapping[str, Any], given: Any, keywords: Mapping[str, Any], columns: int
 ) -> GenerateOptions:
-    """The options of a call of `generate`, of which a later source overrides an earlier one.
+    """The options of one call of `generate`. A later source overrides an earlier one.
 
     Args:
         config: the model's, for its vocabulary and its default end and padding tokens.

@@ -39,7 +39,7 @@ class Output:
         if not isinstance(key, str):
             return self.to_tuple()[key]
         if key not in self.keys():
-            raise KeyError(f"{type(self).__name__} holds {', '.join(self.keys())}; it has no {key!r}")
+            raise KeyError(f"{type(self).__name__} has {', '.join(self.keys())}, and no {key!r}")
         return getattr(self, key)
 
 

@@ -148,7 +148,7 @@ class InternLM3Config:
     def from_file(cls, path: Path, **overrides: Any) -> "InternLM3Config":
         """Reads one config.json. Raises as `from_pretrained` does."""
         if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing: the folder of a checkpoint holds a config.json")
+            raise FileNotFoundError(f"{path} is missing: the folder of a checkpoint contains a config.json")
         values = read_json(path)
         # An override replaces its key under either name.
         other_names = {**_NEWER, **{old: new for new, old in _NEWER.items()}}

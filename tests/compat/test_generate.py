@@ -164,7 +164,7 @@ def test_penalties_and_bias(tiny):
 @pytest.mark.usefixtures("steps")
 @pytest.mark.parametrize("length", [40, 64, 65, 127, 150])
 def test_a_long_prompt_in_chunks(tiny, monkeypatch, length):
-    """A prompt beyond the window (64) goes through in pieces and counts as one: all is turned by its whole length."""
+    """Chunked prefill of a prompt beyond the window (64): rotary frequencies follow from its whole length."""
     prompt = torch.randint(6, 50, (1, length), generator=torch.Generator().manual_seed(length))
     flags = {"do_sample": False, "max_new_tokens": 3, "return_dict_in_generate": True, "output_logits": True}
     whole = tiny.ours.generate(prompt, eos_token_id=[], **flags)
@@ -182,13 +182,13 @@ def test_a_long_prompt_in_chunks(tiny, monkeypatch, length):
 
 
 @pytest.mark.usefixtures("steps")
-@pytest.mark.parametrize("watched", [False, True])
-def test_logits_that_are_no_numbers_are_an_error(tiny, watched):
-    """float16 overflows where bfloat16 does not: one sentence says so, from whichever row."""
+@pytest.mark.parametrize("hooks", [False, True])
+def test_logits_that_are_no_numbers_are_an_error(tiny, hooks):
+    """float16 overflows where bfloat16 does not: the error names the row."""
     for dtype, fails in ((torch.float16, True), (torch.bfloat16, False)):
         model = copy.deepcopy(tiny.ours).to(dtype)
         model.lm_head.weight *= 30000
-        options = {"max_new_tokens": 2, "return_dict_in_generate": watched, "output_logits": watched}
+        options = {"max_new_tokens": 2, "return_dict_in_generate": hooks, "output_logits": hooks}
         if not fails:
             model.generate(PROMPTS, **options)
             continue
@@ -227,7 +227,7 @@ def test_streamer(tiny):
 
 @pytest.mark.parametrize("several", [{"num_return_sequences": 2, "do_sample": True}, {}])
 def test_several_answers_are_refused_by_transformers_own_streamer(tiny, demo_model, several):
-    """It would print them interleaved; it says so by the rows that it is given first."""
+    """It would print them interleaved, and refuses the rows that it gets first."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(demo_model)
     prompts = PROMPTS[: 1 if several else 2]
     for model in (tiny.ours, tiny.theirs):

@@ -106,7 +106,7 @@ def test_stop_strings(real):
     text = real.tokenizer.decode(real.ours.generate(prompt, **greedy)[0, prompt.shape[1] :].tolist())
     for start in (3, 12):
         stop = text[start : start + 5]
-        out = real.ours.generate(prompt, stop_strings=[stop, "never said"], tokenizer=real.tokenizer, **greedy)
+        out = real.ours.generate(prompt, stop_strings=[stop, "not in the answer"], tokenizer=real.tokenizer, **greedy)
         answer = real.tokenizer.decode(out[0, prompt.shape[1] :].tolist())
         assert stop in answer and stop not in real.tokenizer.decode(out[0, prompt.shape[1] : -1].tolist())
         assert real.ours.generate(prompt, stop_strings=stop, tokenizer=real.tokenizer, **greedy).equal(out)

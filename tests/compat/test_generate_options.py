@@ -56,7 +56,7 @@ def test_a_generation_config_in_its_places(tiny):
     try:
         tiny.ours.generation_config = transformers.GenerationConfig(max_new_tokens=3, pad_token_id=40)
         assert (tiny.ours.generation_config.pad_token_id, tiny.ours.generation_config.top_k) == (40, None)
-        assert plain[0, 6] == 2  # the end of text, and padding behind it
+        assert plain[0, 6] == 2  # the end of text, and padding after it
         padding = (plain == 0).long()
         assert tiny.ours.generate(PROMPTS).equal((plain + 40 * padding)[:, :9])
         tiny.ours.generation_config.pad_token_id = 44
@@ -154,7 +154,7 @@ def test_outputs_are_read_as_transformers_are(tiny):
             assert ours[name] is ours[index] is ours.to_tuple()[index] is getattr(ours, name)
         assert torch.allclose(ours[0], theirs[0], atol=1e-4)
         assert [name for name, _ in ours.items()] == list(dict(**ours)) == list(ours)
-    with pytest.raises(KeyError, match="CausalLMOutput holds logits, past_key_values; it has no 'loss'"):
+    with pytest.raises(KeyError, match="CausalLMOutput has logits, past_key_values, and no 'loss'"):
         tiny.ours(PROMPTS)["loss"]
     wants = {"return_dict_in_generate": True, "output_scores": True, "max_new_tokens": 2, "do_sample": False}
     ours, theirs = tiny.ours.generate(PROMPTS, **wants), tiny.theirs.generate(PROMPTS, **wants)
@@ -219,6 +219,6 @@ def test_bad_input(tiny, options, error, message):
     assert not step
 
 
-def test_settings_without_effect_are_said(tiny):
+def test_settings_without_effect_are_warned_of(tiny):
     with pytest.warns(UserWarning, match="temperature, top_p have no effect"):
         tiny.ours.generate(PROMPTS[:1], temperature=0.5, top_p=0.9, max_new_tokens=1)

@@ -55,7 +55,7 @@ def from_source(model, source, options, settings):
 
 @pytest.mark.parametrize("settings", PROCESSED, ids=lambda settings: "+".join(settings)[:40])
 def test_settings_that_depend_on_the_text(tiny, settings, steps):
-    """Greedy tokens and their scores, against transformers' own processors; from every source alike."""
+    """Greedy tokens and their scores, against transformers' own processors; the same from every source."""
     flags = {"return_dict_in_generate": True, "output_scores": True, "pad_token_id": 0}
     options = {"do_sample": False, "max_new_tokens": 12, "eos_token_id": [2, 5], **flags}
     theirs = tiny.expected(PROMPTS, **options, **settings)
@@ -106,7 +106,7 @@ def test_logits_processor(tiny, in_place):
 @pytest.mark.usefixtures("steps")
 @pytest.mark.parametrize("repetition_penalty", [1.0, 1.7])
 def test_a_processor_sees_every_row_of_the_call(tiny, repetition_penalty):
-    """As transformers hands it over: rows in their order and columns, ended ones padded, scores behind the penalty."""
+    """As in transformers: rows in their order and columns, ended ones padded, scores after the penalty."""
     ids, mask = padded([PROMPTS[0].tolist(), PROMPTS[1].tolist()[:3], PROMPTS[2].tolist()], 0, left=True)
     seen = {"ours": [], "theirs": []}
 
@@ -153,7 +153,7 @@ def test_allowed_tokens_by_prefix(tiny):
 @pytest.mark.usefixtures("steps")
 @pytest.mark.parametrize("options", [{}, {"do_sample": True, "top_k": 5, "temperature": 0.7, "seed": 1}], ids=str)
 def test_renormalized_scores(tiny, options):
-    """Log-probabilities of what a step draws from: as transformers' log_softmax behind all else; the tokens stay."""
+    """Log-probabilities of what a step draws from: transformers' log_softmax, last of all; the tokens stay the same."""
     flags = {"return_dict_in_generate": True, "output_scores": True, "max_new_tokens": 6, "min_new_tokens": 6}
     plain = tiny.ours.generate(PROMPTS, **flags, **options)
     out = tiny.ours.generate(PROMPTS, renormalize_logits=True, **flags, **options)
@@ -165,7 +165,7 @@ def test_renormalized_scores(tiny, options):
 
 @pytest.mark.usefixtures("steps")
 def test_every_order_of_processors_is_that_of_transformers(tiny):
-    """What is forced comes behind what the prefix allows, and what is suppressed at the beginning behind both."""
+    """Forced tokens come after the allowed prefix, and tokens suppressed at the beginning after both."""
     settings = {"forced_eos_token_id": 30, "begin_suppress_tokens": [7, 9], "bad_words_ids": [[8, 8]]}
     options = {"do_sample": False, "max_new_tokens": 5, "eos_token_id": 2, **settings}
     options["prefix_allowed_tokens_fn"] = lambda row, ids: [7, 8, 9 + row]
@@ -190,7 +190,7 @@ def test_rows_that_waited_see_their_own_step(tiny, monkeypatch):
 @pytest.mark.usefixtures("steps")
 @pytest.mark.parametrize("one", [True, False])
 def test_stopping_criteria(tiny, one):
-    """Each is asked of all rows behind every step, as in transformers; a row of which one is true ends there."""
+    """Each runs on all rows after every step, as in transformers; a row for which one is true ends."""
     seen = {"ours": [], "theirs": []}
 
     def criterion(name):
@@ -216,7 +216,7 @@ def test_stopping_criteria(tiny, one):
         ({"no_repeat_ngram_size": -1}, "no_repeat_ngram_size must be an integer >= 0; got -1"),
         ({"no_repeat_ngram_size": True}, "no_repeat_ngram_size must be an integer"),
         ({"bad_words_ids": [3]}, "bad_words_ids must be a sequence; got 3"),
-        ({"bad_words_ids": [[]]}, "bad_words_ids must hold sequences of at least one token id"),
+        ({"bad_words_ids": [[]]}, "bad_words_ids must be sequences of at least one token id"),
         ({"bad_words_ids": [[3, 50]]}, "bad_words_ids holds 50, which is outside the vocabulary of 50"),
         ({"suppress_tokens": [50]}, "suppress_tokens holds 50, which is outside"),
         ({"suppress_tokens": "a"}, "suppress_tokens must be a sequence"),

@@ -132,7 +132,7 @@ def test_logits_are_those_of_the_specification(shape):
         assert_near(ours, torch.stack([by_hand(model, row) for row in ids]))
 
 
-@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape != "bias"])  # of which transformers has none
+@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape != "bias"])  # which transformers does not have
 @pytest.mark.parametrize("tokens", [40, 64, 65, 200])  # of a window of 64
 def test_logits_are_those_of_transformers(shape, tokens):
     model = random_model(tokens, **SHAPES[shape])
@@ -403,7 +403,7 @@ def test_bad_input(arguments, message):
 def test_a_cache_of_other_rows():
     model = random_model()
     cache = model(random_ids(2, 3)).past_key_values
-    with pytest.raises(ValueError, match="past_key_values holds 2 sequences, and the input 3"):
+    with pytest.raises(ValueError, match="past_key_values has 2 sequences, and the input 3"):
         model(random_ids(3, 1), past_key_values=cache)
 
 
@@ -411,11 +411,11 @@ def test_a_cache_of_other_rows():
 
 
 def test_a_model_that_was_moved_begins_without_its_cache():
-    """Its new dtype (or device) and what the cache holds do not meet; without the cache it is as new."""
+    """The cache has the old dtype (or device) and is refused; without it the model works."""
     model, ids = random_model(17), random_ids(1, 5)
     cache = model(ids).past_key_values
     model.to(torch.bfloat16)
-    with pytest.raises(ValueError, match=r"past_key_values lies on cpu as torch\.float32, and the model is on cpu as"):
+    with pytest.raises(ValueError, match=r"past_key_values is on cpu as torch\.float32, and the model is on cpu as"):
         model(ids, past_key_values=cache)
     assert cache.lengths == [5]
     assert model(ids).past_key_values.kv_cache.dtype == torch.bfloat16

@@ -46,7 +46,7 @@ def test_top_logprobs():
 
 
 @pytest.mark.parametrize(
-    "bad, said",
+    "bad, message",
     [
         ({"n": 0}, r"n must be an integer >= 1; got 0"),
         ({"n": True}, r"n must be an integer"),
@@ -90,8 +90,8 @@ def test_top_logprobs():
         ({"max_tokens": 5, "max_new_tokens": 6}, r"max_tokens=5 and max_new_tokens=6 name the same setting"),
     ],
 )
-def test_a_bad_value_is_one_clear_error(bad, said):
-    with pytest.raises(ValueError, match=said):
+def test_a_bad_value_is_one_clear_error(bad, message):
+    with pytest.raises(ValueError, match=message):
         SamplingParams.from_kwargs(**bad)
 
 
