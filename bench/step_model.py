@@ -31,7 +31,7 @@ from audit import FACTS, Facts, kernel_name
 from cases import INTERNLM3_8B as SIZE
 from cases import Arguments, Case, cases
 from internlm3 import kernels
-from internlm3.kernels.sampling_search import PASSES, TOP_K, TOP_P, TYPICAL_P
+from internlm3.kernels.triton.sample_search import PASSES, TOP_K, TOP_P, TYPICAL_P
 from machine_code.launches import Launch, compile_launches
 from machine_code.reader import MachineCode, read
 from machine_code.sass import Access

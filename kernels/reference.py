@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .sampling_reference import sample as sample
+from .reference_sampling import sample as sample
 
 # Up to this many rows a linear layer streams its weights once, whatever the number of rows.
 SKINNY_ROWS = 16

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from internlm3 import InternLM3Config, InternLM3ForCausalLM
 from internlm3.kernels import reference
 from internlm3.kernels.reference import SKINNY_ROWS
-from internlm3.kernels.sampling_reference import FEW_TOKENS
+from internlm3.kernels.reference_sampling import FEW_TOKENS
 from internlm3.runtime.engine import decode
 from internlm3.runtime.engine.engine import Engine
 from internlm3.runtime.engine.request import Request

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...kernels.sampling_reference import FILTERS, PENALTIES, filter_logits, log_probability, penalize
+from ...kernels.reference_sampling import FILTERS, PENALTIES, filter_logits, log_probability, penalize
 from ..model.model import LanguageModel
 from ..model.pages import Pages, Sequences
 from ..sampling.params import top_logprobs
@@ -75,7 +75,7 @@ def compile_all(model: LanguageModel, pages: Pages, state: DecodeState, longest:
 
     `state` is a row that is idle, whose table names pages for them. What steps launch besides is theirs.
     """
-    from ...kernels.warmup import token_counts  # with Triton, which a CPU needs not have
+    from ...kernels.triton.warmup import token_counts  # with Triton, which a CPU needs not have
 
     config, ops = model.config, model.model.ops
     group = config.num_attention_heads // config.num_key_value_heads

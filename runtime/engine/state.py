@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...kernels.sampling_reference import FEW_TOKENS
+from ...kernels.reference_sampling import FEW_TOKENS
 from ..model.pages import Sequences
 from .request import Request
 

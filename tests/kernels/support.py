@@ -5,7 +5,9 @@ float64 in its own words, and holds both to `assert_near`.
 """
 
 import os
+import sys
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import hypothesis
@@ -23,6 +25,11 @@ dtypes = st.sampled_from(DTYPES)
 seeds = st.integers(0, 2**32 - 1)
 # Zeros, tiny, ordinary and large values; squares of the largest still fit float32, its sums of two still fit float16.
 scales = st.sampled_from([0.0, 1e-8, 1.0, 1.0, 1.0, 3e3])
+
+
+def module_of(op: Any) -> ModuleType:
+    """The file of a Triton op, which an import by name would not give: its name is the op's."""
+    return sys.modules[op.__module__]
 
 
 def generator(seed: int) -> torch.Generator:

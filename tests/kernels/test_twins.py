@@ -13,6 +13,8 @@ from cases import cases
 from internlm3 import kernels
 from internlm3.kernels import reference
 
+KERNELS = Path(reference.__file__).parent
+
 
 def test_the_names_are_the_same():
     functions = {name for name, _ in inspect.getmembers(reference, inspect.isfunction) if not name.startswith("_")}
@@ -42,7 +44,7 @@ def test_the_op_has_a_case(name):
 def test_every_kernel_that_is_launched_has_its_facts():
     """FACTS of bench/audit.py says of each what its machine code is meant to be; a name may go on behind a comma."""
     launched = set()
-    for path in Path(reference.__file__).parent.glob("*.py"):
+    for path in KERNELS.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             if isinstance(node, ast.FunctionDef):
                 decorators = [x.func for x in node.decorator_list if isinstance(x, ast.Call)]
@@ -71,16 +73,20 @@ def test_no_loop_carries_what_another_name_had():
     """
     wrong = "for step in range(8):\n  old, other = x, 1\n  new = x + 1\n  x = new"
     assert list(carried(ast.parse(wrong).body[0])) == ["x"]
-    for path in Path(reference.__file__).parent.glob("*.py"):
+    for path in KERNELS.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             if isinstance(node, ast.For):
                 assert not list(carried(node)), f"{path.name}:{node.lineno}"
 
 
-def test_no_file_hides_an_op():
-    """Importing kernels/<op>.py would bind the module where the op should be."""
-    files = {path.stem for path in Path(reference.__file__).parent.glob("*.py")}
-    assert not files & set(kernels.__all__)
+def test_the_name_of_an_op_is_the_op():
+    """Never its file, which may bear the same name, even where the file is imported first."""
+    program = (
+        "import importlib, inspect; from internlm3 import kernels\n"
+        "importlib.import_module('internlm3.kernels.triton.linear')\n"
+        "assert all(callable(getattr(side, name)) for side in (kernels, kernels.triton) for name in kernels.__all__)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_the_reference_needs_no_triton():
@@ -90,7 +96,7 @@ def test_the_reference_needs_no_triton():
 
 def test_one_place_chooses_the_backend():
     assert kernels.for_device(torch.device("cpu")) is reference
-    assert kernels.for_device(torch.device("cuda", 1)) is kernels
+    assert kernels.for_device(torch.device("cuda", 1)) is kernels.triton
     with pytest.raises(ValueError, match="no ops for device 'meta': move the model to 'cpu' or 'cuda'"):
         kernels.for_device(torch.device("meta"))
 

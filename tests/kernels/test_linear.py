@@ -22,8 +22,8 @@ from internlm3.tests.kernels.support import (
     seeds,
     twin,
 )
-from internlm3.tests.kernels.test_rope import ULPS, orders
-from internlm3.tests.kernels.test_rope import Case as RopeCase
+from internlm3.tests.kernels.test_rope_and_cache import ULPS, orders
+from internlm3.tests.kernels.test_rope_and_cache import Case as RopeCase
 
 EPS = 1e-5
 # Below, at and beyond the chunks that a program reads at once, whole and not; multiples of 8 for 16-byte rows.

@@ -1,4 +1,4 @@
-"""sample against kernels.sampling_reference: the same tokens, bit for bit; its log-probabilities against float64."""
+"""sample against kernels.reference_sampling: the same tokens, bit for bit; its log-probabilities against float64."""
 
 import itertools
 import math
@@ -10,10 +10,21 @@ import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from internlm3 import kernels
-from internlm3.kernels import sampling as launcher
-from internlm3.kernels import sampling_reference as reference
-from internlm3.kernels import sampling_search
-from internlm3.tests.kernels.support import DEVICE, assert_near, assert_same, call, dtypes, embedded, generator, seeds
+from internlm3.kernels import reference_sampling as reference
+from internlm3.kernels.triton import sample_search
+from internlm3.tests.kernels.support import (
+    DEVICE,
+    assert_near,
+    assert_same,
+    call,
+    dtypes,
+    embedded,
+    generator,
+    module_of,
+    seeds,
+)
+
+launcher = module_of(kernels.sample)
 
 # Small blocks give small vocabularies many blocks, and small chunks a search of several turns.
 blocks = st.sampled_from([(32, 64), (64, 32), (256, 128), (1024, 1024)])
@@ -114,8 +125,8 @@ def test_sample(data, seed, dtype, rows, vocab, shape, sizes, padding):
     add_tables(data.draw, rng, arguments, rows, vocab, padding)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launcher, "BLOCK", sizes[0])
-        patch.setattr(sampling_search, "CHUNK", sizes[1])
-        patch.setattr(sampling_search, "FEW", sizes[1])
+        patch.setattr(sample_search, "CHUNK", sizes[1])
+        patch.setattr(sample_search, "FEW", sizes[1])
         compare(logits, arguments)
 
 
@@ -138,8 +149,8 @@ def test_both_ends_of_what_the_filters_keep(data, seed, vocab, shape, sizes, cho
     logits = make_logits(rng, 1, vocab, shape, torch.float32, ascending=True).repeat(rows, 1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launcher, "BLOCK", sizes[0])
-        patch.setattr(sampling_search, "CHUNK", sizes[1])
-        patch.setattr(sampling_search, "FEW", sizes[1])
+        patch.setattr(sample_search, "CHUNK", sizes[1])
+        patch.setattr(sample_search, "FEW", sizes[1])
         compare(logits, arguments)
 
 

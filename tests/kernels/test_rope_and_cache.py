@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from internlm3 import kernels
 from internlm3.kernels import reference
-from internlm3.kernels.rope import cos_sin
+from internlm3.kernels.triton.rope_and_cache import cos_sin
 from internlm3.tests.kernels.support import (
     DEVICE,
     assert_near,

@@ -40,10 +40,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .activation import silu
 from .launch import cdiv, jit, next_power_of_2, options
-from .norm import rms_norm
-from .rope import cos_sin, rotate
+from .rms_norm import rms_norm
+from .rope_and_cache import cos_sin, rotate
+from .swiglu import silu
 
 
 class Tile(NamedTuple):
@@ -283,7 +283,7 @@ def multiply(
 ) -> None:
     """Write the result for x's 1 to 16 rows to y. `half` joins rows of W; `cache` is what rotation needs, by name.
 
-    Arguments are as kernels.projection has checked them. batch_invariant sends one row the way of several.
+    Arguments are as linear.py has checked them. batch_invariant sends one row the way of several.
     """
     rows, columns = x.shape
     outputs = weight.shape[0]

@@ -12,10 +12,10 @@ where its vocabulary is a multiple of 8: else where a row of it begins decides h
 
 import torch
 
-from .attention import tiling
+from ..reference import SKINNY_ROWS
 from .launch import options
-from .reference import SKINNY_ROWS
-from .rope import heads_of_a_program
+from .paged_attention import tiling
+from .rope_and_cache import heads_of_a_program
 
 
 def token_counts(most: int, group: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> list[int]:

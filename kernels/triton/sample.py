@@ -1,9 +1,9 @@
-"""Sampling: one token per row of logits. What each stage means stands in `sampling_reference`, and holds bit by bit.
+"""Sampling: one token per row of logits. What each stage means stands in `reference_sampling`, and holds bit by bit.
 
 The chain of launches, each over all rows at once:
 
     _penalize     [B, blocks]   bias, penalties, mask -> x; per block its maximum, and the logits' softmax statistics
-    (a search)                  the thresholds of top-k, top-p and typical-p: `sampling_search`
+    (a search)                  the thresholds of top-k, top-p and typical-p: `sample_search`
     _add_up       [B, blocks]   mass of the kept tokens per block                       (not in a greedy batch)
     _pick         [B]           the block that holds the random point, the token in it, its log-probability
 
@@ -20,10 +20,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..reference_sampling import check_counts
 from .launch import cdiv, check, check_activation, jit, next_power_of_2, options
-from .sampling_reference import check_counts
-from .sampling_search import NUMBERS, clear_search, find_thresholds, mean_of, of_row, read_moments, read_thresholds
-from .sampling_weights import (
+from .sample_search import NUMBERS, clear_search, find_thresholds, mean_of, of_row, read_moments, read_thresholds
+from .sample_weights import (
     INF,
     LARGEST,
     LOW32,
@@ -208,7 +208,7 @@ def sample(
     position: Tensor,
     few_candidates: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """`sampling_reference.sample`: the same tokens; log-probabilities to a few units of float32's last place.
+    """`reference_sampling.sample`: the same tokens; log-probabilities to a few units of float32's last place.
 
     Raises TypeError for a dtype, ValueError for a shape, device or stride that the kernels cannot take.
     """

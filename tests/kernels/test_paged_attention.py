@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from internlm3 import kernels
-from internlm3.kernels import attention, reference
+from internlm3.kernels import reference
 from internlm3.tests.kernels.support import (
     DEVICE,
     PagedCache,
@@ -19,11 +19,14 @@ from internlm3.tests.kernels.support import (
     dtypes,
     embedded,
     generator,
+    module_of,
     normal,
     paged_cache,
     seeds,
     twin,
 )
+
+attention = module_of(kernels.paged_attention)
 
 # The weights of a row are rounded to the dtype before they meet the values (half an ulp each), and so is the result.
 # The rest is float32's running sums and exponentials, in any order; where the dtype is float32 it is all.

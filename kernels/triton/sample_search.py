@@ -17,9 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..reference_sampling import UNIT_BITS
 from .launch import cdiv, jit, next_power_of_2, options
-from .sampling_reference import UNIT_BITS
-from .sampling_weights import (
+from .sample_weights import (
     INF,
     UNIT,
     WHOLE,

@@ -1,9 +1,9 @@
-"""What a token weighs and how its logit orders, in the arithmetic of `sampling_reference`, for the sampling kernels."""
+"""What a token weighs and how its logit orders, in the arithmetic of `reference_sampling`, for the sampling kernels."""
 
 import triton
 import triton.language as tl
 
-from .sampling_reference import EXP2_COEFFICIENTS, FLOAT32_MAX, LOG2_E, MASK32, SHARE_BITS, UNIT_BITS
+from ..reference_sampling import EXP2_COEFFICIENTS, FLOAT32_MAX, LOG2_E, MASK32, SHARE_BITS, UNIT_BITS
 
 UNIT = tl.constexpr(2**UNIT_BITS)
 WHOLE = tl.constexpr(2**SHARE_BITS)
