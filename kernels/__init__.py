@@ -39,7 +39,7 @@ def for_device(device: torch.device) -> ModuleType:
     Raises ValueError for a device that is neither a CPU nor a CUDA device, and for CUDA where Triton is not installed.
     """
     if device.type == "cpu":
-        return importlib.import_module(".reference", __name__)
+        return importlib.import_module(".cpu", __name__)
     if device.type != "cuda":
         raise ValueError(f"there are no ops for device {str(device)!r}: move the model to 'cpu' or 'cuda'")
     if importlib.util.find_spec("triton") is None:

@@ -16,3 +16,7 @@ from .rms_norm import rms_norm as rms_norm
 from .rope_and_cache import rope_and_cache as rope_and_cache
 from .sample import sample as sample
 from .swiglu import swiglu as swiglu
+
+# Whether the bits of a row may depend on how many rows a launch of more than FEW_ROWS rows has: cuBLAS chooses its
+# kernels by that.
+ROW_COUNT_CHANGES_BITS = True

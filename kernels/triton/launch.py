@@ -31,6 +31,15 @@ def jit(aligned: str = "") -> Callable[[Callable[..., None]], Any]:
 
 
 @lru_cache
+def is_hopper(device: torch.device) -> bool:
+    """Whether a device has compute capability 9.0 or newer. False in the interpreter and for AMD's GPUs.
+
+    These have programmatic dependent launch, and tensor cores that read both factors from shared memory.
+    """
+    return not INTERPRETED and not torch.version.hip and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@lru_cache
 def options(device: torch.device) -> dict[str, bool]:
     """Options of every launch: `kernel[grid](..., **options(x.device))`.
 
@@ -46,9 +55,7 @@ def options(device: torch.device) -> dict[str, bool]:
     the writer is done. That holds for the loading of weights, and for what a test or a bench makes up.
     """
     rounding = {"enable_fp_fusion": False}
-    if INTERPRETED or torch.version.hip or torch.cuda.get_device_capability(device) < (9, 0):
-        return {"PDL": False, **rounding}
-    return {"PDL": True, "launch_pdl": True, **rounding}
+    return {"PDL": True, "launch_pdl": True, **rounding} if is_hopper(device) else {"PDL": False, **rounding}
 
 
 def cdiv(x: int, y: int) -> int:

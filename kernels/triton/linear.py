@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..reference import SKINNY_ROWS
+from ..reference import FEW_ROWS
 from .launch import check, check_activation
 from .linear_few_rows import multiply
 from .rms_norm import rms_norm
@@ -36,7 +36,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, norm: Tensor | None =
 
 
 def _few(x: Tensor) -> bool:
-    return x.shape[:-1].numel() <= SKINNY_ROWS
+    return x.shape[:-1].numel() <= FEW_ROWS
 
 
 def _empty(x: Tensor, *shape: int) -> Tensor:

@@ -40,7 +40,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import cdiv, jit, next_power_of_2, options
+from .launch import cdiv, is_hopper, jit, next_power_of_2, options
 from .rms_norm import rms_norm
 from .rope_and_cache import cos_sin, rotate
 from .swiglu import silu
@@ -60,7 +60,7 @@ class Tile(NamedTuple):
 ONE_ROW = Tile(2, 4096, 4)  # rows of W up to LONG bytes
 ONE_ROW_LONG = Tile(2, 4096, 8)
 LONG, LONGEST = 20480, 40960  # bytes of a row of W: more do not fit the registers, and go the way of several rows
-ROWS_SM90 = Tile(64, 256, 4, 8)  # tensor cores that read shared memory take 64 rows of W: 112 KB are under way
+ROWS_HOPPER = Tile(64, 256, 4, 8)  # tensor cores that read shared memory take 64 rows of W: 112 KB are under way
 ROWS = Tile(32, 512, 4, 4)
 ROWS_WIDE = Tile(64, 256, 4, 4)  # more rows of W than WIDE: half the programs fill a GPU, and read x half as often
 WIDE = 16384  # AMD's: of any, where ROWS would take more than the 64 KB of shared memory that a program may have
@@ -188,7 +188,7 @@ def _places(
     "x_ptr x_stride norm_ptr w_ptr bias_ptr residual_ptr residual_stride y_ptr inv_freq_ptr k_cache_ptr "
     "k_page_stride k_head_stride k_token_stride v_cache_ptr v_page_stride v_head_stride v_token_stride"
 )
-def _skinny(
+def _linear_few_rows(
     x_ptr, x_stride, norm_ptr, eps, w_ptr, bias_ptr, residual_ptr, residual_stride, y_ptr, R,
     inv_freq_ptr, inv_freq_stride, k_cache_ptr, k_page_stride, k_head_stride, k_token_stride,
     v_cache_ptr, v_page_stride, v_head_stride, v_token_stride,
@@ -288,22 +288,21 @@ def multiply(
     rows, columns = x.shape
     outputs = weight.shape[0]
     size = weight.element_size()
-    shared = options(x.device)
     alone = rows == 1 and not batch_invariant and columns * size <= LONGEST
     if alone:
         tile = ONE_ROW if columns * size <= LONG else ONE_ROW_LONG
     elif x.dtype == torch.float32:
         tile = ROWS_FLOAT32
-    elif shared["PDL"]:
-        tile = ROWS_SM90
+    elif is_hopper(x.device):
+        tile = ROWS_HOPPER
     else:
         tile = ROWS_WIDE if outputs > WIDE or torch.version.hip else ROWS
     if norm is not None and not alone:  # once for all programs
         x, norm = rms_norm(x, norm, eps), None
-    _skinny[(cdiv(outputs, tile.rows),)](
+    _linear_few_rows[(cdiv(outputs, tile.rows),)](
         x, x.stride(0), norm, eps, weight, bias, residual, residual.stride(0) if residual is not None else None,
         y, rows, **(cache or NO_CACHE),
         OUT=outputs, C=columns, W_STRIDE=weight.stride(0), HALF=half,
         BO=tile.rows, BC=min(tile.width // size, max(next_power_of_2(columns), 16)),
-        BR=1 if alone else PADDED_ROWS, STAGES=tile.stages, AHEAD=AHEAD, num_warps=tile.warps, **shared,
+        BR=1 if alone else PADDED_ROWS, STAGES=tile.stages, AHEAD=AHEAD, num_warps=tile.warps, **options(x.device),
     )  # fmt: skip

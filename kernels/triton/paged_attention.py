@@ -31,7 +31,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import cdiv, check, check_activation, jit, next_power_of_2, options
+from .launch import cdiv, check, check_activation, is_hopper, jit, next_power_of_2, options
 
 MAX_HEAD_DIM = 256
 # Programs that share a sequence's work on one key/value head: twice as many, with InternLM3-8B's two, fill 132 SMs.
@@ -45,7 +45,7 @@ _TILES = {16: (64, 4, 3), 32: (64, 4, 5), 64: (32, 8, 4), 128: (32, 8, 5)}
 _PROGRAMS_ALONE = 128
 _TILE_ALONE = (64, 8, 3)
 # Tensor cores that take both factors from shared memory, sm_90's and later, leave registers for more keys.
-_TALL_OF_SM90 = (64, 8, 2)
+_TALL_ON_HOPPER = (64, 8, 2)
 
 
 class Tiling(NamedTuple):
@@ -60,10 +60,10 @@ class Tiling(NamedTuple):
 
 
 @lru_cache
-def tiling(T: int, G: int, D: int, dtype: torch.dtype, sm90: bool, alone: bool) -> Tiling:
+def tiling(T: int, G: int, D: int, dtype: torch.dtype, hopper: bool, alone: bool) -> Tiling:
     dims, programs = next_power_of_2(D), _PROGRAMS
     rows = min(max(next_power_of_2(T * G), 16), 128 if dims <= 128 else 64)
-    keys, warps, stages = _TALL_OF_SM90 if rows == 128 and sm90 else _TILES[rows]
+    keys, warps, stages = _TALL_ON_HOPPER if rows == 128 and hopper else _TILES[rows]
     if rows == 16 and alone:
         (keys, warps, stages), programs = _TILE_ALONE, _PROGRAMS_ALONE
     if dims > 128:
@@ -241,10 +241,8 @@ def paged_attention(
         raise ValueError(f"scale is {scale}, must be positive")
 
     T, G = rows // B, H // K
-    shared = options(device)
-    BM, BN, BD, SPLITS, warps, stages = tiling(
-        T, G, D, q.dtype, sm90=shared["PDL"], alone=B == 1 and not batch_invariant
-    )
+    alone = B == 1 and not batch_invariant
+    BM, BN, BD, SPLITS, warps, stages = tiling(T, G, D, q.dtype, is_hopper(device), alone)
     out = torch.empty((rows, H * D), dtype=q.dtype, device=device)
     partial, best, total = out, out, out
     if SPLITS > 1:
@@ -256,10 +254,24 @@ def paged_attention(
     _attend[grid](
         q, k_cache, v_cache, block_table, seq_lens, partial, best, total, q.stride(0), q.stride(1),
         *k_cache.stride()[:3], block_table.stride(0), log2_scale, T, P, N, SPLITS,
-        G, K, S, D, SPLITS > 1, BM, BN, BD, num_warps=warps, num_stages=stages, **shared,
+        G, K, S, D, SPLITS > 1, BM, BN, BD, num_warps=warps, num_stages=stages, **options(device),
     )  # fmt: skip
     if SPLITS > 1:
         _combine[(rows, H)](
-            partial, best, total, seq_lens, out, log2_scale, T, N * S, H, D, SPLITS, BN, BD, num_warps=4, **shared
+            partial,
+            best,
+            total,
+            seq_lens,
+            out,
+            log2_scale,
+            T,
+            N * S,
+            H,
+            D,
+            SPLITS,
+            BN,
+            BD,
+            num_warps=4,
+            **options(device),
         )
     return out

@@ -12,8 +12,8 @@ where its vocabulary is a multiple of 8: else where a row of it begins decides h
 
 import torch
 
-from ..reference import SKINNY_ROWS
-from .launch import options
+from ..reference import FEW_ROWS
+from .launch import is_hopper
 from .paged_attention import tiling
 from .rope_and_cache import heads_of_a_program
 
@@ -25,6 +25,6 @@ def token_counts(most: int, group: int, head_dim: int, dtype: torch.dtype, devic
     """
     firsts: dict[object, int] = {}
     for tokens in range(1, most + 1):
-        tiles = tiling(tokens, group, head_dim, dtype, sm90=options(device)["PDL"], alone=True)
-        firsts.setdefault((min(tokens, 2), tokens <= SKINNY_ROWS, heads_of_a_program(tokens), tiles), tokens)
+        tiles = tiling(tokens, group, head_dim, dtype, is_hopper(device), alone=True)
+        firsts.setdefault((min(tokens, 2), tokens <= FEW_ROWS, heads_of_a_program(tokens), tiles), tokens)
     return list(firsts.values())

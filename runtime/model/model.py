@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels import for_device
-from ...kernels.reference import ROWS_ALIKE, SKINNY_ROWS
+from ...kernels.reference import FEW_ROWS
 from .config import InternLM3Config
 from .layers import Embedding, Linear, PartNames, RMSNorm, StackedLinear
 from .pages import Pages, Sequences
 
 # How many rows of a step `batch_invariant` holds for.
-INVARIANT_ROWS = SKINNY_ROWS
+INVARIANT_ROWS = FEW_ROWS
 
 
 class Attention(PartNames):
@@ -106,9 +106,13 @@ class Decoder(nn.Module):
         return for_device(self.device)
 
     def may_share(self, tokens: int) -> bool:
-        """Whether prompts of so many tokens may share a launch: nobody was promised bits that could tell."""
-        alike = ROWS_ALIKE if self.device.type == "cpu" else not self.batch_invariant
-        return alike and tokens > SKINNY_ROWS
+        """Whether prompts of this length may be batched.
+
+        False where results are promised to be bit-identical, as on a CPU and with `batch_invariant`, and the number of
+        rows may change rounding.
+        """
+        promised = self.batch_invariant or self.device.type == "cpu"
+        return tokens > FEW_ROWS and not (promised and self.ops.ROW_COUNT_CHANGES_BITS)
 
     def run(
         self,
