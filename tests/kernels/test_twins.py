@@ -1,4 +1,4 @@
-"""One name per op: in the reference, in both backends, in a test, a benchmark case and the table of kernels/README.md."""
+"""One name per op: in the reference, both backends, a test, a benchmark case and the table of kernels/README.md."""
 
 import ast
 import inspect
