@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from internlm3 import InternLM3Config, InternLM3ForCausalLM
-from internlm3.kernels import cpu
+from internlm3.kernels import cpu, cpu_cache
 from internlm3.kernels.reference import FEW_ROWS
 from internlm3.kernels.reference_sampling import FEW_TOKENS
 from internlm3.runtime.engine import decode
@@ -375,7 +375,7 @@ def test_a_state_that_is_bound_anew_is_found(model, recorder, monkeypatch):
 
 def test_where_a_chunk_ends_pages_and_blocks_of_attention_end():
     """Else what is reused, and what a launch of several chunks computes, would be cut in other places."""
-    assert decode.CHUNK % PAGE == decode.CHUNK % cpu.QUERY_BLOCK == decode.TOGETHER % decode.CHUNK == 0
+    assert decode.CHUNK % PAGE == decode.CHUNK % cpu_cache.QUERY_BLOCK == decode.TOGETHER % decode.CHUNK == 0
 
 
 @pytest.mark.skipif(cpu.ROW_COUNT_CHANGES_BITS, reason="on this CPU the number of rows may change rounding")
@@ -383,7 +383,7 @@ def test_where_a_chunk_ends_pages_and_blocks_of_attention_end():
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_chunks_that_share_a_launch(monkeypatch, threads, dtype):
     """The bits of a launch for each chunk, whatever the shapes and wherever threads cut them."""
-    monkeypatch.setattr(decode, "CHUNK", cpu.QUERY_BLOCK)
+    monkeypatch.setattr(decode, "CHUNK", cpu_cache.QUERY_BLOCK)
     cut, most = decode.CHUNK, 3 * decode.CHUNK
     config = InternLM3Config(
         vocab_size=320, hidden_size=72, intermediate_size=97, num_hidden_layers=2, num_attention_heads=6,

@@ -9,7 +9,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from internlm3 import InternLM3Config, InternLM3ForCausalLM, kernels
+from internlm3 import InternLM3Config, InternLM3ForCausalLM
+from internlm3.kernels import triton
 from internlm3.kernels.cpu import ROW_COUNT_CHANGES_BITS
 from internlm3.kernels.reference import FEW_ROWS
 from internlm3.runtime.engine import decode
@@ -181,7 +182,7 @@ def test_prompts_in_captured_launches(model, monkeypatch):
 def test_who_may_share_a_launch(model, monkeypatch):
     assert not model.model.may_share(FEW_ROWS)
     assert model.model.may_share(FEW_ROWS + 1) != ROW_COUNT_CHANGES_BITS
-    monkeypatch.setattr(runtime_model, "for_device", lambda _: kernels.triton)
+    monkeypatch.setattr(runtime_model, "for_device", lambda _: triton)
     on_a_gpu = Decoder(model.config, device="meta")
     assert on_a_gpu.may_share(FEW_ROWS + 1) and not on_a_gpu.may_share(FEW_ROWS)
     on_a_gpu.batch_invariant = True

@@ -11,13 +11,13 @@ import pytest
 import torch
 from cases import cases
 from internlm3 import kernels
-from internlm3.kernels import cpu, reference
+from internlm3.kernels import cpu, reference, triton
 
 KERNELS = Path(kernels.__file__).parent
 TESTS = Path(__file__).parent
 
 
-@pytest.mark.parametrize("module", [reference, cpu, kernels.triton], ids=["reference", "cpu", "triton"])
+@pytest.mark.parametrize("module", [reference, cpu, triton], ids=["reference", "cpu", "triton"])
 def test_the_names_are_the_same(module):
     functions = {name for name, _ in inspect.getmembers(module, inspect.isfunction) if not name.startswith("_")}
     assert functions == set(kernels.__all__)
@@ -25,7 +25,7 @@ def test_the_names_are_the_same(module):
 
 @pytest.mark.parametrize("name", kernels.__all__)
 def test_the_signatures_are_the_same(name):
-    sides = (inspect.signature(getattr(module, name)) for module in (reference, cpu, kernels.triton))
+    sides = (inspect.signature(getattr(module, name)) for module in (reference, cpu, triton))
     expected, *found = ([(p.name, p.kind, p.default) for p in side.parameters.values()] for side in sides)
     assert found == [expected, expected]
 
@@ -94,9 +94,9 @@ def test_no_loop_carries_the_old_value_of_a_name():
 def test_the_name_of_an_op_is_the_op():
     """Never its file, which may bear the same name, even where the file is imported first."""
     program = (
-        "import importlib, inspect; from internlm3 import kernels\n"
-        "importlib.import_module('internlm3.kernels.triton.linear')\n"
-        "assert all(callable(getattr(side, name)) for side in (kernels, kernels.triton) for name in kernels.__all__)"
+        "import importlib; importlib.import_module('internlm3.kernels.triton.linear')\n"
+        "from internlm3 import kernels; from internlm3.kernels import triton\n"
+        "assert all(callable(getattr(side, name)) for side in (kernels, triton) for name in kernels.__all__)"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
 
@@ -123,7 +123,7 @@ def test_no_backend_has_mutable_state():
 
 def test_one_place_chooses_the_backend():
     assert kernels.for_device(torch.device("cpu")) is cpu
-    assert kernels.for_device(torch.device("cuda", 1)) is kernels.triton
+    assert kernels.for_device(torch.device("cuda", 1)) is triton
     with pytest.raises(ValueError, match="no ops for device 'meta': move the model to 'cpu' or 'cuda'"):
         kernels.for_device(torch.device("meta"))
 
