@@ -31,7 +31,7 @@ from audit import FACTS, Facts, kernel_name
 from cases import INTERNLM3_8B as SIZE
 from cases import Arguments, Case, cases
 from internlm3 import kernels
-from internlm3.kernels.sampling_search import PASSES, TOP_K, TOP_P, TYPICAL_P
+from internlm3.kernels.triton.sample_search import PASSES, TOP_K, TOP_P, TYPICAL_P
 from machine_code.launches import Launch, compile_launches
 from machine_code.reader import MachineCode, read
 from machine_code.sass import Access
@@ -91,7 +91,7 @@ class Cost(NamedTuple):
 
 def bulk(x: Arguments, launch: Launch) -> int:
     """Bytes that the launch must bring from memory: what a step leaves in no cache."""
-    if launch.kernel == "_skinny":
+    if launch.kernel == "_linear_few_rows":
         return x["weight"].numel() * x["weight"].element_size()
     if launch.kernel == "_attend":
         return 2 * x["block_table"].numel() * x["k_cache"][0].numel() * x["k_cache"].element_size()
@@ -132,7 +132,7 @@ def cost(case: Case, count: int, launch: Launch, code: MachineCode, search: Sear
     others = [x for x in loads if not x.pointers & set(facts.bulk)]
     resident = TARGET.resident_blocks(metadata.num_warps, code.registers, metadata.shared)
     early = sum(x.bytes for x in loads if not x.may_have_waited and x.pointers & set(facts.bulk)) * threads
-    if launch.kernel == "_skinny" and launch.constants["BR"] > 1:  # a request into the L2 cache is no load
+    if launch.kernel == "_linear_few_rows" and launch.constants["BR"] > 1:  # a request into the L2 cache is no load
         early = launch.constants["BO"] * launch.constants["AHEAD"] * 128
     # A loop that keeps nothing on its way waits in every round.
     serial = {x.loop for x in loads if x.loop} - {x.loop for x in loads if "LDGSTS" in x.instruction}

@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from internlm3 import InternLM3Config, InternLM3ForCausalLM
-from internlm3.kernels import reference
-from internlm3.kernels.reference import SKINNY_ROWS
-from internlm3.kernels.sampling_reference import FEW_TOKENS
+from internlm3.kernels import cpu, cpu_cache
+from internlm3.kernels.reference import FEW_ROWS
+from internlm3.kernels.reference_sampling import FEW_TOKENS
 from internlm3.runtime.engine import decode, prefill
 from internlm3.runtime.engine.engine import Engine
 from internlm3.runtime.engine.request import Request
@@ -39,7 +39,7 @@ class Rows:
             self.state.batch.seq_lens[row] = len(request.prompt_ids)
 
     def __call__(self, logits):
-        decode.sample(reference, logits, self.state, self.tier)
+        decode.sample(cpu, logits, self.state, self.tier)
         return self.state.report.clone()
 
     def keep(self, rows):
@@ -377,15 +377,15 @@ def test_a_state_that_is_bound_anew_is_found(model, recorder, monkeypatch):
 
 def test_where_a_chunk_ends_pages_and_blocks_of_attention_end():
     """Else what is reused, and what a launch of several chunks computes, would be cut in other places."""
-    assert prefill.CHUNK % PAGE == prefill.CHUNK % reference.QUERY_BLOCK == prefill.LAUNCH_TOKENS % prefill.CHUNK == 0
+    assert prefill.CHUNK % PAGE == prefill.CHUNK % cpu_cache.QUERY_BLOCK == prefill.LAUNCH_TOKENS % prefill.CHUNK == 0
 
 
-@pytest.mark.skipif(not reference.ROWS_ALIKE, reason="this CPU's bits may tell how many rows there are")
+@pytest.mark.skipif(cpu.ROW_COUNT_CHANGES_BITS, reason="on this CPU the number of rows may change rounding")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_chunks_that_share_a_launch(monkeypatch, threads, dtype):
     """The bits of a launch for each chunk, whatever the shapes and wherever threads cut them."""
-    monkeypatch.setattr(prefill, "CHUNK", reference.QUERY_BLOCK)
+    monkeypatch.setattr(prefill, "CHUNK", cpu_cache.QUERY_BLOCK)
     cut, most = prefill.CHUNK, 3 * prefill.CHUNK
     config = InternLM3Config(
         vocab_size=320, hidden_size=72, intermediate_size=97, num_hidden_layers=2, num_attention_heads=6,
@@ -418,8 +418,8 @@ def test_chunks_that_share_a_launch(monkeypatch, threads, dtype):
         for tokens, begin, expected in [
             (2 * cut, 0, [2 * cut]),
             (most + 2 * cut + 1, 0, [most, 2 * cut, 1]),
-            (most + SKINNY_ROWS, 0, [most, SKINNY_ROWS]),
-            (2 * cut + SKINNY_ROWS + 1, 0, [2 * cut + SKINNY_ROWS + 1]),
+            (most + FEW_ROWS, 0, [most, FEW_ROWS]),
+            (2 * cut + FEW_ROWS + 1, 0, [2 * cut + FEW_ROWS + 1]),
             (most + cut + 100, cut, [most, 100]),
             (most + 101, cut, [2 * cut + 101]),
         ]:

@@ -10,13 +10,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from internlm3 import InternLM3Config, InternLM3ForCausalLM
-from internlm3.kernels.reference import ROWS_ALIKE, SKINNY_ROWS
+from internlm3.kernels import triton
+from internlm3.kernels.cpu import ROW_COUNT_CHANGES_BITS
+from internlm3.kernels.reference import FEW_ROWS
 from internlm3.runtime.engine import prefill
 from internlm3.runtime.engine.answer import Answer
 from internlm3.runtime.engine.engine import Engine
 from internlm3.runtime.engine.graphs import StepQueue, cuda_graphs
 from internlm3.runtime.engine.pages import page_budget
 from internlm3.runtime.engine.request import Request
+from internlm3.runtime.model import model as runtime_model
 from internlm3.runtime.model.kv_cache import PAGE, page_bytes, pages_of
 from internlm3.runtime.model.model import Decoder
 from internlm3.runtime.sampling.params import SamplingParams
@@ -133,7 +136,7 @@ def test_answers_to_one_prompt_fill_it_once(model, monkeypatch):
     assert [said(request) for request in requests] == [alone(model, request) for request in requests]
 
 
-@pytest.mark.skipif(not ROWS_ALIKE, reason="this CPU's bits may tell how many rows there are")
+@pytest.mark.skipif(ROW_COUNT_CHANGES_BITS, reason="on this CPU the number of rows may change rounding")
 def test_short_prompts_share_launches(model, monkeypatch):
     """Those of like lengths, up to a bound together; one of up to 16 tokens goes alone, and so does a long one."""
     monkeypatch.setattr(prefill, "CHUNK", 192)
@@ -178,13 +181,14 @@ def test_prompts_in_captured_launches(model, monkeypatch):
     assert launched == [], "all is replayed"
 
 
-def test_who_may_share_a_launch(model):
-    assert not model.model.can_batch_prompts(SKINNY_ROWS)
-    assert model.model.can_batch_prompts(SKINNY_ROWS + 1) == ROWS_ALIKE
+def test_which_prompts_can_be_batched(model, monkeypatch):
+    assert not model.model.can_batch_prompts(FEW_ROWS)
+    assert model.model.can_batch_prompts(FEW_ROWS + 1) != ROW_COUNT_CHANGES_BITS
+    monkeypatch.setattr(runtime_model, "for_device", lambda _: triton)
     on_a_gpu = Decoder(model.config, device="meta")
-    assert on_a_gpu.can_batch_prompts(SKINNY_ROWS + 1) and not on_a_gpu.can_batch_prompts(SKINNY_ROWS)
+    assert on_a_gpu.can_batch_prompts(FEW_ROWS + 1) and not on_a_gpu.can_batch_prompts(FEW_ROWS)
     on_a_gpu.batch_invariant = True
-    assert not on_a_gpu.can_batch_prompts(SKINNY_ROWS + 1)
+    assert not on_a_gpu.can_batch_prompts(FEW_ROWS + 1)
 
 
 def test_sequences_of_different_rotary_bases_share_nothing():

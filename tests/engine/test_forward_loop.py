@@ -9,7 +9,7 @@ import random
 import pytest
 import torch
 from internlm3 import LLM, InternLM3Config, InternLM3ForCausalLM
-from internlm3.kernels import sampling_reference
+from internlm3.kernels import reference_sampling
 from internlm3.runtime.engine import prefill
 from internlm3.runtime.engine.answer import Answer
 from internlm3.runtime.engine.request import Request
@@ -70,7 +70,7 @@ def looped(model, prompt, p, max_tokens, ends, seed, tokenizer=None):
         keys = {"seed": seed, "stream": 0, "position": len(prompt) + len(token_ids)}
         filters = {name: torch.tensor([getattr(p, name)]) for name in ("temperature", "top_p", "min_p", "typical_p")}
         filters |= {"top_k": torch.tensor([p.top_k]), **{name: torch.tensor([key]) for name, key in keys.items()}}
-        token_ids.append(int(sampling_reference.sample(x, **filters)[0]))
+        token_ids.append(int(reference_sampling.sample(x, **filters)[0]))
         if token_ids[-1] in ends:
             return token_ids, "stop"
         if p.stops and any(stop in tokenizer.decode(token_ids) for stop in p.stops):

@@ -1,8 +1,8 @@
 """RMSNorm. Zhang and Sennrich 2019.
 
-    y = cast(x * rsqrt(mean(x^2) + eps)) * weight        [R, C], one program a row
+    y = cast(x * rsqrt(mean(x^2) + eps)) * weight        [R, C], one program per row
 
-float32 up to the cast to the activation dtype, the weight multiplies after it. Bytes at InternLM3-8B's shapes
+float32 up to the cast to the activation dtype; the weight multiplies after it. Bytes at InternLM3-8B's shapes
 (C = 4096, 16 bits): 8 KiB read and 8 KiB written per row, and 8 KiB of weight once. Operations: 4 C per row.
 """
 
@@ -14,7 +14,7 @@ from .launch import check, check_activation, jit, next_power_of_2, options
 
 
 def _num_warps(block: int) -> int:
-    """16 elements a thread: two 16-byte loads of a 16-bit dtype in flight, and few threads to reduce across."""
+    """16 elements per thread: two 16-byte loads of a 16-bit dtype in flight, and few threads to reduce across."""
     return min(max(block // 512, 1), 16)
 
 
@@ -40,7 +40,7 @@ def _rms_norm(
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """cast(x * rsqrt(mean(x^2) + eps)) * weight. x [..., C], weight [C] of x's dtype -> [..., C], contiguous.
 
-    Raises TypeError for a dtype, ValueError for a shape, device or stride that the kernel cannot take.
+    Raises TypeError for a wrong dtype, ValueError for a wrong shape, device or stride.
     """
     width = x.shape[-1]
     check_activation("x", x, *x.shape)

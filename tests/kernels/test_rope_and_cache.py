@@ -1,4 +1,4 @@
-"""rope_and_cache against kernels.reference and float64, and the cosines behind it."""
+"""rope_and_cache, by both backends and the reference, against float64; and the cosines that it computes."""
 
 import math
 
@@ -11,23 +11,22 @@ from harness import difference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from internlm3 import kernels
-from internlm3.kernels import reference
-from internlm3.kernels.rope import cos_sin
+from internlm3.kernels.triton.rope_and_cache import cos_sin
 from internlm3.tests.kernels.support import (
     DEVICE,
+    MODULES,
     assert_near,
     assert_rounded_alike,
     assert_same,
-    call,
     dtypes,
     embedded,
     generator,
     normal,
+    run,
     seeds,
 )
 
-# cos and sin, the products and their sum are rounded, half an ulp of the operands each; float32 adds 1.5 ulp of
-# its own cosine.
+# cos and sin, the products and their sum are rounded, half an ulp of the operands each. float32's cosine adds 1.5 ulp.
 ULPS = {torch.bfloat16: 1.1, torch.float16: 1.1, torch.float32: 3.0}
 
 
@@ -43,7 +42,7 @@ def _cos_sin(angle_ptr, cos_ptr, sin_ptr, BLOCK: tl.constexpr):
 @settings(max_examples=30)
 @given(seeds, st.sampled_from(["any", "positions", "quadrants"]))
 def test_cos_sin_are_exact_to_two_ulp(seed, kind):
-    """Any magnitude; positions up to a million; the float32 neighbours of multiples of pi/2, where sines vanish."""
+    """Any magnitude; positions up to a million; float32 numbers next to multiples of pi/2, where sines vanish."""
     rng = generator(seed)
     uniform = torch.rand(4096, generator=rng, dtype=torch.float64)
     if kind == "any":
@@ -66,11 +65,22 @@ def test_cos_sin_are_exact_to_two_ulp(seed, kind):
 class Case:
     """A random launch: sequences of these lengths, on three pages each, which the table repeats to any length.
 
-    With no more tokens than a page has, no two of them meet in one place.
+    A launch has at most as many tokens as a page, so no two of them share a slot.
     """
 
     def __init__(
-        self, seed, dtype, lengths, tokens, heads, kv_heads, dim, page_size, padding=0, order="PAKSD", turned=False
+        self,
+        seed,
+        dtype,
+        lengths,
+        tokens,
+        heads,
+        kv_heads,
+        dim,
+        page_size,
+        padding=0,
+        order="PAKSD",
+        own_positions=False,
     ):
         assert tokens <= page_size
         rng = generator(seed)
@@ -85,10 +95,10 @@ class Case:
         choice = torch.randint(3, (sequences, slots), generator=rng)
         self.block_table = embedded(pages.gather(1, choice).to(DEVICE), padding)
         self.seq_lens = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
-        # Where rows stand for the rotation, if not at their places.
+        # Positions for the rotation that differ from those in the sequence.
         turns = torch.randint(1_000_000, (sequences * tokens,), generator=rng, dtype=torch.int32)
-        self.positions = turns.to(DEVICE) if turned else None
-        # k and v (A) in one buffer. NaN fills it, as freed memory might: what the op does not write must stay so.
+        self.positions = turns.to(DEVICE) if own_positions else None
+        # k and v (axis A) in one buffer of NaN, as freed memory may be: what the op does not write must stay NaN.
         sizes = {"P": 3 * sequences + 1, "A": 2, "K": kv_heads, "S": page_size, "D": dim}
         self.order = order
         self.kv = torch.full([sizes[axis] for axis in order], torch.nan, dtype=dtype, device=DEVICE)
@@ -97,15 +107,14 @@ class Case:
         """A buffer like self.kv, [P, 2, K, S, D]."""
         return kv.permute([self.order.index(axis) for axis in "PAKSD"])
 
-    def run(self, op):
+    def run(self, backend):
         """The op on a copy of the cache: q, k_cache, v_cache."""
         kv = self.paged(embedded(self.kv))
         args = (self.qkv, self.inv_freq, kv[:, 0], kv[:, 1], self.block_table, self.seq_lens, self.positions)
-        q = call(op, *args, writes=args[2:4]) if op is kernels.rope_and_cache else op(*args)
-        return q, kv[:, 0], kv[:, 1]
+        return run(backend, "rope_and_cache", *args, writes=args[2:4]), kv[:, 0], kv[:, 1]
 
     def exact(self):
-        """float64: q, k and v of every row and the operands' size of q and k; the position of every row."""
+        """In float64: q, k and v of every row, the magnitude of the terms of q and k, and the position of every row."""
         x = self.qkv.double().view(len(self.lengths), self.tokens, -1, self.dim)
         position = self.seq_lens[:, None] - self.tokens + torch.arange(self.tokens, device=DEVICE)
         turn = position if self.positions is None else self.positions.view(position.shape)
@@ -113,7 +122,7 @@ class Case:
         cos, sin = angle.cos()[:, :, None], angle.sin()[:, :, None]
         first, second = x.chunk(2, dim=-1)
         turned = torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
-        # The last term is the rounding of a cosine so small that the dtype holds it with fewer bits.
+        # The last term is the rounding of a subnormal cosine, which has fewer bits.
         size = torch.cat(((first * cos).abs() + (second * sin).abs(), (second * cos).abs() + (first * sin).abs()), -1)
         size = size + (first.abs() + second.abs()).repeat(1, 1, 1, 2) * torch.finfo(self.qkv.dtype).smallest_normal
         live = (position >= 0)[..., None, None]
@@ -123,31 +132,31 @@ class Case:
 
 
 def check_case(case):
-    q, k_cache, v_cache = case.run(kernels.rope_and_cache)
-    reference_q, reference_k, reference_v = case.run(reference.rope_and_cache)
+    results = {backend: case.run(backend) for backend in MODULES}
     exact_q, exact_k, exact_v, q_size, k_size, position = case.exact()
     ulps = ULPS[case.qkv.dtype]
-    assert_near(exact_q, ulps, q_size, triton=q, reference=reference_q)
-    assert_same(reference_v.nan_to_num(7.0), found=v_cache.nan_to_num(7.0))
-    written = torch.zeros(k_cache.shape[0], case.page_size, dtype=torch.bool, device=DEVICE)
+    assert_near(exact_q, ulps, q_size, **{backend: q for backend, (q, _, _) in results.items()})
+    written = torch.zeros(case.paged(case.kv).shape[0], case.page_size, dtype=torch.bool, device=DEVICE)
     for b, t in (position >= 0).nonzero().tolist():
         slot = int(position[b, t])
         page, offset = int(case.block_table[b, slot // case.page_size]), slot % case.page_size
         written[page, offset] = True
-        found, expected = k_cache[page, :, offset], reference_k[page, :, offset]
-        assert_near(exact_k[b, t], ulps, k_size[b, t], triton=found, reference=expected)
-        assert_same(exact_v[b, t], found=v_cache[page, :, offset].double())
-    for cache in (k_cache, v_cache):
-        assert cache.isnan().all(-1).all(1).logical_xor(written).all(), "a token that is not of this launch was written"
+        k = {backend: k_cache[page, :, offset] for backend, (_, k_cache, _) in results.items()}
+        v = {backend: v_cache[page, :, offset].double() for backend, (_, _, v_cache) in results.items()}
+        assert_near(exact_k[b, t], ulps, k_size[b, t], **k)
+        assert_same(exact_v[b, t], **v)
+    for backend, (_, *caches) in results.items():
+        for cache in caches:
+            assert (cache.isnan().all(-1).all(1) != written).all(), f"{backend} wrote a slot of another token"
 
 
-# Of the axes in memory: by pages, by tokens within a page, and as the runtime has them, by heads.
+# The axes in memory: by page, by token within a page, and by head, as in the runtime.
 orders = st.sampled_from(["PAKSD", "PASKD", "AKPSD"])
 lengths_near_pages = st.sampled_from([0, 1, 2, 15, 16, 17, 31, 32, 33, 131072, 131073, 1_000_000])
 
 
 @pytest.mark.op(name="rope_and_cache")
-@settings(max_examples=250)
+@settings(max_examples=90)
 @given(
     seeds,
     dtypes,
@@ -161,9 +170,9 @@ lengths_near_pages = st.sampled_from([0, 1, 2, 15, 16, 17, 31, 32, 33, 131072, 1
     orders,
     st.booleans(),
 )
-def test_rope_and_cache(seed, dtype, lengths, tokens, kv_heads, group, dim, page_size, padding, order, turned):
+def test_rope_and_cache(seed, dtype, lengths, tokens, kv_heads, group, dim, page_size, padding, order, own_positions):
     heads = group * kv_heads
-    check_case(Case(seed, dtype, lengths, tokens, heads, kv_heads, dim, page_size, padding, order, turned))
+    check_case(Case(seed, dtype, lengths, tokens, heads, kv_heads, dim, page_size, padding, order, own_positions))
 
 
 @pytest.mark.parametrize(
@@ -176,29 +185,30 @@ def test_rope_and_cache(seed, dtype, lengths, tokens, kv_heads, group, dim, page
     ],
 )
 def test_internlm3_shapes(dtype, lengths, tokens):
-    """One token; idle sequences; a page's edge; many rows, part of which stand before their sequence's beginning."""
+    """One token; idle sequences; the edge of a page; many rows, part of which are padding."""
     check_case(Case(3, dtype, lengths, tokens, 32, 2, 128, 256))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_products_are_rounded_one_by_one(dtype):
-    """InternLM3's order of rounding, bit by bit: all but a few values, where a cosine's last float32 bit decides."""
+    """InternLM3's order of rounding, bit by bit, except a few values where a cosine's last float32 bit decides."""
     case = Case(5, dtype, [70], 32, 4, 2, 128, 32)
-    q, k_cache, _ = case.run(kernels.rope_and_cache)
-    expected_q, expected_k, _ = case.run(reference.rope_and_cache)
-    assert_rounded_alike(expected_q, q=q)
-    assert_rounded_alike(expected_k.nan_to_num(7.0), k_cache=k_cache.nan_to_num(7.0))
+    results = {backend: case.run(backend) for backend in MODULES}
+    expected_q, expected_k, _ = results.pop("reference")
+    for backend, (q, k_cache, _) in results.items():
+        assert_rounded_alike(expected_q, **{f"{backend}'s q": q})
+        assert_rounded_alike(expected_k.nan_to_num(7.0), **{f"{backend}'s k_cache": k_cache.nan_to_num(7.0)})
 
 
-@pytest.mark.parametrize("turned", [False, True])
-def test_arguments_that_change_in_place(turned):
-    """A launch keeps its tables for its other layers: none may serve where any argument is another by now."""
-    case = Case(11, torch.float32, [5, 30], 2, 4, 2, 64, 64, turned=turned)
+@pytest.mark.parametrize("own_positions", [False, True])
+def test_arguments_that_change_in_place(own_positions):
+    """A backend may keep tables from one layer to the next, but not where an argument has changed since."""
+    case = Case(11, torch.float32, [5, 30], 2, 4, 2, 64, 64, own_positions=own_positions)
     check_case(case)
-    for argument in (case.seq_lens, case.inv_freq, *([case.positions] if turned else [])):
+    for argument in (case.seq_lens, case.inv_freq, *([case.positions] if own_positions else [])):
         argument[1] += 1
         check_case(case)
-    case.positions = None if turned else case.seq_lens.repeat_interleave(2)
+    case.positions = None if own_positions else case.seq_lens.repeat_interleave(2)
     check_case(case)
     case.qkv, case.kv = case.qkv.half(), case.kv.half()
     check_case(case)
@@ -208,7 +218,7 @@ def test_page_ids_outside_the_cache_write_nothing():
     case = Case(9, torch.float32, [5, 6, 7], 2, 4, 2, 64, 16)
     case.block_table[0] = -1
     case.block_table[1] = case.kv.shape[0]
-    _, k_cache, v_cache = case.run(kernels.rope_and_cache)
+    _, k_cache, v_cache = case.run("triton")
     mine = case.block_table[2, 0]
     for cache in (k_cache, v_cache):
         assert cache[mine, :, 5:7].isfinite().all()

@@ -71,7 +71,7 @@ def advance(
 ) -> None:
     """`reference.advance`: the state's tensors change in place.
 
-    Raises TypeError for a dtype, ValueError for a shape, device or stride that the kernel cannot take.
+    Raises TypeError for a wrong dtype, ValueError for a wrong shape, device or stride.
     """
     check_activation("logprob", logprob, -1)
     rows, device = logprob.shape[0], logprob.device

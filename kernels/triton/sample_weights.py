@@ -1,9 +1,9 @@
-"""What a token weighs and how its logit orders, in the arithmetic of `sampling_reference`, for the sampling kernels."""
+"""The weights of tokens and the order of their logits, by the arithmetic of `reference_sampling`."""
 
 import triton
 import triton.language as tl
 
-from .sampling_reference import EXP2_COEFFICIENTS, FLOAT32_MAX, LOG2_E, MASK32, SHARE_BITS, UNIT_BITS
+from ..reference_sampling import EXP2_COEFFICIENTS, FLOAT32_MAX, LOG2_E, MASK32, SHARE_BITS, UNIT_BITS
 
 UNIT = tl.constexpr(2**UNIT_BITS)
 WHOLE = tl.constexpr(2**SHARE_BITS)
@@ -18,7 +18,7 @@ _C5, _C4, _C3, _C2, _C1, _C0 = (tl.constexpr(c) for c in EXP2_COEFFICIENTS)
 
 @triton.jit
 def order_key(x):
-    """int64 in [0, 2^32) that order as float32 does; -0.0 is 0.0."""
+    """int64 in [0, 2^32), in the order of the float32 x; -0.0 equals 0.0."""
     bits = (x + 0.0).to(tl.int32, bitcast=True)
     return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64) + 2147483648
 
@@ -62,7 +62,7 @@ def best_of(maxima):
 
 @triton.jit
 def read_sharpness(temperature_ptr, row):
-    """Bits of weight per unit of logit; at temperature 0 so many that the maxima alone have any."""
+    """Bits of weight per unit of logit. At temperature 0 it is so large that only the maxima have a weight."""
     return tl.minimum(tl.div_rn(1.0, tl.load(temperature_ptr + row)) * _LOG2_E, LARGEST)
 
 
@@ -76,7 +76,7 @@ def read_least_weight(min_p_ptr, row):
 
 @triton.jit
 def typical_key(x, best, sharpness, mean):
-    """Keys that fall as the distance from the mean surprise grows."""
+    """Keys that decrease as the distance from the mean grows."""
     return order_key(tl.abs((x - best) * sharpness - mean)) ^ LOW32
 
 

@@ -13,19 +13,19 @@ from torch import Tensor
 
 from .launch import cdiv, check, check_activation, jit, next_power_of_2, options
 
-# Heads of one program, one warp: many programs hide latency where rows are few, angles are shared where rows are many.
+# Heads per program of one warp: with few rows many programs hide latency, with many rows heads share their angles.
 FEW_ROWS = 64
-HEADS_OF_FEW_ROWS = 4
-HEADS_OF_MANY_ROWS = 16
+HEADS_FOR_FEW_ROWS = 4
+HEADS_FOR_MANY_ROWS = 16
 
 
 @triton.jit
 def cos_sin(angle):
     """Cosine and sine of a float32 tensor of angles up to 2^20 * pi / 2, within 2 float32 ulp.
 
-    tl.cos keeps tables in local memory for large angles, so: the nearest multiple of pi/2 is taken off in float64, its
-    constant in two parts (33 bits, so that 20 bits of quadrants multiply it exactly, and the rest: Cody and Waite
-    1980), and minimax polynomials, fitted on |r| <= pi/4, do the rest in float32.
+    For large angles tl.cos uses tables in local memory. Here the nearest multiple of pi/2 is subtracted in float64,
+    with pi/2 in two parts (the first has 33 bits, so its product with a quadrant of 20 bits is exact: Cody and Waite
+    1980). Minimax polynomials, fitted on |r| <= pi/4, compute the rest in float32.
     """
     wide = angle.to(tl.float64)
     quadrant = tl.floor(wide * 0.6366197723675814 + 0.5)
@@ -41,7 +41,7 @@ def cos_sin(angle):
 
 @triton.jit
 def rotate(first, second, cos, sin, dtype: tl.constexpr):
-    """The rotated halves of heads, in float32 with every product rounded to dtype; so are cos and sin. float32 in."""
+    """The rotated halves of heads: float32 in and out; cos, sin and every product are rounded to dtype."""
     cos, sin = cos.to(dtype).to(tl.float32), sin.to(dtype).to(tl.float32)
     rotated_first = (first * cos).to(dtype).to(tl.float32) - (second * sin).to(dtype).to(tl.float32)
     rotated_second = (second * cos).to(dtype).to(tl.float32) + (first * sin).to(dtype).to(tl.float32)
@@ -79,17 +79,17 @@ def _rope_and_cache(
     slot = position // S
     placed = live & (slot < slots)
     page = tl.load(block_table_ptr + sequence * table_stride + slot, mask=placed, other=0).to(tl.int64)
-    tl.device_assert((page >= 0) & (page < pages), "block_table names a page that the cache has not")
+    tl.device_assert((page >= 0) & (page < pages), "block_table has a page that is not in the cache")
     placed = placed & (page >= 0) & (page < pages)
     inv_freq = tl.load(inv_freq_ptr + sequence * inv_freq_stride + column, mask=column < half, other=0.0)
     source = qkv_ptr + row * qkv_stride + head * D + column[None, :]
     mask = (is_q | is_k | is_v) & live
     first = tl.load(source, mask=mask, other=0.0)
     second = tl.load(source + half, mask=mask, other=0.0)
-    turn = position
+    rotation = position
     if positions_ptr is not None:
-        turn = tl.load(positions_ptr + row)
-    cos, sin = cos_sin(turn.to(tl.float32) * inv_freq)
+        rotation = tl.load(positions_ptr + row)
+    cos, sin = cos_sin(rotation.to(tl.float32) * inv_freq)
     cos, sin = cos[None, :], sin[None, :]
     rotated_first, rotated_second = rotate(first.to(tl.float32), second.to(tl.float32), cos, sin, dtype)
     rotated_first, rotated_second = rotated_first.to(dtype), rotated_second.to(dtype)
@@ -117,12 +117,12 @@ def rope_and_cache(
 ) -> Tensor:
     """Rotate q and k, write k and v into their pages, return q [B*T, H, D], contiguous.
 
-    qkv [B*T, (H + 2K) * D]: q heads in front, then k, then v; inv_freq [B, D/2] float32; caches [P, K, S, D] of qkv's
-    dtype; block_table [B, N] int32; seq_lens [B] int32 with the tokens of this launch counted. A row is turned by its
-    place in its sequence, or by `positions` [B*T] int32 where given. Rows at negative places give zero and write
-    nothing; nor is anything written through a page id outside the cache.
+    qkv [B*T, (H + 2K) * D]: the heads of q, then of k, then of v; inv_freq [B, D/2] float32; caches [P, K, S, D] of
+    qkv's dtype; block_table [B, N] int32; seq_lens [B] int32, including the tokens of this launch. A token is rotated
+    by its position in its sequence, or by `positions` [B*T] int32 where given. Tokens at negative positions are
+    padding: their q is zero and nothing is written for them. Nothing is written to a page outside the cache.
 
-    Raises TypeError for a dtype, ValueError for a shape, device or stride that the kernel cannot take.
+    Raises TypeError for a wrong dtype, ValueError for a wrong shape, device or stride.
     """
     check_activation("qkv", qkv, -1, -1)
     rows, width = qkv.shape
@@ -130,7 +130,7 @@ def rope_and_cache(
     heads = check_heads("qkv", qkv, ("columns", width), inv_freq, k_cache, v_cache, block_table, seq_lens, positions)
     (pages, kv_heads, page_size, dim), (sequences, slots) = k_cache.shape, block_table.shape
     q = torch.empty((rows, heads, dim), dtype=qkv.dtype, device=device)
-    group = heads_of_a_program(rows)
+    group = heads_per_program(rows)
     _rope_and_cache[(rows, cdiv(heads + 2 * kv_heads, group))](
         qkv, inv_freq, k_cache, v_cache, block_table, seq_lens, positions, q,
         qkv.stride(0), inv_freq.stride(0), *k_cache.stride()[:3], *v_cache.stride()[:3], block_table.stride(0),
@@ -141,8 +141,8 @@ def rope_and_cache(
     return q
 
 
-def heads_of_a_program(rows: int) -> int:
-    return HEADS_OF_FEW_ROWS if rows <= FEW_ROWS else HEADS_OF_MANY_ROWS
+def heads_per_program(rows: int) -> int:
+    return HEADS_FOR_FEW_ROWS if rows <= FEW_ROWS else HEADS_FOR_MANY_ROWS
 
 
 def check_heads(
@@ -156,7 +156,7 @@ def check_heads(
     seq_lens: Tensor,
     positions: Tensor | None,
 ) -> int:
-    """The query heads H in the (H + 2K) * D of `name`, its `width`; raises unless all fit x and each other."""
+    """The number of query heads H, from the (H + 2K) * D `width` of `name`. Raises unless the arguments fit."""
     device = x.device
     check("k_cache", k_cache, x.dtype, device, -1, -1, -1, -1)
     _, kv_heads, _, dim = k_cache.shape

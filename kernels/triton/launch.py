@@ -1,4 +1,4 @@
-"""What every launcher shares: what its kernel is compiled for, the options of a launch, the checks of its arguments."""
+"""Shared by all launchers: what a kernel is compiled for, the options of a launch, the checks of its arguments."""
 
 import inspect
 from collections.abc import Callable
@@ -16,11 +16,11 @@ INTERPRETED = triton.knobs.runtime.interpret
 
 
 def jit(aligned: str = "") -> Callable[[Callable[..., None]], Any]:
-    """`triton.jit` of a kernel that is compiled for its constants, its dtypes, and which of `aligned` divide by 16.
+    """`triton.jit` of a kernel that is specialised for its constants, its dtypes, and the alignment of `aligned`.
 
-    These are, by names with spaces between, the pointers (in bytes) and strides behind 16-byte loads and stores, which
-    a model and its cache fix. By itself Triton asks that of every argument, and whether it is 1: a length, a count, or
-    the place of a view would compile a kernel anew in the middle of serving.
+    `aligned` names, separated by spaces, the pointers and strides that 16-byte loads and stores use: whether they are
+    multiples of 16 is fixed by the model and its cache. By default Triton specialises every argument, also for the
+    value 1, so a length, a count or the offset of a view would recompile a kernel while serving.
     """
 
     def decorate(kernel: Callable[..., None]) -> Any:
@@ -31,38 +31,47 @@ def jit(aligned: str = "") -> Callable[[Callable[..., None]], Any]:
 
 
 @lru_cache
+def is_hopper(device: torch.device) -> bool:
+    """Whether a device has compute capability 9.0 or newer. False in the interpreter and for AMD's GPUs.
+
+    These have programmatic dependent launch, and tensor cores that read both factors from shared memory.
+    """
+    return not INTERPRETED and not torch.version.hip and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@lru_cache
 def options(device: torch.device) -> dict[str, bool]:
     """Options of every launch: `kernel[grid](..., **options(x.device))`.
 
-    Rounding: the compiler contracts no product and sum, since that would skip a rounding which the op promises, in one
-    kernel and not in the next. Where a fused operation is meant there is `tl.fma`.
+    Rounding: the compiler must not contract a product and a sum, which would skip a rounding that the op promises, in
+    one kernel and not in the next. Where a fused operation is intended, the kernel calls `tl.fma`.
 
-    Programmatic dependent launch: a kernel starts while its predecessor drains. The kernel's part, under `if PDL:`, is
-    to call `gdc_launch_dependents()` first, then load its weights, and `gdc_wait()` before it reads what a predecessor
-    wrote and before any write. CUDA has it from compute capability 9.0. Before the wait only constants are read:
-    weights, biases and the weights of norms. A predecessor lets a kernel start before its own writes are to be seen,
-    even where it triggers nothing and merely ends. So between the launch that writes a constant and the first op that
-    reads it, there must be a synchronisation, or one more launch without this option, as PyTorch's are: it begins when
-    the writer is done. That holds for the loading of weights, and for what a test or a bench makes up.
+    Programmatic dependent launch (CUDA, from compute capability 9.0): a kernel starts while its predecessor drains.
+    Under `if PDL:` a kernel calls `gdc_launch_dependents()` first, then loads its weights, and calls `gdc_wait()`
+    before it reads anything that a predecessor wrote and before any write. Before the wait it reads only constants:
+    weights, biases and the weights of norms.
+
+    A kernel may start before its predecessor's writes are visible, even if the predecessor triggers nothing and just
+    ends. So between the launch that writes a constant and the first op that reads it there must be a synchronisation,
+    or a launch without this option, such as any of PyTorch's, which starts when the writer is done. This matters when
+    weights are loaded, and for inputs that a test or a benchmark creates.
     """
     rounding = {"enable_fp_fusion": False}
-    if INTERPRETED or torch.version.hip or torch.cuda.get_device_capability(device) < (9, 0):
-        return {"PDL": False, **rounding}
-    return {"PDL": True, "launch_pdl": True, **rounding}
+    return {"PDL": True, "launch_pdl": True, **rounding} if is_hopper(device) else {"PDL": False, **rounding}
 
 
 def cdiv(x: int, y: int) -> int:
-    """x / y, rounded up. Triton's own takes the host longer than a check."""
+    """x / y, rounded up. Triton's cdiv is slow on the host."""
     return -(-x // y)
 
 
 def next_power_of_2(x: int) -> int:
-    """The least one that x > 0 does not exceed."""
+    """The smallest power of two >= x, for x > 0."""
     return 1 << (x - 1).bit_length()
 
 
 def check_activation(name: str, x: Tensor, *shape: int) -> None:
-    """Raise unless x may lead a launch: as `check` says, of a dtype that kernels know, on the current accelerator."""
+    """Raise unless x is a valid first argument: a supported dtype, on the current GPU, and valid for `check`."""
     if x.dtype not in DTYPES:
         raise TypeError(f"{name} is {x.dtype}; kernels take {', '.join(str(dtype) for dtype in DTYPES)}")
     if not INTERPRETED and (x.device.type != "cuda" or x.device.index != torch.cuda.current_device()):
@@ -74,11 +83,11 @@ def check_activation(name: str, x: Tensor, *shape: int) -> None:
 
 
 def check(name: str, x: Tensor, dtype: torch.dtype, device: torch.device, *shape: int) -> None:
-    """Raise unless x has this dtype, device and shape (-1 stands for any size) and a contiguous last dimension."""
+    """Raise unless x has this dtype, device and shape (-1 is any size) and a contiguous last dimension."""
     _check(name, x.dtype, x.device, x.shape, x.stride(), dtype, device, shape)
 
 
-# What has passed is not looked at again: a step launches the same shapes 48 times.
+# Cached, since a step launches the same shapes in all 48 layers.
 @lru_cache(4096)
 def _check(
     name: str,

@@ -1,18 +1,18 @@
-"""Sampling: one token per row of logits. What each stage means stands in `sampling_reference`, and holds bit by bit.
+"""Sampling: one token per row of logits. `reference_sampling` defines each stage; the tokens are the same, bit by bit.
 
-The chain of launches, each over all rows at once:
+The launches, each over all rows at once:
 
-    _penalize     [B, blocks]   bias, penalties, mask -> x; per block its maximum, and the logits' softmax statistics
-    (a search)                  the thresholds of top-k, top-p and typical-p: `sampling_search`
-    _add_up       [B, blocks]   mass of the kept tokens per block                       (not in a greedy batch)
-    _pick         [B]           the block that holds the random point, the token in it, its log-probability
+    _penalize     [B, blocks]   bias, penalties, mask -> x; the maximum and softmax statistics of each block
+    (a search)                  the thresholds of top-k, top-p and typical-p: `sample_search`
+    _add_up       [B, blocks]   the mass of the kept tokens of each block               (not in a greedy batch)
+    _pick         [B]           the block that contains the random point, its token, the log-probability
 
-Masses are integers, so neither the order of additions nor that of the candidates, which an atomic counter gives out,
-can change a result. The only arithmetic that decides is float32 rounded once per operation; division is `div_rn`.
+Masses are integers, so the result depends neither on the order of additions nor on the order of the candidates, which
+an atomic counter determines. Every float32 operation that affects a token is rounded once; division is `div_rn`.
 
 InternLM3-8B (V = 128512, 126 blocks), per row: the logits once (251 KiB in 16 bits), x written twice and read up to
-three times (502 KiB each, from the L2 cache); about 60 operations per token. Most of the time is spent waiting, so
-every kernel asks for all it needs before it computes.
+three times (502 KiB each, from the L2 cache); about 60 operations per token. Most of the time is spent waiting for
+memory, so every kernel issues all of its loads before it computes.
 """
 
 import torch
@@ -20,10 +20,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..reference_sampling import check_counts
 from .launch import cdiv, check, check_activation, jit, next_power_of_2, options
-from .sampling_reference import check_counts
-from .sampling_search import NUMBERS, clear_search, find_thresholds, mean_of, of_row, read_moments, read_thresholds
-from .sampling_weights import (
+from .sample_search import NUMBERS, clear_search, find_thresholds, mean_of, of_row, read_moments, read_thresholds
+from .sample_weights import (
     INF,
     LARGEST,
     LOW32,
@@ -38,16 +38,16 @@ from .sampling_weights import (
     weight_of,
 )
 
-# Tokens of one program: 8 a thread.
+# Tokens per program: 8 per thread.
 BLOCK = 1024
 BLOCK_WARPS = 4
 
 
 @triton.jit
 def _sum_of(x):
-    """The sum of numbers from 0 on, in units of 2^-40: float32, NaN where one is.
+    """The sum of x >= 0, in units of 2^-40, as float32; NaN if x has one.
 
-    Of integers, since the compiler lays out x, and so orders a sum of floats, as it likes in each tier's kernel.
+    It sums integers, since the order of a sum of floats would depend on the layout that the compiler chooses for x.
     """
     total = tl.sum((x * UNIT).to(tl.int64), axis=0).to(tl.float32) / UNIT
     return tl.where(tl.max((x != x).to(tl.int32), axis=0) > 0, float("nan"), total)
@@ -115,7 +115,7 @@ def _add_up(
     x_ptr, best_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, typical_p_ptr, search_ptr, mass_ptr,
     V, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """x becomes -inf where a filter drops the token; what the others weigh, by block."""
+    """Sets x to -inf where a filter drops the token, and sums the weights of the other tokens of each block."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     row, block, blocks = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
@@ -168,19 +168,19 @@ def _pick(
         )
         total = tl.sum(mass, axis=0)
         point = share_of(total, (random >> 1).to(tl.int64))  # 31 of the 32 bits
-        # The block, then the token, at which the running mass first exceeds the point.
+        # The block, then the token, at which the cumulative mass first exceeds the point.
         before = tl.cumsum(mass, axis=0) <= point
         block = tl.sum(before.to(tl.int32), axis=0)
         within = block * BLOCK + tl.arange(0, BLOCK)
         x = tl.load(x_ptr + row * V + within, mask=within < V, other=-INF)
         point -= tl.sum(tl.where(before, mass, 0), axis=0)
         weight = weight_of((x - best_of(maxima)) * sharpness)
-        drawn = block * BLOCK + tl.sum((tl.cumsum(weight, axis=0) <= point).to(tl.int32), axis=0)
+        sampled = block * BLOCK + tl.sum((tl.cumsum(weight, axis=0) <= point).to(tl.int32), axis=0)
         greedy = (temperature == 0) | (total == 0)
     _, best_block = tl.max(maxima, axis=0, return_indices=True)
     token = tl.sum(tl.where(at == best_block, firsts, 0), axis=0)
     if temperature_ptr is not None:
-        token = tl.where(greedy, token, drawn)
+        token = tl.where(greedy, token, sampled)
     logit = tl.load(logits_ptr + row * logits_stride + token).to(tl.float32)
     tl.store(token_ptr + row, token.to(tl.int64))
     peak = tl.max(peaks, axis=0)
@@ -208,9 +208,9 @@ def sample(
     position: Tensor,
     few_candidates: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """`sampling_reference.sample`: the same tokens; log-probabilities to a few units of float32's last place.
+    """`reference_sampling.sample`: the same tokens, and log-probabilities within a few float32 ulp.
 
-    Raises TypeError for a dtype, ValueError for a shape, device or stride that the kernels cannot take.
+    Raises TypeError for a wrong dtype, ValueError for a wrong shape, device or stride.
     """
     check_activation("logits", logits, -1, -1)
     rows, vocab = logits.shape
@@ -241,7 +241,7 @@ def sample(
     token = torch.empty(rows, dtype=torch.int64, device=device)
     logprob = torch.empty(rows, dtype=torch.float32, device=device)
     x = torch.empty((rows, vocab), dtype=torch.float32, device=device)
-    # Per block: the largest x, the logits' maximum and the sum of their exponentials; the first token of the largest x.
+    # For each block: the largest x, the logits' maximum and sum of exponentials; the first token with the largest x.
     best, peak, spread = torch.empty((3, rows, blocks), dtype=torch.float32, device=device)
     first = torch.empty((rows, blocks), dtype=torch.int32, device=device)
     filters = (temperature, top_k, top_p, min_p, typical_p)

@@ -1,6 +1,6 @@
 """SwiGLU, the activation of the MLP. Shazeer 2020.
 
-    y = cast(gate * sigmoid(gate)) * up        gate_up [..., 2I], gate in front -> [..., I]
+    y = cast(gate * sigmoid(gate)) * up        gate_up [..., 2I], the gate half first -> [..., I]
 
 Bytes at InternLM3-8B's shapes (I = 10240, 16 bits): 40 KiB read and 20 KiB written per row. Operations: 5 I per row.
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .launch import cdiv, check_activation, jit, options
 
-# Columns of one program: 8 a thread, one 16-byte load of each half in a 16-bit dtype.
+# Columns per program: 8 per thread, one 16-byte load of each half in a 16-bit dtype.
 BLOCK = 1024
 NUM_WARPS = 4
 
@@ -42,12 +42,12 @@ def _swiglu(gate_up_ptr, y_ptr, row_stride, I: tl.constexpr, BLOCK: tl.constexpr
 def swiglu(gate_up: Tensor) -> Tensor:
     """silu(gate) * up, silu rounded to the dtype first. gate_up [..., 2I] -> [..., I], contiguous.
 
-    Raises TypeError for a dtype, ValueError for a shape, device or stride that the kernel cannot take.
+    Raises TypeError for a wrong dtype, ValueError for a wrong shape, device or stride.
     """
     check_activation("gate_up", gate_up, *gate_up.shape)
     *lead, width = gate_up.shape
     if width % 2:
-        raise ValueError(f"gate_up has {width} columns, must have an even number: gate in front, up behind")
+        raise ValueError(f"gate_up has {width} columns, must have an even number: the gate half, then the up half")
     y = torch.empty((*lead, width // 2), dtype=gate_up.dtype, device=gate_up.device)
     rows = gate_up.reshape(-1, width)
     _swiglu[(rows.shape[0], cdiv(width // 2, BLOCK))](

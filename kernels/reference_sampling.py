@@ -1,19 +1,19 @@
-"""Sampling in plain PyTorch: from one row of logits to one token, the same on every machine and in every batch.
+"""What the op `sample` means, in plain PyTorch: a token per row of logits, the same on every machine, in any batch.
 
 Order of the stages (bias and penalties as in vLLM and transformers, filters as in transformers' `generate`): logit
 bias, repetition, frequency and presence penalty, allowed tokens, temperature, top-k, top-p, min-p, typical-p, choice.
 
-Floating-point sums depend on their order, so none takes part in a decision. After the temperature each token gets an
-integer weight `floor(2^40 * 2^-s)`, where `s >= 0` is its distance from the row's best logit in bits; all masses are
-sums of these integers, exact in any order. The only float32 operations on the way are correctly rounded ones (+, -, *,
-/, floor), and a backend that performs them in the order written here reaches the same token, bit for bit.
+Floating-point sums depend on their order, so no decision uses one. After the temperature each token gets an integer
+weight `floor(2^40 * 2^-s)`, where `s >= 0` is its distance from the row's best logit in bits. All masses are sums of
+these integers, exact in any order. The only float32 operations before that are correctly rounded ones (+, -, *, /,
+floor). A backend that performs them in the order written here samples the same token.
 
-Definitions at the edges:
+Edge cases:
 - a NaN logit counts as -inf, and +inf as the largest float32; the log-probability of such a row is NaN;
-- tokens with equal logits share one fate in top-k, top-p and typical-p: a tie at the threshold is kept whole
+- top-k, top-p and typical-p keep or drop tokens of equal logits together: a tie at the threshold is kept
   (transformers does so in top-k and typical-p; its top-p keeps an arbitrary part of the tie);
-- a token less likely than 2^-40 times the best one is never chosen;
-- greedy choice takes the first of equal maxima, and so does a row in which nothing is allowed.
+- a token less likely than 2^-40 times the best one is never sampled;
+- greedy sampling takes the first of equal maxima, and so does a row in which no token is allowed.
 """
 
 import math
@@ -29,10 +29,10 @@ LOG2_E = 1 / math.log(2)
 # 2^f on [0, 1], exact at both ends, relative error below 2e-7 in float32 (a minimax fit of degree 5).
 EXP2_COEFFICIENTS = (0.0018793186, 0.0089909956, 0.055818677, 0.24015927, 0.69315171, 1.0)
 
-# Up to so many tokens of a top-k are few to a GPU (see `sample`).
+# The largest top-k that `few_candidates` may be used with (see `sample`).
 FEW_TOKENS = 64
 
-# The arguments of the two halves of `sample`.
+# The arguments of `sample` that belong to `penalize` and to `filter_logits`.
 PENALTIES = (
     "repetition_penalty",
     "presence_penalty",
@@ -69,53 +69,30 @@ def sample(
     position: Tensor,
     few_candidates: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Choose one token for each row of `logits` [B, V] (any float dtype); `None` turns a stage off for the whole batch.
+    """Sample one token for each row of `logits` [B, V] (any float dtype). `None` turns a stage off for all rows.
 
     Per-row tensors are [B]: `temperature` float32 (0 = greedy; `None` = every row greedy), `top_k` int64 (<= 0 = off),
-    `top_p`, `min_p`, `typical_p` and the three penalties float32. `prompt_counts` and `output_counts` int32 [B, V] say
-    how often each token stands in the prompt and in the generated text, `logit_bias` is float32 [B, V], `allowed` an
-    int32 bit mask [B, ceil(V / 32)] (bit i % 32 of word i // 32: token i may be chosen). `seed`, `stream` and
-    `position`, int64 (`position` may be int32), key the one random number of a row.
+    `top_p`, `min_p`, `typical_p` and the three penalties float32. `prompt_counts` and `output_counts` int32 [B, V]
+    count each token's occurrences in the prompt and in the generated text, `logit_bias` is float32 [B, V], `allowed` an
+    int32 bit mask [B, ceil(V / 32)] (bit i % 32 of word i // 32: token i may be sampled). `seed`, `stream` and
+    `position`, int64 (`position` may be int32), are the key of a row's one random number.
 
-    `few_candidates` is the caller's word that every row that samples with a top-k or a top-p has a `top_k` of 1 to
-    `FEW_TOKENS`. A GPU searches those in fewer launches; the tokens are the same even where the word is broken.
+    `few_candidates` is a hint that every sampled row with a top-k or a top-p has a `top_k` of 1 to `FEW_TOKENS`: a GPU
+    then searches in fewer launches. The tokens are the same even where the hint is wrong.
 
-    Returns the tokens, int64 [B], and their log-probabilities, float32 [B], under the softmax of the `logits` given
-    (before bias, penalties and temperature, as vLLM reports them).
+    Returns the tokens, int64 [B], and their log-probabilities, float32 [B], under the softmax of the given `logits`
+    (before bias, penalties and temperature, as vLLM reports them). Raises ValueError where a penalty lacks its counts.
     """
-    stages = {
-        "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "typical_p": typical_p,
-        "repetition_penalty": repetition_penalty, "presence_penalty": presence_penalty,
-        "frequency_penalty": frequency_penalty, "prompt_counts": prompt_counts, "output_counts": output_counts,
-        "logit_bias": logit_bias, "allowed": allowed,
-    }  # fmt: skip
-    # Row by row, whose vectors stay in a CPU's caches: four rows of 49152 at once take it twice as long as one by one.
-    drawn = []
-    for row in (slice(b, b + 1) for b in range(len(logits))):
-        own = {name: None if x is None else x[row] for name, x in stages.items()}
-        drawn.append(_sample_row(logits[row], seed[row], stream[row], position[row], **own))
-    tokens, logprobs = zip(*drawn, strict=True)
-    return torch.cat(tokens), torch.cat(logprobs)
-
-
-def _sample_row(
-    logits: Tensor,
-    seed: Tensor,
-    stream: Tensor,
-    position: Tensor,
-    temperature: Tensor | None,
-    top_k: Tensor | None,
-    top_p: Tensor | None,
-    min_p: Tensor | None,
-    typical_p: Tensor | None,
-    **penalties: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    # A stage that is idle changes nothing, and over a whole vocabulary takes a CPU milliseconds.
-    temperature, top_k = _used(temperature, 0), None if top_k is None else _used(top_k.clamp(min=0), 0)
-    top_p, min_p, typical_p = _used(top_p, 1), _used(min_p, 0), _used(typical_p, 1)
-    for name, idle in (("repetition_penalty", 1), ("presence_penalty", 0), ("frequency_penalty", 0)):
-        penalties[name] = _used(penalties[name], idle)
-    x = penalize(logits, **penalties)
+    x = penalize(
+        logits,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        prompt_counts=prompt_counts,
+        output_counts=output_counts,
+        logit_bias=logit_bias,
+        allowed=allowed,
+    )
     token = x.max(-1).indices
     if temperature is not None:
         weights = _kept_weights(x, temperature, top_k, top_p, min_p, typical_p)
@@ -124,14 +101,9 @@ def _sample_row(
         random = philox(seed, stream, position)[0] >> (32 - SHARE_BITS)
         # The first token whose cumulative mass exceeds the point: never one of weight 0, which adds nothing.
         point = _share(total, random)
-        chosen = torch.searchsorted(mass, point[:, None], right=True)[:, 0]
-        token = torch.where(total == 0, token, chosen)
+        sampled = torch.searchsorted(mass, point[:, None], right=True)[:, 0]
+        token = torch.where((total == 0) | (temperature == 0), token, sampled)
     return token, log_probability(logits, token)
-
-
-def _used(setting: Tensor | None, idle: float) -> Tensor | None:
-    """A row's setting of a stage, None where it is idle."""
-    return None if setting is None or bool(setting == idle) else setting
 
 
 def penalize(
@@ -147,8 +119,8 @@ def penalize(
 ) -> Tensor:
     """Logits after bias, penalties and mask: float32 [B, V], finite or -inf. Arguments as in `sample`.
 
-    Repetition: a token of the prompt or of the output has a positive logit divided and a negative one multiplied, once.
-    Frequency and presence: subtract `frequency_penalty * count` and `presence_penalty` for tokens of the output.
+    Repetition: the logit of a token in the prompt or the output is divided if positive, else multiplied. Frequency and
+    presence: subtract `frequency_penalty * count` and `presence_penalty` for tokens in the output.
     """
     x = logits.float()
     if logit_bias is not None:
@@ -179,9 +151,9 @@ def filter_logits(
     min_p: Tensor | None = None,
     typical_p: Tensor | None = None,
 ) -> Tensor:
-    """The distribution that `sample` draws from, as float32 logits [B, V]: `x / temperature`, -inf where never chosen.
+    """The distribution that `sample` samples from, as float32 logits [B, V]: `x / temperature`, -inf where dropped.
 
-    `x` is what `penalize` returns. At temperature 0 the maxima stay, undivided.
+    `x` is the result of `penalize`. At temperature 0 the maxima are kept, undivided.
     """
     weights = _kept_weights(x, temperature, top_k, top_p, min_p, typical_p)
     divisor = torch.where(temperature == 0, 1, temperature)
@@ -189,7 +161,7 @@ def filter_logits(
 
 
 def philox(seed: Tensor, stream: Tensor, position: Tensor) -> Tensor:
-    """Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011): four 32-bit words a row.
+    """Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011): four 32-bit words per row.
 
     Key: `seed`; counter: `position` in the low and `stream` in the high 64 bits; int64 [B] -> int64 [4, B].
     """
@@ -213,17 +185,17 @@ def check_counts(
     prompt_counts: Tensor | None,
     output_counts: Tensor | None,
 ) -> None:
-    """Raises ValueError where a penalty lacks the counts that it goes by."""
+    """Raises ValueError where a penalty lacks the counts that it needs."""
     if repetition_penalty is not None and prompt_counts is None and output_counts is None:
         raise ValueError("repetition_penalty needs prompt_counts or output_counts; pass at least one of them")
     if output_counts is None:
         for name, penalty in (("presence_penalty", presence_penalty), ("frequency_penalty", frequency_penalty)):
             if penalty is not None:
-                raise ValueError(f"{name} needs output_counts, how often each token stands in the generated text")
+                raise ValueError(f"{name} needs output_counts, how often each token occurs in the generated text")
 
 
 def _seen(prompt_counts: Tensor | None, output_counts: Tensor | None) -> Tensor:
-    """bool [B, V]: the token stands in one of the texts that are counted."""
+    """bool [B, V]: whether the token occurs in the prompt or in the output."""
     first, *rest = [counts > 0 for counts in (prompt_counts, output_counts) if counts is not None]
     return first | rest[0] if rest else first
 
@@ -236,7 +208,7 @@ def _kept_weights(
     min_p: Tensor | None,
     typical_p: Tensor | None,
 ) -> Tensor:
-    """Integer weights [B, V], 0 for the tokens that the filters drop; each filter sees what the one before it kept."""
+    """Integer weights [B, V], 0 for the tokens that the filters drop. Each filter sees what the one before it kept."""
     best = x.amax(-1, keepdim=True).clamp(min=-FLOAT32_MAX)  # finite, so that -inf - best is -inf in a row of -inf
     sharpness = (temperature.reciprocal() * LOG2_E).clamp(max=FLOAT32_MAX)[:, None]  # temperature 0 keeps maxima only
     scaled = (x - best) * sharpness
@@ -258,7 +230,7 @@ def _kept_weights(
 
 
 def _weights(scaled: Tensor) -> Tensor:
-    """floor(2^40 * 2^scaled) for float32 `scaled` <= 0, as int64; the same on every backend."""
+    """floor(2^40 * 2^scaled) for float32 `scaled` <= 0, as int64; bit-identical on every backend."""
     scaled = scaled.clamp(min=-63)
     whole = scaled.floor()
     fraction = scaled.sub_(whole)
@@ -271,7 +243,7 @@ def _weights(scaled: Tensor) -> Tensor:
 
 
 def _order_keys(x: Tensor) -> Tensor:
-    """int64 in [0, 2^32) that order as the float32 `x` do."""
+    """int64 in [0, 2^32), in the order of the float32 `x`."""
     bits = (x + 0.0).view(torch.int32)  # -0.0 becomes 0.0
     return (bits ^ (bits >> 31 & 0x7FFFFFFF)).long() + 2**31
 
@@ -306,8 +278,8 @@ def log_probability(logits: Tensor, token: Tensor) -> Tensor:
     """Natural log-softmax of the chosen tokens, [B] float32; NaN where a row holds NaN or +inf."""
     x = logits.to(torch.float32, copy=True)
     best, chosen = x.amax(-1), x.gather(1, token[:, None])[:, 0]
-    # Integers again: a float sum would depend on how the row is split over threads. In place: fresh memory takes a CPU
-    # longer than the arithmetic, 4 times as long for 128512 tokens.
+    # Integers again: a float sum would depend on how the row is split over threads. In place, since allocating memory
+    # takes a CPU longer than the arithmetic, 4 times as long for 128512 tokens.
     total = x.sub_(best[:, None]).exp_().mul_(2**UNIT_BITS).long().sum(-1)
     log_total = (total.double() / 2**UNIT_BITS).log()
     return (chosen - best - log_total).float()

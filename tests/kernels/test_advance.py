@@ -1,4 +1,4 @@
-"""advance against kernels.reference and a walk over the rows in Python; it sums nothing, so every bit counts."""
+"""advance, by both backends and the reference, against a loop over the rows in Python, bit by bit."""
 
 import math
 import struct
@@ -8,15 +8,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from internlm3 import kernels
-from internlm3.kernels import reference
-from internlm3.tests.kernels.support import DEVICE, assert_same, call, embedded, generator, seeds
+from internlm3.tests.kernels.support import DEVICE, MODULES, assert_same, backends, embedded, generator, run, seeds
 
 NAMES = ("token", "seq_lens", "max_len", "end_mask", "report", "output_counts", "min_len", "permitted", "allowed")
 WRITTEN = ("token", "seq_lens", "report", "output_counts", "allowed")
 
 
 def make_state(seed, rows, vocab, padding=0):
-    """sampled, logprob and the state, in which about every second row ends, opens its mask, or is idle."""
+    """sampled, logprob and the state, in which about half of the rows end, reach min_len, or are idle."""
     rng = generator(seed)
     words = -(-vocab // 32)
 
@@ -42,8 +41,8 @@ def make_state(seed, rows, vocab, padding=0):
     return sampled, logprob.to(DEVICE), state
 
 
-def walked(sampled, logprob, state):
-    """What becomes of the state, row by row."""
+def advanced(sampled, logprob, state):
+    """The next state, row by row."""
     state = {name: state[name].tolist() for name in NAMES}
     for row, token in enumerate(sampled.tolist()):
         length = state["seq_lens"][row]
@@ -64,35 +63,34 @@ def walked(sampled, logprob, state):
     return state
 
 
-def check(op, sampled, logprob, state):
-    expected = walked(sampled, logprob, state)
-    call(lambda sampled, logprob, *rest: op(sampled, logprob, **dict(zip(NAMES, rest, strict=True))), sampled, logprob,
-         *state.values(), writes=[state[name] for name in WRITTEN])  # fmt: skip
-    for name in WRITTEN:
-        assert_same(torch.tensor(expected[name], dtype=state[name].dtype, device=DEVICE), **{name: state[name]})
+def check(*shape):
+    expected = advanced(*make_state(*shape))
+    for backend in MODULES:
+        sampled, logprob, state = make_state(*shape)
+        run(backend, "advance", sampled, logprob, **state, writes=[state[name] for name in WRITTEN])
+        for name in WRITTEN:
+            wanted = torch.tensor(expected[name], dtype=state[name].dtype, device=DEVICE)
+            assert_same(wanted, **{f"{backend}'s {name}": state[name]})
 
 
 @pytest.mark.op(name="advance")
-@settings(max_examples=150)
+@settings(max_examples=100)
 @given(seeds, st.integers(1, 9), st.sampled_from([1, 31, 32, 33]) | st.integers(1, 200), st.sampled_from([0, 5]))
-@pytest.mark.parametrize("op", [kernels.advance, reference.advance], ids=["triton", "reference"])
-def test_advance(op, seed, rows, vocab, padding):
-    check(op, *make_state(seed, rows, vocab, padding))
+def test_advance(seed, rows, vocab, padding):
+    check(seed, rows, vocab, padding)
 
 
-@pytest.mark.parametrize("op", [kernels.advance, reference.advance], ids=["triton", "reference"])
-def test_the_vocabulary_of_internlm3(op):
-    check(op, *make_state(3, 4, 128512))
+def test_the_vocabulary_of_internlm3():
+    check(3, 4, 128512)
 
 
-@pytest.mark.parametrize("op", [kernels.advance, reference.advance], ids=["triton", "reference"])
-def test_steps_behind_the_end_change_nothing(op):
-    """Queued steps run past a row's end: only its reported token changes, to -1."""
+@backends
+def test_steps_after_the_end_change_nothing(backend):
+    """Queued steps may run after a row has ended: only its reported token changes, to -1."""
     sampled, logprob, state = make_state(5, 6, 70)
-    op(sampled, logprob, **state)
     state["seq_lens"].zero_()
     before = {name: x.clone() for name, x in state.items()}
-    op(sampled, logprob, **state)
+    run(backend, "advance", sampled, logprob, **state, writes=[state[name] for name in WRITTEN])
     before["report"][:, 0] = -1
     for name, x in state.items():
         assert_same(before[name], **{name: x})

@@ -1,30 +1,43 @@
-"""embed against kernels.reference: a copy, so every bit counts."""
+"""embed, by both backends, against the reference. It copies, so all results are bit-identical."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from internlm3 import kernels
-from internlm3.kernels import reference
-from internlm3.tests.kernels.support import DEVICE, assert_same, call, dtypes, embedded, generator, normal, seeds
+from internlm3.tests.kernels.support import (
+    DEVICE,
+    assert_same,
+    backends,
+    call,
+    dtypes,
+    embedded,
+    generator,
+    normal,
+    run,
+    run_all,
+    seeds,
+)
 
 widths = st.one_of(st.sampled_from([1, 64, 1024, 1032, 2048]), st.integers(1, 150).map(lambda n: 8 * n))
 
 
 @pytest.mark.op(name="embed")
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(seeds, dtypes, st.integers(0, 5), st.integers(1, 40), widths, st.sampled_from([0, 8, 3]))
 def test_embed(seed, dtype, rows, vocab, width, padding):
     rng = generator(seed)
     table = embedded(normal(rng, vocab, width, dtype=dtype), padding)
-    # Both ends of the table are always among the ids.
+    # The ids include both ends of the table.
     ids = torch.cat((torch.tensor([0, vocab - 1]), torch.randint(vocab, (rows,), generator=rng))).to(DEVICE)
-    assert_same(reference.embed(ids, table), found=call(kernels.embed, ids, table))
+    results = run_all("embed", ids, table)
+    assert_same(results.pop("reference"), **results)
 
 
-def test_no_rows():
+@backends
+def test_no_rows(backend):
     ids = torch.zeros(0, dtype=torch.int64, device=DEVICE)
-    assert call(kernels.embed, ids, torch.zeros(3, 8, device=DEVICE)).shape == (0, 8)
+    assert run(backend, "embed", ids, torch.zeros(3, 8, device=DEVICE)).shape == (0, 8)
 
 
 def test_ids_outside_the_table_read_nothing():

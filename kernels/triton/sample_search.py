@@ -1,15 +1,15 @@
-"""The search for the thresholds of top-k, top-p and typical-p, among the tokens that may stand at one.
+"""The search for the thresholds of top-k, top-p and typical-p, among the tokens that may be at a threshold.
 
-A threshold is the key of a token (see `order_key`): the largest t such that the tokens of keys >= t weigh what they
-must at least. A pass adds up what the candidates weigh that have its leading bits, by the digit that comes next; the
-digit at which that suffices is the threshold's.
+A threshold is the key of a token (see `order_key`): the largest t such that the tokens with keys >= t have the required
+mass. This is a radix search: a pass takes the candidates whose keys begin with the threshold's known leading bits, and
+sums their weights by the next digit. The largest digit with enough mass is the threshold's.
 
     _collect      [B, blocks]   the candidates
-    _narrow       [B, chunks]   a pass: eight for each filter
-    _weigh        [B, chunks]   before those of typical-p, what its mean follows from
-    _narrow_few   [B]           or all passes of top-k and top-p, where the caller says that few are left
+    _narrow       [B, chunks]   one pass; there are eight for each filter
+    _weigh        [B, chunks]   before the passes of typical-p: the sums from which its mean is computed
+    _narrow_few   [B]           instead of `_narrow`, all passes of top-k and top-p, where there are few candidates
 
-What they leave behind is read by `read_thresholds`, in whatever kernel needs them.
+Any kernel reads the results by `read_thresholds`.
 """
 
 import torch
@@ -17,9 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..reference_sampling import UNIT_BITS
 from .launch import cdiv, jit, next_power_of_2, options
-from .sampling_reference import UNIT_BITS
-from .sampling_weights import (
+from .sample_weights import (
     INF,
     UNIT,
     WHOLE,
@@ -35,11 +35,11 @@ from .sampling_weights import (
     weight_of,
 )
 
-# Candidates of one program of a search: of one of many, and of the only one that a row has.
+# Candidates per program: of `_narrow`, and of `_narrow_few`, which has one program per row.
 CHUNK = 1024
 WARPS = 4
 FEW = 128
-# A search settles the threshold's 32 bits from the highest on: so many in a pass.
+# Bits of the threshold that a pass determines, from the highest on; a key has 32.
 DIGIT_BITS = 4
 PASSES = 8
 
@@ -50,8 +50,8 @@ _DIGIT_BITS = tl.constexpr(DIGIT_BITS)
 _DIGITS = tl.constexpr(2**DIGIT_BITS)
 _HALF_BITS = tl.constexpr(UNIT_BITS // 2)
 _HALF = tl.constexpr(2 ** (UNIT_BITS // 2) - 1)
-# A row's numbers, int64: by search and pass the mass of each digit, and the bits and the target that the pass began
-# with; how many candidates there are; what they weigh, and the moment, for typical-p.
+# The int64 numbers of a row's search. For each filter and pass: the mass of each digit, then the leading bits and the
+# target mass at the beginning of the pass. Then the number of candidates; for typical-p, their total weight and moment.
 _MASSES = SEARCHES * PASSES * 2**DIGIT_BITS
 _BEGUN = tl.constexpr(_MASSES)
 _COUNT = tl.constexpr(_MASSES + 2 * SEARCHES * PASSES)
@@ -64,13 +64,13 @@ _NUMBERS_PADDED = tl.constexpr(next_power_of_2(NUMBERS))
 
 @triton.jit
 def of_row(search_ptr, row):
-    """Where a row's numbers begin."""
+    """The address of a row's numbers."""
     return search_ptr + row * _NUMBERS
 
 
 @triton.jit
 def clear_search(search_ptr):
-    """A row's numbers before its search."""
+    """Clears a row's numbers before its search."""
     at = tl.arange(0, _NUMBERS_PADDED)
     tl.store(search_ptr + at, tl.zeros_like(at).to(tl.int64), mask=at < _NUMBERS)
 
@@ -87,7 +87,7 @@ def _begun(search, step):
 
 @triton.jit
 def _shift(step):
-    """Where a pass' digit stands in a key."""
+    """The lowest bit of a pass's digit in a key."""
     return (_PASSES - 1 - step) * _DIGIT_BITS
 
 
@@ -96,11 +96,11 @@ def _collect(
     x_ptr, best_ptr, temperature_ptr, top_k_ptr, top_p_ptr, typical_p_ptr, candidate_ptr, search_ptr,
     V, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Copies the tokens among which the thresholds lie.
+    """Copies the tokens that may be at a threshold.
 
-    A top-k threshold is at least the k-th largest of the blocks' maxima. A top-p threshold leaves out a mass of
-    (1 - p) * 2^40 at least, more than all tokens under (1 - p) * 2^40 / 2V together (V rounded up here); what they
-    weigh counts among the smallest candidates, since the whole is what p is a part of.
+    A top-k threshold is at least the k-th largest of the blocks' maxima. A top-p threshold drops a mass of at least
+    (1 - p) * 2^40, which is more than the mass of all tokens of weights below (1 - p) * 2^40 / 2V (V rounded up here).
+    The mass of these is added to that of the smallest candidates, since p is a fraction of the total.
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -119,7 +119,7 @@ def _collect(
     least_x = tl.where((share >= 0) | (typical >= 0), -INF, INF)
     least_weight = tl.where(share >= 0, (WHOLE - share) * (UNIT // WHOLE) // (2 * BLOCK * BLOCKS), 0)
     if top_k_ptr is not None:
-        # Again from memory, in a second layout.
+        # Loaded again, in a second layout.
         at = tl.arange(0, BLOCKS)
         others = tl.load(best_ptr + row * blocks + at, mask=at < blocks, other=-INF)
         rank = tl.sum((others[None, :] >= others[:, None]).to(tl.int32), axis=1)
@@ -139,7 +139,7 @@ def _collect(
 
 @triton.jit
 def _goal(setting_ptr, row, V, SEARCH: tl.constexpr):
-    """What a row's search goes by: the tokens, or the fraction, that are to be kept; -1 where it keeps all."""
+    """The number or the fraction of tokens that a row keeps; -1 where it keeps all."""
     goal = tl.full((), -1, tl.int64)
     if setting_ptr is not None:
         if SEARCH == TOP_K:
@@ -153,7 +153,7 @@ def _goal(setting_ptr, row, V, SEARCH: tl.constexpr):
 
 @triton.jit
 def _read(search_ptr, setting_ptr, row, V, SEARCH: tl.constexpr, step):
-    """For `_settled`: a row's goal; of pass `step` the mass by digit, the bits and the target that it began with."""
+    """For `_settled`: a row's goal; the mass by digit of pass `step`, and the bits and target at its beginning."""
     at = search_ptr + _first_mass(SEARCH, step) + tl.arange(0, _DIGITS)
     begun = search_ptr + _begun(SEARCH, step)
     return _goal(setting_ptr, row, V, SEARCH), tl.load(at), tl.load(begun), tl.load(begun + 1)
@@ -161,13 +161,13 @@ def _read(search_ptr, setting_ptr, row, V, SEARCH: tl.constexpr, step):
 
 @triton.jit
 def _settled(goal, mass, bits, target, step, SEARCH: tl.constexpr):
-    """What pass `step` has found: the leading bits of the threshold, and what the tokens of these bits must weigh."""
+    """The result of pass `step`: the threshold's leading bits, and the mass required of the tokens with these bits."""
     total = tl.sum(mass, axis=0)
     aim = goal
     if SEARCH != TOP_K:
         aim = tl.maximum(share_of(total, goal), 1)
     target = tl.where(step == 0, aim, target)
-    # The mass of a digit and all above falls as the digit rises, and suffices at digit 0.
+    # The mass of all digits >= d falls as d rises, and is sufficient for d = 0.
     least = total - tl.cumsum(mass, axis=0) + mass
     digit = tl.maximum(tl.sum((least >= target).to(tl.int32), axis=0) - 1, 0)
     target -= tl.sum(tl.where(tl.arange(0, _DIGITS) > digit, mass, 0), axis=0)
@@ -176,9 +176,9 @@ def _settled(goal, mass, bits, target, step, SEARCH: tl.constexpr):
 
 @triton.jit
 def read_thresholds(search_ptr, top_k_ptr, top_p_ptr, typical_p_ptr, row, V):
-    """The least keys that a row keeps, 0 where it keeps all: of x by top-k and top-p, and by typical-p."""
+    """The smallest keys that a row keeps, by top-k and top-p and by typical-p; 0 where it keeps all."""
     last: tl.constexpr = _PASSES - 1
-    # Asked for together.
+    # All loads are issued together.
     if top_k_ptr is not None:
         k_goal, k_mass, k_bits, k_target = _read(search_ptr, top_k_ptr, row, V, TOP_K, last)
     if top_p_ptr is not None:
@@ -201,13 +201,13 @@ def read_thresholds(search_ptr, top_k_ptr, top_p_ptr, typical_p_ptr, row, V):
 
 @triton.jit
 def read_moments(search_ptr):
-    """For `mean_of`: what the tokens weigh among which typical-p searches, and their moment."""
+    """For `mean_of`: the total weight and the moment of the candidates of typical-p."""
     return tl.load(search_ptr + _TOTAL), tl.load(search_ptr + _MOMENT)
 
 
 @triton.jit
 def mean_of(total, moment):
-    """The mean of the kept tokens' distances from the best one, in bits: minus their surprise, for typical-p."""
+    """For typical-p: the weighted mean of the kept tokens' (negative) distances from the best one, in bits."""
     return tl.div_rn(moment.to(tl.float32), tl.maximum(total, 1).to(tl.float32))
 
 
@@ -216,7 +216,7 @@ def _weigh(
     candidate_ptr, search_ptr, best_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, typical_p_ptr,
     V, blocks, BLOCKS: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """What the mean follows from: the weights that the other filters keep, and their moment."""
+    """Sums the weights that the other filters keep, and their moment, for the mean."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     row, start = tl.program_id(0).to(tl.int64), tl.program_id(1) * CHUNK
@@ -240,16 +240,16 @@ def _weigh(
 
 @triton.jit
 def _begins(key, bits, step):
-    """Whether keys begin with the bits that are settled before pass `step`."""
+    """Whether keys begin with the bits that are known before pass `step`."""
     return (key ^ bits) >> _shift(step) < _DIGITS
 
 
 @triton.jit
 def _by_digit(key, weight, step):
-    """What tokens of these keys weigh, by the digit of pass `step`: int64 [_DIGITS]."""
+    """The total weight of these keys for each value of the digit of pass `step`: int64 [_DIGITS]."""
     digit = ((key >> _shift(step)) & (_DIGITS - 1)).to(tl.int32)
     here = digit[None, :] == tl.arange(0, _DIGITS)[:, None]
-    # In two halves, whose sums over a chunk are 32 bits: a warp has an instruction for those.
+    # In two halves, whose sums over a chunk fit 32 bits: a warp has an instruction for such sums.
     low = tl.sum(tl.where(here, (weight & _HALF).to(tl.int32)[None, :], 0), axis=1)
     high = tl.sum(tl.where(here, (weight >> _HALF_BITS).to(tl.int32)[None, :], 0), axis=1)
     return (high.to(tl.int64) << _HALF_BITS) + low
@@ -257,7 +257,7 @@ def _by_digit(key, weight, step):
 
 @triton.jit
 def _weights(x, real, best, sharpness, floor, SEARCH: tl.constexpr):
-    """What the candidates weigh in the search for top-k or for top-p."""
+    """The candidates' weights in the search for top-k or for top-p."""
     if SEARCH == TOP_K:
         return real.to(tl.int64)
     else:
@@ -269,7 +269,7 @@ def _narrow(
     candidate_ptr, search_ptr, best_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, typical_p_ptr,
     step, V, blocks, SEARCH: tl.constexpr, BLOCKS: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One pass of a search: of the candidates with the bits that are settled, the mass by their next digit."""
+    """One pass of a search: sums the weights of the candidates with the known leading bits, by their next digit."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -300,7 +300,7 @@ def _narrow(
                 tl.store(search_ptr + _begun(SEARCH, step), bits)
                 tl.store(search_ptr + _begun(SEARCH, step) + 1, target)
         weight = tl.where(_begins(key, bits, step), weight, 0)
-        # Late passes concern few programs.
+        # In late passes few programs have such candidates.
         if tl.max(weight, axis=0) > 0:
             mass = _by_digit(key, weight, step)
             to = search_ptr + _first_mass(SEARCH, step) + tl.arange(0, _DIGITS)
@@ -311,7 +311,7 @@ def _narrow(
 def _all_passes(
     candidate_ptr, x, count, search_ptr, goal, best, sharpness, floor, SEARCH: tl.constexpr, CHUNK: tl.constexpr
 ):
-    """The threshold; behind it lies what `_narrow` would leave. `x` is the first chunk of candidates."""
+    """The threshold. Stores the numbers that `_narrow` would store. x is the first chunk of candidates."""
     at, digit = tl.arange(0, CHUNK), tl.arange(0, _DIGITS)
     key, weight = order_key(x), _weights(x, at < count, best, sharpness, floor, SEARCH)
     bits = tl.full((), 0, tl.int64)
@@ -324,7 +324,7 @@ def _all_passes(
             more = tl.load(candidate_ptr + start + at, mask=start + at < count, other=-INF)
             their_key, theirs = order_key(more), _weights(more, start + at < count, best, sharpness, floor, SEARCH)
             mass += _by_digit(their_key, tl.where(_begins(their_key, bits, step), theirs, 0), step)
-        # Left behind in each pass, though the last would do: see tests/kernels/test_twins.py on what a loop carries.
+        # Stored in each pass, though the last is enough: see test_twins.py on old values in loops.
         tl.store(search_ptr + _begun(SEARCH, step), bits)
         tl.store(search_ptr + _begun(SEARCH, step) + 1, target)
         tl.store(search_ptr + _first_mass(SEARCH, step) + digit, mass)
@@ -337,7 +337,7 @@ def _narrow_few(
     candidate_ptr, search_ptr, best_ptr, temperature_ptr, top_k_ptr, top_p_ptr,
     V, blocks, BLOCKS: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """The searches for top-k and top-p by one program, for candidates that one chunk mostly has all of."""
+    """The searches for top-k and top-p by one program, for candidates that usually fit one chunk."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
@@ -371,9 +371,10 @@ def find_thresholds(
     block: int,
     few_candidates: bool,
 ) -> None:
-    """Into `search` [B, NUMBERS] int64, which is cleared: for x [B, V] and the largest `best` of each of its blocks.
+    """Writes the numbers of the searches to `search` [B, NUMBERS] int64, which must be cleared.
 
-    A filter that is off for the whole batch has no launches. Of `few_candidates` see `sample`.
+    x [B, V]; best [B, blocks]: the maximum of each block of x. A filter that is off for the whole batch has no
+    launches. `sample` explains few_candidates.
     """
     (rows, vocab), blocks = x.shape, best.shape[1]
     candidate = torch.empty_like(x)

@@ -1,4 +1,4 @@
-"""paged_attention against kernels.reference and a float64 softmax written out here; what its bits depend on."""
+"""paged_attention, by both backends and the reference, against a float64 softmax; and which inputs affect its bits."""
 
 import contextlib
 import functools
@@ -9,29 +9,33 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from internlm3 import kernels
-from internlm3.kernels import attention, reference
 from internlm3.tests.kernels.support import (
     DEVICE,
+    MODULES,
     PagedCache,
     assert_near,
     assert_same,
+    backends,
     call,
     dtypes,
     embedded,
     generator,
+    module_of,
     normal,
     paged_cache,
+    run,
     seeds,
-    twin,
 )
 
-# The weights of a row are rounded to the dtype before they meet the values (half an ulp each), and so is the result.
-# The rest is float32's running sums and exponentials, in any order; where the dtype is float32 it is all.
+attention = module_of(kernels.paged_attention)
+
+# The weights of a row are rounded to the dtype before they multiply the values, and so is the result: half an ulp each.
+# The rest is float32's running sums and exponentials, in any order; in float32 there is nothing else.
 ULPS = {torch.bfloat16: 1.1, torch.float16: 1.2, torch.float32: 8.0}
 
 
 def exact(q, cache: PagedCache, scale):
-    """float64: the attention, and the size of what each element sums, with what the float32 of the scores may shift."""
+    """In float64: the attention, and the magnitude of each element's terms, with the error of float32 scores."""
     sequences = len(cache.seq_lens)
     _, kv_heads, page_size, dim = cache.k_cache.shape
     wide = q.double().view(sequences, -1, kv_heads, q.shape[1] // kv_heads, dim)
@@ -41,7 +45,7 @@ def exact(q, cache: PagedCache, scale):
         if not slots:
             continue
         k, v = (torch.stack([x[page, :, slot] for page, slot in slots]).double() for x in cache[:2])
-        live = min(wide.shape[1], length)  # tokens that stand in the sequence; those before them are zero
+        live = min(wide.shape[1], length)  # the tokens that are not padding
         mine = wide[b, -live:]
         unseen = torch.ones(live, length, dtype=torch.bool, device=q.device).triu(length - live + 1)[:, None, None]
         weights = (torch.einsum("tkgd,nkd->tkgn", mine, k) * scale).masked_fill(unseen, -torch.inf).softmax(-1)
@@ -54,7 +58,7 @@ def exact(q, cache: PagedCache, scale):
 
 @contextlib.contextmanager
 def shared_by(programs):
-    """Any number of programs may share the work: it decides whether and how splits wrap around."""
+    """Sets how many programs share the work of a sequence, which decides whether and how splits wrap around."""
     attention.tiling.cache_clear()
     with mock.patch.multiple(attention, _PROGRAMS=programs, _PROGRAMS_ALONE=programs):
         yield
@@ -63,19 +67,18 @@ def shared_by(programs):
 
 def check_case(q, cache: PagedCache, scale, programs=64):
     with shared_by(programs):
-        out = call(kernels.paged_attention, q, *cache, scale)
-    expected = twin("paged_attention", q, *cache, scale)
-    truth, size = exact(q, cache, scale)
-    assert_near(truth, ULPS[q.dtype], size, triton=out, reference=expected)
-    return out
+        results = {backend: run(backend, "paged_attention", q, *cache, scale) for backend in MODULES}
+    expected, size = exact(q, cache, scale)
+    assert_near(expected, ULPS[q.dtype], size, **results)
+    return results["triton"]
 
 
 @st.composite
 def launches(draw, tokens, most_rows):
-    """q, a cache and a scale. Lengths stand around pages and tiles.
+    """q, a cache and a scale. Many lengths are near the ends of pages and tiles.
 
-    At most so many rows of q times heads, float32 a quarter, its tiles being smaller: an interpreted program takes
-    milliseconds.
+    q has at most `most_rows` rows times heads, a quarter of that in float32, whose tiles are smaller: an interpreted
+    program takes milliseconds.
     """
     dtype, rng = draw(dtypes), generator(draw(seeds))
     page_size = draw(st.sampled_from([16, 32, 48, 64, 256]))
@@ -96,27 +99,27 @@ def launches(draw, tokens, most_rows):
         for x in (k_cache, v_cache):
             x.masked_fill_(x.isnan(), -torch.inf)
     if draw(st.booleans()):
-        table = table[:, : max(-(-max(lengths) // page_size), 1)]  # not a column to spare
+        table = table[:, : max(-(-max(lengths) // page_size), 1)]  # without unused columns
     cache = PagedCache(k_cache, v_cache, embedded(table, padding), seq_lens)
     return q, cache, draw(st.sampled_from([dim**-0.5, 0.3]))
 
 
 @pytest.mark.op(name="paged_attention")
-@settings(max_examples=240)
+@settings(max_examples=120)
 @given(launches(st.integers(1, 16), 48), st.sampled_from([1, 2, 4]))  # 150 keys are five tiles, ten in float32
 def test_few_tokens(launch, programs):
     check_case(*launch, programs)
 
 
 @pytest.mark.op(name="paged_attention")
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(launches(st.integers(17, 70), 1120))
 def test_long_queries(launch):
     check_case(*launch, programs=1)
 
 
 @pytest.mark.op(name="paged_attention")
-@settings(max_examples=20)
+@settings(max_examples=12)
 @given(launches(st.integers(17, 40), 100))
 def test_long_queries_in_splits(launch):
     check_case(*launch, programs=8)
@@ -124,15 +127,15 @@ def test_long_queries_in_splits(launch):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("tokens", [2, 7, 64])
-def test_the_reference_joins_a_long_past(dtype, tokens):
-    """A chunk behind pasts of every length, one of them not long, and one that it begins with."""
+def test_a_cpu_joins_a_long_past(dtype, tokens):
+    """A chunk after contexts of several lengths, among them none, and a sequence that is shorter than the chunk."""
     rng = generator(tokens)
     lengths = [tokens + past for past in (600, 512, 511, 0, 513)] + [1]
     cache = paged_cache(rng, lengths, 2, 32, 16, dtype)
     q = normal(rng, len(lengths) * tokens, 6, 32, dtype=dtype)
-    truth, size = exact(q, cache, 0.3)
-    # The two parts are rounded before they are joined: half an ulp more.
-    assert_near(truth, ULPS[dtype] + 0.5, size, reference=reference.paged_attention(q, *cache, 0.3))
+    expected, size = exact(q, cache, 0.3)
+    # The attention to the context and to the block are rounded before they are joined: half an ulp more.
+    assert_near(expected, ULPS[dtype] + 0.5, size, cpu=run("cpu", "paged_attention", q, *cache, 0.3))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -152,7 +155,7 @@ def test_more_tiles_than_splits(length):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("score", [-1e4, 1e4])
 def test_one_key_dominates(dtype, score):
-    """One score of +-1e4 among zeros: the value of that key alone, or the mean of all others."""
+    """One score of +-1e4 among zeros: the result is that key's value, or the mean of all others."""
     rng = generator(3)
     for place in (0, 17, 63, 64, 129):
         cache = paged_cache(rng, [130], 1, 32, 16, dtype)
@@ -168,14 +171,14 @@ def test_one_key_dominates(dtype, score):
 
 @pytest.mark.parametrize("programs", [1, 4, 64])
 @pytest.mark.parametrize("offset", [-4096, 333, 8191])
-def test_a_constant_beside_every_score_changes_no_bit(offset, programs):
-    """Softmax knows scores by their differences. These are exact in float32, at whatever size, and not scaled ones."""
+def test_a_constant_added_to_every_score_changes_no_bit(offset, programs):
+    """Softmax depends on the differences of scores: exact in float32 at any magnitude here, before the scale."""
     rng = generator(7)
     cache = paged_cache(rng, [300], 1, 16, 16, torch.float16)
-    held = cache.block_table[0, : -(-300 // 16)].long()
-    cache.k_cache[held] = 0
-    cache.k_cache[held, ..., 0] = torch.randint(-9, 10, (len(held), 1, 16), generator=rng).to(DEVICE).half() / 8
-    cache.k_cache[held, ..., 1] = 1
+    pages = cache.block_table[0, : -(-300 // 16)].long()
+    cache.k_cache[pages] = 0
+    cache.k_cache[pages, ..., 0] = torch.randint(-9, 10, (len(pages), 1, 16), generator=rng).to(DEVICE).half() / 8
+    cache.k_cache[pages, ..., 1] = 1
     q = torch.zeros(1, 2, 16, dtype=torch.float16, device=DEVICE)
     q[..., 0] = 1
     with shared_by(programs):
@@ -187,26 +190,27 @@ def test_a_constant_beside_every_score_changes_no_bit(offset, programs):
 @pytest.mark.parametrize("scale", [1e-4, 1.0])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_huge_keys(dtype, scale):
-    """Products of up to 1e7, both signs: they overflow fp16 and every exponential that is taken without the maximum."""
+    """Products of up to 1e7, of both signs: they overflow fp16, and any exponential without the maximum subtracted."""
     rng = generator(4)
     cache = paged_cache(rng, [100, 7], 2, 64, 32, dtype)
     cache.k_cache.mul_(1e3)
     check_case(normal(rng, 6, 8, 64, dtype=dtype, scale=1e3), cache, scale)
 
 
-def test_idle_sequences_are_zero_whatever_the_table_names():
+@backends
+def test_idle_sequences_are_zero_whatever_the_table_has(backend):
     cache = paged_cache(generator(5), [0, 0, 0], 2, 32, 16, torch.float16)
     cache.block_table.fill_(-1)
     for tokens in (1, 5, 70):
         q = torch.full((3 * tokens, 4, 32), torch.nan, dtype=torch.float16, device=DEVICE)
-        assert call(kernels.paged_attention, q, *cache, 1.0).eq(0).all()
+        assert run(backend, "paged_attention", q, *cache, 1.0).eq(0).all()
 
 
 @pytest.mark.op(name="paged_attention")
-@settings(max_examples=30)
+@settings(max_examples=20)
 @given(seeds, dtypes, st.sampled_from([(1, 1), (1, 16), (2, 4), (4, 16), (5, 16)]), st.integers(5, 150))
 def test_bits_depend_on_the_row_alone(seed, dtype, tokens_and_group, length):
-    """Not on other sequences, other queries, the page size, the order of pages, the table's width, or its place."""
+    """Not on other sequences, other queries, the page size, the order of pages, or the size of the block table."""
     with shared_by(4):  # 150 keys are five tiles, ten in float32
         check_bits(seed, dtype, *tokens_and_group, length)
 
@@ -223,19 +227,19 @@ def check_bits(seed, dtype, tokens, group, length):
         for p in range(int(crowd.seq_lens[b])):
             page = int(crowd.block_table[b, p // 48])
             crowd.k_cache[page, :, p % 48], crowd.v_cache[page, :, p % 48] = k[p], v[p]
-    others = normal(rng, 4, tokens, group, 32, dtype=dtype)
-    others[1, -1] = q[-1]
-    others[3, -1] = q[-2] if tokens > 1 else 0
-    found = call(kernels.paged_attention, others.flatten(0, 1), *crowd, 0.3).view(4, tokens, -1)
+    queries = normal(rng, 4, tokens, group, 32, dtype=dtype)
+    queries[1, -1] = q[-1]
+    queries[3, -1] = q[-2] if tokens > 1 else 0
+    found = call(kernels.paged_attention, queries.flatten(0, 1), *crowd, 0.3).view(4, tokens, -1)
     assert_same(expected[-1], found=found[1, -1])
     if tokens > 1:
-        assert_same(expected[-2], **{"the last but one of a launch, as the last of another,": found[3, -1]})
+        assert_same(expected[-2], **{"the last but one of a launch, as the last of another": found[3, -1]})
 
 
 @pytest.mark.parametrize("programs", [1, 8, 64])
 @pytest.mark.parametrize("tokens", [1, 3])
 def test_a_length_beyond_the_table_reads_what_the_table_has(tokens, programs):
-    """As in a late replay of a graph. The other sequences have their own bits, and this one numbers."""
+    """As in a late replay of a graph: the other sequences are bit-identical, and this one is finite."""
     cache = paged_cache(generator(8), [160, 70], 1, 32, 16, torch.bfloat16)
     cache = cache._replace(block_table=cache.block_table[:, :10].contiguous())
     q = normal(generator(9), 2 * tokens, 4, 32, dtype=torch.bfloat16)
@@ -252,7 +256,7 @@ def test_page_ids_outside_the_cache_do_no_harm():
     rng = generator(6)
     cache = paged_cache(rng, [20, 20, 20], 2, 32, 16, torch.float32)
     q = normal(rng, 3, 4, 32, dtype=torch.float32)
-    expected = reference.paged_attention(q, *cache, 1.0)
+    expected = run("reference", "paged_attention", q, *cache, 1.0)
     cache.block_table[0], cache.block_table[2] = -(2**31), 2**31 - 1
     torch.testing.assert_close(call(kernels.paged_attention, q, *cache, 1.0)[1], expected[1])
 

@@ -1,24 +1,24 @@
-"""The linear layers of a block, each with its neighbours: few rows in one launch, many by cuBLAS and the ops alone.
+"""The linear layers of a block, each fused with the ops before and after it.
 
-Up to 16 rows are bound by the bytes of the weights, and kernels.skinny, which has the numbers, reads them once. More
-are bound by arithmetic: torch's linear is cuBLAS there, and what stands before and after it is launched by itself.
+Up to 16 rows take as long as reading the weights takes: `linear_few_rows` reads them once, in one launch. More rows are
+bound by arithmetic: torch's linear, which is cuBLAS on a GPU, and a launch for each op before and after it.
 
-Rows of a weight must begin at multiples of 16 bytes: they are read 16 bytes at a time. With `batch_invariant` a single
-row is computed as one of several would be: its bits are the same alone and in the company of up to 15 others.
+Rows of a weight must begin at multiples of 16 bytes, since they are read 16 bytes at a time. With `batch_invariant` a
+single row uses the kernel of several, so it is bit-identical alone and among up to 15 other rows.
 
-Every op raises TypeError for a dtype and ValueError for a shape, device, stride or alignment that it cannot take.
+Every op raises TypeError for a wrong dtype and ValueError for a wrong shape, device, stride or alignment.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .activation import swiglu
+from ..reference import FEW_ROWS
 from .launch import check, check_activation
-from .norm import rms_norm
-from .reference import SKINNY_ROWS
-from .rope import check_heads, rope_and_cache
-from .skinny import multiply
+from .linear_few_rows import multiply
+from .rms_norm import rms_norm
+from .rope_and_cache import check_heads, rope_and_cache
+from .swiglu import swiglu
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, norm: Tensor | None = None) -> None:
@@ -36,7 +36,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, norm: Tensor | None =
 
 
 def _few(x: Tensor) -> bool:
-    return x.shape[:-1].numel() <= SKINNY_ROWS
+    return x.shape[:-1].numel() <= FEW_ROWS
 
 
 def _empty(x: Tensor, *shape: int) -> Tensor:

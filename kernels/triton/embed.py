@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .launch import cdiv, check, check_activation, jit, options
 
-# Columns of one program: 8 a thread, one 16-byte load in a 16-bit dtype.
+# Columns per program: 8 per thread, one 16-byte load in a 16-bit dtype.
 BLOCK = 1024
 NUM_WARPS = 4
 
@@ -26,7 +26,7 @@ def _embed(token_ids_ptr, table_ptr, y_ptr, V, table_stride, C: tl.constexpr, BL
         tl.extra.cuda.gdc_wait()
     token = tl.load(token_ids_ptr + row)
     known = (token >= 0) & (token < V)
-    tl.device_assert(known, "token_ids names a token that the table has not")
+    tl.device_assert(known, "token_ids has a token that is not in the table")
     y = tl.load(table_ptr + token * table_stride + columns, mask=(columns < C) & known, other=0.0)
     tl.store(y_ptr + row * C + columns, y, mask=columns < C)
 
@@ -34,7 +34,7 @@ def _embed(token_ids_ptr, table_ptr, y_ptr, V, table_stride, C: tl.constexpr, BL
 def embed(token_ids: Tensor, table: Tensor) -> Tensor:
     """table[token_ids]. token_ids [R] int64, table [V, C] -> [R, C]; an id outside the table gives zeros.
 
-    Raises TypeError for a dtype, ValueError for a shape, device or stride that the kernel cannot take.
+    Raises TypeError for a wrong dtype, ValueError for a wrong shape, device or stride.
     """
     check_activation("table", table, -1, -1)
     vocab, width = table.shape

@@ -1,25 +1,25 @@
 """Paged flash-decoding attention: softmax(scale * q k^T) v of each sequence's last T tokens over its pages.
 
 Shapes (letters as in reference.py): q [B*T, H, D], caches [P, K, S, D] -> [B*T, H * D]. One kernel serves a decode
-step, the verification of drafted tokens and the chunks of a long prompt. A program owns a tile of query rows: the T
-tokens of the G = H / K query heads that share a key/value head, token-major, so that keys are read once for the group
-and even one token fills a tensor-core tile. It walks the keys in tiles of consecutive tokens:
+step, the verification of drafted tokens and the chunks of a prompt. A program owns a tile of query rows: the T tokens
+of the G = H / K query heads that share a key/value head, token-major, so that keys are read once for the group and even
+one token fills a tensor-core tile. It loops over the keys in tiles of consecutive tokens:
 
             tile of keys   0    1    2    3    4    5  ...
             split          0    1    2    3    0    1  ...          (4 splits; the lengths live on the device)
 
-Tile j belongs to split j mod SPLITS, whatever the length. A split leaves its normalised sum, its largest score and its
-weight beside that in float32; `_combine` joins the splits in the order of their numbers. SPLITS and the tiles are
-functions of T, G, D, the dtype, and whether there is one sequence. So for given T, G and D, alone or not, the bits of a
-row depend on nothing but its query and the keys and values that it sees: not on the other sequences, nor the other rows
-of its tile, the page size, the order of the pages, or the width of the block table. Dao et al. 2022 (online softmax),
-Dao et al. 2023 (split keys), Kwon et al. 2023 (pages).
+Tile j belongs to split j mod SPLITS, for any length. A split writes its normalised sum, its largest score and its total
+weight in float32; `_combine` joins the splits in the order of their numbers. SPLITS and the tiles depend on T, G, D,
+the dtype, and whether there is one sequence. So for given T, G and D, alone or not, the bits of a row depend only on
+its query and the keys and values that it attends to: not on the other sequences, the other rows of its tile, the page
+size, the order of the pages, or the width of the block table. Dao et al. 2022 (online softmax), Dao et al. 2023 (split
+keys), Kwon et al. 2023 (pages).
 
 At InternLM3-8B's shapes (48 layers, H 32, K 2, D 128, bfloat16) a token's keys and values are 1 KiB a layer, 48 KiB in
-all. One decode step of one sequence moves, and does, per layer:
-    1k tokens     1 MiB    16.8 MFLOP     0.35 us at 3.0 TB/s: latency, not bandwidth, is what it costs
+all. Per layer, one decode step of one sequence reads and computes:
+    1k tokens     1 MiB    16.8 MFLOP     0.35 us at 3.0 TB/s: bound by latency, not bandwidth
     32k tokens   32 MiB     537 MFLOP    11.2  us at 3.0 TB/s
-and 16.5 KB of float32 partial sums on top for each split at work, 2.1 MB with all 128, written and read once (in L2).
+plus 16.5 KB of float32 partial sums for each active split, 2.1 MB with all 128, written and read once (in L2).
 """
 
 import math
@@ -31,25 +31,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import cdiv, check, check_activation, jit, next_power_of_2, options
+from .launch import cdiv, check, check_activation, is_hopper, jit, next_power_of_2, options
 
 MAX_HEAD_DIM = 256
-# Programs that share a sequence's work on one key/value head: twice as many, with InternLM3-8B's two, fill 132 SMs.
+# Programs that share the work of one key/value head. InternLM3-8B has two heads, so 128 programs fill 132 SMs.
 _PROGRAMS = 64
 # Rows in a tile -> keys in a tile, warps, stages. None spills on sm_80 to sm_100, and all fit the 99 KB of sm_86. Page
-# numbers take a stage of their own: with five, two tiles are under way. For 64 rows one tile ahead leaves room for a
-# second program; two ahead spill on sm_86 and 89 with Triton 3.6 and 3.8. That of 16 was chosen by the time of whole
-# steps of InternLM3-8B on an H200, 2026-11-27, at 1k and 8k tokens in 16 rows; the others by compiling alone.
+# numbers take a stage of their own: with five stages two tiles are in flight. For 64 rows one tile in flight leaves
+# room for a second program; two spill on sm_86 and 89 with Triton 3.6 and 3.8. The tile of 16 rows was chosen by
+# measurement, the time of whole steps of InternLM3-8B on an H200 with 16 sequences (bench/predictions.md); the others
+# by their machine code alone.
 _TILES = {16: (64, 4, 3), 32: (64, 4, 5), 64: (32, 8, 4), 128: (32, 8, 5)}
-# One sequence alone has the GPU for itself: by the same measure at 1k, 8k and 32k tokens.
+# For a single sequence: measured in the same way, at 1k, 8k and 32k tokens.
 _PROGRAMS_ALONE = 128
 _TILE_ALONE = (64, 8, 3)
-# Tensor cores that take both factors from shared memory, sm_90's and later, leave registers for more keys.
-_TALL_OF_SM90 = (64, 8, 2)
+# Hopper's tensor cores read both factors from shared memory, which leaves registers for more keys.
+_TALL_ON_HOPPER = (64, 8, 2)
 
 
 class Tiling(NamedTuple):
-    """How one launch is cut: on one device a function of T, G, D, the dtype, and whether its sequence is alone."""
+    """The tiles of a launch. On one device they depend on T, G, D, the dtype, and whether there is one sequence."""
 
     rows: int
     keys: int
@@ -60,16 +61,16 @@ class Tiling(NamedTuple):
 
 
 @lru_cache
-def tiling(T: int, G: int, D: int, dtype: torch.dtype, sm90: bool, alone: bool) -> Tiling:
+def tiling(T: int, G: int, D: int, dtype: torch.dtype, hopper: bool, alone: bool) -> Tiling:
     dims, programs = next_power_of_2(D), _PROGRAMS
     rows = min(max(next_power_of_2(T * G), 16), 128 if dims <= 128 else 64)
-    keys, warps, stages = _TALL_OF_SM90 if rows == 128 and sm90 else _TILES[rows]
+    keys, warps, stages = _TALL_ON_HOPPER if rows == 128 and hopper else _TILES[rows]
     if rows == 16 and alone:
         (keys, warps, stages), programs = _TILE_ALONE, _PROGRAMS_ALONE
     if dims > 128:
         keys //= 2
     if dtype == torch.float32:
-        # Not for speed: exact products have no tensor cores, and hold both factors in registers.
+        # Not for speed: exact products use no tensor cores, and need both factors in registers.
         rows, keys, warps, stages = 16, 16, 4, 5
     splits = max(programs // next_power_of_2(cdiv(T * G, rows)), 1)
     return Tiling(rows, keys, dims, splits, warps, stages)
@@ -82,25 +83,25 @@ def _fold(
 ):  # fmt: skip
     """Fold key tiles first, first + step, ... < last into the running maximum, weight and weighted sum of each row.
 
-    The maximum is one of products before the scale, which is positive. It is subtracted before they are scaled: so the
-    weight of the maximum itself is 1, and what was summed stays as it is while the maximum stays.
+    The maximum is that of the products before the (positive) scale, and is subtracted before they are scaled. So the
+    weight of the maximum is exactly 1, and the sums do not change while the maximum stays the same.
     """
     dims = tl.arange(0, BD)
     for tile in range(first, last, step):
         tokens = tile * BN + tl.arange(0, BN)
-        there = tokens < end
-        page = tl.load(pages_ptr + tokens // S, mask=there, other=0)
-        tl.device_assert((page >= 0) & (page < P), "block_table names a page that the cache has not")
+        inside = tokens < end
+        page = tl.load(pages_ptr + tokens // S, mask=inside, other=0)
+        tl.device_assert((page >= 0) & (page < P), "block_table has a page that is not in the cache")
         page = tl.minimum(tl.maximum(page, 0), P - 1)
         cells = (page.to(tl.int64) * page_stride + (tokens % S).to(tl.int64) * slot_stride)[:, None] + dims[None, :]
-        # An unused slot may hold a NaN, and 0 * NaN is one: values are masked as well as keys.
-        mask = (there[:, None] if MASKED else True) & (dims[None, :] < D)
+        # An unused slot may contain NaN, and 0 * NaN is NaN: values are masked too.
+        mask = (inside[:, None] if MASKED else True) & (dims[None, :] < D)
         k = tl.load(k_ptr + cells, mask=mask, other=0.0)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         if MASKED:
             scores = tl.where(tokens[None, :] <= positions[:, None], scores, float("-inf"))
         new_best = tl.maximum(best, tl.max(scores, 1))
-        # A row that has seen no key keeps -inf; subtracting 0 instead leaves its weights at 2^-inf = 0.
+        # The maximum of a row without keys stays -inf; 0 is subtracted instead, so its weights are 2^-inf = 0.
         shift = tl.where(new_best == float("-inf"), 0.0, new_best)
         weights = tl.exp2((scores - shift[:, None]) * qk_scale)
         decay = tl.exp2((best - shift) * qk_scale)
@@ -120,15 +121,15 @@ def _attend(
 ):  # fmt: skip
     """One tile of rows of one sequence and key/value head against one split of its keys. Grid (splits, tiles, B * K).
 
-    A lone split writes the output; one of many (SPLIT) its partial sums [B*T, H, SPLITS, D], and its largest product
-    before the scale and its weight [B*T, H, SPLITS] each.
+    A single split writes the output. One of several (SPLIT) writes its partial sums [B*T, H, SPLITS, D], its largest
+    product before the scale and its total weight, [B*T, H, SPLITS] each.
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     split, b, kv_head = tl.program_id(0), tl.program_id(2) // K, tl.program_id(2) % K
     length = tl.load(lens_ptr + b)
-    # The last rows see the most keys: they begin first, so that none of them begins last.
+    # The last rows have the most keys, so their programs start first.
     first_row = (tl.num_programs(1) - 1 - tl.program_id(1)) * BM
     last_row = tl.minimum(first_row + BM, T * G) - 1
     rows = first_row + tl.arange(0, BM)
@@ -136,10 +137,10 @@ def _attend(
     heads = kv_head * G + rows % G
     q_rows = (b * T + rows // G).to(tl.int64)
     mask = (rows <= last_row)[:, None] & (dims < D)[None, :]
-    # On its way beside the length, which a split without keys does not know yet that it ends with.
+    # Load q before testing for an empty split, so that it overlaps the load of the length.
     q_ptrs = q_ptr + (q_rows * q_row_stride + heads.to(tl.int64) * q_head_stride)[:, None] + dims[None, :]
     q = tl.load(q_ptrs, mask=mask, other=0.0)
-    # One past the last key that any row of the tile sees; none when all stand at negative positions.
+    # The number of keys that the last row of the tile attends to; 0 if all rows are padding.
     end = tl.minimum(tl.maximum(length - T + last_row // G + 1, 0), N * S)
     if SPLIT & (split * BN >= end):
         return
@@ -153,7 +154,7 @@ def _attend(
     pages_ptr += b.to(tl.int64) * table_stride
     first = split
     if BM == 128:
-        # A tall tile is bound by arithmetic, so the key tiles that all of its rows see go unmasked.
+        # A tall tile is bound by arithmetic, so key tiles that all of its rows attend to are not masked.
         whole = tl.minimum(tl.maximum(length - T + first_row // G + 1, 0), end) // BN
         best, total, acc = _fold(
             q, best, total, acc, k_ptr, v_ptr, pages_ptr, page_stride, slot_stride, positions, end, qk_scale,
@@ -178,7 +179,7 @@ def _combine(
     partial_ptr, best_ptr, total_ptr, lens_ptr, out_ptr, qk_scale, T, tokens,
     H: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Join the splits that hold a key of this program's row and head, of `tokens` that a table holds. Grid (B*T, H)."""
+    """Join the splits that have keys of this program's row and head. tokens: N * S of a block table. Grid (B*T, H)."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -186,7 +187,7 @@ def _combine(
     keys = tl.minimum(tl.load(lens_ptr + row // T) - T + row % T + 1, tokens)
     splits = tl.arange(0, SPLITS)
     dims = tl.arange(0, BD)
-    # The other splits wrote nothing: what they left is not to be read.
+    # The other splits wrote nothing, so their memory must not be read.
     written = splits * BN < keys
     places = (row * H + head).to(tl.int64) * SPLITS + splits
     best = tl.load(best_ptr + places, mask=written, other=float("-inf"))
@@ -211,11 +212,11 @@ def paged_attention(
 ) -> Tensor:
     """Causal attention of each sequence's last T tokens over its pages. q [B*T, H, D] -> [B*T, H*D].
 
-    With `batch_invariant` a sequence alone is computed as one of several would be: its bits are the same.
+    With `batch_invariant` a single sequence uses the tiles of several, so it is bit-identical alone and in a batch.
 
-    k_cache and v_cache [P, K, S, D] of q's dtype, laid out alike; block_table [B, N] and seq_lens [B] int32; D a
-    multiple of 16 up to 256. Rows at negative positions, all rows of an idle sequence among them, are zero. Slots past
-    a sequence's length may hold anything. Raises TypeError for a wrong dtype, ValueError for a wrong shape, stride or
+    k_cache and v_cache [P, K, S, D] of q's dtype, with equal strides; block_table [B, N] and seq_lens [B] int32; D a
+    multiple of 16 up to 256. Tokens at negative positions are padding, and their results are zero. Slots after a
+    sequence's length may contain anything. Raises TypeError for a wrong dtype, ValueError for a wrong shape, stride or
     device.
     """
     check_activation("q", q, -1, -1, -1)
@@ -241,25 +242,37 @@ def paged_attention(
         raise ValueError(f"scale is {scale}, must be positive")
 
     T, G = rows // B, H // K
-    shared = options(device)
-    BM, BN, BD, SPLITS, warps, stages = tiling(
-        T, G, D, q.dtype, sm90=shared["PDL"], alone=B == 1 and not batch_invariant
-    )
+    alone = B == 1 and not batch_invariant
+    BM, BN, BD, SPLITS, warps, stages = tiling(T, G, D, q.dtype, is_hopper(device), alone)
     out = torch.empty((rows, H * D), dtype=q.dtype, device=device)
     partial, best, total = out, out, out
     if SPLITS > 1:
         partial = torch.empty((rows, H, SPLITS, D), dtype=torch.float32, device=device)
         best, total = torch.empty((2, rows, H, SPLITS), dtype=torch.float32, device=device)
     log2_scale = scale * math.log2(math.e)
-    # A split beyond the widest sequence has no tile.
+    # Splits after the last tile of the widest sequence are not launched.
     grid = (min(SPLITS, cdiv(N * S, BN)), cdiv(T * G, BM), B * K)
     _attend[grid](
         q, k_cache, v_cache, block_table, seq_lens, partial, best, total, q.stride(0), q.stride(1),
         *k_cache.stride()[:3], block_table.stride(0), log2_scale, T, P, N, SPLITS,
-        G, K, S, D, SPLITS > 1, BM, BN, BD, num_warps=warps, num_stages=stages, **shared,
+        G, K, S, D, SPLITS > 1, BM, BN, BD, num_warps=warps, num_stages=stages, **options(device),
     )  # fmt: skip
     if SPLITS > 1:
         _combine[(rows, H)](
-            partial, best, total, seq_lens, out, log2_scale, T, N * S, H, D, SPLITS, BN, BD, num_warps=4, **shared
+            partial,
+            best,
+            total,
+            seq_lens,
+            out,
+            log2_scale,
+            T,
+            N * S,
+            H,
+            D,
+            SPLITS,
+            BN,
+            BD,
+            num_warps=4,
+            **options(device),
         )
     return out
