@@ -23,13 +23,13 @@ from typing import NamedTuple
 # What the interpreter is given is never compiled.
 os.environ.pop("TRITON_INTERPRET", None)
 
-from cases import Case, cases
+from .cases import Case, cases
 from internlm3 import kernels
-from machine_code.launches import Launch, compile_launches
-from machine_code.reader import MachineCode, read
-from machine_code.sass import Access
-from machine_code.targets import TARGETS, Target
-from options import one_of
+from .machine_code.launches import Launch, compile_launches
+from .machine_code.reader import MachineCode, read
+from .machine_code.sass import Access
+from .machine_code.targets import TARGETS, Target
+from .options import one_of
 from triton import __version__ as triton_version
 from triton import knobs
 

@@ -20,9 +20,9 @@ import time
 from collections.abc import Sequence
 from typing import TypedDict
 
-from options import output, positive
-from record import stamp, write_json
-from workers import Worker, serve
+from .options import output, positive
+from .record import stamp, write_json
+from .workers import Worker, serve
 
 FREE, WAVES, BEFORE = "as rows are free", "in waves", "before"
 MOST = 512  # tokens of an answer

@@ -3,9 +3,9 @@
 from collections.abc import Callable
 from typing import Any
 
-import harness
+from . import harness
 import torch
-from cases import Arguments
+from .cases import Arguments
 from internlm3.kernels import reference
 from torch import Tensor
 

@@ -17,8 +17,8 @@ import os
 import statistics
 import time
 
-from options import one_of, output, positive
-from workers import Worker, serve
+from .options import one_of, output, positive
+from .workers import Worker, serve
 
 DECODE_TOKENS = 64
 DTYPES = ("bfloat16", "float16", "float32")
@@ -115,7 +115,7 @@ def main() -> None:
     if args.before and not os.path.exists(os.path.join(args.before, "runtime")):
         parser.error(f"--before {args.before} is no checkout of this project: name a folder internlm3 of one")
     from internlm3.runtime.checkpoint.demo_model import standin_checkpoint
-    from record import stamp, write_json
+    from .record import stamp, write_json
 
     folder = str(standin_checkpoint())
     here = stamp()

@@ -62,7 +62,7 @@ def environment(small: bool, link: str) -> dict[str, str]:
 
 def work(part: str, out: Path, small: bool) -> None:
     """The process of one part."""
-    from rows import append
+    from .rows import append
 
     for row in importlib.import_module(PARTS[part].module).rows(small):
         append(out / f"{part}.jsonl", row)
@@ -90,7 +90,7 @@ def run(part: str, out: Path, small: bool, seconds: float, env: dict[str, str]) 
 
 
 def parser() -> argparse.ArgumentParser:
-    from options import one_of
+    from .options import one_of
 
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--out", type=Path, required=True, help="a folder for all that is found")
@@ -115,9 +115,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         parse.error(f"--out {out} can't be made: {error.strerror}")
 
-    import record
+    from . import record
     import torch
-    from rows import Row, append, read
+    from .rows import Row, append, read
 
     if not (small or torch.cuda.is_available()):
         print("no GPU here, and every figure of this script is a GPU's: run it where one is, or dry with --small")

@@ -14,7 +14,7 @@ from unittest import mock
 os.environ["TRITON_INTERPRET"] = "1"  # a kernel is then an object that needs no GPU, even to be replaced
 
 import torch
-from cases import Size, cases
+from .cases import Size, cases
 from internlm3 import kernels
 from triton.runtime.interpreter import InterpretedFunction
 

@@ -25,17 +25,17 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import checking
-import own
-import peers
+from . import checking
+from . import user_kernels
+from . import peers
 import torch
-from cases import INTERNLM3_8B, SMALL, Arguments, Case, Size, cases, read_size
+from .cases import INTERNLM3_8B, SMALL, Arguments, Case, Size, cases, read_size
 from internlm3 import kernels
-from options import one_of, output, positive
-from record import Figure, Record, compare, load, stamp
-from rows import first_line
-from timing import Call, Floor, measure_floor, name_of, replayed, rounds_of
-from work import moved, nbytes, operations
+from .options import one_of, output, positive
+from .record import Figure, Record, compare, load, stamp
+from .rows import first_line
+from .timing import Call, Floor, measure_floor, name_of, replayed, rounds_of
+from .roofline import moved, nbytes, operations
 
 MOST_CALLS = 512  # in one graph
 MOST_BYTES = 8 << 30  # of inputs for one graph
@@ -209,7 +209,7 @@ def outputs(record: Record, options: argparse.Namespace) -> None:
     if options.csv:
         record.save_csv(options.csv)
     if options.plot:
-        import plots
+        from . import plots
 
         for path in plots.draw(record, options.plot):
             print(path)
@@ -270,7 +270,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse.parse_args(arguments)
     try:
         if options.plot:
-            import plots
+            from . import plots
 
             plots.check(options.plot)
         if options.compare:

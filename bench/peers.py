@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from cases import Arguments
-from timing import Call
+from .cases import Arguments
+from .timing import Call
 
 SECONDS = 120  # that a peer may take to get ready, its compiler included
 

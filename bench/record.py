@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timing import Floor
+from .timing import Floor
 
 FORMAT = 1  # of the file: a reader refuses any other
 COLUMNS = (

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rows import Row
+from .rows import Row
 
 ROOT = Path(__file__).parents[1]
 MARKS = "<!-- bench/report.py writes what a GPU measured from here -->\n", "<!-- to here -->\n"

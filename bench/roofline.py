@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from cases import Arguments
+from .cases import Arguments
 from torch import Tensor
 
 

@@ -27,15 +27,15 @@ from typing import NamedTuple
 os.environ.pop("TRITON_INTERPRET", None)
 
 import torch
-from audit import FACTS, Facts, kernel_name
-from cases import INTERNLM3_8B as SIZE
-from cases import Arguments, Case, cases
+from .audit import FACTS, Facts, kernel_name
+from .cases import INTERNLM3_8B as SIZE
+from .cases import Arguments, Case, cases
 from internlm3 import kernels
 from internlm3.kernels.sampling_search import PASSES, TOP_K, TOP_P, TYPICAL_P
-from machine_code.launches import Launch, compile_launches
-from machine_code.reader import MachineCode, read
-from machine_code.sass import Access
-from machine_code.targets import TARGETS
+from .machine_code.launches import Launch, compile_launches
+from .machine_code.reader import MachineCode, read
+from .machine_code.sass import Access
+from .machine_code.targets import TARGETS
 
 LAYERS = 48
 TARGET = TARGETS["sm_90"]

@@ -8,7 +8,7 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
-from work import nbytes
+from .roofline import nbytes
 
 Call = Callable[[], Any]
 
@@ -65,7 +65,7 @@ def measure_floor(device: torch.device, dtypes: Sequence[torch.dtype], rounds: i
     y = torch.empty_like(x)
     read: Call = x.sum
     if on_gpu:
-        import reads
+        from . import read_bandwidth
 
         read = partial(reads.read, x, y)
 

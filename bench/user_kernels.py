@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from internlm3 import kernels
-from options import unknown
+from .options import unknown
 
 
 def load(path: str) -> dict[str, Callable[..., Any]]:

@@ -14,7 +14,7 @@ from unittest import mock
 
 import torch
 import triton
-from machine_code.targets import TARGETS, Target
+from .targets import TARGETS, Target
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 from triton.compiler import CompiledKernel

@@ -11,9 +11,9 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from machine_code.launches import Launch
-from machine_code.sass import TENSOR_CORE, Access, Flight, flight, fuses_16_bits, instructions, trace, way_out
-from machine_code.targets import Target
+from .launches import Launch
+from .sass import TENSOR_CORE, Access, Flight, flight, fuses_16_bits, instructions, trace, way_out
+from .targets import Target
 from triton import knobs
 
 

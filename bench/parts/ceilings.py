@@ -12,9 +12,9 @@ from itertools import islice
 import torch
 import triton
 import triton.language as tl
-from parts.bare_step import device_of
-from rows import Part, Row
-from timing import measure_floor, replayed, rounds_of
+from .bare_step import device_of
+from ..rows import Part, Row
+from ..timing import measure_floor, replayed, rounds_of
 
 NODES = 1000
 

@@ -17,8 +17,8 @@ from internlm3.runtime.engine.graphs import Capture, cuda_graphs, eager
 from internlm3.runtime.engine.request import Request
 from internlm3.runtime.engine.state import Tier
 from internlm3.runtime.sampling.params import SamplingParams
-from parts.bare_step import Steps, on_ops, random_model
-from rows import Part, Row
+from .bare_step import Steps, on_ops, random_model
+from ..rows import Part, Row
 from torch import Tensor
 
 STEPS = 4  # behind a prompt

@@ -16,10 +16,10 @@ import torch
 from internlm3 import InternLM3ForCausalLM
 from internlm3.runtime.engine.graphs import cuda_graphs, eager
 from internlm3.runtime.engine.state import Tier
-from parts.bare_step import Steps, device_of, random_model
-from rows import Part, Row, first_line
-from timing import measure_floor, rounds_of
-from work import nbytes
+from .bare_step import Steps, device_of, random_model
+from ..rows import Part, Row, first_line
+from ..timing import measure_floor, rounds_of
+from ..roofline import nbytes
 
 CONTEXTS = (128, 1024, 8192, 32768)
 ROWS = (1, 2, 4, 8, 16, 32)

@@ -17,9 +17,9 @@ from internlm3 import InternLM3ForCausalLM
 from internlm3.runtime.engine.engine import Engine
 from internlm3.runtime.engine.request import Request
 from internlm3.runtime.sampling.params import SamplingParams
-from parts.bare_step import device_of, random_model
-from rows import Part, Row
-from timing import measure_floor, name_of
+from .bare_step import device_of, random_model
+from ..rows import Part, Row
+from ..timing import measure_floor, name_of
 
 
 def rows(small: bool) -> Iterator[Row]:

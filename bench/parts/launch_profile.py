@@ -17,9 +17,9 @@ import torch
 from internlm3 import InternLM3ForCausalLM
 from internlm3.runtime.engine.graphs import cuda_graphs
 from internlm3.runtime.engine.state import Tier
-from parts.bare_step import random_model
-from parts.decode_times import ready
-from rows import Part, Row
+from .bare_step import random_model
+from .decode import ready
+from ..rows import Part, Row
 
 SHAPES = ((1, 1024), (1, 32768), (4, 1024), (16, 1024))  # rows, tokens held
 REPLAYS = 4

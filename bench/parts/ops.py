@@ -2,14 +2,14 @@
 
 from collections.abc import Iterator
 
-import peers
+from .. import peers
 import torch
-from cases import INTERNLM3_8B, SMALL, cases
-from parts.bare_step import device_of
-from rows import Part, Row
-from timing import measure_floor
+from ..cases import INTERNLM3_8B, SMALL, cases
+from .bare_step import device_of
+from ..rows import Part, Row
+from ..timing import measure_floor
 
-import kernels as table
+from .. import ops as table
 
 
 def rows(small: bool) -> Iterator[Row]:

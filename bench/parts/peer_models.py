@@ -11,14 +11,14 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
 
-import peers
+from .. import peers
 import torch
 from internlm3 import InternLM3ForCausalLM
-from parts.bare_step import Steps, device_of, random_model
-from parts.decode_times import name_of, step_bytes, step_figure, step_times
-from parts.plain_model import PlainModel
-from rows import Part, Row, first_line
-from timing import Call, measure_floor, replayed, rounds_of
+from .bare_step import Steps, device_of, random_model
+from .decode import name_of, step_bytes, step_figure, step_times
+from .plain_model import PlainModel
+from ..rows import Part, Row, first_line
+from ..timing import Call, measure_floor, replayed, rounds_of
 
 SECONDS = 150  # that a peer may take to get ready, its compiler included
 Peer = Callable[[InternLM3ForCausalLM, int, int], Call]

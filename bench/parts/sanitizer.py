@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from rows import Part, Row
+from ..rows import Part, Row
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 FOUND = 9  # exit code of a tool that has found something
@@ -37,7 +37,7 @@ def rows(small: bool) -> Iterator[Row]:
 def launch(dtype: str) -> None:
     """Every op once at each of a toy's shapes."""
     import torch
-    from cases import Size, cases
+    from ..cases import Size, cases
     from internlm3 import kernels
 
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")

@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from xml.etree import ElementTree
 
-from rows import Part, Row
+from ..rows import Part, Row
 
 ROOT = Path(__file__).parents[2]
 

@@ -12,11 +12,11 @@ import torch
 
 # The benches are scripts that stand beside each other, not a package; before the repository's own kernels/.
 sys.path.insert(0, str(Path(__file__).parent))
-from cases import INTERNLM3_8B, SMALL, Case, cases
-from record import Figure
-from timing import name_of
+from ..cases import INTERNLM3_8B, SMALL, Case, cases
+from ..record import Figure
+from ..timing import name_of
 
-from kernels import ours, prepare
+from ..ops import ours, prepare
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda", 0) if ON_GPU else torch.device("cpu")
