@@ -1,15 +1,17 @@
-"""Answers of mixed lengths, more than are decoded together: as rows are free, beside waves that wait for their slowest.
+"""Answers of different lengths, more than fit in a batch: continuous batching against static batches.
 
-    python bench/mixed.py [--rows 4] [--rounds 5] [--before CHECKOUT] [--json FILE]
+    python -m bench.batching [--batch 4] [--rounds 5] [--before CHECKOUT] [--json FILE]
 
-Two kinds of work go through `LLM.generate` of the stand-in model, on this machine's CPU: questions whose answers the
-model ends by itself, and answers whose lengths are drawn from an exponential distribution: any may end at any step.
-Each goes through one call, and in waves of as many questions as there are rows, in turns (A B A B ...). Beside how many
-times as fast the one call is stands what the lengths allow: the steps of waves by those of rows that are taken as they
-come free. The rest goes to prompts, which share a launch in a wave and come one by one otherwise, and to this: a step
-of one row, as waves end in, costs a CPU less than one of all rows.
-`--before` sets beside them another checkout of this project, a folder named internlm3, which gets the questions in one
-call of its own: up to commit 5a2bf93 that went through them in waves.
+Two workloads go through `LLM.chat` of the demo model on this machine's CPU: questions whose answers the model ends by
+itself, and answers whose lengths are drawn from an exponential distribution, so that any may end at any step. Each
+workload runs as one call, in which a slot that becomes free takes the next request ("continuous"), and as one call per
+batch, in which short answers wait for the longest ("static"), in turns (A B A B ...).
+
+Printed is how many times as fast the one call is, next to the ratio of their numbers of decode steps. The rest of the
+difference is prompts, which a static batch prefills together and the other one by one, and batch sizes: static batches
+end in steps of batch size 1, which cost a CPU less than full ones.
+
+`--before` compares with the folder of another checkout of this project as well; it gets the questions in one call.
 """
 
 import argparse
@@ -21,13 +23,13 @@ from collections.abc import Sequence
 from typing import TypedDict
 
 from .options import output, positive
-from .record import stamp, write_json
+from .record import Part, Record, stamp
 from .workers import Worker, serve
 
-FREE, WAVES, BEFORE = "as rows are free", "in waves", "before"
+CONTINUOUS, STATIC, BEFORE = "continuous", "static", "before"
 MOST = 512  # tokens of an answer
 MEAN = 128  # tokens of an answer whose length is drawn
-QUESTIONS = (  # all to which the stand-in's greedy answer comes to an end: others go round in circles
+QUESTIONS = (  # to each of these the demo model's greedy answer ends by itself; to others it repeats itself forever
     "What is the capital of France?",
     "Name three rivers.",
     "Is 17 a prime number?",
@@ -50,21 +52,21 @@ QUESTIONS = (  # all to which the stand-in's greedy answer comes to an end: othe
 class Done(TypedDict):
     seconds: float
     lengths: list[int]
-    cut: int  # answers that came to no end
+    cut: int  # answers that reached their limit
 
 
 def drawn_lengths() -> list[int]:
-    dice = random.Random(0)
-    return [min(max(round(dice.expovariate(1 / MEAN)), 1), MOST) for _ in QUESTIONS]
+    rng = random.Random(0)
+    return [min(max(round(rng.expovariate(1 / MEAN)), 1), MOST) for _ in QUESTIONS]
 
 
-def steps(lengths: Sequence[int], rows: int, way: str) -> int:
-    """How many steps decode answers of these lengths, whose first tokens come with their prompts."""
-    behind = [length - 1 for length in lengths]
-    if way == WAVES:
-        return sum(max(behind[first : first + rows]) for first in range(0, len(behind), rows))
-    ends = [0] * rows
-    for each in behind:
+def steps(lengths: Sequence[int], batch: int, mode: str) -> int:
+    """The number of decode steps for answers of these lengths; first tokens come from the prefill."""
+    left = [length - 1 for length in lengths]
+    if mode == STATIC:
+        return sum(max(left[first : first + batch]) for first in range(0, len(left), batch))
+    ends = [0] * batch
+    for each in left:
         heapq.heapreplace(ends, ends[0] + each)
     return max(ends)
 
@@ -73,20 +75,20 @@ def worker(work: tuple[str, str, int]) -> Done:
     from internlm3 import LLM, SamplingParams
     from internlm3.runtime.checkpoint.demo_model import standin_checkpoint
 
-    kind, way, rows = work
-    llm = LLM(standin_checkpoint(progress=False), max_batch_size=rows, progress=False)
+    kind, mode, batch = work
+    llm = LLM(standin_checkpoint(progress=False), max_batch_size=batch, progress=False)
     conversations = [[{"role": "user", "content": question}] for question in QUESTIONS]
     params = [SamplingParams(temperature=0, max_tokens=MOST)] * len(conversations)
     if kind == "drawn lengths":
         params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in drawn_lengths()]
     llm.chat("Warm up.", params[0])
     begin = time.perf_counter()
-    some = rows if way == WAVES else len(params)
+    count = batch if mode == STATIC else len(params)
     answers = [
         output.outputs[0]
-        for first in range(0, len(params), some)
+        for first in range(0, len(params), count)
         for output in llm.chat(
-            conversations[first : first + some], params[0] if way == BEFORE else params[first : first + some]
+            conversations[first : first + count], params[0] if mode == BEFORE else params[first : first + count]
         )
     ]
     seconds = time.perf_counter() - begin
@@ -97,60 +99,55 @@ def worker(work: tuple[str, str, int]) -> Done:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=positive, default=4, help="decoded together")
+def run(kind: str, mode: str, batch: int, checkout: str | None) -> Done:
+    """Runs in a new process, so that no mode finds the prompts of another one in a cache."""
+    with Worker("bench.batching", "--worker", checkout=checkout if mode == BEFORE else None) as process:
+        done: Done = process.ask((kind, mode, batch))
+        return done
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.batching", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--batch", type=positive, default=4, help="batch size")
     parser.add_argument("--rounds", type=positive, default=5)
-    parser.add_argument("--before", help="another checkout, to be asked the questions too")
-    parser.add_argument("--json", type=output, help="write all figures here")
+    parser.add_argument("--before", help="the folder of another checkout, which gets the questions as well")
+    parser.add_argument("--json", type=output, help="write the record: every round, the machine and the versions")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if args.worker:
         serve(worker)
         return
 
-    made = stamp()
+    made, part, rows = stamp(), Part("batching"), []
     print("; ".join(f"{key} {value}" for key, value in made.items()))
-    record = {}
     for kind in ("questions", "drawn lengths"):
-        # One call before had one setting for all.
-        ways = [FREE, WAVES, *([BEFORE] if args.before and kind == "questions" else [])]
-
-        def run(kind: str, way: str) -> Done:
-            """In a process of its own: the prompts of one way are in no cache of the other."""
-            checkout = args.before if way == BEFORE else None
-            with Worker(__file__, "--worker", checkout=checkout) as process:
-                return process.ask((kind, way, args.rows))
-
-        rounds = [{way: run(kind, way) for way in ways} for _ in range(args.rounds)]
-        lengths, cut = rounds[0][FREE]["lengths"], rounds[0][FREE]["cut"]
+        # Older checkouts take one set of sampling parameters per call.
+        modes = [CONTINUOUS, STATIC, *([BEFORE] if args.before and kind == "questions" else [])]
+        rounds = [{mode: run(kind, mode, args.batch, args.before) for mode in modes} for _ in range(args.rounds)]
+        lengths, cut = rounds[0][CONTINUOUS]["lengths"], rounds[0][CONTINUOUS]["cut"]
         same = all(done["lengths"] == lengths for each in rounds for done in each.values())
         print(
             f"{kind}: {len(lengths)} answers of {min(lengths)} to {max(lengths)} tokens ({sum(lengths)} in all, {cut} "
-            f"cut off at their bound), {args.rows} rows{'' if same else '; NOT the same lengths every time'}"
+            f"of them cut off), batch size {args.batch}{'' if same else '; NOT the same lengths every time'}"
         )
-        count = {way: steps(lengths, args.rows, way) for way in (FREE, WAVES)}
-        for way in ways:
-            seconds = [each[way]["seconds"] for each in rounds]
-            taken = f", {count[way]} steps" if way in count else ""
-            print(f"  {way:18}{statistics.median(seconds):7.2f} s ({min(seconds):.2f} to {max(seconds):.2f}){taken}")
-        for way in ways[2:]:
-            times = [each[way]["seconds"] / each[FREE]["seconds"] for each in rounds]
-            print(f"  {statistics.median(times):.2f} times as fast as {way} ({min(times):.2f} to {max(times):.2f})")
-        times = [each[WAVES]["seconds"] / each[FREE]["seconds"] for each in rounds]
-        found, allowed = statistics.median(times), count[WAVES] / count[FREE]
-        print(
-            f"  {found:.2f} times as fast as in waves ({min(times):.2f} to {max(times):.2f}); these lengths allow "
-            f"{allowed:.2f}: {found / allowed:.0%} of it"
-        )
-        record[kind] = {
-            "lengths": lengths,
-            "cut": cut,
-            "steps": count,
-            "seconds": [{way: done["seconds"] for way, done in each.items()} for each in rounds],
-        }
+        for mode in modes:
+            seconds = [each[mode]["seconds"] for each in rounds]
+            count = steps(lengths, args.batch, STATIC if mode == STATIC else CONTINUOUS)
+            note = f"{count} steps" * (mode != BEFORE)
+            about = {"kind": kind, "mode": mode, "batch": args.batch, "lengths": lengths, "steps": count}
+            rows.append(part.figure(f"{kind}, {mode}", seconds, "s", note, **about))
+            print(rows[-1])
+        for mode in modes[1:]:
+            times = [each[mode]["seconds"] / each[CONTINUOUS]["seconds"] for each in rounds]
+            allowed = steps(lengths, args.batch, STATIC) / steps(lengths, args.batch, CONTINUOUS)
+            print(
+                f"  continuous is {statistics.median(times):.2f} times as fast as {mode} "
+                f"({min(times):.2f} to {max(times):.2f})" + f"; the ratio of steps is {allowed:.2f}" * (mode == STATIC)
+            )
     if args.json:
-        write_json(args.json, {"stamp": made, "rows": args.rows, "work": record})
+        Record(made, rows).save(args.json)
 
 
 if __name__ == "__main__":

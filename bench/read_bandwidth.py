@@ -1,4 +1,4 @@
-"""A Triton kernel that reads everything once and writes next to nothing: an accelerator's read floor."""
+"""A Triton kernel that reads everything once and writes next to nothing: it measures a GPU's read bandwidth."""
 
 import triton
 import triton.language as tl
@@ -13,6 +13,6 @@ def _read(x_ptr, y_ptr, BLOCK: tl.constexpr):
     tl.store(y_ptr + program, tl.sum(tl.load(x_ptr + program * BLOCK + tl.arange(0, BLOCK)), 0))
 
 
-def read(x: Tensor, y: Tensor) -> None:
-    """y[i] = the sum of x's block i; x has a multiple of BLOCK elements."""
+def read_all(x: Tensor, y: Tensor) -> None:
+    """y[i] = the sum of the i-th block of x, whose size is a multiple of BLOCK."""
     _read[(x.numel() // BLOCK,)](x, y, BLOCK, num_warps=8)

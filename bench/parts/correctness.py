@@ -1,7 +1,8 @@
-"""Is a step right on this GPU? Triton against PyTorch, graphs against eager, alone against together, far and late.
+"""Whole models on this GPU: Triton against PyTorch, graphs against eager steps, single requests against batches.
 
-A step's logits are held to the same model in float32: Triton's may be off no further than the plain ops of PyTorch are,
-in the same dtype, and a half; and they choose the float32 model's token wherever its lead is more than that.
+The logits of a step are compared with those of the same model in float32. Triton's error may be at most 1.5 times that
+of the PyTorch ops in the same dtype, and the greedy token must be the float32 model's wherever its lead is larger than
+the error.
 """
 
 from __future__ import annotations
@@ -10,18 +11,19 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from internlm3 import kernels
+from internlm3 import InternLM3ForCausalLM, kernels
 from internlm3.kernels import reference
 from internlm3.runtime.engine.engine import Engine
 from internlm3.runtime.engine.graphs import Capture, cuda_graphs, eager
 from internlm3.runtime.engine.request import Request
 from internlm3.runtime.engine.state import Tier
 from internlm3.runtime.sampling.params import SamplingParams
-from .bare_step import Steps, on_ops, random_model
-from ..rows import Part, Row
 from torch import Tensor
 
-STEPS = 4  # behind a prompt
+from ..record import Part, Row
+from .bare_step import Steps, on_ops, random_model
+
+STEPS = 4  # after a prompt
 SETTINGS = (
     {"temperature": 0},
     {"temperature": 0.8, "top_p": 0.8, "top_k": 50, "repetition_penalty": 1.005, "seed": 1},
@@ -31,18 +33,22 @@ SETTINGS = (
 
 
 def rows(small: bool) -> Iterator[Row]:
-    part = Part("truth")
-    # The last is past the trained window.
+    part = Part("correctness")
+    # The last prompt is longer than the trained window.
     for layers, tokens in [(2, 20), (2, 40)] if small else [(2, 700), (48, 700), (2, 32_760), (2, 40_000)]:
-        name = f"{layers} layers: a prompt of {tokens} tokens and steps behind it, logits"
+        name = f"{layers} layers: logits of a prompt of {tokens} tokens and of the steps after it"
         yield part.check(name, lambda n=layers, t=tokens: _logits(small, n, t))
     model = random_model(small, 4)
     capture = (lambda: eager) if small else cuda_graphs
-    yield part.check("graphs give the tokens and bits of eager steps", lambda: _graphs(model, small, capture))
+    yield part.check("graphs and eager steps give the same tokens and bits", lambda: _graphs(model, small, capture))
     yield from _replays(part, model, small)
-    model.model.batch_invariant = True  # for engines from here on
-    yield part.check("batch_invariant: the same bits alone and among 16", lambda: _invariant(model, small, capture))
-    yield part.check("cancelled and late steps touch no one else's answer", lambda: _cancels(model, small, capture))
+    model.model.batch_invariant = True  # for every engine created from here on
+    yield part.check(
+        "batch_invariant: bit-identical alone and in a batch of 16", lambda: _invariant(model, small, capture)
+    )
+    yield part.check(
+        "cancelled requests leave the other answers bit-identical", lambda: _cancels(model, small, capture)
+    )
 
 
 def _ids(count: int, vocab_size: int, seed: int) -> list[int]:
@@ -53,7 +59,7 @@ def _logits(small: bool, layers: int, prompt: int) -> str:
     model = random_model(small, layers)
     ids = _ids(prompt + STEPS, model.config.vocab_size, prompt)
 
-    def logits(model) -> Tensor:
+    def logits(model: InternLM3ForCausalLM) -> Tensor:
         steps = Steps(model, 1, len(ids))
         found = [steps.prefill(ids[:prompt]), *(steps.follow(token).clone() for token in ids[prompt:])]
         return torch.cat(found).float()
@@ -70,7 +76,7 @@ def _logits(small: bool, layers: int, prompt: int) -> str:
     best, second = exact.topk(2, dim=1).values.unbind(1)
     sure = best - second > 4 * (plain - exact).abs().amax(1)
     wrong = sure & (ours.argmax(1) != exact.argmax(1))
-    return f"another greedy token at steps {wrong.nonzero()[:, 0].tolist()}" if wrong.any() else ""
+    return f"a different greedy token at steps {wrong.nonzero()[:, 0].tolist()}" if wrong.any() else ""
 
 
 Answer = tuple[list[int], list[float], str | None]
@@ -97,29 +103,29 @@ def _answers(engine: Engine, requests: Sequence[Request]) -> list[Answer]:
     return [(request.token_ids, request.logprobs, request.finish_reason) for request in requests]
 
 
-def _graphs(model, small: bool, capture: Callable[[], Capture]) -> str:
+def _graphs(model: InternLM3ForCausalLM, small: bool, capture: Callable[[], Capture]) -> str:
     window = 64 if small else 1024
     found = []
-    # As in graphs prompts are padded, and of one depth: it decides when a row is free, and so what stands beside what.
+    # Both pad prompts as graphs do and have the same depth, which decides when a slot is free and so what is batched.
     for made in (lambda step: eager(step), capture()):
         engine = Engine(model, max_rows=8, max_seq_len=window, capture=made, depth=3)
         engine.warm_up()
         found.append(_answers(engine, _requests(model.config.vocab_size, window, 20, 5)))
         if engine.pages.free != len(engine.pages):
-            return f"{len(engine.pages) - engine.pages.free} pages are held by nobody"
+            return f"{len(engine.pages) - engine.pages.free} pages were not freed"
     different = [place for place, (one, other) in enumerate(zip(*found, strict=True)) if one != other]
     return f"answers {different} of 20 differ" if different else ""
 
 
-def _replays(part: Part, model, small: bool) -> Iterator[Row]:
-    name = "1000 replays allocate nothing and wait for nothing"
+def _replays(part: Part, model: InternLM3ForCausalLM, small: bool) -> Iterator[Row]:
+    name = "1000 replays neither allocate nor synchronize"
     if small:
-        yield part.missing(name, "a GPU's allocator and a GPU's graphs")
+        yield part.missing(name, "needs a GPU's allocator and graphs")
         return
 
     def wrong() -> str:
         steps = Steps(model, 4, 2048)
-        steps.hold(64)
+        steps.set_context(64)
         replay = cuda_graphs()(lambda: steps.step(Tier.FULL))
         torch.cuda.synchronize()
         before = torch.cuda.memory_stats()["allocation.all.allocated"]
@@ -134,14 +140,14 @@ def _replays(part: Part, model, small: bool) -> Iterator[Row]:
         lengths = steps.state.seqs.seq_lens.tolist()
         # The first run and each replay append a token; the capture executes nothing.
         if lengths != [64 + 1001] * 4:
-            return f"the rows hold {lengths} tokens, and should hold {64 + 1001}"
+            return f"the context lengths are {lengths}, not {64 + 1001}"
         return f"{made} allocations" if made else ""
 
     yield part.check(name, wrong)
 
 
-def _cancels(model, small: bool, capture: Callable[[], Capture]) -> str:
-    """A batch-invariant model: every answer, or what came of it, has the bits that it has alone."""
+def _cancels(model: InternLM3ForCausalLM, small: bool, capture: Callable[[], Capture]) -> str:
+    """On a batch-invariant model, every answer, complete or cancelled, is bit-identical to the answer alone."""
     window, dice = (64 if small else 512), random.Random(9)
     engine = Engine(model, max_rows=4, max_seq_len=window, capture=capture(), depth=3)
     requests = _requests(model.config.vocab_size, window, 30, 6)
@@ -151,7 +157,7 @@ def _cancels(model, small: bool, capture: Callable[[], Capture]) -> str:
         if dice.random() < 0.15:
             engine.cancel([dice.choice(requests)])
     if engine.pages.free != len(engine.pages):
-        return f"{len(engine.pages) - engine.pages.free} pages are held by nobody"
+        return f"{len(engine.pages) - engine.pages.free} pages were not freed"
     alone = Engine(model, max_rows=1, max_seq_len=window, capture=capture())
     again = _requests(model.config.vocab_size, window, 30, 6)
     for place, (request, (ids, logprobs, reason)) in enumerate(
@@ -159,13 +165,13 @@ def _cancels(model, small: bool, capture: Callable[[], Capture]) -> str:
     ):
         count = len(request.token_ids)
         if (request.token_ids, request.logprobs) != (ids[:count], logprobs[:count]):
-            return f"answer {place} is another beside cancelled ones"
+            return f"answer {place} differs from the answer alone"
         if request.finish_reason not in (reason, "abort"):
             return f"answer {place} ended with {request.finish_reason}, alone with {reason}"
     return ""
 
 
-def _invariant(model, small: bool, capture: Callable[[], Capture]) -> str:
+def _invariant(model: InternLM3ForCausalLM, small: bool, capture: Callable[[], Capture]) -> str:
     window = 64 if small else 512
 
     def requests() -> list[Request]:

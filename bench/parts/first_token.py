@@ -1,6 +1,6 @@
-"""Seconds to the first token: of a prompt, with its share of what this card multiplies, and of a process that starts.
+"""Time to first token: of a prompt, with its share of the matmul ceiling, and of a process from its start.
 
-A start is broken down: imports, the model's weights in place, compiling and capturing one step, the first answer.
+A start is broken down into imports, the model's weights, compiling and capturing one step, and the first answer.
 """
 
 from __future__ import annotations
@@ -17,41 +17,44 @@ from internlm3 import InternLM3ForCausalLM
 from internlm3.runtime.engine.engine import Engine
 from internlm3.runtime.engine.request import Request
 from internlm3.runtime.sampling.params import SamplingParams
+
+from .. import ROOT, roofline
+from ..record import Part, Row
+from ..timing import name_of
 from .bare_step import device_of, random_model
-from ..rows import Part, Row
-from ..timing import measure_floor, name_of
 
 
 def rows(small: bool) -> Iterator[Row]:
-    part, device = Part("prompt"), device_of(small)
+    part, device = Part("first_token"), device_of(small)
     model = random_model(small)
-    products = measure_floor(device, [model.dtype], 5).matmul[name_of(model.dtype)]
+    matmul = roofline.measure(device, [model.dtype], 5).matmul[name_of(model.dtype)]
     weights = sum(weight.numel() for weight in model.model.layers.parameters())
-    # 700: a whole piece of a prompt, and a short end behind it.
+    # 700: one whole chunk, and a short one after it.
     for tokens in (8, 24) if small else (16, 128, 512, 700, 1024, 2048, 8192):
         times = prompt_times(model, tokens, 2 if small else 10)
         config = model.config
-        operations = 2 * tokens * weights  # each weight, and each key and value that a token sees
-        operations += 2 * tokens**2 * config.num_attention_heads * config.head_dim * config.num_hidden_layers
-        share = operations / (statistics.median(times) / 1e3) / products
+        flops = 2 * tokens * weights  # plus attention: each token attends to half of the prompt on average
+        flops += 2 * tokens**2 * config.num_attention_heads * config.head_dim * config.num_hidden_layers
+        share = flops / (statistics.median(times) / 1e3) / matmul
         note = f"{share:.1%} of the matmul ceiling"
-        yield part.figure(f"{tokens} tokens", times, "ms", note, engine="internlm3", tokens=tokens, share=share)
+        about = {"engine": "internlm3", "tokens": tokens, "bound": "matmul", "share": share}
+        yield part.figure(f"{tokens} tokens", times, "ms", note, **about)
     del model
     if not small:
         torch.cuda.empty_cache()
     for run in ("first", "second"):  # the second finds every kernel compiled
-        command = [sys.executable, __file__, "small" if small else "8b", str(time.monotonic())]
-        done = subprocess.run(command, capture_output=True, text=True)
+        command = [sys.executable, "-m", __name__, "small" if small else "8b", str(time.monotonic())]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
         if done.returncode:
             last = done.stderr.strip().splitlines()[-1:]
-            yield part.check(f"a start, {run} run", f"ended with {done.returncode}: {last[0] if last else ''}")
+            yield part.check(f"process start, {run} run", f"exit code {done.returncode}: {last[0] if last else ''}")
             continue
         for name, seconds in json.loads(done.stdout.splitlines()[-1]).items():
-            yield part.figure(f"a start, {run} run: {name}", [seconds], "s", start=run)
+            yield part.figure(f"process start, {run} run: {name}", [seconds], "s", start=run)
 
 
 def prompt_times(model: InternLM3ForCausalLM, tokens: int, rounds: int) -> list[float]:
-    """Milliseconds from a request, each with a prompt of its own, to its first token."""
+    """Milliseconds from a request to its first token; each request has a new prompt."""
     engine, times = Engine(model, max_rows=1, max_seq_len=tokens + 1), []
     for _ in range(rounds + 1):
         request = Request(torch.randint(1, model.config.vocab_size, (tokens,)).tolist(), SamplingParams(), 1)
@@ -64,7 +67,7 @@ def prompt_times(model: InternLM3ForCausalLM, tokens: int, rounds: int) -> list[
 
 
 def start(small: bool, begin: float) -> None:
-    """A process from when it was asked for, by `time.monotonic`, to its first tokens; prints what each stage took."""
+    """Runs in a new process: prints the seconds of each stage. begin: `time.monotonic` before the process started."""
     stages: dict[str, float] = {}
 
     def done(stage: str) -> None:

@@ -1,6 +1,6 @@
-"""Where a step's time goes, launch by launch, as CUPTI sees the graph replay.
+"""Where the time of a decode step goes, launch by launch, as CUPTI records the replay of its graph.
 
-What a launch adds is from its predecessor's end to its own: launches overlap, so that how long each runs says less.
+A launch adds the time from its predecessor's end to its own end. Launches overlap, so their durations say less.
 """
 
 from __future__ import annotations
@@ -17,35 +17,36 @@ import torch
 from internlm3 import InternLM3ForCausalLM
 from internlm3.runtime.engine.graphs import cuda_graphs
 from internlm3.runtime.engine.state import Tier
-from .bare_step import random_model
-from .decode import ready
-from ..rows import Part, Row
 
-SHAPES = ((1, 1024), (1, 32768), (4, 1024), (16, 1024))  # rows, tokens held
+from ..record import Part, Row
+from .bare_step import random_model
+from .decode import ready, shape_of
+
+SHAPES = ((1, 1024), (1, 32768), (4, 1024), (16, 1024))  # batch size, context length
 REPLAYS = 4
 
 
 def rows(small: bool) -> Iterator[Row]:
-    part = Part("where")
+    part = Part("launch_profile")
     if small:
-        yield part.missing("a step, launch by launch", "a GPU's graphs")
+        yield part.missing("a step, launch by launch", "needs a GPU's graphs")
         return
     model = random_model(small)
-    for count, context in SHAPES:
-        name = f"{count} row{'s' * (count > 1)}, {context} held"
-        added = what_launches_add(model, count, context)
+    for batch, context in SHAPES:
+        shape = shape_of(batch, context)
+        added = added_times(model, batch, context)
         step = sum(map(sum, added.values())) / (REPLAYS - 1)
-        yield part.figure(f"{name}: a step", [step], "us")
+        yield part.figure(f"{shape}: a step", [step], "us")
         for launch, times in sorted(added.items(), key=lambda item: -sum(item[1])):
             share = sum(times) / (REPLAYS - 1) / step
             note = f"x {len(times) / (REPLAYS - 1):.0f}, {share:.1%} of the step"
-            yield part.figure(f"{name}: {launch}", times, "us", note)
+            yield part.figure(f"{shape}: {launch}", times, "us", note)
 
 
-def what_launches_add(model: InternLM3ForCausalLM, rows: int, context: int) -> dict[str, list[float]]:
-    """Microseconds that each launch of some replays adds, by kernel, grid and registers."""
-    steps = ready(model, rows, context + REPLAYS + 4)
-    steps.hold(context)
+def added_times(model: InternLM3ForCausalLM, batch: int, context: int) -> dict[str, list[float]]:
+    """Microseconds that each launch adds, over a few replays, by kernel, grid and registers."""
+    steps = ready(model, batch, context + REPLAYS + 4)
+    steps.set_context(context)
     with torch.inference_mode():
         replay = cuda_graphs()(partial(steps.step, Tier.USUAL))
         replay()
@@ -54,9 +55,9 @@ def what_launches_add(model: InternLM3ForCausalLM, rows: int, context: int) -> d
             for _ in range(REPLAYS):
                 replay()
             torch.cuda.synchronize()
-    launches = traced(profile)
+    launches = launches_of(profile)
     added = defaultdict(list)
-    # The first replay begins with what lies before it.
+    # The first replay is left out: it starts after whatever came before it.
     first = len(launches) // REPLAYS
     for before, launch in zip(launches[first - 1 :], launches[first:], strict=False):
         ends = [each["ts"] + each["dur"] for each in (before, launch)]
@@ -66,8 +67,8 @@ def what_launches_add(model: InternLM3ForCausalLM, rows: int, context: int) -> d
     return dict(added)
 
 
-def traced(profile: Any) -> list[dict[str, Any]]:
-    """The launches that a profile saw, by their beginning."""
+def launches_of(profile: Any) -> list[dict[str, Any]]:
+    """The kernel launches of a profile, in order."""
     with TemporaryDirectory() as folder:
         path = Path(folder, "trace.json")
         profile.export_chrome_trace(str(path))

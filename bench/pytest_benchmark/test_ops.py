@@ -1,33 +1,28 @@
-"""The microbenchmarks under pytest-benchmark, which compares runs: pytest bench/test_kernels.py --benchmark-autosave
+"""The microbenchmarks under pytest-benchmark, which stores and compares runs:
 
-Each case is our engine's, by the very rounds that bench/kernels.py takes: pytest-benchmark is given their times, a call
-each, and so has the table's median. Without an accelerator the group's name says what is timed.
+    pytest bench/pytest_benchmark --benchmark-autosave
+
+Each case is our engine's, timed by the same rounds as in `python -m bench.ops`: pytest-benchmark gets their times, one
+call each, so its median is that of the table. Without a GPU the name of the group says what is timed.
 """
 
-import sys
-from pathlib import Path
+import statistics
 
 import pytest
 import torch
 
-# The benches are scripts that stand beside each other, not a package; before the repository's own kernels/.
-sys.path.insert(0, str(Path(__file__).parent))
-from ..cases import INTERNLM3_8B, SMALL, Case, cases
-from ..record import Figure
-from ..timing import name_of
-
-from ..ops import ours, prepare
+from bench.cases import INTERNLM3_8B, SMALL, Case, cases
+from bench.ops import ours, prepare
+from bench.timing import name_of
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda", 0) if ON_GPU else torch.device("cpu")
-GROUP = (
-    "Triton, InternLM3-8B's shapes" if ON_GPU else "the plain PyTorch of the ops, a small model's shapes; not Triton"
-)
+GROUP = "Triton, InternLM3-8B's shapes" if ON_GPU else "the ops' PyTorch backend, a small model's shapes; not Triton"
 ROUNDS = 20
 
 
 class Clock:
-    """Stands still but for the times that it is given."""
+    """A timer for pytest-benchmark that advances only when a round's time is added to it."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -39,12 +34,9 @@ class Clock:
 CLOCK = Clock()
 
 
-CASES = list(cases(INTERNLM3_8B if ON_GPU else SMALL))
-
-
 @pytest.mark.benchmark(group=GROUP, timer=CLOCK)
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.op}, {case.shape}")
-def test_kernel(benchmark, case: Case) -> None:
+@pytest.mark.parametrize("case", [*cases(INTERNLM3_8B if ON_GPU else SMALL)], ids=lambda x: f"{x.op}, {x.shape}")
+def test_op(benchmark, case: Case) -> None:
     engine, make = ours(DEVICE)
     prepared = prepare(case, make, DEVICE)
     benchmark.extra_info.update(
@@ -52,7 +44,7 @@ def test_kernel(benchmark, case: Case) -> None:
         dtype=name_of(case.dtype),
         calls=prepared.calls,
         bytes=prepared.bytes,
-        operations=prepared.operations,
+        flops=prepared.flops,
         cold=prepared.cold,
     )
     rounds, times = prepared.rounds(), []
@@ -62,6 +54,5 @@ def test_kernel(benchmark, case: Case) -> None:
         CLOCK.seconds += times[-1] / 1e6
 
     benchmark.pedantic(run, rounds=ROUNDS)
-    if benchmark.stats:  # --benchmark-disable has none
-        figure = Figure(case.op, case.shape, name_of(case.dtype), case.rows, case.context, engine, rounds=times)
-        assert benchmark.stats.stats.median * 1e6 == pytest.approx(figure.microseconds), "not what the table says"
+    if benchmark.stats:  # absent under --benchmark-disable
+        assert benchmark.stats.stats.median * 1e6 == pytest.approx(statistics.median(times)), "not the table's median"
