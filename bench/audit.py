@@ -239,7 +239,7 @@ def audit_case(case: Case, target_name: str) -> list[Finding]:
 
 def digest() -> str:
     """A hash of everything that the findings depend on."""
-    mine = ("kernels/*.py", "bench/machine_code/*.py", "bench/audit.py", "bench/cases.py")
+    mine = ("kernels/**/*.py", "bench/machine_code/*.py", "bench/audit.py", "bench/cases.py")
     sources = [path for pattern in mine for path in sorted(ROOT.glob(pattern))]
     tools = [triton_version, knobs.nvidia.ptxas.path, knobs.nvidia.cuobjdump.path, knobs.nvidia.nvdisasm.path]
     return hashlib.sha256("\0".join([*(path.read_text("utf-8") for path in sources), *tools]).encode()).hexdigest()

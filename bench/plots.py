@@ -112,7 +112,8 @@ def _shares(axes: Any, rows: Sequence[Row], colours: dict[str, str]) -> bool:
     axes.invert_yaxis()
     axes.axvline(100, color="#555555", linewidth=0.8)
     axes.set_xlabel("% of the ceiling (read or matmul) that bounds it")
-    axes.legend(fontsize=8)
+    if rows:
+        axes.legend(fontsize=8)
     return bool(rows)
 
 
@@ -120,6 +121,8 @@ def _times(title: str, label: str, lines: Lines, what: str, colours: dict[str, s
     """Medians with their quartiles on logarithmic axes; the ceiling as a dashed line."""
 
     def paint(axes: Any) -> bool:
+        if not lines:
+            return False
         shapes = list(dict.fromkeys(shape for _, shape in lines))
         markers = dict(zip(shapes, itertools.cycle("o^sDv"), strict=False))
         for (engine, shape), line in lines.items():
@@ -141,9 +144,9 @@ def _times(title: str, label: str, lines: Lines, what: str, colours: dict[str, s
         axes.set_xticks(ticks, [str(tick) for tick in ticks])
         axes.set_title(title + (f", {shapes[0]}" if len(shapes) == 1 else ""))
         axes.set_xlabel(label)
-        axes.set_ylabel(next((row.unit for line in lines.values() for row in line), ""))
+        axes.set_ylabel(next(iter(lines.values()))[0].unit)
         axes.legend(fontsize=8)
-        return bool(lines)
+        return True
 
     return paint
 

@@ -32,7 +32,8 @@ def ceilings(rows: Iterable[Row]) -> str:
 
 
 def text(record: Record) -> str:
-    lines = ["; ".join(f"{key} {value}" for key, value in record.stamp.items()), ceilings(record.rows)]
+    lines = ["; ".join(f"{key} {value}" for key, value in record.stamp.items())]
+    lines += [ceilings(record.rows)] if any("ceiling" in row.about for row in record.rows) else []
     ops = [row for row in record.rows if row.part == "ops"]
     others = [row for row in record.rows if row.part != "ops" and "ceiling" not in row.about]
     return "\n".join([*lines, *([OPS_HEADER] if ops else []), *map(op_line, ops), *map(str, others)])

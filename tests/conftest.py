@@ -1,6 +1,5 @@
 """Fixtures that several test files share."""
 
-import os
 import sys
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -10,14 +9,8 @@ import hypothesis
 import pytest
 import torch
 
-# Tests run against the checkout that they are in, in this process and in those that they start.
-BENCH = Path(__file__).parents[1] / "bench"
-sys.path.insert(0, str(BENCH / "checkout"))
-os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(BENCH / "checkout"), os.environ.get("PYTHONPATH"))))
-# The harness of kernels' tests is bench's too; benches are scripts that stand beside each other, not a package.
-sys.path.append(str(BENCH))
-
-from internlm3.runtime.checkpoint.demo_model import standin_checkpoint  # noqa: E402
+import bench  # noqa: F401  sets PYTHONPATH, so that processes which tests start import this checkout too
+from internlm3.runtime.checkpoint.demo_model import standin_checkpoint
 
 # The same random cases for everybody, and no verdict by the clock: tests/fuzz.py draws new ones, by the other profile.
 hypothesis.settings.register_profile(

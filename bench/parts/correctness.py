@@ -34,8 +34,8 @@ SETTINGS = (
 
 def rows(small: bool) -> Iterator[Row]:
     part = Part("correctness")
-    # The last prompt is longer than the trained window.
-    for layers, tokens in [(2, 20), (2, 40)] if small else [(2, 700), (48, 700), (2, 32_760), (2, 40_000)]:
+    # The last prompt is longer than the trained window, here and in a dry run.
+    for layers, tokens in [(2, 40)] if small else [(2, 700), (48, 700), (2, 32_760), (2, 40_000)]:
         name = f"{layers} layers: logits of a prompt of {tokens} tokens and of the steps after it"
         yield part.check(name, lambda n=layers, t=tokens: _logits(small, n, t))
     model = random_model(small, 4)
@@ -57,7 +57,7 @@ def _ids(count: int, vocab_size: int, seed: int) -> list[int]:
 
 def _logits(small: bool, layers: int, prompt: int) -> str:
     model = random_model(small, layers)
-    ids = _ids(prompt + STEPS, model.config.vocab_size, prompt)
+    ids = _ids(prompt + (1 if small else STEPS), model.config.vocab_size, prompt)
 
     def logits(model: InternLM3ForCausalLM) -> Tensor:
         steps = Steps(model, 1, len(ids))

@@ -61,8 +61,8 @@ if not torch.cuda.is_available():
 
 # tests/fuzz.py --kernel: somebody's own functions stand for ours, and go through the same cases.
 if "INTERNLM3_KERNEL" in os.environ:
-    import own
+    from bench import user_kernels
     from internlm3 import kernels
 
-    for name, op in own.load(os.environ["INTERNLM3_KERNEL"]).items():
+    for name, op in user_kernels.load(os.environ["INTERNLM3_KERNEL"]).items():
         setattr(kernels, name, op)

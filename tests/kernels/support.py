@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import hypothesis
 import torch
-from harness import GUARD, difference, poison
-from harness import call as call
+from bench.harness import GUARD, difference, poison
+from bench.harness import call as call
 from hypothesis import strategies as st
 from internlm3.kernels import reference
 from torch import Tensor

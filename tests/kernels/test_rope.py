@@ -7,7 +7,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from harness import difference
+from bench.harness import difference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from internlm3 import kernels

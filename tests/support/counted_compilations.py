@@ -1,15 +1,16 @@
-"""What serving compiles behind a warm-up. Run by test_warmup.py, in a process that compiles:
+"""What serving compiles after a warm-up. Run by test_warmup.py in a process without Triton's interpreter:
 
-    python counted_compilations.py BENCH TARGET...
+    python -m tests.support.counted_compilations TARGET...
 
-prints, as JSON for each target, what the warm-up compiled, and what requests still compile behind it. Prompts and steps
-are the runtime's own, of two layers of InternLM3-8B's shapes (the last one is another for prompts), on tensors without
-memory.
+prints as JSON, for each target, what the warm-up would compile and what requests would still compile after it. Prompts
+and steps are the runtime's own, with two layers of InternLM3-8B's shapes (prompts treat the last layer differently), on
+tensors without memory.
 """
 
 import json
 import random
 import sys
+from collections.abc import Iterable
 from types import SimpleNamespace
 
 import torch
@@ -19,11 +20,14 @@ from internlm3.runtime.engine.state import DecodeState, Tier
 from internlm3.runtime.model.model import Decoder, LanguageModel
 from internlm3.runtime.model.pages import PAGE
 
+from bench.machine_code.launches import compilations
+from bench.machine_code.targets import TARGETS
+
 CONFIG = InternLM3Config(num_hidden_layers=2, intermediate_size=10240, num_key_value_heads=2)
 
 
 class Server:
-    """A model, a cache of so many pages, and rows whose tables name up to `slots` pages each."""
+    """A model, a KV cache of `pages` pages, and `rows` sequences of up to `slots` pages each."""
 
     def __init__(self, device, rows, slots, pages):
         factory = {"device": device, "dtype": torch.bfloat16}
@@ -53,7 +57,7 @@ def warm(device):
 
 
 def serve(device):
-    """Prompts of any length, in any row; batches of any size, anywhere in the state; any window and number of pages."""
+    """Prompts of any length, in any slot; batches of any size, from any slot on; any window and number of pages."""
     rng = random.Random(1)
     for _ in range(20):
         rows = rng.randint(1, 40)
@@ -69,17 +73,13 @@ def serve(device):
         server.step(first, rng.randint(first + 1, rows))
 
 
-def main(bench, *targets):
-    sys.path.insert(0, bench)
-    from machine_code.launches import compilations
-    from machine_code.targets import TARGETS
-
-    said = {}
+def main(targets: Iterable[str]) -> None:
+    found = {}
     for name in targets:
         before, served = (compilations(calls, TARGETS[name]) for calls in (warm, serve))
-        said[name] = {"warm": sorted(x.split(":")[0] for x in before), "new": sorted(served - before)}
-    print(json.dumps(said))
+        found[name] = {"warm": sorted(x.split(":")[0] for x in before), "new": sorted(served - before)}
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(sys.argv[1:])

@@ -1,16 +1,22 @@
-"""A kernel with a fault of one's choice, for the audit to find. Run by test_audit.py, in a process that compiles:
+"""Kernels with planted faults for the audit. Run by test_audit.py in a process without Triton's interpreter:
 
-    python faulty_kernels.py BENCH TARGET...
+    python -m tests.support.faulty_kernels TARGET...
 
-prints, as JSON, what the audit in the folder BENCH says of each fault on each target.
+prints as JSON what the audit finds for each fault on each target.
 """
 
 import json
 import sys
+from collections.abc import Iterable
 
 import torch
 import triton
 import triton.language as tl
+
+from bench.audit import Facts, violations
+from bench.machine_code.launches import compile_launches
+from bench.machine_code.reader import read
+from bench.machine_code.targets import TARGETS
 
 ROWS, COLUMNS = 512, 4096
 FAULTS = {  # name -> launch options
@@ -20,8 +26,8 @@ FAULTS = {  # name -> launch options
     "early activation": {},
     "early store": {},
     "no wait": {},
-    "wait on one way": {},
-    "way out before the wait": {},
+    "wait on one path": {},
+    "exit before the wait": {},
     "late weight": {},
     "narrow weight": {},
     "untraceable load": {},
@@ -39,12 +45,12 @@ FAULTS = {  # name -> launch options
 
 @triton.jit
 def dot_product(x_ptr, w_ptr, y_ptr, address, stride, C: tl.constexpr, FAULT: tl.constexpr, PDL: tl.constexpr):
-    """y[row] = w[row] . x, with weights and activations on their sides of the wait."""
+    """y[row] = w[row] . x, which loads weights before the wait for the predecessor and activations after it."""
     row = tl.program_id(0)
     columns = tl.arange(0, C)
     if PDL and FAULT != "late trigger" and FAULT != "no trigger":
         tl.extra.cuda.gdc_launch_dependents()
-    if FAULT == "way out before the wait":  # noqa: SIM102 - one is decided by the compiler, one at run time
+    if FAULT == "exit before the wait":  # noqa: SIM102 - the outer one is decided at compile time
         if stride > 12345:
             return
     if FAULT == "early activation":
@@ -56,7 +62,7 @@ def dot_product(x_ptr, w_ptr, y_ptr, address, stride, C: tl.constexpr, FAULT: tl
     if PDL and FAULT == "late trigger":
         tl.extra.cuda.gdc_launch_dependents()
     if PDL:
-        if FAULT == "wait on one way":
+        if FAULT == "wait on one path":
             if stride > 12345:
                 tl.extra.cuda.gdc_wait()
         elif FAULT != "no wait":
@@ -67,7 +73,7 @@ def dot_product(x_ptr, w_ptr, y_ptr, address, stride, C: tl.constexpr, FAULT: tl
         x = tl.load(x_ptr + columns)
     if FAULT == "fuses in 16 bits":
         x = tl.fma(x, w, x)
-    if FAULT == "serial":  # every wait is for what the wait before could have brought as well
+    if FAULT == "serial":  # loads in sequence that could have been issued together
         for i in tl.static_range(2):
             x += tl.load(x_ptr + columns + (i + 1) * C + (tl.sum(x.to(tl.float32), 0) > 1e30))
     products = x.to(tl.float32) * w.to(tl.float32)
@@ -75,7 +81,7 @@ def dot_product(x_ptr, w_ptr, y_ptr, address, stride, C: tl.constexpr, FAULT: tl
         for _ in tl.static_range(128):
             products = tl.fma(products, products, products)
     y = tl.sum(products, 0)
-    if FAULT == "spills":  # all that was loaded is needed again
+    if FAULT == "spills":  # everything loaded is used again
         y = tl.sum((x.to(tl.float32) + w.to(tl.float32)) * y, 0)
     if FAULT == "untraceable load":
         y += tl.load(address.to(tl.pointer_type(tl.float32)))
@@ -84,7 +90,7 @@ def dot_product(x_ptr, w_ptr, y_ptr, address, stride, C: tl.constexpr, FAULT: tl
 
 @triton.jit
 def matrix_product(x_ptr, w_ptr, y_ptr, N: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, PDL: tl.constexpr):
-    """y = w x^T, in a pipeline as deep as num_stages says."""
+    """y = w x^T, in a software pipeline of num_stages stages."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -109,14 +115,8 @@ def launch(x: torch.Tensor, w: torch.Tensor, fault: str) -> None:
         dot_product[(1 if fault == "idle" else ROWS,)](x, w, y, 2**40, stride, COLUMNS, fault, **options)
 
 
-def main(bench: str, *targets: str) -> None:
-    sys.path.insert(0, bench)
-    from audit import Facts, violations
-    from machine_code.launches import compile_launches
-    from machine_code.reader import read
-    from machine_code.targets import TARGETS
-
-    said = {}
+def main(targets: Iterable[str]) -> None:
+    found = {}
     for name in targets:
         for fault in FAULTS:
             facts = Facts(
@@ -131,9 +131,9 @@ def main(bench: str, *targets: str) -> None:
                 return {"x": x, "w": torch.empty_like(x), "fault": fault}
 
             (compiled,) = compile_launches(launch, arguments, TARGETS[name])
-            said[f"{fault} on {name}"] = violations(compiled, read(compiled, TARGETS[name]), TARGETS[name], facts)
-    print(json.dumps(said))
+            found[f"{fault} on {name}"] = violations(compiled, read(compiled, TARGETS[name]), TARGETS[name], facts)
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(sys.argv[1:])
