@@ -10,17 +10,13 @@ import hypothesis
 import pytest
 import torch
 
-# Tests run against the checkout that they are in, in this process and in those that they start.
-BENCH = Path(__file__).parents[1] / "bench"
-sys.path.insert(0, str(BENCH / "checkout"))
-os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(BENCH / "checkout"), os.environ.get("PYTHONPATH"))))
+import bench  # noqa: F401  sets PYTHONPATH, so that processes which tests start import this checkout too
+
 # Kernels run natively where there is a GPU, else under Triton's interpreter, chosen before anything imports Triton.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
-# The harness of kernels' tests is bench's too; benches are scripts that stand beside each other, not a package.
-sys.path.append(str(BENCH))
 
-from internlm3.runtime.checkpoint.demo_model import demo_model_checkpoint  # noqa: E402
+from internlm3.runtime.checkpoint.demo_model import demo_model_checkpoint
 
 # The same random cases for everybody, and no verdict by the clock: tests/fuzz.py draws new ones, by the other profile.
 hypothesis.settings.register_profile(

@@ -4,7 +4,6 @@ import contextlib
 import random
 import threading
 
-import mixed
 import pytest
 import torch
 from hypothesis import given, settings
@@ -24,6 +23,8 @@ from internlm3.runtime.model.kv_cache import PAGE, page_bytes, pages_of
 from internlm3.runtime.model.model import Decoder
 from internlm3.runtime.sampling.params import SamplingParams
 from internlm3.tests.support.capture import Recorder
+
+from bench import batching
 
 SHAPE = {
     "vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -346,19 +347,19 @@ def test_more_answers_than_rows_wait(model):
 
 @pytest.mark.parametrize("rows", [1, 3, 4])
 def test_steps_are_as_few_as_lengths_allow(model, monkeypatch, rows):
-    """No row is idle while somebody waits for it: as many steps as bench/mixed.py holds the engine to."""
+    """No row is idle while somebody waits for it: as many steps as bench/batching.py holds the engine to."""
     dice, queued, launch = random.Random(rows), [], StepQueue.launch
     monkeypatch.setattr(StepQueue, "launch", lambda *arguments: (queued.append(1), launch(*arguments)))
     lengths = [dice.choice([1, 2, 3, 20, 40]) for _ in range(16)]
     run(Engine(model, max_batch_size=rows, max_seq_len=512), *(ask(ids(5, row), n) for row, n in enumerate(lengths)))
-    assert len(queued) == mixed.steps(lengths, rows, mixed.FREE)
+    assert len(queued) == batching.steps(lengths, rows, batching.CONTINUOUS)
     ends, waves = [0] * rows, 0
     for n in lengths:  # once more, written another way
         ends.sort()
         ends[0] += n - 1
     for first in range(0, 16, rows):
         waves += max(lengths[first : first + rows]) - 1
-    assert len(queued) == max(ends) and waves == mixed.steps(lengths, rows, mixed.WAVES)
+    assert len(queued) == max(ends) and waves == batching.steps(lengths, rows, batching.STATIC)
 
 
 def test_a_soak_of_two_thousand(model):

@@ -56,8 +56,9 @@ if not torch.cuda.is_available():
 
 # tests/fuzz.py --kernel: the functions of the user's file replace ours, and run through the same cases.
 if "INTERNLM3_KERNEL" in os.environ:
-    import own
     from internlm3 import kernels
 
-    for name, op in own.load(os.environ["INTERNLM3_KERNEL"]).items():
+    from bench import user_kernels
+
+    for name, op in user_kernels.load(os.environ["INTERNLM3_KERNEL"]).items():
         setattr(kernels, name, op)

@@ -7,7 +7,6 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from harness import difference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from internlm3 import kernels
@@ -25,6 +24,8 @@ from internlm3.tests.kernels.support import (
     run,
     seeds,
 )
+
+from bench.harness import difference
 
 # cos and sin, the products and their sum are rounded, half an ulp of the operands each. float32's cosine adds 1.5 ulp.
 ULPS = {torch.bfloat16: 1.1, torch.float16: 1.1, torch.float32: 3.0}

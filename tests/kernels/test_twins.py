@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import cases
 from internlm3 import kernels
 from internlm3.kernels import cpu, reference, triton
+
+from bench.cases import cases
 
 KERNELS = Path(kernels.__file__).parent
 TESTS = Path(__file__).parent
