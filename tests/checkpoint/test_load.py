@@ -207,7 +207,7 @@ def test_peak_memory_is_the_model_and_a_shard(tmp_path):
         def memory(kind):
             return int(re.search(kind + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
         def load(folder):
-            open("/proc/self/clear_refs", "w").write("5")  # the peak begins anew
+            open("/proc/self/clear_refs", "w").write("5")  # resets the peak
             before = memory("VmRSS")
             model = InternLM3ForCausalLM.from_pretrained(folder, device="cpu", progress=False)
             return memory("VmHWM") - before, float(sum(p.double().sum() for p in model.parameters()))

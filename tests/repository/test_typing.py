@@ -53,7 +53,7 @@ def mypy(tmp_path_factory):
     place = tmp_path_factory.mktemp("typing")
     (place / "site").mkdir()
     (place / "site" / "internlm3").symlink_to(ROOT, target_is_directory=True)
-    # What other packages declare is not tested here, and reading PyTorch's takes three quarters of the time.
+    # The types of other packages are not tested here, and reading PyTorch's takes three quarters of the time.
     others = [
         "torch",
         "triton",

@@ -307,7 +307,7 @@ def test_bad_sentencepiece_file(plain, tmp_path, kind):
     ("config", "message"),
     [
         ('{"a": ', "tokenizer_config.json is not valid JSON"),
-        ("[1, 2]", "tokenizer_config.json must hold a JSON object"),
+        ("[1, 2]", "tokenizer_config.json must contain a JSON object"),
         ('{"added_tokens_decoder": {"x": {"content": "a"}}}', "'x'"),
         ('{"added_tokens_decoder": {"-1": {"content": "a"}}}', "'-1'"),
         ('{"added_tokens_decoder": {"900": {"lstrip": true}}}', "'900'"),
