@@ -21,10 +21,11 @@ DEMO_QUESTION = "What is the capital of France?"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns its exit status: 0, 1 after an error, 2 for bad usage, 130 after Ctrl-C."""
+    """Runs one command. Returns its exit status: 0, 1 after an error, 2 for bad usage, 130 after Ctrl-C."""
     args = _parser().parse_args(argv)
-    # How long threads wait spinning: less lets them sleep between two products of a step (1.3 times as long on an idle
-    # EPYC of two cores), GNU OpenMP's own 300000 keeps a busy machine from everything else (2.6 times as long).
+    # How long OpenMP threads spin before they sleep. With less they sleep between two products of a decode step, which
+    # makes it 1.3 times as long on an idle EPYC of two cores. With GNU OpenMP's default of 300000 they keep the cores
+    # of a busy machine from other work, which makes it 2.6 times as long.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     tolerate_other_encodings()
     try:
@@ -33,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # The reader has gone (`internlm3 ... | head`). Keep Python from complaining about it at exit.
+        # The reader has closed the pipe (`internlm3 ... | head`). Keep Python from reporting it again at exit.
         sys.stdout = None
         return 1
     except (ValueError, TypeError, OSError, MemoryError, ImportError) as error:
@@ -115,7 +116,7 @@ def _info(args: argparse.Namespace) -> None:
     print(f"{'default settings':24} {SamplingParams.from_generation_config(generation_config)}")
 
 
-# -------------------------------------------------------------------- what they share
+# -------------------------------------------------------------------- shared by the commands
 
 
 def _load(args: argparse.Namespace) -> LLM:
@@ -200,18 +201,20 @@ def _parser() -> argparse.ArgumentParser:
         )
     generate.add_argument("-p", "--prompt", required=True, help="the prompt; - reads standard input")
     generate.add_argument("--raw", action="store_true", help="continue the bare text, without the chat template")
-    demo.add_argument("-p", "--prompt", help=f"ask this and end (default: {DEMO_QUESTION!r}, then chat)")
-    info.add_argument("--length", type=int, help="tokens to size the KV cache for (default: the trained window)")
+    demo.add_argument("-p", "--prompt", help=f"answer this and quit (default: {DEMO_QUESTION!r}, then chat)")
+    info.add_argument(
+        "--length", type=int, help="context length to size the KV cache for (default: the trained window)"
+    )
 
     for each in (chat, generate, demo, info):
         group = each.add_argument_group("model")
         group.add_argument("--dtype", default="auto", help="auto, bfloat16, float16 or float32")
         group.add_argument("--revision", help="branch, tag or commit on the hub")
-        group.add_argument("--local-files-only", action="store_true", help="use the cache, ask no network")
+        group.add_argument("--local-files-only", action="store_true", help="use cached files only, without network")
         if each is info:
             continue
         group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-        group.add_argument("--max-seq-len", type=int, help="prompt and answer together, in tokens")
+        group.add_argument("--max-seq-len", type=int, help="context length: prompt and answer together, in tokens")
         group = each.add_argument_group("conversation")
         group.add_argument("--system", help="the system prompt")
         group.add_argument("--thinking", action="store_true", help="InternLM3's deep-thinking mode")
@@ -262,7 +265,7 @@ def _parser() -> argparse.ArgumentParser:
         group.add_argument(
             "--forced-eos-token-id", type=int, nargs="+", metavar="ID", help="one of these is the last of --max-tokens"
         )
-    # The demo's answer should be the same for everybody.
+    # So that the demo's answer is the same on every machine.
     demo.set_defaults(temperature=0.0)
     return parser
 

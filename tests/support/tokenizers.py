@@ -79,7 +79,7 @@ def processor_of(model: bytes) -> sentencepiece.SentencePieceProcessor:
 
 
 def write_checkpoint(directory: Path, model: bytes, **config) -> Path:
-    """A tokenizer's folder with two added tokens behind the pieces, and a gap of three unused ids."""
+    """A tokenizer's folder. Two added tokens come after the pieces, and after a gap of three unused ids."""
     directory.mkdir(parents=True)
     (directory / "tokenizer.model").write_bytes(model)
     size = sentencepiece.SentencePieceProcessor(model_proto=model).get_piece_size()
@@ -155,7 +155,7 @@ def loaded(directory: Path):
 
 
 def save_by_transformers(checkpoint: Path, folder: Path) -> Path:
-    """What transformers 5 makes of a checkpoint: tokenizer.json and tokenizer_config.json, and nothing else."""
+    """A checkpoint as transformers 5 saves it: only tokenizer.json and tokenizer_config.json."""
     from transformers import AutoTokenizer
 
     base = edited(checkpoint, folder / "base", eos_token="</s>")
