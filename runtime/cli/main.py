@@ -203,7 +203,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--raw", action="store_true", help="continue the bare text, without the chat template")
     demo.add_argument("-p", "--prompt", help=f"answer this and quit (default: {DEMO_QUESTION!r}, then chat)")
     info.add_argument(
-        "--length", type=int, help="context length to size the KV cache for (default: the trained window)"
+        "--length", type=int, help="context length of the KV cache (default: the trained window)"
     )
 
     for each in (chat, generate, demo, info):
