@@ -89,6 +89,6 @@ def step_times(
     with torch.inference_mode():
         replay = capture(partial(steps.step, tier))
         times = [time / 1e3 for time in islice(rounds_of(replay, 1), rounds)]
-    if (held := int(steps.state.seqs.seq_lens.min())) < context:
+    if (held := int(steps.state.batch.seq_lens.min())) < context:
         raise RuntimeError(f"a row holds {held} tokens at the end: what was timed is not a step at {context}")
     return times

@@ -68,7 +68,7 @@ def _same(model: InternLM3ForCausalLM, small: bool) -> str:
     steps.prefill(ids[:-1])
     for layer in range(model.config.num_hidden_layers):
         for held, cache in zip(plain.kv[layer], steps.pages.layer(layer), strict=True):
-            pages = steps.state.seqs.block_table[0].long()
+            pages = steps.state.batch.block_table[0].long()
             held[0, :, : plain.context] = cache[pages].transpose(0, 1).flatten(1, 2)[:, : plain.context]
     expected = steps.follow(ids[-1]).float()
     plain.token[0] = ids[-1]

@@ -102,7 +102,7 @@ def _graphs(model, small: bool, capture: Callable[[], Capture]) -> str:
     found = []
     # As in graphs prompts are padded, and of one depth: it decides when a row is free, and so what stands beside what.
     for made in (lambda step: eager(step), capture()):
-        engine = Engine(model, max_rows=8, max_seq_len=window, capture=made, depth=3)
+        engine = Engine(model, max_batch_size=8, max_seq_len=window, capture=made, depth=3)
         engine.warm_up()
         found.append(_answers(engine, _requests(model.config.vocab_size, window, 20, 5)))
         if engine.pages.free != len(engine.pages):
@@ -131,7 +131,7 @@ def _replays(part: Part, model, small: bool) -> Iterator[Row]:
             torch.cuda.set_sync_debug_mode("default")
         torch.cuda.synchronize()
         made = torch.cuda.memory_stats()["allocation.all.allocated"] - before
-        lengths = steps.state.seqs.seq_lens.tolist()
+        lengths = steps.state.batch.seq_lens.tolist()
         # The first run and each replay append a token; the capture executes nothing.
         if lengths != [64 + 1001] * 4:
             return f"the rows hold {lengths} tokens, and should hold {64 + 1001}"
@@ -143,7 +143,7 @@ def _replays(part: Part, model, small: bool) -> Iterator[Row]:
 def _cancels(model, small: bool, capture: Callable[[], Capture]) -> str:
     """A batch-invariant model: every answer, or what came of it, has the bits that it has alone."""
     window, dice = (64 if small else 512), random.Random(9)
-    engine = Engine(model, max_rows=4, max_seq_len=window, capture=capture(), depth=3)
+    engine = Engine(model, max_batch_size=4, max_seq_len=window, capture=capture(), depth=3)
     requests = _requests(model.config.vocab_size, window, 30, 6)
     engine.add(requests)
     while engine.busy:
@@ -152,7 +152,7 @@ def _cancels(model, small: bool, capture: Callable[[], Capture]) -> str:
             engine.cancel([dice.choice(requests)])
     if engine.pages.free != len(engine.pages):
         return f"{len(engine.pages) - engine.pages.free} pages are held by nobody"
-    alone = Engine(model, max_rows=1, max_seq_len=window, capture=capture())
+    alone = Engine(model, max_batch_size=1, max_seq_len=window, capture=capture())
     again = _requests(model.config.vocab_size, window, 30, 6)
     for place, (request, (ids, logprobs, reason)) in enumerate(
         (request, _answers(alone, [other])[0]) for request, other in zip(requests, again, strict=True)
@@ -171,8 +171,8 @@ def _invariant(model, small: bool, capture: Callable[[], Capture]) -> str:
     def requests() -> list[Request]:
         return _requests(model.config.vocab_size, window, 16, 8)
 
-    together = _answers(Engine(model, max_rows=16, max_seq_len=window, capture=capture()), requests())
-    engine = Engine(model, max_rows=1, max_seq_len=window, capture=capture())
+    together = _answers(Engine(model, max_batch_size=16, max_seq_len=window, capture=capture()), requests())
+    engine = Engine(model, max_batch_size=1, max_seq_len=window, capture=capture())
     alone = [_answers(engine, [request])[0] for request in requests()]
     different = [place for place, (one, other) in enumerate(zip(together, alone, strict=True)) if one != other]
     return f"answers {different} of 16 differ" if different else ""

@@ -1,10 +1,11 @@
 """What calling a tokenizer returns: rows with special tokens, truncated, padded, and as tensors if asked for."""
 
-import operator
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from ..common.checks import as_ints
 
 NO_LIMIT = int(1e30)  # the model_max_length that a checkpoint writes for "no maximum length"
 
@@ -121,14 +122,14 @@ def text_pairs(text: Any, text_pair: Any) -> list[tuple[str, str | None]]:
 def id_list(ids: Any) -> list[int]:
     """A list of Python integers from a list, a tensor, an array or one id. Raises TypeError or ValueError."""
     ids = ids.tolist() if hasattr(ids, "tolist") else ids
-    try:
-        ids = [operator.index(ids)] if not isinstance(ids, Iterable) else [operator.index(id) for id in ids]
-    except TypeError:
-        raise TypeError(f"ids must be whole numbers in one flat sequence (for several, use batch_decode), "
-                        f"not {ids!r:.80}") from None  # fmt: skip
-    if ids and min(ids) < 0:
-        raise ValueError(f"an id cannot be negative: {min(ids)}")
-    return ids
+    numbers = as_ints(ids if isinstance(ids, Iterable) else [ids])
+    if numbers is None:
+        raise TypeError(
+            f"ids must be whole numbers in one flat sequence (for several, use batch_decode), not {ids!r:.80}"
+        )
+    if numbers and min(numbers) < 0:
+        raise ValueError(f"an id cannot be negative: {min(numbers)}")
+    return numbers
 
 
 def span_mask(spans: Sequence[tuple[int, int, int]], marked: Sequence[tuple[int, int]]) -> list[int]:

@@ -7,8 +7,9 @@ from typing import Any
 
 from ..chat_template.render import PUBLISHED_TEMPLATE
 from ..common.files import write, write_json
-from ..common.hub import NEUTRAL, NEUTRAL_AT_SAVE, locate
-from ..common.keywords import reject_unknown, without_neutral
+from ..common.hub import locate
+from ..common.keywords import reject_unknown
+from ..common.neutral import DETOKENIZE, LOAD_TOKENIZER, SAVE, TOKENIZE, without_neutral
 from .added_tokens import AddedToken, parse_added_tokens
 from .batch_encoding import BatchEncoding, Batcher, id_list, text_pairs
 from .conversations import Conversations
@@ -26,28 +27,6 @@ from .tokenizer_files import (
     read_config,
     vocabulary_file,
 )
-
-# transformers' keywords that mean nothing here, see keywords.without_neutral.
-_NEUTRAL_AT_LOAD: dict[str, tuple[Any, ...]] = {
-    "use_fast": (True, False),
-    "legacy": (True, False),
-    "from_slow": (False,),
-    "use_default_system_prompt": (False,),
-    "spaces_between_special_tokens": (False,),
-}
-_NEUTRAL_AT_CALL: dict[str, tuple[Any, ...]] = {
-    "stride": (0,),
-    "is_split_into_words": (False,),
-    "pad_to_multiple_of": (),
-    "return_overflowing_tokens": (False,),
-    "return_special_tokens_mask": (False,),
-    "return_offsets_mapping": (False,),
-    "return_length": (False,),
-    "split_special_tokens": (False,),
-    "text_target": (),
-    "text_pair_target": (),
-    "verbose": (True, False),
-}
 
 
 class InternLM3Tokenizer(Conversations):
@@ -149,8 +128,7 @@ class InternLM3Tokenizer(Conversations):
             FileNotFoundError: no such folder or repository, or no vocabulary file in it.
             TypeError, ValueError: as the constructor; the message names the folder.
         """
-        overrides = without_neutral("InternLM3Tokenizer.from_pretrained", overrides, {**NEUTRAL, **_NEUTRAL_AT_LOAD})
-        reject_unknown("InternLM3Tokenizer.from_pretrained", overrides, SETTINGS)
+        overrides = without_neutral("InternLM3Tokenizer.from_pretrained", overrides, LOAD_TOKENIZER, known=SETTINGS)
         directory = locate(
             pretrained_model_name_or_path,
             revision=revision,
@@ -173,8 +151,7 @@ class InternLM3Tokenizer(Conversations):
 
         Each file is written atomically. Files of an older tokenizer that would take precedence are removed.
         """
-        unknown = without_neutral("save_pretrained", unknown, NEUTRAL_AT_SAVE)
-        reject_unknown("InternLM3Tokenizer.save_pretrained", unknown, ("save_directory",))
+        without_neutral("InternLM3Tokenizer.save_pretrained", unknown, SAVE, known=("save_directory",))
         special = {**self.special_tokens_map, "additional_special_tokens": self.additional_special_tokens}
         config = {
             "tokenizer_class": "InternLM3Tokenizer",
@@ -314,8 +291,8 @@ class InternLM3Tokenizer(Conversations):
             ValueError: options that contradict each other, padding without a pad token, rows of different lengths
                 with return_tensors, text that is not valid Unicode.
         """
-        unknown = without_neutral("calling InternLM3Tokenizer", unknown, _NEUTRAL_AT_CALL)
-        reject_unknown("calling InternLM3Tokenizer", unknown, InternLM3Tokenizer.__call__.__kwdefaults__ or ())
+        known = InternLM3Tokenizer.__call__.__kwdefaults__ or ()
+        without_neutral("calling InternLM3Tokenizer", unknown, TOKENIZE, known=known)
         encoded = [
             (self._vocabulary.encode(first), None if second is None else self._vocabulary.encode(second))
             for first, second in text_pairs(text, text_pair)
@@ -377,8 +354,8 @@ class InternLM3Tokenizer(Conversations):
             TypeError: ids that are not integers, or more than one sequence.
             ValueError: a negative id.
         """
-        unknown = without_neutral("decode", unknown, {"spaces_between_special_tokens": (False,)})
-        reject_unknown("decode", unknown, ("skip_special_tokens", "clean_up_tokenization_spaces"))
+        known = ("skip_special_tokens", "clean_up_tokenization_spaces")
+        without_neutral("decode", unknown, DETOKENIZE, known=known)
         tokens = self.convert_ids_to_tokens(id_list(ids), skip_special_tokens)
         return self.detokenizer(clean_up_tokenization_spaces).text(tokens)
 

@@ -268,8 +268,8 @@ def test_it_knows_the_capital_of_france(demo_model: Path, model: transformers.Pr
 
 # ------------------------------------------------------------------------------------------------------- the tokenizer
 
-# Split at "¦" as the original byte-level BPE splits them: by the GGUF's merges, with the `tokenizers` package (digits one
-# by one, then GPT-2's word pattern).
+# Split at "¦" as the original byte-level BPE splits them: by the merges of the GGUF, with the `tokenizers` package
+# (digits one by one, then GPT-2's word pattern).
 AS_THE_ORIGINAL = [
     "The¦ capital¦ of¦ France¦ is¦ Paris¦.",
     "user¦\n¦What¦ is¦ the¦ capital¦ of¦ France¦?",

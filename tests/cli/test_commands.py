@@ -16,6 +16,7 @@ import internlm3
 import pytest
 from internlm3 import LLM, InternLM3Config, InternLM3Tokenizer, SamplingParams
 from internlm3.runtime.cli import main as cli
+from internlm3.runtime.cli.sampling_switches import given_settings
 from internlm3.tests.support.command_line import FIGURES, run_command
 
 COMMAND = [sys.executable, "-m", "internlm3.runtime.cli.main"]
@@ -185,7 +186,7 @@ def test_every_sampling_parameter_has_a_switch(demo_model, run):
 def test_switches_of_sequences():
     line = """chat --suppress-tokens 3 4 --begin-suppress-tokens 5 --bad-words-ids 6,7 --bad-words-ids 8 --sequence-bias
         9,10=-1.5 --no-repeat-ngram-size 3 --exponential-decay-length-penalty 20 1.1 --forced-eos-token-id 2 11"""
-    settings = cli._settings(cli._parser().parse_args(line.split()))
+    settings = given_settings(cli._parser().parse_args(line.split()))
     assert SamplingParams.from_kwargs(**settings) == SamplingParams(
         suppress_tokens=(3, 4), begin_suppress_tokens=(5,), bad_words_ids=((6, 7), (8,)), sequence_bias={(9, 10): -1.5},
         no_repeat_ngram_size=3, exponential_decay_length_penalty=(20, 1.1), forced_eos_token_id=(2, 11),
@@ -195,8 +196,8 @@ def test_switches_of_sequences():
 @pytest.mark.parametrize(
     ("args", "says"),
     [
-        (("--length", -5), "must be an integer of at least 1; it is -5"),
-        (("--length", 0), "must be an integer of at least 1; it is 0"),
+        (("--length", -5), "must be an integer >= 1; got -5"),
+        (("--length", 0), "must be an integer >= 1; got 0"),
         (("--length", 10**6), "is 1000000, and the model was trained for"),
     ],
 )

@@ -381,7 +381,7 @@ def test_top_logprobs():
         ({"logit_bias": [1]}, r"logit_bias must be a mapping"),
         ({"logit_bias": {-1: 1.0}}, r"logit_bias: a token id must be an integer >= 0; got -1"),
         ({"logit_bias": {1: math.inf}}, r"logit_bias\[1\] must be a number"),
-        ({"allowed_token_ids": []}, r"allowed_token_ids must name one token at least"),
+        ({"allowed_token_ids": []}, r"allowed_token_ids must name at least one token"),
         ({"allowed_token_ids": 3}, r"allowed_token_ids must be a sequence; got 3"),
         ({"stop_token_ids": ["a"]}, r"stop_token_ids: a token id must be an integer >= 0; got 'a'"),
         ({"seed": 2**63}, r"seed must be an integer in .* got 9223372036854775808"),

@@ -10,11 +10,12 @@ import pytest
 import torch
 from internlm3 import LLM, InternLM3Config, InternLM3ForCausalLM
 from internlm3.kernels import sampling_reference
-from internlm3.runtime.engine import decode
+from internlm3.runtime.engine import prefill
+from internlm3.runtime.engine.answer import Answer
 from internlm3.runtime.engine.request import Request
-from internlm3.runtime.model.pages import PAGE
+from internlm3.runtime.model.kv_cache import PAGE
 from internlm3.runtime.sampling.params import SamplingParams
-from internlm3.tests.test_generate import real_prompts
+from internlm3.tests.compat.test_generate import real_prompts
 
 SETTINGS = [
     {"temperature": 0},
@@ -46,7 +47,7 @@ def looped(model, prompt, p, max_tokens, ends, seed, tokenizer=None):
     """The same answer by `forward`, the order of the settings written out here: tokens and how it ended."""
     ends = (frozenset() if p.ignore_eos else ends) | set(p.stop_token_ids or ())
     cache, vocab, token_ids = None, model.config.vocab_size, []
-    *chunks, last = torch.tensor([prompt]).split(decode.CHUNK, dim=1)
+    *chunks, last = torch.tensor([prompt]).split(prefill.CHUNK, dim=1)
     for chunk in chunks:
         cache = model(chunk, past_key_values=cache).past_key_values
     logits, cache = last_logits(model, last, cache)
@@ -82,15 +83,15 @@ def looped(model, prompt, p, max_tokens, ends, seed, tokenizer=None):
 def last_logits(model, chunk, cache):
     """Logits [1, V] behind a prompt's last chunk [1, T], whose last row goes on alone in the last block."""
     kept = model(chunk, past_key_values=cache).past_key_values
-    seqs = kept.sequences([0], 0, None)
+    batch = kept.batch([0], 0, None)
     x = model.model.ops.embed(chunk[0], model.model.embed_tokens.weight)
-    return model.head(model.model.run(x, seqs, kept.pages, last_rows=True)), kept  # writes what is there already
+    return model.head(model.model.run(x, batch, kept.kv_cache, last_rows=True)), kept  # writes what is there already
 
 
 def test_every_setting_in_ragged_batches_with_beginnings_that_recur(model, monkeypatch):
     """50 prompts, some of them edits of others in the middle, five settings in a batch, rows that join and leave."""
-    monkeypatch.setattr(decode, "CHUNK", PAGE)
-    monkeypatch.setattr(decode, "TOGETHER", PAGE)
+    monkeypatch.setattr(prefill, "CHUNK", PAGE)
+    monkeypatch.setattr(prefill, "LAUNCH_TOKENS", PAGE)
     dice = random.Random(0)
     story = [dice.randrange(300) for _ in range(220)]
     prompts = []
@@ -103,10 +104,8 @@ def test_every_setting_in_ragged_batches_with_beginnings_that_recur(model, monke
         Request(prompt, SamplingParams(**{"seed": index, **SETTINGS[index % 10]}), dice.randrange(1, 24), ENDS)
         for index, prompt in enumerate(prompts)
     ]
-    engine = model.reserve(8, 512)
-    with engine.running(requests):
-        while any(request.finish_reason is None for request in requests):
-            engine.step()
+    for _ in model.engine(8, 512).run([Answer(request) for request in requests]):
+        pass
     assert sum(request.cached_tokens > 0 for request in requests) > 10
     assert {request.finish_reason for request in requests} == {"stop", "length"}
     wrong = [
@@ -120,8 +119,8 @@ def test_every_setting_in_ragged_batches_with_beginnings_that_recur(model, monke
 
 def test_real_prompts_with_every_setting(demo_model, monkeypatch):
     """50 prompts of the demo model through one call of LLM.generate, settings side by side, stop strings among them."""
-    monkeypatch.setattr(decode, "CHUNK", PAGE)
-    monkeypatch.setattr(decode, "TOGETHER", PAGE)
+    monkeypatch.setattr(prefill, "CHUNK", PAGE)
+    monkeypatch.setattr(prefill, "LAUNCH_TOKENS", PAGE)
     llm = LLM(demo_model, dtype="bfloat16", device="cpu", max_batch_size=8, progress=False)
     prompts = real_prompts(llm.tokenizer)
     scale = llm.config.vocab_size // 320
@@ -133,9 +132,10 @@ def test_real_prompts_with_every_setting(demo_model, monkeypatch):
         wanted |= {"stop": [" the", "\n", "1"]} if index % 4 == 0 and not wanted.get("min_tokens") else {}
         params.append(SamplingParams(**wanted))
     outputs = llm.generate(prompts, params)
+    model = InternLM3ForCausalLM.from_pretrained(demo_model, dtype="bfloat16", device="cpu", progress=False)
     ends = frozenset(llm.eos_token_ids)
     for index, (output, prompt, p) in enumerate(zip(outputs, prompts, params, strict=True)):
         answer = output.outputs[0]
-        expected = looped(llm.model, prompt, p, p.max_tokens, ends, p.seed, llm.tokenizer)
+        expected = looped(model, prompt, p, p.max_tokens, ends, p.seed, llm.tokenizer)
         assert (answer.token_ids, answer.finish_reason) == expected, index
     assert sum(output.cached_tokens > 0 for output in outputs) > 0 or max(map(len, prompts)) <= PAGE

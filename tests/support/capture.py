@@ -1,8 +1,7 @@
-"""A graph for machines without a GPU: what a step does once is recorded, and done again without its Python.
+"""A stand-in for CUDA graphs on machines without a GPU: records the ops of a step, and replays them without its Python.
 
-As in a CUDA graph, a host value of the first run is frozen and every tensor stays where it was. What a capture forbids
-is an error: reading a tensor's value on the host, and, since nothing may stand between the kernels of a step, any op of
-PyTorch but a view.
+As in a CUDA graph, host values of the first run are frozen, and every tensor stays where it is. What a capture forbids
+is an error: reading a tensor's value on the host, and, since a step is kernels only, any op of PyTorch but a view.
 """
 
 import contextlib
@@ -13,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from internlm3.kernels import reference
-from internlm3.runtime.compat import generation
+from internlm3.runtime.engine import shared
 from internlm3.runtime.engine.engine import Engine
 from internlm3.runtime.model import model as runtime_model
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -21,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class NoHostReads(TorchDispatchMode):
-    """Raises on every op of PyTorch that a captured step may not have."""
+    """Raises on every op of PyTorch that a captured step must not have."""
 
     def __init__(self, only_reads: bool):
         super().__init__()
@@ -31,7 +30,7 @@ class NoHostReads(TorchDispatchMode):
         if torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags:
             raise RuntimeError(f"{func} in a step reads a value on the host, which a graph would freeze")
         if not self._only_reads and not func.is_view:
-            raise RuntimeError(f"{func} in a step stands between its kernels")
+            raise RuntimeError(f"{func} in a step runs between its kernels")
         return func(*args, **(kwargs or {}))
 
 
@@ -93,47 +92,61 @@ class Recorder:
 
 
 class CapturedEngines:
-    """Makes every engine that a model gets one whose steps are captured.
+    """Makes every engine that LLM and `generate` use capture its steps.
 
-    recorder: of the ops of all models.
+    Attributes:
+        recorder: records the ops of all models.
     """
 
-    def __init__(self, monkeypatch: Any):
+    def __init__(self, monkeypatch: Any, depth: int):
         self.recorder = recorder = Recorder(monkeypatch)
-        self._made: weakref.WeakSet[Engine] = weakref.WeakSet()
-        self._depth = 1
-        made = self._made
+        self._made = made = weakref.WeakSet()
 
         class Captured(Engine):
             def __init__(engine, *args: Any, **options: Any):
-                super().__init__(*args, **{**options, "capture": recorder.capture, "depth": self._depth})
+                super().__init__(*args, **{**options, "capture": recorder.capture, "depth": depth})
                 made.add(engine)
 
-        monkeypatch.setattr(generation, "Engine", Captured)
-
-    def begin(self, depth: int) -> None:
-        """All engines know no graph, and have so many steps under way from now on."""
-        self.forget()
-        self._depth = depth
-        for engine in self._made:
-            engine._depth = depth
+        monkeypatch.setattr(shared, "Engine", Captured)
 
     def forget(self) -> None:
-        """All engines know no graph."""
+        """Drops all captured steps: what a test patches is captured anew."""
         for engine in self._made:
-            engine._replays._captured.clear()
-            engine._filler._captured.clear()
+            engine._steps._captured.clear()
+            engine._prefill._captured._captured.clear()
 
 
-@pytest.fixture(scope="module", autouse=True)
-def engines() -> Any:
+@pytest.fixture(scope="module", params=[None, 1, 3], ids=["eager", "captured, depth 1", "captured, depth 3"])
+def capture(request: pytest.FixtureRequest) -> Any:
+    """Runs the module's tests with eager steps, and with captured ones of which up to `depth` are in flight.
+
+    None, or the CapturedEngines.
+    """
+    if request.param is None:
+        yield None
+        return
     with pytest.MonkeyPatch.context() as patch:
-        yield CapturedEngines(patch)
+        yield CapturedEngines(patch, request.param)
+
+
+@pytest.fixture
+def as_op(capture: Any) -> Any:
+    """Turns a function into an op that a captured step can hold."""
+    if capture is None:
+        return lambda function: function
+
+    def as_op(function: Any) -> Any:
+        capture.forget()
+        return capture.recorder.op(function)
+
+    return as_op
 
 
 @pytest.fixture(autouse=True)
-def depth(engines: CapturedEngines, request: pytest.FixtureRequest) -> Any:
-    """The depth that a test asks for, else one of 1 to 4; what it patches is captured anew, and forgotten behind it."""
-    engines.begin(depth=getattr(request, "param", 1 + len(request.node.name) % 4))
+def nothing_captured(capture: Any) -> Any:
+    """What a test patches is captured anew, and forgotten after it."""
+    if capture is not None:
+        capture.forget()
     yield
-    engines.begin(depth=1)
+    if capture is not None:
+        capture.forget()

@@ -1,6 +1,6 @@
 """The decode step: rows that know nothing of each other, and a step that a graph can hold.
 
-A CPU proves that by a graph of its own, see tests/capture.py.
+A CPU proves that by a graph of its own, see tests/support/capture.py.
 """
 
 import numpy as np
@@ -12,15 +12,15 @@ from internlm3 import InternLM3Config, InternLM3ForCausalLM
 from internlm3.kernels import reference
 from internlm3.kernels.reference import SKINNY_ROWS
 from internlm3.kernels.sampling_reference import FEW_TOKENS
-from internlm3.runtime.engine import decode
+from internlm3.runtime.engine import decode, prefill
 from internlm3.runtime.engine.engine import Engine
 from internlm3.runtime.engine.request import Request
-from internlm3.runtime.engine.state import DecodeState, Tier, tier_of
-from internlm3.runtime.model.pages import PAGE, pages_of
+from internlm3.runtime.engine.state import DecodeState, Slot, Tier, tier_of
+from internlm3.runtime.model.kv_cache import PAGE, pages_of
 from internlm3.runtime.model.rope import inverse_frequencies
 from internlm3.runtime.sampling.params import SamplingParams
-from internlm3.tests.capture import Recorder
-from internlm3.tests.test_sampling import floats, random_logits
+from internlm3.tests.sampling.test_sampling import floats, random_logits
+from internlm3.tests.support.capture import Recorder
 
 CPU = torch.device("cpu")
 
@@ -33,19 +33,21 @@ class Rows:
         self.state = DecodeState.idle(len(rows), 1, vocab_size, 4, CPU)
         self.tier = max(map(tier_of, requests)) if tier is None else tier
         for row, request in enumerate(requests):
-            self.state.load(row, request, torch.tensor(request.prompt_ids), [0], torch.ones(2))
-            self.state.seqs.seq_lens[row] = len(request.prompt_ids)
+            slot = Slot(request, row, [0], self.tier)
+            slot.prompt = torch.tensor(request.prompt_ids)
+            self.state.load(slot, torch.ones(2))
+            self.state.batch.seq_lens[row] = len(request.prompt_ids)
 
     def __call__(self, logits):
-        decode.choose(reference, logits, self.state, self.tier)
-        return self.state.said.clone()
+        decode.sample(reference, logits, self.state, self.tier)
+        return self.state.report.clone()
 
     def keep(self, rows):
         """These rows, in rows 0, 1, ... which must not be among those that come later."""
         for target, source in enumerate(rows):
             if source != target:
                 self.state.move(source, target)
-        self.state = self.state.rows(0, len(rows))
+        self.state = self.state.slots(0, len(rows))
 
 
 def tokens_of(words):
@@ -57,7 +59,7 @@ def test_a_bit_for_each_token():
     """Those of a word's sign, of the last word, and one that is named twice; min_tokens holds back the ends."""
     params = SamplingParams(allowed_token_ids=[0, 31, 32, 63, 69, 31], suppress_tokens=[32, 64], min_tokens=1)
     state = Rows([(params, [1], 0), (SamplingParams(), [1], 0)], 70, eos_token_ids=[31, 69]).state
-    assert tokens_of(state.ends[0]) == tokens_of(state.ends[1]) == {31, 69}
+    assert tokens_of(state.end_mask[0]) == tokens_of(state.end_mask[1]) == {31, 69}
     assert tokens_of(state.permitted[0]) == {0, 31, 63, 69} and tokens_of(state.allowed[0]) == {0, 63}
     assert tokens_of(state.permitted[1]) == set(range(96))
 
@@ -191,7 +193,7 @@ def test_the_lowest_tier_that_serves(params, tier):
 def test_limits_are_the_devices_own():
     rows = [(SamplingParams(temperature=0), [1] * length, 0) for length in (1, 3)]
     rows = Rows(rows, 5)
-    rows.state.limit.copy_(torch.tensor([3, 4]))
+    rows.state.max_len.copy_(torch.tensor([3, 4]))
     said = [rows(floats(0, 1, 2, 9, 4).expand(2, -1)).tolist() for _ in range(3)]
     assert [[row[:2] for row in step] for step in said] == [
         [[3, 0], [3, 2]],
@@ -229,7 +231,7 @@ def answers(model, count=3, engine=None, **options):
     """What some requests of different lengths and settings get from an engine; and the engine, idle again."""
     rng = np.random.default_rng(3)
     prompts = [rng.integers(0, 320, length).tolist() for length in (5, 90, 1, 64, 33)[:count]]
-    engine = engine or Engine(model, max_rows=4, max_seq_len=160, **options)
+    engine = engine or Engine(model, max_batch_size=4, max_seq_len=160, **options)
     requests = [
         Request(prompt, SamplingParams(**ASKED[index % 3]), 12 + index, frozenset([7]))
         for index, prompt in enumerate(prompts)
@@ -257,20 +259,20 @@ def test_behind_a_warm_up_nothing_is_captured(model, recorder):
         captured.append(step)
         return recorder.capture(step)
 
-    engine = Engine(model, max_rows=4, max_seq_len=160, capture=capture)
+    engine = Engine(model, max_batch_size=4, max_seq_len=160, capture=capture)
     before = [
-        kv.fill_(1.0).clone() for kv in engine.pages.kv
+        kv.fill_(1.0).clone() for kv in engine.kv_cache.layers
     ]  # memory that is as it comes may hold NaN, equal to nothing
     engine.warm_up()
     engine.warm_up()
     assert len(captured) == 4 * 3 + 4  # 1, 2 and 4 rows, by tier; prompts of up to 16, 64, 128 and 160 tokens
-    assert engine.pages.free == len(engine.pages) and all(map(torch.equal, engine.pages.kv, before))
+    assert engine.pages.free == len(engine.pages) and all(map(torch.equal, engine.kv_cache.layers, before))
     found, _ = answers(model, 5, engine=engine)
     assert found == expected and len(captured) == 16
 
 
 def test_a_warm_up_waits_for_no_request(model):
-    engine = Engine(model, max_rows=2, max_seq_len=160)
+    engine = Engine(model, max_batch_size=2, max_seq_len=160)
     request = Request([1, 2], SamplingParams(temperature=0), 9)
     engine.add([request])
     with pytest.raises(RuntimeError, match="before requests come"):
@@ -292,59 +294,59 @@ def test_a_step_is_ops_and_nothing_else(model, recorder):
 
 
 def test_the_state_stays_where_it_is(model, recorder):
-    engine = Engine(model, max_rows=2, max_seq_len=160, capture=recorder.capture)
-    places = [tensor.data_ptr() for tensor in engine._state.advanced().values()]
+    engine = Engine(model, max_batch_size=2, max_seq_len=160, capture=recorder.capture)
+    places = [tensor.data_ptr() for tensor in engine._state.advance_arguments().values()]
     engine.add([Request([1, 2], SamplingParams(temperature=0), 9)])
     while engine.busy:
         engine.step()
-    assert places == [tensor.data_ptr() for tensor in engine._state.advanced().values()]
+    assert places == [tensor.data_ptr() for tensor in engine._state.advance_arguments().values()]
 
 
 def test_late_steps_write_no_page(model):
     """Steps behind the end of every row leave all pages as they are."""
     _, engine = answers(model, 3)
-    before = [kv.clone() for kv in engine.pages.kv]
+    before = [kv.clone() for kv in engine.kv_cache.layers]
     with torch.inference_mode():
-        engine._step(4, Tier.FULL)
-    for kv, old in zip(engine.pages.kv, before, strict=True):
+        engine._decode_step(4, Tier.FULL)
+    for kv, old in zip(engine.kv_cache.layers, before, strict=True):
         assert torch.equal(kv.nan_to_num(), old.nan_to_num())
-    assert (engine._state.said[:, 0] == -1).all()
+    assert (engine._state.report[:, 0] == -1).all()
 
 
 def test_a_cancelled_row_writes_no_page(model, recorder):
     """Its row stands among others in a step of four, which go on; its pages may be another's by then."""
-    engine = Engine(model, max_rows=4, max_seq_len=160, capture=recorder.capture, depth=2)
+    engine = Engine(model, max_batch_size=4, max_seq_len=160, capture=recorder.capture, depth=2)
     requests = [Request([row, 1, 2], SamplingParams(temperature=0), 40) for row in range(4)]
     engine.add(requests)
     for _ in range(3):
         engine.step()
-    pages = engine._rows[1].pages
+    pages = engine._scheduler.slots[1].pages
     engine.cancel([requests[1]])
-    before = [kv[:, pages].clone() for kv in engine.pages.kv]
+    before = [kv[:, pages].clone() for kv in engine.kv_cache.layers]
     while engine.busy:
         engine.step()
-    for kv, old in zip(engine.pages.kv, before, strict=True):
+    for kv, old in zip(engine.kv_cache.layers, before, strict=True):
         assert torch.equal(kv[:, pages].nan_to_num(), old.nan_to_num())
 
 
-def reads_a_length(step, model, pages, state, tier):
-    int(state.seqs.seq_lens[0])
-    step(model, pages, state, tier)
+def reads_a_length(step, model, kv_cache, state, tier):
+    int(state.batch.seq_lens[0])
+    step(model, kv_cache, state, tier)
 
 
-def branches_on_a_tensor(step, model, pages, state, tier):
+def branches_on_a_tensor(step, model, kv_cache, state, tier):
     if state.token[0] >= 0:
-        step(model, pages, state, tier)
+        step(model, kv_cache, state, tier)
 
 
-def asks_which_rows_run(step, model, pages, state, tier):
-    state.seqs.seq_lens.nonzero()
-    step(model, pages, state, tier)
+def asks_which_rows_run(step, model, kv_cache, state, tier):
+    state.batch.seq_lens.nonzero()
+    step(model, kv_cache, state, tier)
 
 
-def passes_a_length_as_a_number(step, model, pages, state, tier):
-    state.seqs.seq_lens = torch.full_like(state.seqs.seq_lens, 6)
-    step(model, pages, state, tier)
+def passes_a_length_as_a_number(step, model, kv_cache, state, tier):
+    state.batch.seq_lens = torch.full_like(state.batch.seq_lens, 6)
+    step(model, kv_cache, state, tier)
 
 
 @pytest.mark.parametrize(
@@ -360,22 +362,22 @@ def test_what_a_graph_would_freeze_is_found(model, recorder, monkeypatch, fault)
 def test_a_state_that_is_bound_anew_is_found(model, recorder, monkeypatch):
     """Each step feeds on a tensor of its own: right when it runs eagerly, wrong when it is replayed."""
     expected, _ = answers(model, 2)
-    choose, fed = decode.choose, {}
+    sample, fed = decode.sample, {}
 
     def rebinding(ops, logits, state, tier):
         token = state.token
         state.token = fed.setdefault(len(token), token.clone()) if recorder.nodes else token
-        choose(ops, logits, state, tier)
+        sample(ops, logits, state, tier)
 
     with recorder.allowing_torch():
-        monkeypatch.setattr(decode, "choose", rebinding)
+        monkeypatch.setattr(decode, "sample", rebinding)
         found, _ = answers(model, 2, capture=recorder.capture)
     assert found != expected
 
 
 def test_where_a_chunk_ends_pages_and_blocks_of_attention_end():
     """Else what is reused, and what a launch of several chunks computes, would be cut in other places."""
-    assert decode.CHUNK % PAGE == decode.CHUNK % reference.QUERY_BLOCK == decode.TOGETHER % decode.CHUNK == 0
+    assert prefill.CHUNK % PAGE == prefill.CHUNK % reference.QUERY_BLOCK == prefill.LAUNCH_TOKENS % prefill.CHUNK == 0
 
 
 @pytest.mark.skipif(not reference.ROWS_ALIKE, reason="this CPU's bits may tell how many rows there are")
@@ -383,32 +385,32 @@ def test_where_a_chunk_ends_pages_and_blocks_of_attention_end():
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_chunks_that_share_a_launch(monkeypatch, threads, dtype):
     """The bits of a launch for each chunk, whatever the shapes and wherever threads cut them."""
-    monkeypatch.setattr(decode, "CHUNK", reference.QUERY_BLOCK)
-    cut, most = decode.CHUNK, 3 * decode.CHUNK
+    monkeypatch.setattr(prefill, "CHUNK", reference.QUERY_BLOCK)
+    cut, most = prefill.CHUNK, 3 * prefill.CHUNK
     config = InternLM3Config(
         vocab_size=320, hidden_size=72, intermediate_size=97, num_hidden_layers=2, num_attention_heads=6,
         num_key_value_heads=2, head_dim=12, initializer_range=0.3,
     )  # fmt: skip
     model = InternLM3ForCausalLM(config, dtype=dtype)
-    engine = Engine(model, max_rows=1, max_seq_len=4 * most)
-    seqs = engine._state.rows(0, 1).seqs
-    pages = engine.pages.take(pages_of(4 * most))
-    seqs.block_table[0, : len(pages)] = torch.tensor(pages)
-    seqs.inv_freq.copy_(inverse_frequencies(config, 1, CPU))
+    engine = Engine(model, max_batch_size=1, max_seq_len=4 * most)
+    batch = engine._state.slots(0, 1).batch
+    pages = engine.pages.allocate(pages_of(4 * most))
+    batch.block_table[0, : len(pages)] = torch.tensor(pages)
+    batch.inv_freq.copy_(inverse_frequencies(config, 1, CPU))
     launches, through = [], model.model.run
     monkeypatch.setattr(
         model.model, "run", lambda x, *args, **flags: launches.append(len(x)) or through(x, *args, **flags)
     )
 
     def filled(prompt, begin, together):
-        monkeypatch.setattr(decode, "TOGETHER", together)
-        for kv in engine.pages.kv:
+        monkeypatch.setattr(prefill, "LAUNCH_TOKENS", together)
+        for kv in engine.kv_cache.layers:
             kv.fill_(7)
         if begin:
-            decode.prefill(model, engine.pages, seqs, [prompt[:begin]])
+            prefill.run_chunks(model, engine.kv_cache, batch, [prompt[:begin]])
         launches.clear()
-        last = decode.prefill(model, engine.pages, seqs, [prompt], begin)
-        return list(launches), last, torch.stack(engine.pages.kv)
+        last = prefill.run_chunks(model, engine.kv_cache, batch, [prompt], begin)
+        return list(launches), last, torch.stack(engine.kv_cache.layers)
 
     before = torch.get_num_threads()
     try:

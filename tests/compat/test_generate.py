@@ -14,8 +14,8 @@ import torch
 import transformers
 from internlm3 import InternLM3Config, InternLM3ForCausalLM, InternLM3Tokenizer
 from internlm3.runtime.compat import generation
-from internlm3.runtime.engine import decode
-from internlm3.runtime.model.pages import PAGE
+from internlm3.runtime.engine import prefill
+from internlm3.runtime.model.kv_cache import PAGE
 
 QUESTIONS = [
     "What is the capital of France?",
@@ -696,10 +696,10 @@ def test_rows_that_waited_see_their_own_step(tiny, monkeypatch):
     options = {"do_sample": False, "max_new_tokens": 9, "eos_token_id": 2, "pad_token_id": 0}
     settings = {"no_repeat_ngram_size": 2, "exponential_decay_length_penalty": (3, 1.2), "forced_eos_token_id": 30}
     together = tiny.ours.generate(PROMPTS, **options, **settings)
-    monkeypatch.setattr(generation, "MOST_ROWS", 2)
-    tiny.ours._engine = None
+    monkeypatch.setattr(generation, "MAX_BATCH_SIZE", 2)
+    tiny.ours._shared = None
     few = tiny.ours.generate(PROMPTS, **options, **settings)
-    tiny.ours._engine = None
+    tiny.ours._shared = None
     assert few.equal(together)
 
 
@@ -709,7 +709,7 @@ def test_rows_that_waited_see_their_own_step(tiny, monkeypatch):
         ({"no_repeat_ngram_size": -1}, "no_repeat_ngram_size must be an integer >= 0; got -1"),
         ({"no_repeat_ngram_size": True}, "no_repeat_ngram_size must be an integer"),
         ({"bad_words_ids": [3]}, "bad_words_ids must be a sequence; got 3"),
-        ({"bad_words_ids": [[]]}, "bad_words_ids must hold sequences of one token id at least"),
+        ({"bad_words_ids": [[]]}, "bad_words_ids must hold sequences of at least one token id"),
         ({"bad_words_ids": [[3, 50]]}, "bad_words_ids holds 50, which is outside the vocabulary of 50"),
         ({"suppress_tokens": [50]}, "suppress_tokens holds 50, which is outside"),
         ({"suppress_tokens": "a"}, "suppress_tokens must be a sequence"),
@@ -792,8 +792,8 @@ def test_a_long_prompt_in_chunks(tiny, monkeypatch, length):
     prompt = torch.randint(6, 50, (1, length), generator=torch.Generator().manual_seed(length))
     flags = {"do_sample": False, "max_new_tokens": 3, "return_dict_in_generate": True, "output_logits": True}
     whole = tiny.ours.generate(prompt, eos_token_id=[], **flags)
-    monkeypatch.setattr(decode, "CHUNK", PAGE)
-    monkeypatch.setattr(decode, "TOGETHER", PAGE)
+    monkeypatch.setattr(prefill, "CHUNK", PAGE)
+    monkeypatch.setattr(prefill, "LAUNCH_TOKENS", PAGE)
     chunks = tiny.ours.generate(prompt, eos_token_id=[], **flags)
     assert chunks.sequences.equal(whole.sequences)
     theirs = tiny.theirs(prompt).logits[:, -1]

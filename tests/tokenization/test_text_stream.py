@@ -277,8 +277,8 @@ def test_a_stop_string_before_its_time_is_text(tokenizer):
         ("b-a", 5, "#ab-a"),
         ("ab", 7, "#ab-ab-a"),
     ):
-        stream = TextStream(tokenizer, [stop])
-        assert "".join(stream.push(token, at >= first) for at, token in enumerate(ids)) == text
+        stream = TextStream(tokenizer, [stop], min_tokens=first + 1)
+        assert "".join(map(stream.push, ids)) == text
         assert stream.stopped == stop
 
 
