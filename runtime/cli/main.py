@@ -87,9 +87,9 @@ def _info(args: argparse.Namespace) -> None:
     from ..api.inputs import check_window
     from ..checkpoint.load import resolve_dtype
     from ..common.hub import locate
-    from ..compat.causal_lm import InternLM3ForCausalLM
     from ..model.config import InternLM3Config
     from ..model.kv_cache import PAGE, page_bytes, pages_of
+    from ..model.model import LanguageModel
     from ..sampling.generation_config import read_generation_config
     from ..sampling.params import SamplingParams
 
@@ -98,7 +98,7 @@ def _info(args: argparse.Namespace) -> None:
     dtype = resolve_dtype(args.dtype) or resolve_dtype(config.dtype or "bfloat16")
     assert dtype is not None
     size = dtype.itemsize
-    parameters = sum(weight.numel() for weight in InternLM3ForCausalLM(config, device="meta").parameters())
+    parameters = sum(weight.numel() for weight in LanguageModel(config, device="meta").parameters())
     per_token = page_bytes(config, dtype) // PAGE
     length = config.max_position_embeddings if args.length is None else args.length
     check_window(config, length)
@@ -109,10 +109,10 @@ def _info(args: argparse.Namespace) -> None:
     print()
     print(f"{'parameters':24} {parameters:,}")
     print(f"{'weights':24} {parameters * size / 1e9:.2f} GB in {str(dtype).removeprefix('torch.')}")
-    print(f"{'KV cache':24} {per_token:,} bytes a token, {length * per_token / 1e9:.2f} GB at {length:,} tokens")
-    print(f"{'KV cache of LLM':24} {windows:.2f} GB for 16 answers, but at most half of what the weights leave free")
+    print(f"{'KV cache':24} {per_token:,} bytes per token, {length * per_token / 1e9:.2f} GB at {length:,} tokens")
+    print(f"{'KV cache of LLM':24} {windows:.2f} GB for 16 sequences, but at most half of the memory that is free")
     page = f"{page_bytes(config, dtype) / 1e6:.2f} MB for {PAGE} tokens, {pages_of(length):,} of them for {length:,}"
-    print(f"{'admission':24} an answer waits for the pages of its prompt and max_tokens: {page}")
+    print(f"{'admission':24} a request starts once pages for its prompt and max_tokens are free: {page}")
     print(f"{'generation_config.json':24} {generation_config or 'none'}")
     print(f"{'default settings':24} {SamplingParams.from_generation_config(generation_config)}")
 

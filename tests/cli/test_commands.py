@@ -102,7 +102,7 @@ def test_info_counts_parameters_and_memory(demo_model, run):
     parameters = 30 * layer + 576 + 2 * 49152 * 576
     assert f"{parameters:,}" in printed
     assert f"{parameters * 2 / 1e9:.2f} GB in bfloat16" in printed
-    assert "23,040 bytes a token" in printed  # 30 layers x (k and v) x 3 heads x 64 x 2 bytes
+    assert "23,040 bytes per token" in printed  # 30 layers x (k and v) x 3 heads x 64 x 2 bytes
     assert "0.02 GB at 1,000 tokens" in printed
     assert run("info", demo_model, "--length", 1000, "--dtype", "bf16").stdout == printed
 
@@ -114,9 +114,9 @@ def test_info_of_the_8b_needs_its_config_only(tmp_path, run):
     config.save_pretrained(tmp_path)
     printed = run("info", tmp_path, "--length", 32768).stdout
     assert "8,804,241,408" in printed and "17.61 GB in bfloat16" in printed
-    assert "49,152 bytes a token, 1.61 GB at 32,768 tokens" in printed
-    assert "25.77 GB for 16 answers, but at most half of what the weights leave free" in printed  # 16 x 32768 x 49152
-    assert "the pages of its prompt and max_tokens: 3.15 MB for 64 tokens, 512 of them for 32,768" in printed
+    assert "49,152 bytes per token, 1.61 GB at 32,768 tokens" in printed
+    assert "25.77 GB for 16 sequences, but at most half of the memory that is free" in printed  # 16 x 32768 x 49152
+    assert "pages for its prompt and max_tokens are free: 3.15 MB for 64 tokens, 512 of them for 32,768" in printed
 
 
 @pytest.mark.parametrize(
