@@ -8,6 +8,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -546,16 +547,29 @@ def test_without_pip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert left_in(tmp_path / "cache") == []
 
 
-@pytest.mark.parametrize("package", ["gguf", "google"])
-def test_without_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str) -> None:
-    monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
+EXTRA = "Install what the demo needs: pip install 'internlm3[demo]'"
+
+
+def test_without_gguf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gguf", None)  # as if it were not installed
     monkeypatch.delitem(sys.modules, gguf_convert.__name__)
-    monkeypatch.delitem(sys.modules, "sentencepiece.sentencepiece_model_pb2")
-    monkeypatch.delattr(sentencepiece, "sentencepiece_model_pb2")
-    words = r"Install what the demo needs: pip install 'internlm3\[demo\]'"
-    with pytest.raises(ModuleNotFoundError, match=words) as caught:
+    with pytest.raises(ModuleNotFoundError, match=re.escape(EXTRA)) as caught:
         demo_model_checkpoint(tmp_path, progress=False)
-    assert package in str(caught.value)
+    assert "gguf" in str(caught.value)
+    assert left_in(tmp_path) == []
+
+
+def test_without_protobuf(tmp_path: Path) -> None:
+    """In a process of its own, as a module of protobuf cannot be imported twice."""
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from internlm3.runtime.checkpoint.demo_model import demo_model_checkpoint\n"
+        "sys.modules['google'] = None  # as if it were not installed\n"
+        "try: demo_model_checkpoint(Path(sys.argv[1]))\n"
+        "except ModuleNotFoundError as error: print(error)"
+    )
+    run = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert EXTRA in run.stdout and "google" in run.stdout
     assert left_in(tmp_path) == []
 
 

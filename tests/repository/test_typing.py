@@ -17,7 +17,8 @@ RIGHT = """
     class Vector:
         # What matters here of a tensor or an array.
 
-        def __iter__(self) -> Iterator["Vector"]: ...
+        def __iter__(self) -> Iterator["Vector"]:
+            return iter([self])
 
     llm = LLM("folder")
     one: RequestOutput = llm.generate("hi", max_tokens=3)
