@@ -225,14 +225,11 @@ def test_template_gets_plain_data_only():
         "{% for a in range(99999) %}{% set x = range(99999) | map('string') | list %}{% endfor %}",
     ],
 )
-def test_a_template_has_a_bound_on_time(template, monkeypatch):
+def test_a_template_has_a_limit_on_time(template, monkeypatch):
     monkeypatch.setattr(sandbox, "SECONDS", 0.2)
     with pytest.raises(ValueError, match=r"^chat template, line 1: it runs for more than 0\.2 seconds"):
         render(template, MESSAGES)
     assert render(PUBLISHED_TEMPLATE, MESSAGES[3:], bos_token="") == "<|im_start|>user\nMore?<|im_end|>\n"
-
-
-DOUBLING = "{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = %s %}{% endfor %}{{ n.x | length }}"
 
 
 @pytest.mark.parametrize(
@@ -266,6 +263,19 @@ DOUBLING = "{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = 
         "{{ ([[1, 2, 3, 4, 5, 6, 7, 8, 9]] * 99999) | sum(start=[]) | length }}",
         "{{ range(99999) | list | pprint }}",
         "{{ [1] | slice(10000000000) | list }}",
+    ],
+)
+def test_a_template_has_a_limit_on_size(template):
+    with pytest.raises(ValueError, match=r"^chat template, line .: it makes something of more than 10000000 char"):
+        render(template, MESSAGES)
+
+
+DOUBLING = "{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = %s %}{% endfor %}{{ n.x | length }}"
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
         DOUBLING.replace("%s", "n.x ~ n.x"),
         DOUBLING.replace("%s", "n.x + n.x"),
         DOUBLING.replace("%s", "n.x * 2"),
@@ -277,12 +287,13 @@ DOUBLING = "{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = 
         DOUBLING.replace("%s", "{'a': n.x, 'b': n.x}").replace(" | length", " ~ ''"),
     ],
 )
-def test_a_template_has_a_bound_on_size(template):
-    with pytest.raises(ValueError, match=r"^chat template, line .: it makes something of more than 10000000 char"):
+def test_a_template_that_doubles_a_value_has_a_limit_on_size(template, monkeypatch):
+    monkeypatch.setattr(sandbox, "SIZE", 100_000)
+    with pytest.raises(ValueError, match=r"^chat template, line .: it makes something of more than 100000 char"):
         render(template, MESSAGES)
 
 
-def test_a_long_conversation_is_within_the_bounds():
+def test_a_long_conversation_is_within_the_limits():
     messages = [MESSAGES[0], *MESSAGES[1:3] * 2000]
     template = RICH_TEMPLATE.replace("state.turns == 5", "false")
     assert render(template, messages, bos_token="<s>") == by_transformers(template, messages, bos_token="<s>")
