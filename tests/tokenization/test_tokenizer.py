@@ -4,8 +4,8 @@ transformers 5.23 has no InternLM3Tokenizer. Its class for a SentencePiece file 
 SentencePieceBackend. With `legacy=True` it splits a text at the added tokens and passes every other segment to
 SentencePiece unchanged, as InternLM3's published tokenizer does. So it is the oracle for ids, bos and eos, padding and
 truncation. It joins tokens differently, so decoded text is compared with M2M100Tokenizer's convert_tokens_to_string
-(which treats special tokens in the same way, but strips both ends) and with SentencePiece segment by segment. The BPE of
-the `tokenizers` library is a third oracle, on real text.
+(which treats special tokens in the same way, but strips both ends) and with SentencePiece segment by segment. The
+`tokenizers` library's BPE is a third oracle, on real text.
 """
 
 import json
@@ -90,10 +90,10 @@ def test_text_comes_back_whole(lossless, text):
 
 
 def test_real_text_equals_rust_tokenizers(mistral_wheel, tmp_path):
-    """transformers' LlamaTokenizer rebuilds the BPE from the pieces for the `tokenizers` library, without SentencePiece.
+    """transformers' LlamaTokenizer rebuilds the BPE from the pieces for the `tokenizers` library.
 
-    Its order among pieces that are runs of spaces is not SentencePiece's, so the text has none; nor special tokens,
-    behind which LlamaTokenizer puts no dummy prefix.
+    It orders pieces of several spaces differently from SentencePiece, so the text has none. It puts no dummy prefix
+    after special tokens, so the text has none of these either.
     """
     from transformers import LlamaTokenizer
 
