@@ -9,6 +9,7 @@ import pytest
 import torch
 from internlm3 import (
     LLM,
+    InternLM3ForCausalLM,
     SamplingParams,
 )
 from internlm3.runtime.engine.graphs import StepQueue
