@@ -1,11 +1,11 @@
 """InternLM3Tokenizer against SentencePiece itself and against transformers.
 
 transformers 5.23 has no InternLM3Tokenizer. Its class for a SentencePiece file without conversion is
-SentencePieceBackend; with `legacy=True` it splits a text at the added tokens and hands every other segment to
-SentencePiece as it is, which is what InternLM3's own tokenizer does. So it is the oracle for ids, frames, padding and
-truncation. Its joining of tokens is another one, so that decoded text is held against M2M100Tokenizer's
-convert_tokens_to_string (the same walk over special tokens, but stripped at both ends) and against SentencePiece
-segment by segment. The Rust tokenizers' BPE is a third opinion, on real text.
+SentencePieceBackend. With `legacy=True` it splits a text at the added tokens and passes every other segment to
+SentencePiece unchanged, as InternLM3's published tokenizer does. So it is the oracle for ids, bos and eos, padding and
+truncation. It joins tokens differently, so decoded text is compared with M2M100Tokenizer's convert_tokens_to_string
+(which treats special tokens in the same way, but strips both ends) and with SentencePiece segment by segment. The
+`tokenizers` library's BPE is a third oracle, on real text.
 """
 
 import json
@@ -84,16 +84,16 @@ def lossless(request, tmp_path_factory) -> Path:
 @settings(max_examples=200)
 @given(text=ANY_TEXT)
 def test_text_comes_back_whole(lossless, text):
-    """With bytes for what is no piece and no normalisation, nothing is lost but the visible space, which is a space."""
+    """With byte fallback and no normalisation nothing is lost, except that the visible space becomes a space."""
     tokenizer, _ = loaded(lossless)
     assert tokenizer.decode(tokenizer.encode(text)) == "<s>" + text.replace("▁", " ")
 
 
 def test_real_text_equals_rust_tokenizers(mistral_wheel, tmp_path):
-    """transformers' LlamaTokenizer rebuilds the BPE from the pieces for the Rust library: no SentencePiece in it.
+    """transformers' LlamaTokenizer rebuilds the BPE from the pieces for the `tokenizers` library.
 
-    Its order among pieces that are runs of spaces is not SentencePiece's, so the text has none; nor special tokens,
-    behind which LlamaTokenizer puts no dummy prefix.
+    It orders pieces of several spaces differently from SentencePiece, so the text has none. It puts no dummy prefix
+    after special tokens, so the text has none of these either.
     """
     from transformers import LlamaTokenizer
 
@@ -277,7 +277,7 @@ def test_a_token_set_later_needs_an_id(plain):
 
 
 def test_truncation_without_a_limit_cuts_nothing(plain):
-    """As in transformers, whose "no limit" is 10^30 too."""
+    """As in transformers, where "no limit" is 10^30 too."""
     tokenizer = InternLM3Tokenizer.from_pretrained(plain)
     for text in TEXTS:
         assert tokenizer.encode(text, truncation=True) == oracle(plain).encode(text, truncation=True)
