@@ -268,9 +268,10 @@ def audit(work: Sequence[tuple[Case, str]]) -> list[Finding]:
                 known |= zip(new[key], findings, strict=True)
         # Violations are not cached: the machine may have been at fault.
         sound = {name: found for name, found in known.items() if not any(Finding(*each).wrong for each in found)}
-        draft = file.with_name(f"{os.getpid()}.json")
-        draft.write_text(json.dumps({"digest": now, "findings": sound}), "utf-8")
-        draft.replace(file)
+        if sound:
+            draft = file.with_name(f"{os.getpid()}.json")
+            draft.write_text(json.dumps({"digest": now, "findings": sound}), "utf-8")
+            draft.replace(file)
     return [Finding(*found) for name in names for found in known[name]]
 
 

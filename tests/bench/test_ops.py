@@ -320,7 +320,7 @@ def test_user_kernel(body, message, fast, config, tmp_path, capsys):
         ("from internlm3.kernels.reference import rms_norm", "has no function named like an op"),
     ],
 )
-def test_a_file_without_a_kernel(text, message, tool, tmp_path, capsys):
+def test_a_file_without_a_kernel(text, message, tmp_path, capsys):
     (tmp_path / "mine.py").write_text(text)
     assert message in fails(capsys, "--kernel", tmp_path / "mine.py")
 

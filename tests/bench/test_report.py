@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -82,7 +83,8 @@ def test_a_missing_file(capsys):
 @pytest.mark.parametrize("path", sorted((ROOT / "bench" / "results").glob("*.json")), ids=lambda path: path.stem)
 def test_the_stored_records_can_be_read(path, capsys):
     assert report.main([str(path)]) == 0
-    assert len(capsys.readouterr().out.splitlines()) >= len(record.load(path).rows) > 0
+    rows = [row for row in record.load(path).rows if "ceiling" not in row.about]
+    assert len(capsys.readouterr().out.splitlines()) > len(rows) > 0
 
 
 # --- comparison
@@ -269,5 +271,5 @@ def test_three_records_are_too_many(tmp_path, capsys):
 
 
 def test_the_format_is_json_of_stamp_and_rows(tmp_path):
-    content = json.loads(open(saved(tmp_path)).read())
+    content = json.loads(Path(saved(tmp_path)).read_text())
     assert content.keys() == {"format", "stamp", "rows"} and len(content["rows"]) == len(measured())
