@@ -73,10 +73,10 @@ def steps(lengths: Sequence[int], batch: int, mode: str) -> int:
 
 def worker(work: tuple[str, str, int]) -> Done:
     from internlm3 import LLM, SamplingParams
-    from internlm3.runtime.checkpoint.demo_model import standin_checkpoint
+    from internlm3.runtime.checkpoint.demo_model import demo_model_checkpoint
 
     kind, mode, batch = work
-    llm = LLM(standin_checkpoint(progress=False), max_batch_size=batch, progress=False)
+    llm = LLM(demo_model_checkpoint(progress=False), max_batch_size=batch, progress=False)
     conversations = [[{"role": "user", "content": question}] for question in QUESTIONS]
     params = [SamplingParams(temperature=0, max_tokens=MOST)] * len(conversations)
     if kind == "drawn lengths":

@@ -200,14 +200,14 @@ def _typical_p_only(make: Inputs, rows: int) -> Arguments:
 def _advance(make: Inputs, rows: int) -> Arguments:
     """Sequences that do not end at this step."""
     vocabulary = make.size.vocabulary
-    integers = {"seq_lens": 1, "limit": 2**31 - 1, "free_from": 0}
-    masks = ("ends", "permitted", "allowed")
+    integers = {"seq_lens": 1, "max_len": 2**31 - 1, "min_len": 0}
+    masks = ("end_mask", "permitted", "allowed")
     return {
-        "drawn": make.full((rows,), 0, torch.int64),
+        "sampled": make.full((rows,), 0, torch.int64),
         "logprob": make.full((rows,), 0, torch.float32),
         "token": make.full((rows,), 0, torch.int64),
         **{name: make.full((rows,), value, torch.int32) for name, value in integers.items()},
-        "said": make.full((rows, 3), 0, torch.int32),
+        "report": make.full((rows, 3), 0, torch.int32),
         "output_counts": make.full((rows, vocabulary), 0, torch.int32),
         **{name: make.full((rows, -(-vocabulary // 32)), 0, torch.int32) for name in masks},
     }

@@ -131,9 +131,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     if args.before and not os.path.exists(os.path.join(args.before, "runtime")):
         parser.error(f"--before {args.before} is not a checkout of this project: name its folder")
-    from internlm3.runtime.checkpoint.demo_model import standin_checkpoint
+    from internlm3.runtime.checkpoint.demo_model import demo_model_checkpoint
 
-    folder = str(standin_checkpoint())
+    folder = str(demo_model_checkpoint())
     made, part, rows = stamp(), Part("demo_model"), []
     print(f"SmolLM2-135M in InternLM3's format; {'; '.join(f'{key} {value}' for key, value in made.items())}")
     print(f"{DECODE_TOKENS} tokens decoded, greedy, medians of {args.rounds} rounds; shapes are batch x prompt\n")

@@ -359,41 +359,48 @@ def paged_attention(
 
 
 def advance(
-    drawn: Tensor,
+    sampled: Tensor,
     logprob: Tensor,
     *,
     token: Tensor,
     seq_lens: Tensor,
-    limit: Tensor,
-    ends: Tensor,
-    said: Tensor,
+    max_len: Tensor,
+    end_mask: Tensor,
+    report: Tensor,
     output_counts: Tensor,
-    free_from: Tensor,
+    min_len: Tensor,
     permitted: Tensor,
     allowed: Tensor,
 ) -> None:
-    """The end of a decode step, in place: what `sample` drew enters the state from which the next step begins.
+    """End a decode step, in place: write the tokens that `sample` returned into the state of the next step.
 
-    `drawn` [B] int64 and `logprob` [B] float32 are of the token that comes behind the `seq_lens` [B] int32 tokens of
-    each sequence. It ends its sequence if its bit is set in `ends` [B, ceil(V / 32)] int32 (bit i % 32 of word
-    i // 32), or if the sequence with it has `limit` [B] int32 tokens, or if its log-probability is NaN: no token can be
-    drawn from such logits. Then `seq_lens` becomes 0, which makes the row
-    idle; else it grows by one. `token` [B] int64 becomes the token drawn, whose count in `output_counts` [B, V] int32
-    grows by one. With `free_from` [B] int32 tokens and more a sequence may end: `allowed` [B, ceil(V / 32)] int32, by
-    which `sample` goes, becomes `permitted`, of the same shape, when it has so many.
+    B rows, each one sequence or idle (seq_lens 0). V: vocabulary size, W = ceil(V / 32) words of a bit mask, in which
+    token i is bit i % 32 of word i // 32.
 
-    `said` [B, 3] int32 is for the host: the token, how it ended (0: not, 1: a token of `ends`, 2: `limit`, 3: NaN), and
-    the bits of its log-probability. Of an idle row nothing changes but the token said, which becomes -1.
+        sampled        [B] int64       the next token of each row
+        logprob        [B] float32     its log-probability
+        token          [B] int64       becomes `sampled`
+        seq_lens       [B] int32       grows by one, or becomes 0 if the row ends
+        max_len        [B] int32       a row ends when it has this many tokens
+        end_mask       [B, W] int32    tokens that end a row
+        report         [B, 3] int32    for the host: the token; why the row ended; the bits of its log-probability
+        output_counts  [B, V] int32    how often each token was generated: one more for this one
+        min_len        [B] int32       a row may end once it has this many tokens
+        permitted      [B, W] int32    tokens that may be sampled then
+        allowed        [B, W] int32    tokens that may be sampled now; becomes `permitted` at min_len
+
+    Why a row ended: 0 it did not, 1 a token of `end_mask`, 2 `max_len`, 3 its log-probability is NaN: no token can be
+    sampled from such logits. For an idle row only the reported token changes, to -1.
     """
     live = seq_lens > 0
-    words = ends.gather(1, (drawn // 32)[:, None])[:, 0]
+    words = end_mask.gather(1, (sampled // 32)[:, None])[:, 0]
     length = seq_lens + 1
-    end = torch.where((words >> (drawn % 32) & 1).bool(), 1, 2 * (length >= limit))
+    end = torch.where((words >> (sampled % 32) & 1).bool(), 1, 2 * (length >= max_len))
     end = end.masked_fill(logprob.isnan(), 3)
-    fresh = torch.stack((drawn.int(), end.int(), logprob.view(torch.int32)), 1)
-    said.copy_(torch.where(live[:, None], fresh, said))
-    said[:, 0].masked_fill_(~live, -1)
-    token.copy_(torch.where(live, drawn, token))
-    output_counts.scatter_add_(1, drawn[:, None], live.int()[:, None])
-    allowed.copy_(torch.where((live & (length == free_from))[:, None], permitted, allowed))
+    fresh = torch.stack((sampled.int(), end.int(), logprob.view(torch.int32)), 1)
+    report.copy_(torch.where(live[:, None], fresh, report))
+    report[:, 0].masked_fill_(~live, -1)
+    token.copy_(torch.where(live, sampled, token))
+    output_counts.scatter_add_(1, sampled[:, None], live.int()[:, None])
+    allowed.copy_(torch.where((live & (length == min_len))[:, None], permitted, allowed))
     seq_lens.copy_(torch.where(live & (end == 0), length, 0))

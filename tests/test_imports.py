@@ -11,15 +11,16 @@ ROOMS = {
     "sampling": {"common"},
     "model": {"common"},
     "checkpoint": {"common", "model", "sampling"},
-    "tokenization": {"common", "engine"},
+    "chat_template": {"common"},
+    "tokenization": {"common", "chat_template"},
     "engine": {"common", "sampling", "model"},
     "compat": {"common", "sampling", "model", "checkpoint", "tokenization", "engine"},
-    "api": {"common", "sampling", "model", "checkpoint", "tokenization", "engine", "compat"},
+    "api": {"common", "sampling", "model", "checkpoint", "chat_template", "tokenization", "engine"},
     "cli": {"common", "sampling", "model", "checkpoint", "tokenization", "engine", "compat", "api"},
 }
-# Where the runtime meets the kernels: the model runs them, a watched step asks what it draws from, and the state knows
-# how many tokens of a top-k are few to them.
-MEETS_KERNELS = {"engine/decode", "model/model", "engine/state"}
+# Where the runtime meets the kernels: the model runs them, hooks penalise and filter on the host, the
+# state asks how many tokens of a top-k are few, and the warm-up which launches compile.
+MEETS_KERNELS = {"engine/hooks", "engine/state", "engine/warm_up", "model/model"}
 
 
 def modules(path: Path) -> set[tuple[str, ...]]:

@@ -52,12 +52,12 @@ def test_links_lead_somewhere(language):
 
 
 @pytest.mark.parametrize("index", range(3))
-def test_python_blocks_run_as_they_are_pasted(standin, index, capsys):
-    """With the stand-in in the place of the 8B."""
+def test_python_blocks_run_as_they_are_pasted(demo_model, index, capsys):
+    """With the demo model in the place of the 8B."""
     code = [code for kind, code in blocks(READMES["English"].read_text()) if kind == "python"]
     code = [block for block in code if not block.startswith("# mine.py")]  # a file for bench/kernels.py
     assert len(code) == 3
-    exec(code[index].replace("internlm/internlm3-8b-instruct", str(standin)), {"__name__": "pasted"})
+    exec(code[index].replace("internlm/internlm3-8b-instruct", str(demo_model)), {"__name__": "pasted"})
     assert capsys.readouterr().out.strip()
 
 

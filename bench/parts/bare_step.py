@@ -9,10 +9,10 @@ from unittest import mock
 
 import torch
 from internlm3 import InternLM3Config, InternLM3ForCausalLM
-from internlm3.runtime.engine import decode
+from internlm3.runtime.engine import decode, prefill
 from internlm3.runtime.engine.state import DecodeState, Tier
 from internlm3.runtime.model import model as runtime_model
-from internlm3.runtime.model.pages import Pages, pages_of
+from internlm3.runtime.model.kv_cache import PagedKVCache, pages_of
 from internlm3.runtime.model.rope import inverse_frequencies
 from torch import Tensor
 
@@ -62,37 +62,38 @@ class Steps:
     def __init__(self, model: InternLM3ForCausalLM, batch: int, tokens: int):
         config, device = model.config, model.device
         self.model = model
-        self.pages = Pages(config, batch * pages_of(tokens), model.dtype, device)
-        for layer in self.pages.kv:
+        pages = pages_of(tokens)
+        self.kv_cache = PagedKVCache(config, batch * pages, model.dtype, device)
+        for layer in self.kv_cache.layers:
             layer.normal_()
-        self.state = DecodeState.idle(batch, pages_of(tokens), config.vocab_size, config.head_dim, device)
-        self.state.limit.fill_(2**30)
+        self.state = DecodeState.idle(batch, pages, config.vocab_size, config.head_dim, device)
+        self.state.max_len.fill_(2**30)
         self.state.allowed.fill_(-1)
         self.state.permitted.fill_(-1)
         for row in range(batch):
-            self.state.seqs.block_table[row] = torch.tensor(self.pages.take(pages_of(tokens)), dtype=torch.int32)
-            self.state.seqs.inv_freq[row] = inverse_frequencies(config, tokens, device)
+            self.state.batch.block_table[row] = torch.arange(row * pages, (row + 1) * pages, dtype=torch.int32)
+            self.state.batch.inv_freq[row] = inverse_frequencies(config, tokens, device)
 
     @torch.inference_mode()
     def prefill(self, ids: Sequence[int], row: int = 0) -> Tensor:
         """Prefills slot `row` with a prompt. Returns the logits [1, V] of its last token."""
         prompt = torch.tensor(ids, device=self.model.device)
-        last = decode.prefill(self.model, self.pages, self.state.rows(row, row + 1).seqs, [prompt])
-        self.state.seqs.seq_lens[row] = len(ids)
+        last = prefill.run_chunks(self.model, self.kv_cache, self.state.slots(row, row + 1).batch, [prompt])
+        self.state.batch.seq_lens[row] = len(ids)
         return self.model.head(last)
 
     @torch.inference_mode()
     def follow(self, token: int) -> Tensor:
         """Appends a token to slot 0. Returns its logits [1, V]."""
-        state = self.state.rows(0, 1)
+        state = self.state.slots(0, 1)
         state.token[0] = token
-        state.seqs.seq_lens[0] += 1
-        return decode.forward(self.model, self.pages, state)
+        state.batch.seq_lens[0] += 1
+        return decode.forward(self.model, self.kv_cache, state)
 
     def set_context(self, tokens: int) -> None:
         """Sets the context length of all sequences; their keys and values stay what they are."""
-        self.state.seqs.seq_lens.fill_(tokens)
+        self.state.batch.seq_lens.fill_(tokens)
 
     @torch.inference_mode()
     def step(self, tier: Tier = Tier.USUAL) -> None:
-        decode.step(self.model, self.pages, self.state, tier)
+        decode.step(self.model, self.kv_cache, self.state, tier)

@@ -108,7 +108,7 @@ def _graphs(model: InternLM3ForCausalLM, small: bool, capture: Callable[[], Capt
     found = []
     # Both pad prompts as graphs do and have the same depth, which decides when a slot is free and so what is batched.
     for made in (lambda step: eager(step), capture()):
-        engine = Engine(model, max_rows=8, max_seq_len=window, capture=made, depth=3)
+        engine = Engine(model, max_batch_size=8, max_seq_len=window, capture=made, depth=3)
         engine.warm_up()
         found.append(_answers(engine, _requests(model.config.vocab_size, window, 20, 5)))
         if engine.pages.free != len(engine.pages):
@@ -137,7 +137,7 @@ def _replays(part: Part, model: InternLM3ForCausalLM, small: bool) -> Iterator[R
             torch.cuda.set_sync_debug_mode("default")
         torch.cuda.synchronize()
         made = torch.cuda.memory_stats()["allocation.all.allocated"] - before
-        lengths = steps.state.seqs.seq_lens.tolist()
+        lengths = steps.state.batch.seq_lens.tolist()
         # The first run and each replay append a token; the capture executes nothing.
         if lengths != [64 + 1001] * 4:
             return f"the context lengths are {lengths}, not {64 + 1001}"
@@ -149,7 +149,7 @@ def _replays(part: Part, model: InternLM3ForCausalLM, small: bool) -> Iterator[R
 def _cancels(model: InternLM3ForCausalLM, small: bool, capture: Callable[[], Capture]) -> str:
     """On a batch-invariant model, every answer, complete or cancelled, is bit-identical to the answer alone."""
     window, dice = (64 if small else 512), random.Random(9)
-    engine = Engine(model, max_rows=4, max_seq_len=window, capture=capture(), depth=3)
+    engine = Engine(model, max_batch_size=4, max_seq_len=window, capture=capture(), depth=3)
     requests = _requests(model.config.vocab_size, window, 30, 6)
     engine.add(requests)
     while engine.busy:
@@ -158,7 +158,7 @@ def _cancels(model: InternLM3ForCausalLM, small: bool, capture: Callable[[], Cap
             engine.cancel([dice.choice(requests)])
     if engine.pages.free != len(engine.pages):
         return f"{len(engine.pages) - engine.pages.free} pages were not freed"
-    alone = Engine(model, max_rows=1, max_seq_len=window, capture=capture())
+    alone = Engine(model, max_batch_size=1, max_seq_len=window, capture=capture())
     again = _requests(model.config.vocab_size, window, 30, 6)
     for place, (request, (ids, logprobs, reason)) in enumerate(
         (request, _answers(alone, [other])[0]) for request, other in zip(requests, again, strict=True)
@@ -177,8 +177,8 @@ def _invariant(model: InternLM3ForCausalLM, small: bool, capture: Callable[[], C
     def requests() -> list[Request]:
         return _requests(model.config.vocab_size, window, 16, 8)
 
-    together = _answers(Engine(model, max_rows=16, max_seq_len=window, capture=capture()), requests())
-    engine = Engine(model, max_rows=1, max_seq_len=window, capture=capture())
+    together = _answers(Engine(model, max_batch_size=16, max_seq_len=window, capture=capture()), requests())
+    engine = Engine(model, max_batch_size=1, max_seq_len=window, capture=capture())
     alone = [_answers(engine, [request])[0] for request in requests()]
     different = [place for place, (one, other) in enumerate(zip(together, alone, strict=True)) if one != other]
     return f"answers {different} of 16 differ" if different else ""

@@ -95,6 +95,6 @@ def step_times(
     with torch.inference_mode():
         replay = capture(partial(steps.step, tier))
         times = [time / 1e3 for time in islice(rounds_of(replay, 1), rounds)]
-    if (reached := int(steps.state.seqs.seq_lens.min())) < context:
+    if (reached := int(steps.state.batch.seq_lens.min())) < context:
         raise RuntimeError(f"a sequence has only {reached} tokens at the end: the steps timed were not of {context}")
     return times

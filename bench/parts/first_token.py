@@ -55,7 +55,7 @@ def rows(small: bool) -> Iterator[Row]:
 
 def prompt_times(model: InternLM3ForCausalLM, tokens: int, rounds: int) -> list[float]:
     """Milliseconds from a request to its first token; each request has a new prompt."""
-    engine, times = Engine(model, max_rows=1, max_seq_len=tokens + 1), []
+    engine, times = Engine(model, max_batch_size=1, max_seq_len=tokens + 1), []
     for _ in range(rounds + 1):
         request = Request(torch.randint(1, model.config.vocab_size, (tokens,)).tolist(), SamplingParams(), 1)
         begin = time.perf_counter()
@@ -80,7 +80,7 @@ def start(small: bool, begin: float) -> None:
     done("interpreter and imports")
     model = random_model(small)
     done("random weights")
-    engine = Engine(model, max_rows=1, max_seq_len=64 if small else 2048)
+    engine = Engine(model, max_batch_size=1, max_seq_len=64 if small else 2048)
     done("pages and state")
     for stage in ("first request: compiles, captures, answers", "second request"):
         request = Request([5, 6, 7], SamplingParams(temperature=0), 8)

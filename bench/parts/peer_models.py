@@ -67,8 +67,8 @@ def _same(model: InternLM3ForCausalLM, small: bool) -> str:
     steps, plain = Steps(model, 1, len(ids)), PlainModel(model, 1, len(ids) - 1)
     steps.prefill(ids[:-1])
     for layer in range(model.config.num_hidden_layers):
-        for kv, cache in zip(plain.kv[layer], steps.pages.layer(layer), strict=True):
-            pages = steps.state.seqs.block_table[0].long()
+        for kv, cache in zip(plain.kv[layer], steps.kv_cache.layer(layer), strict=True):
+            pages = steps.state.batch.block_table[0].long()
             kv[0, :, : plain.context] = cache[pages].transpose(0, 1).flatten(1, 2)[:, : plain.context]
     expected = steps.follow(ids[-1]).float()
     plain.token[0] = ids[-1]

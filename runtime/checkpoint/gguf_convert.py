@@ -1,6 +1,6 @@
 """A small Llama-like model from one GGUF file, rewritten as an InternLM3 checkpoint: what a folder from the hub holds.
 
-Only what the stand-in model needs: architecture "llama", tied embeddings, a byte-level BPE vocabulary. Needs the
+Only what the demo model needs: architecture "llama", tied embeddings, a byte-level BPE vocabulary. Needs the
 packages of the extra `demo` (gguf, protobuf), which is why nothing imports this module until a conversion starts.
 """
 
@@ -16,9 +16,9 @@ from tqdm import tqdm
 
 from ..common.files import write_json
 from ..model.config import InternLM3Config
-from ..model.model import Decoder, LanguageModel
+from ..model.model import LanguageModel
 from ..sampling.generation_config import GENERATION_CONFIG
-from .weights import save_weights
+from .save import save_weights
 
 MAX_SHARD_BYTES = 128 * 2**20
 VOCAB_MULTIPLE = 128  # InternLM3's embedding is padded to it as well
@@ -223,7 +223,7 @@ def unpermute(weight: torch.Tensor, heads: int) -> torch.Tensor:
 
 def _model(config: dict[str, Any], tensors: Tensors, progress: bool) -> LanguageModel:
     """The model of these tensors, in bfloat16."""
-    model = LanguageModel(Decoder(InternLM3Config.from_dict(config), dtype=torch.bfloat16), dtype=torch.bfloat16)
+    model = LanguageModel(InternLM3Config.from_dict(config), dtype=torch.bfloat16)
     weights = model.state_dict()
     bar = tqdm(tensors.items(), desc="Converting weights", unit="tensor", disable=None if progress else True)
     for name, make in bar:

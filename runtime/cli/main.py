@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..version import VERSION
 from .chat import Chat, show
+from .sampling_switches import add_switches, given_settings
 from .terminal import tolerate_other_encodings
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def _generate(args: argparse.Namespace) -> int:
         raise ValueError("--raw continues the bare text: it has no room for --system or --thinking")
     llm = _load(args)
     if args.raw:
-        chunks = llm.stream(prompt, _preset(args), **_settings(args))
+        chunks = llm.stream(prompt, _preset(args), **given_settings(args))
     else:
         chunks = _answer(llm, [*_system(args), {"role": "user", "content": prompt}], args)
     _, stopped = show(chunks)
@@ -65,9 +66,9 @@ def _chat(args: argparse.Namespace) -> None:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    from ..checkpoint.demo_model import standin_checkpoint
+    from ..checkpoint.demo_model import demo_model_checkpoint
 
-    args.model = str(standin_checkpoint(progress=sys.stderr.isatty()))
+    args.model = str(demo_model_checkpoint(progress=sys.stderr.isatty()))
     llm = _load(args)
     question = args.prompt or DEMO_QUESTION
     print(f"> {question}")
@@ -82,12 +83,12 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def _info(args: argparse.Namespace) -> None:
-    from ..api.llm import check_window
-    from ..checkpoint.weights import resolve_dtype
+    from ..api.inputs import check_window
+    from ..checkpoint.load import resolve_dtype
     from ..common.hub import locate
     from ..compat.causal_lm import InternLM3ForCausalLM
     from ..model.config import InternLM3Config
-    from ..model.pages import PAGE, page_bytes, pages_of
+    from ..model.kv_cache import PAGE, page_bytes, pages_of
     from ..sampling.generation_config import read_generation_config
     from ..sampling.params import SamplingParams
 
@@ -132,39 +133,6 @@ def _load(args: argparse.Namespace) -> LLM:
     )
 
 
-def _settings(args: argparse.Namespace) -> dict[str, Any]:
-    """The sampling settings that were given."""
-    from dataclasses import fields
-
-    from ..sampling.params import SamplingParams
-
-    # All have a switch of their name but n and logprobs, of which a stream shows nothing.
-    settings = {field.name: getattr(args, field.name, None) for field in fields(SamplingParams)}
-    if args.logit_bias:
-        settings["logit_bias"] = dict(args.logit_bias)
-    return {name: value for name, value in settings.items() if value is not None}
-
-
-def _sequence(text: str) -> list[int]:
-    try:
-        return [int(token) for token in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"token ids with commas between them are wanted, not {text!r}") from None
-
-
-def _sequence_bias(text: str) -> tuple[list[int], float]:
-    sequence, _, bias = text.partition("=")
-    try:
-        return _sequence(sequence), float(bias)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"token ids, = and a number are wanted, not {text!r}") from None
-
-
-def _bias(text: str) -> tuple[int, float]:
-    [token], bias = _sequence_bias(text)
-    return token, bias
-
-
 def _preset(args: argparse.Namespace) -> Any:
     from ..sampling.params import RECOMMENDED
 
@@ -176,7 +144,7 @@ def _system(args: argparse.Namespace) -> list[dict[str, str]]:
 
 
 def _answer(llm: LLM, messages: list[dict[str, str]], args: argparse.Namespace) -> Iterator[Chunk]:
-    return llm.stream(messages, _preset(args), thinking=args.thinking, **_settings(args))
+    return llm.stream(messages, _preset(args), thinking=args.thinking, **given_settings(args))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -217,51 +185,7 @@ def _parser() -> argparse.ArgumentParser:
         group.add_argument("--thinking", action="store_true", help="InternLM3's deep-thinking mode")
         group = each.add_argument_group("sampling (default: the checkpoint's generation_config.json)")
         group.add_argument("--recommended", action="store_true", help="InternLM3's recommended settings")
-        group.add_argument("-n", "--max-tokens", type=int, help="the longest answer, in tokens")
-        group.add_argument("--temperature", "--temp", type=float, help="0 is greedy")
-        group.add_argument("--top-k", type=int, help="only among so many likeliest tokens")
-        group.add_argument("--top-p", type=float, help="only among the likeliest tokens of so much probability")
-        group.add_argument(
-            "--min-p", type=float, help="only tokens of at least so much of the likeliest one's probability"
-        )
-        group.add_argument("--typical-p", type=float, help="only among the most typical tokens of so much probability")
-        group.add_argument("--repetition-penalty", type=float, help="over prompt and answer; 1 is off")
-        group.add_argument("--presence-penalty", type=float, help="over the answer, -2 to 2")
-        group.add_argument("--frequency-penalty", type=float, help="over the answer, -2 to 2")
-        group.add_argument("--logit-bias", type=_bias, action="append", metavar="ID=BIAS", help="may be given again")
-        group.add_argument("--allowed-token-ids", type=int, nargs="+", metavar="ID", help="only these tokens")
-        group.add_argument("--seed", type=int, help="the same seed gives the same text; -1 draws one")
-        group.add_argument("--min-tokens", type=int, help="the shortest answer, in tokens")
-        group.add_argument("--stop", action="append", help="end the answer at this text; may be given again")
-        group.add_argument("--stop-token-ids", type=int, nargs="+", metavar="ID", help="end the answer at these tokens")
-        group.add_argument("--ignore-eos", action="store_true", default=None, help="go on behind the model's own ends")
-        group.add_argument(
-            "--include-stop-str-in-output", action="store_true", default=None, help="print the text that ended it"
-        )
-        group.add_argument(
-            "--no-skip-special-tokens", dest="skip_special_tokens", action="store_false", default=None,
-            help="print special tokens too",
-        )  # fmt: skip
-        group.add_argument("--suppress-tokens", type=int, nargs="+", metavar="ID", help="never these tokens")
-        group.add_argument(
-            "--begin-suppress-tokens", type=int, nargs="+", metavar="ID", help="not these as the first one"
-        )
-        group.add_argument(
-            "--bad-words-ids", type=_sequence, action="append", metavar="ID,ID", help="never these tokens in this "
-            "order; may be given again",
-        )  # fmt: skip
-        group.add_argument("--no-repeat-ngram-size", type=int, help="no so many tokens a second time")
-        group.add_argument(
-            "--sequence-bias", type=_sequence_bias, action="append", metavar="ID,ID=BIAS", help="for the token that "
-            "completes them; may be given again",
-        )  # fmt: skip
-        group.add_argument(
-            "--exponential-decay-length-penalty", type=float, nargs=2, metavar=("START", "FACTOR"),
-            help="an end is likelier with every token beyond START",
-        )  # fmt: skip
-        group.add_argument(
-            "--forced-eos-token-id", type=int, nargs="+", metavar="ID", help="one of these is the last of --max-tokens"
-        )
+        add_switches(group)
     # The demo's answer should be the same for everybody.
     demo.set_defaults(temperature=0.0)
     return parser

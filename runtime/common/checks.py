@@ -1,10 +1,113 @@
-"""One clear error for a token id that the model does not have."""
+"""Checks of arguments: integers, numbers, switches, token ids. NumPy's and torch's scalars count as Python's own.
 
-from collections.abc import Iterable
+A check returns the value as plain Python, so that what is stored compares, prints and pickles alike wherever it came
+from. Every failure is one ValueError that names the argument and shows what was given.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def as_int(value: Any) -> int | None:
+    """`value` as an int; None if it is no integer. A bool is none, nor is a float that happens to be whole."""
+    if type(value) is int:  # a long prompt is thousands of them
+        return value
+    if isinstance(value, bool) or "bool" in str(getattr(value, "dtype", "")):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
+
+
+def as_ints(values: Iterable[Any]) -> list[int] | None:
+    """`values` as ints; None if any of them is no integer."""
+    numbers: list[int] = []
+    for value in values:
+        if (number := as_int(value)) is None:
+            return None
+        numbers.append(number)
+    return numbers
+
+
+def as_number(value: Any) -> int | float | None:
+    """`value` as an int or float; None if it is no finite number. A bool is none."""
+    plain = value.item() if hasattr(value, "item") and getattr(value, "ndim", 1) == 0 else value
+    return plain if is_number(plain) and math.isfinite(plain) else None
+
+
+def is_int(value: object) -> bool:
+    """Whether `value` is an int of Python itself, as a file holds it, and no bool."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> bool:
+    """Whether `value` is an int or float of Python itself, as a file holds it, and no bool."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def check_int(name: str, value: object, low: int, high: int | None = None) -> int:
+    """`value` as an int in [low, high], both included; high None: without a limit."""
+    number = as_int(value)
+    if number is None or number < low or (high is not None and number > high):
+        wanted = f"an integer >= {low}" if high is None else f"an integer in [{low}, {high}]"
+        raise ValueError(f"{name} must be {wanted}; got {value!r}")
+    return number
+
+
+def check_number(name: str, value: object, interval: str) -> int | float:
+    """`value` as an int or float in `interval`, such as "(0, 1]", which excludes 0 and includes 1."""
+    number = as_number(value)
+    low, high = map(float, interval[1:-1].split(","))
+    inside = number is not None and (
+        low < number < high or (number == low and interval[0] == "[") or (number == high and interval[-1] == "]")
+    )
+    if number is None or not inside:
+        raise ValueError(f"{name} must be a number in {interval}; got {value!r}")
+    return number
+
+
+def check_bool(name: str, value: object, wanted: str = "True or False") -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be {wanted}; got {value!r}")
+    return value
+
+
+def check_sequence(name: str, values: object) -> tuple[Any, ...]:
+    """The elements of a list, an array, a set, ...; a string is no sequence here."""
+    if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable):
+        raise ValueError(f"{name} must be a sequence; got {values!r}")
+    return tuple(values.tolist() if hasattr(values, "tolist") else values)
+
+
+def as_list(value: Any) -> list[Any]:
+    """One value, several in a list, a tuple, an array or a tensor, or None for none: as a list of plain Python."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    values = [] if value is None else value if isinstance(value, (list, tuple)) else [value]
+    return [each.item() if hasattr(each, "item") else each for each in values]
 
 
 def check_ids(name: str, ids: Iterable[object], vocab_size: int) -> None:
-    """Raises ValueError for the first of `ids` that is no integer in [0, vocab_size)."""
+    """Raises ValueError for the first of `ids` that is no int in [0, vocab_size)."""
     for token in ids:
-        if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab_size:
+        if not is_int(token) or not 0 <= token < vocab_size:  # type: ignore[operator]
             raise ValueError(f"{name} holds {token!r}, which is outside the vocabulary of {vocab_size}")
+
+
+def check_batch(name: str, ids: Tensor) -> None:
+    """Raises ValueError unless `ids` is an integer tensor [B, T] that is not empty."""
+    if ids.dim() != 2 or ids.is_floating_point() or "bool" in str(ids.dtype) or ids.numel() == 0:
+        raise ValueError(f"{name} must be integers [B, T] and not empty; it is {list(ids.shape)} of {ids.dtype}")
+
+
+def check_batch_ids(name: str, ids: Tensor, vocab_size: int) -> None:
+    """Raises ValueError unless `ids` is an integer tensor [B, T], not empty, of ids in [0, vocab_size)."""
+    check_batch(name, ids)
+    check_ids(name, [int(bound) for bound in ids.aminmax()], vocab_size)

@@ -17,31 +17,6 @@ WEIGHTS = (
     ("pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
 
-# Keywords of transformers' from_pretrained that mean nothing here, at the values at which they mean nothing. Remote
-# code is never run, so that its switch may say what it likes.
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "trust_remote_code": (True, False),
-    "force_download": (False,),
-    "resume_download": (True, False),
-    "proxies": ({},),
-    "subfolder": ("",),
-    "mirror": (),
-    "variant": (),
-    "gguf_file": (),
-    "use_auth_token": (),
-    "return_unused_kwargs": (False,),
-}
-NEUTRAL_AT_SAVE: dict[str, tuple[Any, ...]] = {
-    "safe_serialization": (True,),
-    "is_main_process": (True,),
-    "push_to_hub": (False,),
-    "legacy_format": (False,),
-    "variant": (),
-    "state_dict": (),
-    "filename_prefix": (),
-    "save_peft_format": (True, False),
-}
-
 
 def locate(
     id_or_path: str | os.PathLike[str],

@@ -13,50 +13,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checkpoint.weights import DTYPES, Weights, load_weights, resolve_device, resolve_dtype, save_weights
-from ..common.checks import check_ids
-from ..common.hub import NEUTRAL, NEUTRAL_AT_SAVE, locate
-from ..common.keywords import reject_unknown, without_neutral
+from ..checkpoint.load import load_model, resolve_device, resolve_dtype
+from ..checkpoint.save import save_weights
+from ..common.checks import check_batch_ids
+from ..common.hub import locate
+from ..common.neutral import FORWARD, LOAD_MODEL, SAVE, without_neutral
 from ..model.config import InternLM3Config
+from ..model.kv_cache import PagedKVCache, pages_of
 from ..model.model import Decoder
-from ..model.pages import Pages, pages_of
 from ..model.rope import inverse_frequencies
 from ..sampling.generation_config import GENERATION_CONFIG, read_generation_config
 from .cache import KVCache
 from .generation import Generation
 from .model_outputs import Output
-
-# transformers' keywords that mean nothing here, at the values at which they mean nothing; see snapshots.NEUTRAL.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "attn_implementation": ("sdpa", "eager"),
-    "low_cpu_mem_usage": (True, False),
-    "weights_only": (True,),
-    "quantization_config": (),
-    "load_in_8bit": (False,),
-    "load_in_4bit": (False,),
-    "max_memory": (),
-    "offload_folder": (),
-    "offload_state_dict": (False,),
-    "offload_buffers": (False,),
-    "ignore_mismatched_sizes": (False,),
-    "output_loading_info": (False,),
-    "from_tf": (False,),
-    "from_flax": (False,),
-    "state_dict": (),
-    "key_mapping": (),
-    "tp_plan": (),
-    "tp_size": (),
-    "device_mesh": (),
-    "use_kernels": (False,),
-    "adapter_kwargs": ({},),
-}
-_NEUTRAL_IN_FORWARD: dict[str, tuple[Any, ...]] = {
-    "output_attentions": (False,),
-    "return_dict": (True,),
-    "cache_position": (),
-    "token_type_ids": (),
-    "head_mask": (),
-}
 
 
 @dataclass
@@ -123,8 +92,9 @@ class InternLM3Model(Decoder):
             ValueError: arguments that contradict each other, a wrong shape, an id outside the vocabulary, a cache of
                 other sequences or of a model that was moved since, a mask that changes what is cached.
         """
-        if unknown := without_neutral("forward", unknown, _NEUTRAL_IN_FORWARD):
-            reject_unknown("forward", unknown, inspect.signature(InternLM3ForCausalLM.forward).parameters)
+        if unknown:
+            known = inspect.signature(InternLM3ForCausalLM.forward).parameters
+            without_neutral("forward", unknown, FORWARD, known=known)
         x = self._embed(input_ids, inputs_embeds)
         batch, tokens, _ = x.shape
         keep = past_key_values is not None or (self.config.use_cache if use_cache is None else use_cache)
@@ -149,8 +119,8 @@ class InternLM3Model(Decoder):
 
         states: list[Tensor] | None = [x] if output_hidden_states else None
         if all(columns is None for columns in live):
-            seqs = cache.sequences(range(batch), tokens, None if placed else positions)
-            x = self.run(x.flatten(0, 1), seqs, cache.pages, states).view(x.shape)
+            launch = cache.batch(range(batch), tokens, None if placed else positions)
+            x = self.run(x.flatten(0, 1), launch, cache.kv_cache, states).view(x.shape)
         else:
             x = self._run_ragged(x, positions, live, cache, states)
         x = self.ops.rms_norm(x, self.norm.weight, self.norm.eps)
@@ -174,8 +144,8 @@ class InternLM3Model(Decoder):
             columns = torch.arange(x.shape[1], device=x.device) if columns is None else columns
             if len(columns):
                 own: list[Tensor] = []
-                seqs = cache.sequences([row], len(columns), positions[row, columns])
-                out[row, columns] = self.run(x[row, columns], seqs, cache.pages, own if of_layers else None)
+                launch = cache.batch([row], len(columns), positions[row, columns])
+                out[row, columns] = self.run(x[row, columns], launch, cache.kv_cache, own if of_layers else None)
                 for state, mine in zip(of_layers, own, strict=True):
                     state[row, columns] = mine
         if states is not None:
@@ -190,23 +160,21 @@ class InternLM3Model(Decoder):
             return inputs_embeds.to(self.device, self.dtype).contiguous()
         if input_ids is None or inputs_embeds is not None:
             raise ValueError("give either input_ids or inputs_embeds, and not both")
-        _check_ids("input_ids", input_ids, self.config.vocab_size)
+        check_batch_ids("input_ids", input_ids, self.config.vocab_size)
         ids = input_ids.to(self.device)
         return self.ops.embed(ids.flatten().contiguous(), self.embed_tokens.weight).view(*ids.shape, -1)
 
     def _new_cache(self, batch: int, tokens: int, *, scratch: bool) -> KVCache:
         each = pages_of(tokens)
-        pages = Pages(self.config, batch * each, self.dtype, self.device, scratch=scratch)
-        return KVCache(pages, [pages.take(each) for _ in range(batch)])
+        kv_cache = PagedKVCache(self.config, batch * each, self.dtype, self.device, scratch=scratch)
+        return KVCache(kv_cache, [list(range(first, first + each)) for first in range(0, batch * each, each)])
 
 
 class InternLM3ForCausalLM(Generation):
     """InternLM3 with its language-model head. Arguments as InternLM3Model."""
 
+    decoder_class = InternLM3Model
     model: InternLM3Model
-
-    def __init__(self, config: InternLM3Config, **factory: Any):
-        super().__init__(InternLM3Model(config, **factory), **factory)
 
     @classmethod
     def from_pretrained(
@@ -249,8 +217,8 @@ class InternLM3ForCausalLM(Generation):
             TypeError: an unknown keyword.
             MemoryError: the weights don't fit into the device's free memory.
         """
-        unknown = without_neutral("from_pretrained", unknown, {**NEUTRAL, **_NEUTRAL})
-        reject_unknown("from_pretrained", unknown, InternLM3ForCausalLM.from_pretrained.__kwdefaults__ or {})
+        known = InternLM3ForCausalLM.from_pretrained.__kwdefaults__ or ()
+        without_neutral("from_pretrained", unknown, LOAD_MODEL, known=known)
         if use_safetensors not in (None, True):
             raise ValueError(f"use_safetensors={use_safetensors!r} is not supported; it can only be True here")
         where = resolve_device(_agreed(device=device, device_map=device_map))
@@ -263,17 +231,19 @@ class InternLM3ForCausalLM(Generation):
             local_files_only=local_files_only,
             progress=progress,
         )
-        config = config or InternLM3Config.from_file(folder / "config.json")
-        generation_config = read_generation_config(folder)
-        stored = Weights.of(folder)
-        if use_safetensors and any(path.suffix == ".bin" for path in stored.files):
-            raise FileNotFoundError(f"{folder} holds pickled weights only, and use_safetensors=True asks for others")
-        stored.check_layers(config.num_hidden_layers)
-        model = cls(config, device="meta")
-        load_weights(model, stored, dtype=wanted or DTYPES.get(config.dtype or ""), device=where, progress=progress)
+        generation_config = read_generation_config(folder)  # before the weights: small files with errors come first
+        model = load_model(
+            cls,
+            folder,
+            config=config,
+            dtype=wanted,
+            device=where,
+            batch_invariant=batch_invariant,
+            use_safetensors=bool(use_safetensors),
+            progress=progress,
+        )
         model.generation_config = generation_config
-        model.model.batch_invariant = batch_invariant
-        return model.eval()
+        return model
 
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], *, max_shard_size: int | str = "5GB", **unknown: Any
@@ -286,8 +256,7 @@ class InternLM3ForCausalLM(Generation):
         Raises:
             ValueError: a max_shard_size that is no size. OSError: the disk is full, or the folder cannot be written.
         """
-        unknown = without_neutral("save_pretrained", unknown, NEUTRAL_AT_SAVE)
-        reject_unknown("save_pretrained", unknown, ("save_directory", "max_shard_size"))
+        without_neutral("save_pretrained", unknown, SAVE, known=("save_directory", "max_shard_size"))
         self.config.dtype = str(self.dtype).removeprefix("torch.")
         folder = Path(save_directory)
         notes = {"config.json": self.config.to_dict()}
@@ -335,24 +304,17 @@ class InternLM3ForCausalLM(Generation):
                     f"labels has shape {list(labels.shape)} and logits_to_keep is {logits_to_keep}: "
                     f"a loss needs labels {list(x.shape[:2])} and all logits"
                 )
-            _check_ids("labels", labels.masked_fill(labels == -100, 0), self.config.vocab_size)
+            check_batch_ids("labels", labels.masked_fill(labels == -100, 0), self.config.vocab_size)
             targets = labels[:, 1:].to(logits.device)
             loss = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), targets.flatten())
         return CausalLMOutput(logits, loss, out.past_key_values, out.hidden_states)
 
 
-def _check_ids(name: str, ids: Tensor, vocab_size: int) -> None:
-    """Raises ValueError unless `ids` is a filled [B, T] tensor of ids of the vocabulary."""
-    if ids.dim() != 2 or ids.is_floating_point() or ids.dtype == torch.bool or ids.numel() == 0:
-        raise ValueError(f"{name} must be integers [B, T] and not empty; it is {list(ids.shape)} of {ids.dtype}")
-    check_ids(name, [int(bound) for bound in ids.aminmax()], vocab_size)
-
-
 def _check_cache(cache: KVCache, x: Tensor) -> None:
     """Raises ValueError unless the cache can be continued by x [B, T, C]."""
-    if len(cache.held) != len(x):
-        raise ValueError(f"past_key_values holds {len(cache.held)} sequences, and the input {len(x)}")
-    kv = cache.pages.kv[0]
+    if len(cache.pages) != len(x):
+        raise ValueError(f"past_key_values holds {len(cache.pages)} sequences, and the input {len(x)}")
+    kv = cache.kv_cache
     if (kv.device, kv.dtype) != (x.device, x.dtype):
         raise ValueError(
             f"past_key_values lies on {kv.device} as {kv.dtype}, and the model is on {x.device} as {x.dtype}: "

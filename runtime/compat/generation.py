@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import threading
 import warnings
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,27 +10,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common.checks import check_ids
+from ..common.checks import as_list, check_batch, check_ids, check_int
 from ..common.keywords import reject_unknown
+from ..common.neutral import GENERATE_CHANGING, GENERATE_IDLE, GENERATE_NOTES
+from ..engine.answer import Answer
 from ..engine.engine import Engine
-from ..engine.graphs import Capture
-from ..engine.request import Request, Watch, check_prompt
-from ..model.model import INVARIANT_ROWS, Decoder, LanguageModel
-from ..sampling.generation_config import SETTINGS, GenerationSettings, refuse_unsupported
+from ..engine.hooks import LogitsHooks
+from ..engine.request import Request, check_prompt
+from ..engine.shared import SharedEngine
+from ..model.config import InternLM3Config
+from ..model.model import INVARIANT_ROWS, LanguageModel
+from ..sampling.generation_config import GenerationSettings, refuse_unsupported
 from ..sampling.logits_processors import LogitsProcessor, early_processors, processors
-from ..sampling.params import SamplingParams, check_int
+from ..sampling.params import SamplingParams
+from ..sampling.settings import FILTERS, GENERATE
 from ..tokenization.text_stream import TextStream
 from .model_outputs import Output
 
-MOST_ROWS = 64  # decoded together; more wait
-LEAST_WINDOW = 1024  # of an engine, so that a few calls of growing length don't make one each
+MAX_BATCH_SIZE = 64  # more requests wait
+MIN_WINDOW = 1024  # an engine's least max_seq_len, so that a few calls of growing length don't make one each
 DEFAULT_MAX_NEW_TOKENS = 20  # transformers' own
 DEFAULT_TOP_K = 50  # likewise, where sampling is asked for
 
 # (ids [B, L], None) -> whether all rows end, or which.
 StoppingCriterion = Callable[[Tensor, None], bool | Tensor]
-
-_RESERVING = threading.Lock()
 
 
 @dataclass
@@ -52,23 +53,7 @@ class GenerateOutput(Output):
 
 
 _LENGTHS = ("max_length", "max_new_tokens", "min_length", "min_new_tokens")
-_SAMPLED_ONLY = ("temperature", "top_k", "top_p", "min_p", "typical_p", "seed")
-_SAMPLING = (
-    *_SAMPLED_ONLY,
-    "repetition_penalty",
-    "presence_penalty",
-    "frequency_penalty",
-    "logit_bias",
-    "stop_strings",
-    "num_return_sequences",
-    "suppress_tokens",
-    "begin_suppress_tokens",
-    "bad_words_ids",
-    "no_repeat_ngram_size",
-    "sequence_bias",
-    "exponential_decay_length_penalty",
-    "forced_eos_token_id",
-)
+_SAMPLED_ONLY = ("temperature", *FILTERS, "seed")
 _TOKENS = ("eos_token_id", "pad_token_id")
 _OUTPUTS = ("return_dict_in_generate", "output_scores", "output_logits", "renormalize_logits")
 
@@ -81,10 +66,10 @@ class Generation(LanguageModel):
             whose entries are attributes too. transformers' GenerationConfig can take its place.
     """
 
-    def __init__(self, decoder: Decoder, **factory: Any):
-        super().__init__(decoder, **factory)
+    def __init__(self, config: InternLM3Config, **factory: Any):
+        super().__init__(config, **factory)
         self.generation_config = {}
-        self._engine: Engine | None = None
+        self._shared: SharedEngine | None = None
 
     @property
     def generation_config(self) -> GenerationSettings:
@@ -168,7 +153,7 @@ class Generation(LanguageModel):
         prefix = [*map(_constrained, _callables("prefix_allowed_tokens_fn", prefix_allowed_tokens_fn))]
         own = processors(params, begin=ids.shape[1], most=most, ends=eos, prefix=prefix)
         given = ids.repeat_interleave(params.n, dim=0)
-        watch = Watch(
+        hooks = LogitsHooks(
             given.cpu().long(),
             pad,
             early_processors(params),
@@ -178,118 +163,80 @@ class Generation(LanguageModel):
         )
         ends = frozenset(eos)
         requests = [
-            Request(prompt, params, most, ends, answer, watch if watch.watches else None)
+            Request(prompt, params, most, ends, answer, hooks if hooks.needed else None)
             for prompt in prompts
             for answer in range(params.n)
         ]
-        watch.requests = requests
+        hooks.requests = requests
         if streamer is not None:
             streamer.put(ids.repeat_interleave(params.n, dim=0).cpu())  # a row for each answer, as in transformers
-        streams = [TextStream(tokenizer, texts, skip_special_tokens=False) if texts else None for _ in requests]
-        for wave in self._waves(requests, streams, watch, criteria):
+        answers = [
+            Answer(request, TextStream(tokenizer, texts, skip_special_tokens=False) if texts else None)
+            for request in requests
+        ]
+        for tokens in self._run(answers, hooks, criteria):
             if streamer is not None:
-                streamer.put(torch.tensor([pad if token is None else token for token in wave]))
+                streamer.put(torch.tensor([pad if token is None else token for token in tokens]))
         if streamer is not None:
             streamer.end()
 
-        answers = _padded([request.token_ids for request in requests], pad)
-        sequences = torch.cat([given, answers.to(ids)], dim=1)
+        generated = _padded([request.token_ids for request in requests], pad)
+        sequences = torch.cat([given, generated.to(ids)], dim=1)
         if not as_dict:
             return sequences
-        logprobs = torch.zeros(answers.shape)
+        logprobs = torch.zeros(generated.shape)
         for index, request in enumerate(requests):
             logprobs[index, : len(request.logprobs)] = torch.tensor(request.logprobs)
-        scores = watch.scores
+        scores = hooks.scores
         if normal:
             scores = {request: [x.log_softmax(-1) for x in kept] for request, kept in scores.items()}
         return GenerateOutput(
             sequences,
             logprobs,
             _by_step(scores, requests, vocab_size) if keep_scores else None,
-            _by_step(watch.logits, requests, vocab_size) if keep_logits else None,
+            _by_step(hooks.logits, requests, vocab_size) if keep_logits else None,
         )
 
-    def _waves(
-        self,
-        requests: list[Request],
-        streams: list[TextStream | None],
-        watch: Watch,
-        criteria: Sequence[StoppingCriterion],
+    def _run(
+        self, answers: Sequence[Answer], hooks: LogitsHooks, criteria: Sequence[StoppingCriterion]
     ) -> Iterator[list[int | None]]:
-        """Runs requests, and gives every step's tokens as they come: None for one that has ended, or waits.
+        """Runs answers, and yields each step's tokens: None for an answer that has ended or waits for a slot.
 
-        A stop string in a request's stream ends it, and so does a criterion that is true of it.
+        A stopping criterion that is true of an answer ends it.
         """
-        longest = max(len(request.prompt_ids) + request.max_tokens for request in requests)
-        most = INVARIANT_ROWS if self.model.batch_invariant else MOST_ROWS
-        engine = self.reserve(min(_power_of_2(len(requests)), most), max(_power_of_2(longest), LEAST_WINDOW))
-        waves: deque[list[int | None]] = deque()
-        told, silence = [0] * len(requests), [None] * len(requests)
+        longest = max(len(answer.request.prompt_ids) + answer.request.max_tokens for answer in answers)
+        most = INVARIANT_ROWS if self.model.batch_invariant else MAX_BATCH_SIZE
+        engine = self.engine(min(_power_of_2(len(answers)), most), max(_power_of_2(longest), MIN_WINDOW))
+        index = {answer: number for number, answer in enumerate(answers)}
+        for updates in engine.run(answers):
+            tokens: list[int | None] = [None] * len(answers)
+            for update in updates:
+                if update.answer.request.finish_reason == "error" and update.finished:
+                    raise RuntimeError(f"row {index[update.answer]}: {update.answer.request.stop_reason}")
+                tokens[index[update.answer]] = update.token_id
+            if all(token is None for token in tokens):
+                continue
+            for criterion in criteria:
+                ids = hooks.ids([answer.read_tokens for answer in answers])
+                ended = torch.as_tensor(criterion(ids, None)).expand(len(answers)).tolist()
+                for answer, token, end in zip(answers, tokens, ended, strict=True):
+                    if end and token is not None:
+                        engine.finish(answer)
+            yield tokens
 
-        def next_token(index: int) -> int | None:
-            request, stream = requests[index], streams[index]
-            if told[index] == len(request.token_ids):
-                return None
-            token = request.token_ids[told[index]]
-            told[index] += 1
-            if stream is not None:
-                stream.push(token)
-                if stream.stopped is not None:
-                    end(index, stream.stopped)
-            return token
+    def engine(self, max_batch_size: int, max_seq_len: int) -> Engine:
+        """The engine that every call of `generate` runs through, for so many requests and so long sequences at least.
 
-        def end(index: int, stop: str | None = None) -> None:
-            engine.cancel([requests[index]])
-            requests[index].cut(told[index])
-            requests[index].finish("stop", stop)
-
-        def read() -> bool:
-            while (wave := [*map(next_token, range(len(requests)))]) != silence:
-                waves.append(wave)
-                for criterion in criteria:
-                    ends = torch.as_tensor(criterion(watch.ids(told), None)).expand(len(requests)).tolist()
-                    for index, token in enumerate(wave):
-                        if ends[index] and token is not None:
-                            end(index)
-            return bool(waves) or all(request.finish_reason is not None for request in requests)
-
-        with engine.running(requests):
-            while not all(
-                request.finish_reason and count == len(request.token_ids)
-                for request, count in zip(requests, told, strict=True)
-            ):
-                engine.step(unless=read)
-                for index, request in enumerate(requests):
-                    if request.finish_reason == "error":
-                        raise RuntimeError(f"row {index}: {request.stop_reason}")
-                while waves:
-                    yield waves.popleft()
-
-    def reserve(
-        self, rows: int, max_seq_len: int, cache_tokens: int | None = None, capture: Capture | None = None
-    ) -> Engine:
-        """The engine that everything of this model runs through, for as many rows and as long sequences at least.
-
-        One that is too small, or that the model has left for another device, is replaced as soon as it is idle. Raises
-        as Engine.
+        One that is too small, or whose model was moved to another device, is replaced as soon as it is idle. Raises as
+        Engine.
         """
-        with _RESERVING:
-            engine = self._engine
-            if engine is not None and engine.serves(self, rows, max_seq_len):
-                return engine
-            if engine is not None:
-                rows, max_seq_len = max(rows, engine.max_rows), max(max_seq_len, engine.max_seq_len)
-                while engine.busy:
-                    engine.step()
-                self._engine = engine = None  # its memory is free before the next one takes some
-            self._engine = Engine(
-                self, max_rows=rows, max_seq_len=max_seq_len, cache_tokens=cache_tokens, capture=capture
-            )
-            return self._engine
+        if self._shared is None:
+            self._shared = SharedEngine(self)
+        return self._shared.get(max_batch_size, max_seq_len)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy of a model begins without an engine."""
-        return {**self.__dict__, "_engine": None}
+        return {**self.__dict__, "_shared": None}
 
 
 def _callables(name: str, given: Any) -> list[Any]:
@@ -317,8 +264,8 @@ def _constrained(allowed: Callable[[int, Tensor], Sequence[int]]) -> LogitsProce
 
 def _options(model: Generation, given: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The checkpoint's settings, under those of generation_config, under the keywords; None counts as not said."""
-    known = (*_LENGTHS, *_SAMPLING, *_TOKENS, *_OUTPUTS, "do_sample")
-    reject_unknown("generate", kwargs, (*known, *SETTINGS))
+    known = (*_LENGTHS, *GENERATE, *_TOKENS, *_OUTPUTS, "do_sample")
+    reject_unknown("generate", kwargs, (*known, *GENERATE_CHANGING, *GENERATE_IDLE, *GENERATE_NOTES))
     config = GenerationSettings.of(given)
     refuse_unsupported(kwargs, keywords=True)
     options: dict[str, Any] = {}
@@ -337,7 +284,7 @@ def _params(options: Mapping[str, Any], explicit: Mapping[str, Any]) -> Sampling
         warnings.warn(
             f"{', '.join(idle)} have no effect: decoding is greedy until do_sample=True is given", stacklevel=3
         )
-    settings = {name: options[name] for name in _SAMPLING if name in options}
+    settings = {name: options[name] for name in GENERATE if name in options}
     if sampled:
         settings.setdefault("top_k", DEFAULT_TOP_K)
     return SamplingParams.from_kwargs(do_sample=sampled, **settings)
@@ -363,8 +310,7 @@ def _lengths(given: Mapping[str, Any], columns: int) -> tuple[int, int]:
 
 def _prompts(ids: Tensor, mask: Tensor | None, vocab_size: int, pad: int | None) -> list[list[int]]:
     """Each row's real tokens. Without a mask, a padding id that is no end token marks padding, as in transformers."""
-    if ids.dim() != 2 or ids.is_floating_point() or ids.numel() == 0:
-        raise ValueError(f"input_ids must be integers [B, T] and not empty; it is {list(ids.shape)} of {ids.dtype}")
+    check_batch("input_ids", ids)
     if mask is None:
         mask = torch.ones_like(ids) if pad is None else ids != pad
     if mask.shape != ids.shape:
@@ -400,9 +346,7 @@ def _power_of_2(count: int) -> int:
 
 
 def _token_ids(name: str, value: Any, vocab_size: int) -> list[int]:
-    """One id, several, or none, as a list. Raises ValueError for what is no id of the vocabulary."""
-    value = value.tolist() if hasattr(value, "tolist") else value
-    ids: list[Any] = [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
-    ids = [token.item() if hasattr(token, "item") else token for token in ids]
+    """One id, several, or none, as a list. Raises ValueError for an id outside the vocabulary."""
+    ids = as_list(value)
     check_ids(name, ids, vocab_size)
     return ids

@@ -1,89 +1,134 @@
-"""Requests through the model: they wait, are admitted and filled, decode together, and leave."""
+"""The engine: requests from any number of threads are scheduled, prefilled and decoded together."""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
 import threading
-import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from ..model.kv_cache import PAGE, PagedKVCache, pages_of
 from ..model.model import LanguageModel
-from ..model.pages import PAGE, Pages, Sequences, budget, pages_of
-from ..model.rope import inverse_frequencies, rope_base
+from ..model.rope import inverse_frequencies
 from . import decode
-from .graphs import Capture, Replays, cuda_graphs, eager
-from .prefill import Filler
+from .answer import Answer, Update
+from .graphs import Capture, StepQueue, cuda_graphs, eager
+from .hooks import sample_with_hooks
+from .pages import PageAllocator, page_budget
+from .prefill import Prefill
 from .request import Request
-from .state import DecodeState, Tier, tier_of
+from .scheduler import Scheduler
+from .state import DecodeState, Slot, Tier
+from .warm_up import compile_kernels
 
-# Steps that are under way while the host reads. It needs tenths of a millisecond a step and a step takes several, so
-# two hide it; each more would delay the next prompt, and run for nothing behind an end.
+# Steps in flight while the host reads reports. The host needs tenths of a millisecond a step and a step takes several,
+# so two hide it; each more would delay the next prompt, and run for nothing after an answer has ended.
 DEPTH = 2
 
 
-@dataclass(eq=False)
-class _Running:
-    """A request with a row. queued: how many of its tokens the device has been told to draw."""
-
-    request: Request
-    row: int
-    prompt: Tensor  # [T] int64, on the device
-    pages: list[int]
-    tier: Tier
-    queued: int = 0
-
-
 class Engine:
-    """Decodes requests together as they come, for any number of threads: a request's tokens depend on it alone.
+    """Runs requests together, as they come. What a request gets does not depend on the others.
+
+    The loop is `run`, or, for callers whose requests come one by one, `submit` and `updates`.
 
     Args:
-        max_rows: how many are decoded together; more wait.
-        max_seq_len: the most tokens that one has, prompt and answer.
-        cache_tokens: tokens that the cache holds in all, a window at least; by default windows for all rows, but at
-            most half of the memory that is free.
-        capture: what makes of a step something to run again; CUDA graphs on a GPU by default, the step itself on a CPU.
-        depth: how many steps are under way while the host reads; by default none but its own on a CPU.
+        max_batch_size: how many requests are decoded together; more wait.
+        max_seq_len: the most tokens of one request, prompt and answer.
+        cache_tokens: tokens that the KV cache holds, at least max_seq_len; by default max_seq_len for every slot, but
+            at most half of the free memory.
+        capture: turns a step into a replayable callable: CUDA graphs on a GPU by default, the step itself on a CPU.
+        depth: how many steps are in flight while the host reads; by default 2, on a CPU 1.
 
-    Raises MemoryError, with the arithmetic, where not even one window fits.
+    Raises MemoryError, with the arithmetic, if not even one sequence of max_seq_len fits.
     """
 
     def __init__(
         self,
         model: LanguageModel,
         *,
-        max_rows: int = 16,
+        max_batch_size: int = 16,
         max_seq_len: int,
         cache_tokens: int | None = None,
         capture: Capture | None = None,
         depth: int | None = None,
     ):
         config, device = model.config, model.device
-        self.max_rows, self.max_seq_len = max_rows, max_seq_len
+        self.max_batch_size, self.max_seq_len = max_batch_size, max_seq_len
         self._model = model
-        count = budget(config, model.dtype, device, max_rows, max_seq_len, cache_tokens)
         self._lock = threading.RLock()
-        self._waiting: deque[Request] = deque()
-        self._rows: list[_Running | None] = [None] * max_rows
-        with self._on_device():
-            self.pages = Pages(config, count, model.dtype, device)
-            self._state = DecodeState.idle(max_rows, pages_of(max_seq_len), config.vocab_size, config.head_dim, device)
+        count = page_budget(config, model.dtype, device, max_batch_size, max_seq_len, cache_tokens)
         self._eager = capture is eager or (capture is None and device.type == "cpu")
         self._depth = depth or (1 if device.type == "cpu" and self._eager else DEPTH)
         capture = capture or (eager if self._eager else cuda_graphs())
-        self._replays = Replays(self._step, self._state.said, capture)
+        self.pages = PageAllocator(count)
+        self._scheduler = Scheduler(config, max_batch_size, self.pages, self._padded)
         with self._on_device():
-            self._filler = None if self._eager else Filler(model, self.pages, pages_of(max_seq_len), capture)
+            self.kv_cache = PagedKVCache(config, count, model.dtype, device)
+            self._state = DecodeState.idle(
+                max_batch_size, pages_of(max_seq_len), config.vocab_size, config.head_dim, device
+            )
+            self._steps = StepQueue(self._decode_step, self._state.report, capture)
+            self._prefill = Prefill(model, self.kv_cache, self._state, None if self._eager else capture)
 
-    # ---------------------------------------------------------------- what callers do
+    # ---------------------------------------------------------------- the loop
+
+    def run(self, answers: Sequence[Answer]) -> Iterator[list[Update]]:
+        """Runs answers to their end; yields what is new, at most one update of each answer at a time.
+
+        Closing the iterator cancels what has not finished, and frees its slots and pages at once.
+
+        Raises RuntimeError if an error in a step shared with other callers ended an answer.
+        """
+        unfinished = list(answers)
+        self.submit(unfinished)
+        try:
+            while unfinished:
+                updates = self.updates(unfinished)
+                if any(update.answer.request.finish_reason == "abort" for update in updates if update.finished):
+                    raise RuntimeError(
+                        "the answer was broken off by an error in a step shared with other calls: try again"
+                    )
+                if updates:
+                    yield updates
+                    unfinished = [answer for answer in unfinished if not answer.finished]
+        finally:
+            self.cancel([answer.request for answer in answers])
+
+    def submit(self, answers: Iterable[Answer]) -> None:
+        """Queues answers. Raises ValueError, and queues none, if one can never fit."""
+        self.add([answer.request for answer in answers])
+
+    def updates(self, answers: Iterable[Answer]) -> list[Update]:
+        """What is new in these answers, at most one update each. If nothing is, runs one step first.
+
+        Other threads may run steps at the same time: a token that came with another thread's step is not missed.
+        """
+        with self._lock:
+            updates = self._read(answers)
+            if not updates:
+                self.step()
+                updates = self._read(answers)
+            return updates
+
+    def _read(self, answers: Iterable[Answer]) -> list[Update]:
+        """Reads each answer, and frees the slots of those that a stop string ended."""
+        updates = [update for answer in answers if (update := answer.read()) is not None]
+        self.cancel([update.answer.request for update in updates if update.finished])
+        return updates
+
+    def finish(self, answer: Answer) -> None:
+        """Ends an answer, with "stop", after the tokens that its caller has read, and frees its slot and pages."""
+        with self._lock:
+            answer.finish()
+            self.cancel([answer.request])
+
+    # ---------------------------------------------------------------- requests
 
     def add(self, requests: Iterable[Request]) -> None:
-        """Lets requests wait for a row. Raises ValueError, and adds none, where one can never fit."""
+        """Queues requests. Raises ValueError, and queues none, if one can never fit."""
         requests = list(requests)
         for request in requests:
             needed = len(request.prompt_ids) + request.max_tokens
@@ -93,288 +138,151 @@ class Engine:
                     f"window is {self.max_seq_len}: shorten the prompt, ask for less, or widen the window"
                 )
         with self._lock:
-            self._waiting.extend(requests)
-
-    def step(self, unless: Callable[[], bool] = lambda: False) -> list[Request]:
-        """Waits for the next tokens, and keeps the device busy; returns the requests that have got one.
-
-        `unless` is asked first, while no other thread steps: if it is true nothing is done. So a reader who looks for
-        tokens in it misses none that came with another thread's step.
-
-        An exception on the way, Ctrl-C's included, ends every request with "abort" and leaves an engine as new.
-        """
-        with self._lock, torch.inference_mode(), self._on_device():
-            if unless():
-                return []
-            try:
-                self._admit()
-                if any(running.request.watched for running in self._running()):
-                    return self._watched_step()
-                self._run_ahead()
-                return self._take() if len(self._replays) else []
-            except BaseException:
-                self._abort()
-                raise
+            self._scheduler.waiting.extend(requests)
 
     def cancel(self, requests: Iterable[Request]) -> None:
-        """Ends requests that wait or run, with "abort" where nothing else ended them; their rows and pages are free."""
+        """Takes requests out and frees their slots and pages; those that have not finished end with "abort"."""
         with self._lock, torch.inference_mode(), self._on_device():
+            requests = list(requests)
             for request in requests:
-                if request in self._waiting:
-                    self._waiting.remove(request)
                 if request.finish_reason is None:
                     request.finish("abort")
-                for running in self._running():
-                    if running.request is request:
-                        self._leave(running)
-
-    @contextlib.contextmanager
-    def running(self, requests: Sequence[Request]) -> Iterator[None]:
-        """Adds requests for the time of a block, at whose end those that have not ended are cancelled.
-
-        Raises RuntimeError at its end where an error in another thread's step broke one off.
-        """
-        self.add(requests)
-        try:
-            yield
-            if any(request.finish_reason == "abort" for request in requests):
-                raise RuntimeError("the answer was broken off by an error in a step shared with other calls: try again")
-        finally:
-            self.cancel(requests)
-
-    def serves(self, model: LanguageModel, rows: int, max_seq_len: int) -> bool:
-        """Whether this engine has room for so much, and lies where the model is."""
-        kv = self.pages.kv[0]
-        return (
-            (kv.device, kv.dtype) == (model.device, model.dtype)
-            and self.max_rows >= rows
-            and self.max_seq_len >= max_seq_len
-        )
+            for slot in self._scheduler.remove(requests):
+                self._state.clear(slot.index)
 
     @property
     def busy(self) -> bool:
         """Whether any request waits or runs."""
-        return bool(self._waiting or self._running())
+        return bool(self._scheduler.waiting or self._scheduler.active)
 
-    def warm_up(self) -> None:
-        """Compiles every kernel and captures every step that requests can need, so that none of them waits for it.
-
-        Raises RuntimeError while requests wait or run: their rows would move on.
-        """
-        with self._lock, torch.inference_mode(), self._on_device():
-            if self.busy:
-                raise RuntimeError("warm up before requests come, or when all have ended: some are under way")
-            if self._model.device.type != "cpu":
-                self._compile()
-            # Without graphs a step is only to be compiled, and its kernels know one row and several.
-            most = min(self.max_rows, 2) if self._eager else self.max_rows
-            for rows in sorted({self._size(rows) for rows in range(1, most + 1)}):
-                for tier in Tier:
-                    self._replays.prepare(rows, tier)
-            if self._filler is not None:
-                self._filler.warm_up(self.max_seq_len)
-
-    def _compile(self) -> None:
-        longest = min(self.max_seq_len, decode.CHUNK)
-        pages, state = self.pages.take(pages_of(longest)), self._state.rows(0, 1)
-        try:
-            state.seqs.block_table[0, : len(pages)] = torch.tensor(pages, dtype=torch.int32)
-            decode.compile_all(self._model, self.pages, state, longest)
-        finally:
-            self.pages.release(pages)
+    def serves(self, model: LanguageModel, max_batch_size: int, max_seq_len: int) -> bool:
+        """Whether this engine is large enough, and has its KV cache on the model's device and in its dtype."""
+        return (
+            (self.kv_cache.device, self.kv_cache.dtype) == (model.device, model.dtype)
+            and self.max_batch_size >= max_batch_size
+            and self.max_seq_len >= max_seq_len
+        )
 
     # ---------------------------------------------------------------- one step
 
-    def _step(self, rows: int, tier: Tier) -> None:
-        decode.step(self._model, self.pages, self._state.rows(0, rows), tier)
+    def step(self) -> list[Request]:
+        """Schedule, prefill, decode, collect: returns the requests that have a new token.
 
-    def _run_ahead(self) -> None:
-        """Queues steps until enough are under way, but none behind what every row was asked for."""
-        while len(self._replays) < self._depth:
-            wanted = [running for running in self._running() if running.queued < running.request.max_tokens]
-            if not wanted:
+        An exception on the way, Ctrl-C's included, ends every request with "abort" and leaves the engine as new.
+        """
+        with self._lock, torch.inference_mode(), self._on_device():
+            try:
+                scheduled = self._scheduler.schedule()
+                if scheduled:
+                    self._run_prompts(scheduled)
+                if any(slot.request.needs_host for slot in self._scheduler.active):
+                    return self._step_on_host()
+                self._launch_ahead()
+                return self._collect() if len(self._steps) else []
+            except BaseException:
+                self._abort()
+                raise
+
+    def _run_prompts(self, scheduled: list[Slot]) -> None:
+        """Prefills the prompts of newly scheduled requests, and samples their first tokens."""
+        for slot in scheduled:
+            ids = slot.request.prompt_ids
+            slot.prompt = torch.tensor(ids, device=self._model.device)
+            inv_freq = inverse_frequencies(self._model.config, len(ids), self._model.device)
+            self._state.load(slot, inv_freq)
+        last = self._prefill.run([slot for slot in scheduled if slot.twin is None])
+        for slot in scheduled:
+            if slot.twin is not None:
+                # Whole pages are shared; both will write into the last one.
+                whole = len(slot.prompt) // PAGE
+                end = pages_of(len(slot.prompt))
+                self.kv_cache.copy(slot.twin.pages[whole:end], slot.pages[whole:end])
+                last[slot] = last[slot.twin]
+                slot.twin = None
+            self._state.batch.seq_lens[slot.index] = len(slot.prompt)
+        self._sample_first_tokens(scheduled, last)
+
+    def _sample_first_tokens(self, scheduled: list[Slot], last: dict[Slot, Tensor]) -> None:
+        """Samples the token after each prompt, from its last token's hidden state [1, C]; one report for all."""
+        batch_size, ops = self._batch_size(), self._model.model.ops
+        scheduled = sorted(scheduled, key=lambda slot: slot.index)
+        logits = self._model.head(torch.cat([last[slot] for slot in scheduled]))
+        readers: list[Slot | None] = [None] * batch_size
+        on_host: list[Request | None] = [None] * batch_size
+        for slot in scheduled:
+            slot.launched, readers[slot.index] = 1, slot
+            if slot.request.needs_host:
+                on_host[slot.index] = slot.request
+        for begin, end in _neighbours(scheduled):
+            state = self._state.slots(scheduled[begin].index, scheduled[end - 1].index + 1)
+            decode.sample(ops, logits[begin:end], state, max(slot.tier for slot in scheduled[begin:end]))
+        if any(on_host):
+            of_all = logits.new_zeros(batch_size, logits.shape[1])
+            of_all[[slot.index for slot in scheduled]] = logits
+            tier = max(slot.tier for slot in scheduled)
+            sample_with_hooks(ops, of_all, self._state.slots(0, batch_size), tier, on_host)
+        self._steps.copy_report(readers)
+
+    def _decode_step(self, batch_size: int, tier: Tier) -> None:
+        decode.step(self._model, self.kv_cache, self._state.slots(0, batch_size), tier)
+
+    def _launch_ahead(self) -> None:
+        """Launches steps until `depth` are in flight, but none after the last token that any slot may have."""
+        while len(self._steps) < self._depth:
+            unfinished = [slot for slot in self._scheduler.active if slot.launched < slot.request.max_tokens]
+            if not unfinished:
                 return
-            rows = self._width()
-            for running in wanted:
-                running.queued += 1
-            self._replays.queue(rows, max(running.tier for running in wanted), self._rows[:rows])
+            batch_size = self._batch_size()
+            for slot in unfinished:
+                slot.launched += 1
+            self._steps.launch(batch_size, max(slot.tier for slot in unfinished), self._scheduler.slots[:batch_size])
 
-    def _watched_step(self) -> list[Request]:
-        """One step whose logits the host sees. It has no other under way: processors need to know all tokens."""
-        moved = [request for _ in range(len(self._replays)) for request in self._take()]
-        if not self._running() or moved:
+    def _step_on_host(self) -> list[Request]:
+        """One step whose logits the host sees. No other is in flight: processors need all tokens before it."""
+        moved = [request for _ in range(len(self._steps)) for request in self._collect()]
+        active = self._scheduler.active
+        if not active or moved:
             return moved
-        rows, tier = self._width(), max(running.tier for running in self._running())
-        state = self._state.rows(0, rows)
-        logits = decode.forward(self._model, self.pages, state)
-        requests = [None if running is None else running.request for running in self._rows[:rows]]
-        decode.watched(self._model.model.ops, logits, state, tier, requests)
-        for running in self._running():
-            running.queued += 1
-        self._replays.tell(self._rows[:rows])
-        return self._take()
+        batch_size, tier = self._batch_size(), max(slot.tier for slot in active)
+        slots, state = self._scheduler.slots[:batch_size], self._state.slots(0, batch_size)
+        logits = decode.forward(self._model, self.kv_cache, state)
+        requests = [None if slot is None else slot.request for slot in slots]
+        sample_with_hooks(self._model.model.ops, logits, state, tier, requests)
+        for slot in active:
+            slot.launched += 1
+        self._steps.copy_report(slots)
+        return self._collect()
 
-    def _take(self) -> list[Request]:
-        """Gives the tokens of the oldest step under way to their requests."""
+    def _collect(self) -> list[Request]:
+        """Gives the tokens of the oldest step in flight to their requests; frees the slots of those that end."""
         moved = []
-        for running, told in self._replays.take():
-            request = running.request
+        for slot, report in self._steps.collect():
+            request = slot.request
             if request.finish_reason is None:  # else it was cancelled meanwhile
-                request.add(told.token, told.logprob, told.end)
+                request.append(report.token, report.logprob, report.end)
                 moved.append(request)
                 if request.finish_reason is not None:
-                    self._leave(running)
+                    self._scheduler.free(slot)
+                    self._state.clear(slot.index)
         return moved
 
-    # ---------------------------------------------------------------- coming and going
+    def _batch_size(self) -> int:
+        """The batch size of the next step, after closing gaps between slots if that makes it smaller."""
+        for source, target in self._scheduler.compact():
+            self._state.move(source, target)
+        return self._scheduler.batch_size
 
-    def _admit(self) -> None:
-        """Gives rows to those who wait, in their order, while there are rows and pages; draws their first tokens."""
-        admitted: list[_Running] = []
-        short: list[_Running] = []
-        firsts: dict[tuple[int, ...], _Running] = {}
-        last: dict[_Running, Tensor] = {}  # of a prompt's rows, [1, C]
-        while self._waiting and None in self._rows:
-            prompt = tuple(self._waiting[0].prompt_ids)
-            first = firsts.get(prompt)
-            running = self._seat(self._waiting[0], [] if first is None else first.pages)
-            if running is None:
-                break
-            self._waiting.popleft()
-            admitted.append(running)
-            if first is None:
-                firsts[prompt] = running
-                if self._model.model.may_share(len(prompt)) and len(prompt) < decode.CHUNK:
-                    short.append(running)
-                else:
-                    last[running] = self._fill(running)
-        for group in _groups(short):
-            if len(group) == 1:
-                last[group[0]] = self._fill(group[0])
-            else:
-                last.update(zip(group, self._fill_together(group).split(1), strict=True))
-        for running in admitted:
-            first = firsts[tuple(running.request.prompt_ids)]
-            if running is not first:
-                self._copy(first, running)
-                last[running] = last[first]
-            self._state.seqs.seq_lens[running.row] = len(running.prompt)
-        if admitted:
-            self._first_tokens(admitted, last)
-
-    def _seat(self, request: Request, twin: list[int]) -> _Running | None:
-        """A row and pages for a request, or None where there are not enough of them; its row stays idle.
-
-        Pages are shared where they hold its prompt: all whole ones of a `twin`, which asks the same, else those of
-        whole chunks that an earlier prompt has filled, but for the last token, which must run.
-        """
-        ids, root = request.prompt_ids, self._root(request)
-        shared = twin[: len(ids) // PAGE]
-        if twin:
-            self.pages.hold(shared)
-        else:
-            shared = self.pages.match(ids[: len(ids) - 1], root, max(decode.CHUNK // PAGE, 1))
-        missing = pages_of(len(ids) + request.max_tokens) - len(shared)
-        if missing > self.pages.free:
-            self.pages.release(shared)
-            return None
-        pages = shared + self.pages.take(missing, behind=shared[-1] if shared else None)
-        prompt = torch.tensor(ids, device=self._model.device)
-        running = _Running(request, self._rows.index(None), prompt, pages, tier_of(request))
-        self._rows[running.row] = running
-        request.began = time.perf_counter()
-        request.cached_tokens = len(ids) if twin else len(shared) * PAGE
-        inv_freq = inverse_frequencies(self._model.config, len(ids), self._model.device)
-        self._state.load(running.row, request, prompt, pages, inv_freq)
-        return running
-
-    def _fill(self, running: _Running) -> Tensor:
-        """The part of the prompt that no shared page holds, into its pages; its last token's row [1, C]."""
-        request, row = running.request, running.row
-        ids = request.prompt_ids
-        seqs = self._state.rows(row, row + 1).seqs
-        if self._filler is None:
-            last = decode.prefill(self._model, self.pages, seqs, [running.prompt], request.cached_tokens)
-        else:
-            last = self._filler.fill(seqs, running.prompt, request.cached_tokens)
-        # Only what whole chunks wrote: a prompt that goes on from there is cut at the same places.
-        whole = len(ids) // decode.CHUNK * decode.CHUNK // PAGE
-        self.pages.name(running.pages[:whole], ids[: whole * PAGE], self._root(request))
-        return last
-
-    def _fill_together(self, group: list[_Running]) -> Tensor:
-        """Prompts of less than a chunk, which leave nothing to be shared, into their pages; their last rows [B, C]."""
-        rows, seqs = [running.row for running in group], self._state.seqs
-        seqs = Sequences(seqs.block_table[rows], seqs.seq_lens[rows], seqs.inv_freq[rows])
-        return decode.prefill(self._model, self.pages, seqs, [running.prompt for running in group])
-
-    def _copy(self, first: _Running, running: _Running) -> None:
-        """The page that two of one prompt will both write into."""
-        whole, rest = divmod(len(running.prompt), PAGE)
-        if rest:
-            self.pages.copy(first.pages[whole : whole + 1], running.pages[whole : whole + 1])
-
-    def _root(self, request: Request) -> bytes:
-        """What keys and values follow from besides tokens: the rotary base."""
-        return repr(rope_base(self._model.config, len(request.prompt_ids))).encode()
-
-    def _first_tokens(self, admitted: list[_Running], last: dict[_Running, Tensor]) -> None:
-        """Draws behind each prompt's last row [1, C], and tells the host of all of them at once."""
-        rows, ops = self._width(), self._model.model.ops
-        admitted = sorted(admitted, key=lambda running: running.row)
-        logits = self._model.head(torch.cat([last[running] for running in admitted]))
-        notes: list[_Running | None] = [None] * rows
-        watched: list[Request | None] = [None] * rows
-        for running in admitted:
-            running.queued, notes[running.row] = 1, running
-            if running.request.watched:
-                watched[running.row] = running.request
-        for begin, end in _neighbours(admitted):
-            group = self._state.rows(admitted[begin].row, admitted[end - 1].row + 1)
-            decode.choose(ops, logits[begin:end], group, max(running.tier for running in admitted[begin:end]))
-        if any(watched):
-            every = logits.new_zeros(rows, logits.shape[1])
-            every[[running.row for running in admitted]] = logits
-            tier = max(running.tier for running in admitted)
-            decode.watched(ops, every, self._state.rows(0, rows), tier, watched)
-        self._replays.tell(notes)
-
-    def _leave(self, running: _Running) -> None:
-        """Frees a request's row and pages. What is under way on them comes before whatever takes them over."""
-        self._rows[running.row] = None
-        self._state.clear(running.row)
-        self.pages.release(running.pages)
+    def _padded(self, slots: int) -> int:
+        """Captured steps have a few batch sizes only: powers of two."""
+        return slots if self._eager else min(1 << (slots - 1).bit_length(), self.max_batch_size)
 
     def _abort(self) -> None:
         """Ends every request, and begins anew."""
-        for request in [*self._waiting, *(running.request for running in self._running())]:
+        for request in self._scheduler.clear():
             if request.finish_reason is None:
                 request.finish("abort")
-        self._waiting.clear()
-        self._rows = [None] * self.max_rows
-        self._replays.drop()
-        self._state.seqs.seq_lens.zero_()
-        self.pages.reset()
-
-    # ---------------------------------------------------------------- rows
-
-    def _running(self) -> list[_Running]:
-        return [running for running in self._rows if running is not None]
-
-    def _width(self) -> int:
-        """How many rows a step has: those up to the last one in use; where steps are captured, few sizes do for all.
-
-        Where there are gaps the last rows move into them, if a smaller step then fits.
-        """
-        while (last := self._running()[-1]) and self._size(len(self._running())) < self._size(last.row + 1):
-            gap = self._rows.index(None)
-            self._state.move(last.row, gap)
-            self._rows[gap], self._rows[last.row] = last, None
-            last.row = gap
-        return self._size(last.row + 1)
-
-    def _size(self, rows: int) -> int:
-        return rows if self._eager else min(1 << (rows - 1).bit_length(), self.max_rows)
+        self._steps.drain()
+        self._state.batch.seq_lens.zero_()
 
     def _on_device(self) -> contextlib.AbstractContextManager[object]:
         """One stream orders all work, whatever thread asks for it."""
@@ -383,25 +291,31 @@ class Engine:
             return contextlib.nullcontext()
         return torch.cuda.stream(torch.cuda.default_stream(device))
 
+    # ---------------------------------------------------------------- warm-up
 
-def _groups(short: list[_Running]) -> Iterator[list[_Running]]:
-    """Those that share a launch: padded to one length they are TOGETHER tokens at most, a quarter of it padding."""
-    group: list[_Running] = []
-    for running in sorted(short, key=lambda running: len(running.prompt), reverse=True):
-        longest = len(group[0].prompt) if group else 0
-        if (len(group) + 1) * longest > decode.TOGETHER or 4 * len(running.prompt) < 3 * longest:
-            yield group
-            group = []
-        group.append(running)
-    if group:
-        yield group
+    def warm_up(self) -> None:
+        """Compiles every kernel and captures every step that requests can need, so that no request waits for that.
+
+        Raises RuntimeError while requests wait or run: their slots would advance.
+        """
+        with self._lock, torch.inference_mode(), self._on_device():
+            if self.busy:
+                raise RuntimeError("warm up before requests come, or when all have ended: some are under way")
+            if self._model.device.type != "cpu":
+                compile_kernels(self._model, self.kv_cache, self._state.slots(0, 1), self.pages, self.max_seq_len)
+            # Without graphs a step only needs to be compiled, and kernels differ for one sequence and several only.
+            most = min(self.max_batch_size, 2) if self._eager else self.max_batch_size
+            for batch_size in sorted({self._padded(slots) for slots in range(1, most + 1)}):
+                for tier in Tier:
+                    self._steps.capture(batch_size, tier)
+            self._prefill.warm_up(self.max_seq_len)
 
 
-def _neighbours(admitted: list[_Running]) -> Iterator[tuple[int, int]]:
-    """Those in rows one behind the other, which can share a draw: begin and end in `admitted`. None that is watched."""
-    alike = [(running.row - index, running.request.watched) for index, running in enumerate(admitted)]
+def _neighbours(scheduled: list[Slot]) -> Iterator[tuple[int, int]]:
+    """Runs of consecutive slots, which can be sampled in one call: begin and end in `scheduled`. None on the host."""
+    runs = [(slot.index - position, slot.request.needs_host) for position, slot in enumerate(scheduled)]
     end = 0
-    for (_, watched), group in itertools.groupby(alike):
-        begin, end = end, end + len(list(group))
-        if not watched:
+    for (_, needs_host), run in itertools.groupby(runs):
+        begin, end = end, end + len(list(run))
+        if not needs_host:
             yield begin, end

@@ -1,4 +1,4 @@
-"""Steps that run ahead of the host: captured once for each shape, their tokens back through pinned memory."""
+"""Steps that run ahead of the host: captured once for each shape, their results copied back through pinned memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .state import Tier
 
-# Runs a step once, really, and returns what runs it again.
+# Runs a step once and returns a callable that runs it again: a CUDA graph on a GPU, the step itself on a CPU.
 Capture = Callable[[Callable[[], None]], Callable[[], None]]
 
 
@@ -23,10 +23,10 @@ def eager(step: Callable[[], None]) -> Callable[[], None]:
 
 
 def cuda_graphs() -> Capture:
-    """Each step a CUDA graph; all of them share one pool of memory, since no two run at once.
+    """Captures each step as a CUDA graph. All graphs share one memory pool, since no two run at once.
 
-    The first run compiles and settles what a capture may not do; the capture behind it executes nothing. Where memory
-    is too short for it, that step stays eager, with a warning.
+    The first run compiles kernels and does what a capture must not; the capture after it executes nothing. If memory is
+    too short for a capture, that step stays eager, with a warning.
     """
     pool = torch.cuda.graph_pool_handle()
 
@@ -45,8 +45,8 @@ def cuda_graphs() -> Capture:
 
 
 @dataclass
-class Told:
-    """What the host is told of a row by one step: see `advance`."""
+class Report:
+    """What one step reports of one slot; see the op `advance`."""
 
     token: int
     end: int
@@ -54,72 +54,72 @@ class Told:
 
 
 @dataclass
-class _Slot:
-    """Host memory for what one step says, and when it is there."""
+class _HostBuffer:
+    """Host memory for the report of one step, and an event that fires when it has arrived."""
 
-    said: Tensor
-    there: Any  # torch.cuda.Event, None on a CPU
+    report: Tensor
+    arrived: Any  # torch.cuda.Event; None on a CPU
 
 
-class Replays:
-    """Steps that are under way, oldest first, each with what its reader noted of it.
+class StepQueue:
+    """Decode steps in flight, oldest first.
 
     Args:
-        step: (rows, tier) -> None: one decode step of the first `rows` rows, on the device's tensors alone.
-        said: [B, 3] int32, where a step leaves what the host is told.
+        step: (batch size, tier) -> None: one decode step of the first slots, on the device's tensors alone.
+        report: [B, 3] int32 on the device, where a step writes what the host must know.
     """
 
-    def __init__(self, step: Callable[[int, Tier], None], said: Tensor, capture: Capture):
-        self._step, self._said, self._capture = step, said, capture
+    def __init__(self, step: Callable[[int, Tier], None], report: Tensor, capture: Capture):
+        self._step, self._report, self._capture = step, report, capture
         self._captured: dict[tuple[int, Tier], Callable[[], None]] = {}
-        self._idle: list[_Slot] = []
-        self._flights: deque[tuple[_Slot, Sequence[Any]]] = deque()
+        self._idle: list[_HostBuffer] = []
+        self._in_flight: deque[tuple[_HostBuffer, Sequence[Any]]] = deque()
 
     def __len__(self) -> int:
-        """How many steps are under way."""
-        return len(self._flights)
+        """The number of steps in flight."""
+        return len(self._in_flight)
 
-    def queue(self, rows: int, tier: Tier, notes: Sequence[Any]) -> None:
-        """Queues one step. notes: one for each row, None where nobody asks for it."""
-        if not self.prepare(rows, tier):
-            self._captured[rows, tier]()
-        self.tell(notes)
+    def launch(self, batch_size: int, tier: Tier, readers: Sequence[Any]) -> None:
+        """Launches one step. `readers` has an object for each slot, None for a slot that nobody reads."""
+        if not self.capture(batch_size, tier):
+            self._captured[batch_size, tier]()
+        self.copy_report(readers)
 
-    def prepare(self, rows: int, tier: Tier) -> bool:
-        """Runs a step, and keeps what runs it again, unless it has been. Whether it ran; nobody is told of it."""
-        if (rows, tier) in self._captured:
+    def capture(self, batch_size: int, tier: Tier) -> bool:
+        """Captures the step for (batch size, tier) if it is new. Returns True if that executed it."""
+        if (batch_size, tier) in self._captured:
             return False
-        self._captured[rows, tier] = self._capture(lambda: self._step(rows, tier))
+        self._captured[batch_size, tier] = self._capture(lambda: self._step(batch_size, tier))
         return True
 
-    def tell(self, notes: Sequence[Any]) -> None:
-        """Brings what the rows say now to the host, in its turn."""
-        slot = self._idle.pop() if self._idle else self._slot()
-        slot.said.copy_(self._said, non_blocking=True)
-        if slot.there is not None:
-            slot.there.record()
-        self._flights.append((slot, notes))
+    def copy_report(self, readers: Sequence[Any]) -> None:
+        """Queues a copy of the present report to the host."""
+        buffer = self._idle.pop() if self._idle else self._new_buffer()
+        buffer.report.copy_(self._report, non_blocking=True)
+        if buffer.arrived is not None:
+            buffer.arrived.record()
+        self._in_flight.append((buffer, readers))
 
-    def take(self) -> list[tuple[Any, Told]]:
-        """Waits for the oldest step: each note with what its row said, unless it was idle."""
-        slot, notes = self._flights.popleft()
-        if slot.there is not None:
-            slot.there.synchronize()
-        logprobs = slot.said[:, 2].contiguous().view(torch.float32).tolist()
-        told = [
-            (note, Told(token, end, logprob))
-            for note, (token, end, _), logprob in zip(notes, slot.said.tolist(), logprobs, strict=False)
-            if note is not None and token >= 0
+    def collect(self) -> list[tuple[Any, Report]]:
+        """Waits for the oldest step, and returns each reader with its slot's report. Idle slots report nothing."""
+        buffer, readers = self._in_flight.popleft()
+        if buffer.arrived is not None:
+            buffer.arrived.synchronize()
+        logprobs = buffer.report[:, 2].contiguous().view(torch.float32).tolist()
+        reports = [
+            (reader, Report(token, end, logprob))
+            for reader, (token, end, _), logprob in zip(readers, buffer.report.tolist(), logprobs, strict=False)
+            if reader is not None and token >= 0
         ]
-        self._idle.append(slot)
-        return told
+        self._idle.append(buffer)
+        return reports
 
-    def drop(self) -> None:
-        """Forgets what is under way, once it is done."""
-        while self._flights:
-            self.take()
+    def drain(self) -> None:
+        """Waits for all steps in flight, and drops their reports."""
+        while self._in_flight:
+            self.collect()
 
-    def _slot(self) -> _Slot:
-        on_gpu = self._said.is_cuda
-        said = torch.empty(self._said.shape, dtype=torch.int32, pin_memory=on_gpu)
-        return _Slot(said, torch.cuda.Event() if on_gpu else None)
+    def _new_buffer(self) -> _HostBuffer:
+        on_gpu = self._report.is_cuda
+        report = torch.empty(self._report.shape, dtype=torch.int32, pin_memory=on_gpu)
+        return _HostBuffer(report, torch.cuda.Event() if on_gpu else None)

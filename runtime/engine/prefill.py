@@ -1,78 +1,182 @@
-"""Prompts into pages by captured launches: of a short piece the host launches for longer than a GPU computes."""
+"""Prefill: the prompts of newly scheduled requests through the model, in chunks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from ..model.kv_cache import PAGE, BatchMetadata, PagedKVCache
 from ..model.model import LanguageModel
-from ..model.pages import PAGE, Pages, Sequences
-from . import decode
 from .graphs import Capture
+from .state import DecodeState, Slot
 
-# A prompt is padded to the least of these, or to a chunk, and each is captured once. Padding is cheap: up to about 256
-# tokens a GPU reads weights for longer than it computes.
+# Tokens of a chunk. Prompts are cut at multiples of it, whatever is cached: rounding depends on where they are cut. A
+# multiple of PAGE, and of the query blocks of the CPU's attention.
+CHUNK = 512
+# The most tokens of one launch, padding included, where batching does not change rounding: for short prompts, and for
+# several chunks of a long one on a CPU. It bounds the memory of activations. Chosen by measurement on a CPU, where
+# launches of one chunk are 5 to 7% slower.
+LAUNCH_TOKENS = 4 * CHUNK
+# Captured launches have one of these widths, or that of a chunk; prompts are padded to the next. Padding is cheap: a
+# GPU is bound by reading weights up to about 256 tokens.
 WIDTHS = (16, 64, 128, 256)
 
 
-class Filler:
-    """Runs prompts alone, each piece of a prompt padded in front.
+class Prefill:
+    """Runs prompts, and returns the hidden state of each one's last token.
 
-    Behind other pieces the padding stands on tokens that are there: what it would write goes to the spare page.
+    On a GPU short chunks are launch-bound, so a prompt that runs alone runs from CUDA graphs.
 
     Args:
-        slots: how many pages a sequence's table names.
+        state: the slots' metadata. A slot stays idle (seq_lens 0) until its prompt is prefilled.
+        capture: turns a launch into a replayable one; None runs all launches eagerly.
     """
 
-    def __init__(self, model: LanguageModel, pages: Pages, slots: int, capture: Capture):
-        config, device = model.config, model.device
-        self._model, self._pages, self._capture = model, pages, capture
+    def __init__(self, model: LanguageModel, kv_cache: PagedKVCache, state: DecodeState, capture: Capture | None):
+        self._model, self._kv_cache, self._state = model, kv_cache, state
+        self._captured = None if capture is None else CapturedChunks(model, kv_cache, state, capture)
+
+    def run(self, slots: Sequence[Slot]) -> dict[Slot, Tensor]:
+        """Prefills the prompts of these slots: the last token's hidden state [1, C] of each, before the last norm.
+
+        Long prompts run first, one by one in order, since one may share a prefix that another writes. Short prompts of
+        similar length are batched.
+        """
+        last = {slot: self._run_alone(slot) for slot in slots if not self._can_batch(slot)}
+        for group in _groups([slot for slot in slots if self._can_batch(slot)]):
+            if len(group) == 1:
+                last[group[0]] = self._run_alone(group[0])
+            else:
+                last.update(zip(group, self._run_together(group).split(1), strict=True))
+        return last
+
+    def warm_up(self, longest: int) -> None:
+        """Captures all launches that prompts of up to `longest` tokens need."""
+        if self._captured is not None:
+            self._captured.warm_up(longest)
+
+    def _can_batch(self, slot: Slot) -> bool:
+        tokens = len(slot.prompt)
+        return tokens < CHUNK and self._model.model.can_batch_prompts(tokens)
+
+    def _run_alone(self, slot: Slot) -> Tensor:
+        batch = self._state.slots(slot.index, slot.index + 1).batch
+        if self._captured is not None:
+            return self._captured.run(batch, slot.prompt, slot.request.cached_tokens)
+        return run_chunks(self._model, self._kv_cache, batch, [slot.prompt], slot.request.cached_tokens)
+
+    def _run_together(self, slots: Sequence[Slot]) -> Tensor:
+        index, batch = [slot.index for slot in slots], self._state.batch
+        batch = BatchMetadata(batch.block_table[index], batch.seq_lens[index], batch.inv_freq[index])
+        return run_chunks(self._model, self._kv_cache, batch, [slot.prompt for slot in slots])
+
+
+def run_chunks(
+    model: LanguageModel, kv_cache: PagedKVCache, batch: BatchMetadata, prompts: Sequence[Tensor], begin: int = 0
+) -> Tensor:
+    """Runs prompts chunk by chunk, eagerly.
+
+    Args:
+        batch: block tables and rotary frequencies of the prompts; its `seq_lens` are ignored.
+        prompts: [T] int64 each. One may have any length; several have up to CHUNK tokens each, begin at 0, and share
+            launches, padded on the left to the longest.
+        begin: the first token to run, a multiple of CHUNK; those before it are cached.
+
+    Returns:
+        [B, C] the last token's hidden state of each, before the last norm.
+    """
+    start, longest = begin, max(map(len, prompts))
+    while start < longest:
+        width = _launch_width(model, longest - start)
+        chunks = [prompt[start : start + width] for prompt in prompts]
+        tokens = torch.cat([F.pad(chunk, (width - len(chunk), 0)) for chunk in chunks])
+        seq_lens = batch.seq_lens.new_tensor([start + len(chunk) for chunk in chunks])
+        x = model.model.ops.embed(tokens, model.model.embed_tokens.weight)
+        x = model.model.run(x, BatchMetadata(batch.block_table, seq_lens, batch.inv_freq), kv_cache, last_rows=True)
+        start += width
+    return x
+
+
+def _launch_width(model: LanguageModel, tokens: int) -> int:
+    """How many of a prompt's remaining tokens the next launch runs: one chunk.
+
+    On a CPU several chunks, where that does not change rounding.
+    """
+    if model.device.type != "cpu" or not model.model.can_batch_prompts(CHUNK):
+        return min(tokens, CHUNK)
+    end = tokens % CHUNK
+    return min(LAUNCH_TOKENS, tokens if model.model.can_batch_prompts(end) else tokens - end) or end
+
+
+def _groups(slots: list[Slot]) -> Iterator[list[Slot]]:
+    """Groups that share a launch: padded to one length at most LAUNCH_TOKENS together, at most a quarter padding."""
+    group: list[Slot] = []
+    for slot in sorted(slots, key=lambda slot: len(slot.prompt), reverse=True):
+        longest = len(group[0].prompt) if group else 0
+        if (len(group) + 1) * longest > LAUNCH_TOKENS or 4 * len(slot.prompt) < 3 * longest:
+            yield group
+            group = []
+        group.append(slot)
+    if group:
+        yield group
+
+
+class CapturedChunks:
+    """Runs one prompt at a time by captured launches, each chunk padded on the left to one of a few widths.
+
+    After the first chunk the padding coincides with cached tokens: what it would write goes to the spare page.
+    """
+
+    def __init__(self, model: LanguageModel, kv_cache: PagedKVCache, state: DecodeState, capture: Capture):
+        self._model, self._kv_cache, self._capture = model, kv_cache, capture
         self._captured: dict[int, Callable[[], None]] = {}
-        self._last: dict[int, Tensor] = {}  # the last row that a captured launch leaves, [1, C]
-        # What they read.
-        self._tokens = torch.zeros(decode.CHUNK, dtype=torch.int64, device=device)
-        self._write_table = torch.zeros(1, slots, dtype=torch.int32, device=device)
-        self._seqs = Sequences(
-            torch.zeros(1, slots, dtype=torch.int32, device=device),
-            torch.zeros(1, dtype=torch.int32, device=device),
-            torch.zeros(1, config.head_dim // 2, device=device),
+        self._last: dict[int, Tensor] = {}  # what each captured launch returns, [1, C]
+        # Captured launches read these.
+        self._tokens = torch.zeros(CHUNK, dtype=torch.int64, device=model.device)
+        slot = state.slots(0, 1).batch
+        self._write_table = torch.zeros_like(slot.block_table)
+        self._batch = BatchMetadata(
+            torch.zeros_like(slot.block_table),
+            torch.zeros_like(slot.seq_lens),
+            torch.zeros_like(slot.inv_freq),
             write_table=self._write_table,
         )
 
-    def fill(self, seqs: Sequences, prompt: Tensor, begin: int) -> Tensor:
-        """`decode.prefill` of one prompt [T] from token `begin` on, of the row `seqs`: its last row [1, C]."""
-        self._seqs.block_table.copy_(seqs.block_table)
-        self._seqs.inv_freq.copy_(seqs.inv_freq)
-        for start in range(begin, len(prompt), decode.CHUNK):
-            piece = prompt[start : start + decode.CHUNK]
-            self._write_table.copy_(seqs.block_table)
-            self._write_table[:, : start // PAGE] = self._pages.spare
-            last = self._run(piece, start + len(piece))
-        return last.clone()  # the next launch takes its place
+    def run(self, batch: BatchMetadata, prompt: Tensor, begin: int) -> Tensor:
+        """Like `run_chunks` for one prompt [T]: its last token's hidden state [1, C]."""
+        self._batch.block_table.copy_(batch.block_table)
+        self._batch.inv_freq.copy_(batch.inv_freq)
+        for start in range(begin, len(prompt), CHUNK):
+            chunk = prompt[start : start + CHUNK]
+            self._write_table.copy_(batch.block_table)
+            self._write_table[:, : start // PAGE] = self._kv_cache.spare
+            last = self._launch(chunk, start + len(chunk))
+        return last.clone()  # the next launch overwrites it
 
     def warm_up(self, longest: int) -> None:
-        """Captures all that prompts of up to `longest` tokens need."""
-        for width in sorted({_width(tokens) for tokens in range(1, min(longest, decode.CHUNK) + 1)}):
-            self._run(self._tokens[:width].clone(), 0)  # of an idle sequence: no page is written
+        """Captures all launches that prompts of up to `longest` tokens need."""
+        for width in sorted({_padded_width(tokens) for tokens in range(1, min(longest, CHUNK) + 1)}):
+            self._launch(self._tokens[:width].clone(), 0)  # length 0 is an idle sequence: nothing is written
 
-    def _run(self, piece: Tensor, length: int) -> Tensor:
-        """A piece of a sequence that holds `length` tokens with it; its last row [1, C]. Padding stands in front."""
-        width = _width(len(piece))
-        self._tokens[: width - len(piece)].zero_()
-        self._tokens[width - len(piece) : width].copy_(piece)
-        self._seqs.seq_lens.fill_(length)
+    def _launch(self, chunk: Tensor, length: int) -> Tensor:
+        """Runs a chunk that ends at token `length` of its sequence."""
+        width = _padded_width(len(chunk))
+        self._tokens[: width - len(chunk)].zero_()
+        self._tokens[width - len(chunk) : width].copy_(chunk)
+        self._batch.seq_lens.fill_(length)
         if width not in self._captured:
-            self._captured[width] = self._capture(lambda: self._launch(width))
+            self._captured[width] = self._capture(lambda: self._run(width))
         self._captured[width]()
         return self._last[width]
 
-    def _launch(self, width: int) -> None:
+    def _run(self, width: int) -> None:
         model = self._model.model
         x = model.ops.embed(self._tokens[:width], model.embed_tokens.weight)
-        self._last[width] = model.run(x, self._seqs, self._pages, last_rows=True)
+        self._last[width] = model.run(x, self._batch, self._kv_cache, last_rows=True)
 
 
-def _width(tokens: int) -> int:
-    return min((width for width in WIDTHS if tokens <= width < decode.CHUNK), default=decode.CHUNK)
+def _padded_width(tokens: int) -> int:
+    return min((width for width in WIDTHS if tokens <= width < CHUNK), default=CHUNK)

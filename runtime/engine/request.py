@@ -1,16 +1,15 @@
-"""One sequence: what was asked, and what has come of it so far."""
+"""One request: what the caller asked for, and the tokens that the engine has generated for it."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..common.checks import check_ids
-from ..sampling.logits_processors import LogitsProcessor
 from ..sampling.params import SamplingParams
 
 NOT_NUMBERS = (
@@ -21,15 +20,21 @@ NOT_NUMBERS = (
 
 @dataclass(eq=False)
 class Request:
-    """A prompt to be continued, and its answer as it comes. What has come is written by the engine.
+    """A prompt to continue and, written by the engine, the tokens generated so far.
 
-    ends: the model's own ends of text.
-    answer: its index among the `n` answers to one prompt.
-    watch: what its call must see of every step on the host.
-    cached_tokens: how many of the prompt's tokens lay in the cache already.
-    began, times: when it was given a row, and when each of its tokens came, by time.perf_counter.
-    finish_reason: None while it runs, "stop" (an end token or stop string), "length", "error" or "abort".
-    stop_reason: the stop token or string that ended it, None for the model's own ends; what is wrong, for "error".
+    Attributes:
+        max_tokens: the most tokens to generate.
+        eos_token_ids: the model's end-of-text tokens.
+        answer: index among the `n` answers to one prompt; the random stream to sample from.
+        hooks: the LogitsHooks of its call, if the host must do something with the logits of every step.
+        ends: all tokens that end this answer.
+        token_ids, logprobs, top_logprobs, times: for each generated token its id, log-probability, alternatives, and
+            the time.perf_counter() at which the host received it.
+        cached_tokens: prompt tokens whose keys and values were in the cache already.
+        began: the time.perf_counter() at which the request got a slot.
+        finish_reason: None while it runs, then "stop" (an end token or stop string), "length", "error" or "abort".
+        stop_reason: the stop token or stop string that ended it, None for the model's own end tokens; for "error" the
+            message.
     """
 
     prompt_ids: list[int]
@@ -37,7 +42,7 @@ class Request:
     max_tokens: int
     eos_token_ids: frozenset[int] = frozenset()
     answer: int = 0
-    watch: Watch | None = None
+    hooks: Any = None
     seed: int = field(init=False)
     ends: frozenset[int] = field(init=False)
     token_ids: list[int] = field(default_factory=list)
@@ -68,14 +73,14 @@ class Request:
             )
 
     @property
-    def watched(self) -> bool:
-        """Whether every step must show its logits to the host."""
-        return self.watch is not None or bool(self.params.logprobs)
+    def needs_host(self) -> bool:
+        """Whether the host must see the logits of every step."""
+        return self.hooks is not None or bool(self.params.logprobs)
 
-    def add(self, token_id: int, logprob: float, end: int) -> None:
-        """A token, and how it ended the answer: 0 not, 1 an end, 2 the last that was asked for, 3 no token at all."""
+    def append(self, token_id: int, logprob: float, end: int) -> None:
+        """Adds a token. `end` is 0 if the answer goes on, 1 after an end token, 2 at max_tokens, 3 for NaN logits."""
         if end == 3:
-            self.cut(len(self.token_ids))  # what was reported of it already
+            self.truncate(len(self.token_ids))  # alternatives of the token that did not come
             self.finish("error", NOT_NUMBERS)
             return
         self.token_ids.append(token_id)
@@ -89,67 +94,14 @@ class Request:
     def finish(self, reason: str, stop_reason: int | str | None = None) -> None:
         self.finish_reason, self.stop_reason = reason, stop_reason
 
-    def cut(self, tokens: int) -> None:
-        """Forgets what came behind so many tokens."""
-        for told in (self.token_ids, self.logprobs, self.top_logprobs, self.times):
-            del told[tokens:]
-
-
-@dataclass(eq=False)
-class Watch:
-    """What the host does with the logits of one call's requests, between the two halves of every step.
-
-    prompts: [B, T] int64, the call's prompts as they were given, padding included.
-    pad: stands in the ids behind an answer that has ended.
-    early, processors: (ids [B, T + answer], scores [B, V] float32) -> scores, called one after the other, before and
-        behind the penalties.
-    logits, scores: by request, a float32 [V] for every token, where they are kept.
-    """
-
-    prompts: Tensor
-    pad: int
-    early: Sequence[LogitsProcessor] = ()
-    processors: Sequence[LogitsProcessor] = ()
-    requests: list[Request] = field(default_factory=list)
-    keep_logits: bool = False
-    keep_scores: bool = False
-    logits: dict[Request, list[Tensor]] = field(default_factory=dict)
-    scores: dict[Request, list[Tensor]] = field(default_factory=dict)
-
-    @property
-    def watches(self) -> bool:
-        """Whether there is anything to see."""
-        return bool(self.early or self.processors) or self.keep_logits or self.keep_scores
-
-    def ids(self, told: Sequence[int]) -> Tensor:
-        """[B, T + longest] the prompts and so many tokens of each answer, padded behind."""
-        longest = max(told)
-        answers = [
-            request.token_ids[:count] + [self.pad] * (longest - count)
-            for request, count in zip(self.requests, told, strict=True)
-        ]
-        return torch.cat((self.prompts, torch.tensor(answers, dtype=torch.int64).view(len(answers), longest)), 1)
-
-    def process(self, processors: Sequence[LogitsProcessor], scores: dict[Request, Tensor]) -> dict[Request, Tensor]:
-        """What processors make of the running requests' scores, [V] float32 each.
-
-        They see the whole call, at the step of those whose scores they change: where some had to wait for a row, each
-        step that is under way by itself. The scores of requests that are not at it are zero.
-        """
-        made = dict(scores)
-        for step in {len(request.token_ids) for request in scores if processors}:
-            now = {request: x for request, x in scores.items() if len(request.token_ids) == step}
-            some = next(iter(now.values()))
-            every = torch.stack([now.get(request, torch.zeros_like(some)) for request in self.requests])
-            ids = self.ids([min(len(request.token_ids), step) for request in self.requests])
-            for processor in processors:
-                every = processor(ids.to(every.device), every)
-            made |= {request: row for request, row in zip(self.requests, every, strict=True) if request in now}
-        return made
+    def truncate(self, count: int) -> None:
+        """Keeps the first `count` tokens."""
+        for generated in (self.token_ids, self.logprobs, self.top_logprobs, self.times):
+            del generated[count:]
 
 
 def check_prompt(name: str, prompt: Sequence[int], vocab_size: int) -> None:
-    """Raises ValueError for an empty prompt, or one with an id that the model does not have."""
+    """Raises ValueError for an empty prompt, or one with an id outside the vocabulary."""
     if not prompt:
         raise ValueError(f"{name} is empty: give at least one token")
     check_ids(name, prompt, vocab_size)

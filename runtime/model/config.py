@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..common.checks import check_ids
+from ..common.checks import as_list, check_ids, is_int, is_number
 from ..common.files import read_json, write_json
-from ..common.hub import NEUTRAL, NEUTRAL_AT_SAVE, locate
-from ..common.keywords import reject_unknown, without_neutral
+from ..common.hub import locate
+from ..common.neutral import LOAD, SAVE, without_neutral
 
 ROPE_TYPES = ("default", "dynamic")
 
@@ -136,8 +136,8 @@ class InternLM3Config:
             local_files_only=local_files_only,
             weights=False,
         )
-        overrides = without_neutral("InternLM3Config.from_pretrained", overrides, NEUTRAL)
-        reject_unknown("InternLM3Config.from_pretrained", overrides, {**cls().to_dict(), **_NEWER})
+        known = {**cls().to_dict(), **_NEWER}
+        overrides = without_neutral("InternLM3Config.from_pretrained", overrides, LOAD, known=known)
         return cls.from_file(folder / "config.json", **overrides)
 
     @classmethod
@@ -185,8 +185,7 @@ class InternLM3Config:
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **unknown: Any) -> None:
         """Writes config.json into a folder, which is made where it does not exist."""
-        unknown = without_neutral("save_pretrained", unknown, NEUTRAL_AT_SAVE)
-        reject_unknown("InternLM3Config.save_pretrained", unknown, ("save_directory",))
+        without_neutral("InternLM3Config.save_pretrained", unknown, SAVE, known=("save_directory",))
         write_json(Path(save_directory) / "config.json", self.to_dict())
 
     @property
@@ -197,7 +196,7 @@ class InternLM3Config:
     @property
     def eos_token_ids(self) -> list[int]:
         """eos_token_id as a list, empty where there is none."""
-        return _as_list(self.eos_token_id)
+        return as_list(self.eos_token_id)
 
     def __getattr__(self, name: str) -> Any:
         # Only reached for names that are no attribute: those that a checkpoint carries beyond what is known.
@@ -226,17 +225,17 @@ class InternLM3Config:
         )
         for key in sizes:
             value = getattr(self, key)
-            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _MAX_SIZE:
+            if not is_int(value) or not 1 <= value <= _MAX_SIZE:
                 raise ValueError(f"{key} must be a positive integer of at most {_MAX_SIZE}; it is {value!r}")
         for key in ("rms_norm_eps", "rope_theta"):
             value = getattr(self, key)
-            if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+            if not is_number(value) or not 0 < value < math.inf:
                 raise ValueError(f"{key} must be a positive number; it is {value!r}")
         for key in ("qkv_bias", "bias", "tie_word_embeddings"):
             if not isinstance(getattr(self, key), bool):
                 raise ValueError(f"{key} must be true or false; it is {getattr(self, key)!r}")
         for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            check_ids(key, _as_list(getattr(self, key)), self.vocab_size)
+            check_ids(key, as_list(getattr(self, key)), self.vocab_size)
         if self.hidden_act != "silu":
             raise ValueError(f"hidden_act is {self.hidden_act!r}; InternLM3's MLP knows 'silu' only")
 
@@ -304,12 +303,6 @@ def _settings(key: str, value: Mapping[str, Any] | None) -> dict[str, Any] | Non
     if value is not None and not isinstance(value, Mapping):
         raise ValueError(f"{key} must be an object such as {{'rope_type': 'dynamic', 'factor': 6.0}}; it is {value!r}")
     return None if value is None else dict(value)
-
-
-def _as_list(ids: int | list[int] | None) -> list[int]:
-    if ids is None:
-        return []
-    return list(ids) if isinstance(ids, list | tuple) else [ids]
 
 
 def _dtype_name(dtype: Any) -> str | None:

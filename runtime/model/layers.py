@@ -28,7 +28,7 @@ class Linear(nn.Module):
 
 
 class StackedLinear(Linear):
-    """Projections of one input as one matrix, so that one product streams all their weights. `parts`: name -> size."""
+    """Projections of one input in one matrix, so that one product streams all weights. `parts`: name -> size."""
 
     def __init__(self, inputs: int, parts: dict[str, int], bias: bool, **factory: Any):
         super().__init__(inputs, sum(parts.values()), bias, **factory)
@@ -36,9 +36,9 @@ class StackedLinear(Linear):
 
 
 class PartNames(nn.Module):
-    """A module whose StackedLinears look like a checkpoint from outside.
+    """A module whose StackedLinears have a checkpoint's names in its state dict.
 
-    `state_dict` shows every part under its own name, as a view of the stack (writing into it writes the weights), and
+    `state_dict` returns every part under its own name, as a view of the stack (writing into it writes the weights), and
     `load_state_dict` takes the parts.
     """
 

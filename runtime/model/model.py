@@ -1,8 +1,7 @@
-"""InternLM3 as its paper would write it: a block is attention and a gated MLP, each behind a norm and a residual sum.
+"""InternLM3's decoder: each block is attention and a gated MLP, both with a norm before and a residual sum after.
 
-A launch is T tokens of each of B sequences, as flat rows x [B * T, C] (see `Sequences`). Decoding, chunks of a prompt
-and transformers' `forward` all go through the same blocks. Weights carry no gradients: this runtime runs models and
-does not train them.
+A launch runs T tokens of each of B sequences as flat rows x [B * T, C] (see `BatchMetadata`). Decoding, prefill and
+transformers' `forward` use the same blocks. Weights carry no gradients: this runtime does not train.
 """
 
 from __future__ import annotations
@@ -16,10 +15,10 @@ from torch import Tensor, nn
 from ...kernels import for_device
 from ...kernels.reference import ROWS_ALIKE, SKINNY_ROWS
 from .config import InternLM3Config
+from .kv_cache import BatchMetadata, PagedKVCache
 from .layers import Embedding, Linear, PartNames, RMSNorm, StackedLinear
-from .pages import Pages, Sequences
 
-# How many rows of a step `batch_invariant` holds for.
+# The largest batch size for which `batch_invariant` holds.
 INVARIANT_ROWS = SKINNY_ROWS
 
 
@@ -56,23 +55,30 @@ class Block(nn.Module):
         self.mlp = MLP(config, **factory)
 
     def forward(
-        self, ops: ModuleType, x: Tensor, seqs: Sequences, k: Tensor, v: Tensor, batch_invariant: bool, last_rows: bool
+        self,
+        ops: ModuleType,
+        x: Tensor,
+        batch: BatchMetadata,
+        k: Tensor,
+        v: Tensor,
+        batch_invariant: bool,
+        last_rows: bool,
     ) -> Tensor:
-        """x [B * T, C] -> the same, or with `last_rows` the last row of each sequence, [B, C].
+        """x [B * T, C] -> [B * T, C], or with `last_rows` only the last row of each sequence, [B, C].
 
-        All rows' keys and values go to their pages in k and v [P, K, S, D].
+        Writes the keys and values of all rows to their pages in k and v [P, K, S, D].
         """
         alike = {"batch_invariant": batch_invariant}
         norm, qkv, o = self.input_layernorm, self.self_attn.qkv_proj, self.self_attn.o_proj
-        written = seqs.block_table if seqs.write_table is None else seqs.write_table
+        written = batch.block_table if batch.write_table is None else batch.write_table
         q = ops.rms_norm_qkv_rope_cache(
             x, norm.weight, norm.eps, qkv.weight, qkv.bias,
-            seqs.inv_freq, k, v, written, seqs.seq_lens, seqs.positions, **alike,
+            batch.inv_freq, k, v, written, batch.seq_lens, batch.positions, **alike,
         )  # fmt: skip
         if last_rows:
-            tokens = len(x) // len(seqs.seq_lens)
+            tokens = len(x) // len(batch.seq_lens)
             q, x = (rows[tokens - 1 :: tokens].contiguous() for rows in (q, x))
-        seen = ops.paged_attention(q, k, v, seqs.block_table, seqs.seq_lens, self.scale, **alike)
+        seen = ops.paged_attention(q, k, v, batch.block_table, batch.seq_lens, self.scale, **alike)
         x = ops.linear_add(seen, o.weight, x, o.bias, **alike)
 
         norm, gate_up, down = self.post_attention_layernorm, self.mlp.gate_up_proj, self.mlp.down_proj
@@ -84,10 +90,10 @@ class Decoder(nn.Module):
     """The embedding, the blocks and the last norm.
 
     Weights are random (normal, config.initializer_range) until they are loaded. `factory`: device and dtype of the
-    weights, PyTorch's defaults by default.
+    weights, by default PyTorch's.
 
-    batch_invariant: whether a row has the very bits on a GPU that it has among up to INVARIANT_ROWS; decoding alone is
-    slower then. It is fixed before the first step, which a graph may hold.
+    batch_invariant: on a GPU, results of one row are bit-identical alone and with up to INVARIANT_ROWS - 1 others;
+    decoding alone is slower then. Set it before the first step, which a graph captures.
     """
 
     batch_invariant = False
@@ -102,31 +108,33 @@ class Decoder(nn.Module):
 
     @property
     def ops(self) -> ModuleType:
-        """Those of the device that the weights are on now."""
+        """The backend of the device that the weights are on now."""
         return for_device(self.device)
 
-    def may_share(self, tokens: int) -> bool:
-        """Whether prompts of so many tokens may share a launch: nobody was promised bits that could tell."""
+    def can_batch_prompts(self, tokens: int) -> bool:
+        """Whether prompts of this length may be batched.
+
+        False where results are promised to be bit-identical and the number of rows would change rounding.
+        """
         alike = ROWS_ALIKE if self.device.type == "cpu" else not self.batch_invariant
         return alike and tokens > SKINNY_ROWS
 
     def run(
         self,
         x: Tensor,
-        seqs: Sequences,
-        pages: Pages,
+        batch: BatchMetadata,
+        kv_cache: PagedKVCache,
         states: list[Tensor] | None = None,
         *,
         last_rows: bool = False,
     ) -> Tensor:
-        """x [B * T, C] through all blocks, not yet normed; what each block gives is appended to `states`.
+        """Runs x [B * T, C] through all blocks, without the last norm; appends each block's output to `states`.
 
-        With `last_rows` the last block gives the last row of each sequence alone, [B, C]: for a prompt, of which nobody
-        reads the others.
+        With `last_rows` the last block computes only the last row of each sequence, [B, C]: a prompt needs no others.
         """
         ops, last = self.ops, len(self.layers) - 1
         for layer, block in enumerate(self.layers):
-            x = block(ops, x, seqs, *pages.layer(layer), self.batch_invariant, last_rows and layer == last)
+            x = block(ops, x, batch, *kv_cache.layer(layer), self.batch_invariant, last_rows and layer == last)
             if states is not None:
                 states.append(x)
         return x
@@ -141,20 +149,25 @@ class Decoder(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """A decoder with its language-model head, which is the embedding's own weight where the configuration says so."""
+    """A decoder with its language-model head, whose weight is the embedding's if the configuration ties them.
 
-    def __init__(self, decoder: Decoder, **factory: Any):
+    Arguments as Decoder. `decoder_class`: what a subclass makes its decoder of.
+    """
+
+    decoder_class: type[Decoder] = Decoder
+
+    def __init__(self, config: InternLM3Config, **factory: Any):
         super().__init__()
-        self.config = config = decoder.config
-        self.model = decoder
+        self.config = config
+        self.model = self.decoder_class(config, **factory)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, False, **factory)
         if config.tie_word_embeddings:
-            self.lm_head.weight = decoder.embed_tokens.weight
+            self.lm_head.weight = self.model.embed_tokens.weight
         else:
             _initialise(self.lm_head, config)
 
     def head(self, x: Tensor) -> Tensor:
-        """Logits [R, V] of rows [R, C] that the last block gave."""
+        """Logits [R, V] of the last block's output [R, C]."""
         norm, ops = self.model.norm, self.model.ops
         alike = self.model.batch_invariant
         return ops.rms_norm_linear(x, norm.weight, norm.eps, self.lm_head.weight, batch_invariant=alike)
@@ -169,7 +182,7 @@ class LanguageModel(nn.Module):
 
 
 def _initialise(module: nn.Module, config: InternLM3Config) -> None:
-    """Random matrices, zero biases; norms are ones already."""
+    """Random matrices; biases are zeros and norms ones already."""
     for parameter in module.parameters():
         if parameter.dim() == 2 and not parameter.is_meta:
             nn.init.normal_(parameter, std=config.initializer_range)

@@ -1,1 +1,1 @@
-"""What a caller may ask for when the next token is chosen, and how it is checked."""
+"""How the next token is chosen: the settings a caller may give, their checks, and logits processors."""

@@ -1,6 +1,7 @@
-"""transformers' settings that go by the tokens so far: what each makes of a step's scores.
+"""transformers' settings that depend on the text so far, as logits processors.
 
-All of them are callables (ids [B, L] int64, scores [B, V] float32) -> scores, on steps that the host watches.
+A processor is a callable (ids [B, L] int64, scores [B, V] float32) -> scores [B, V]. It runs on the host between the
+forward pass and sampling; scores are on the model's device.
 """
 
 from __future__ import annotations
@@ -20,22 +21,26 @@ LogitsProcessor = Callable[[Tensor, Tensor], Tensor]
 
 
 def early_processors(params: SamplingParams) -> list[LogitsProcessor]:
-    """Those that come before all penalties."""
+    """The processors that run before the penalties."""
     return [sequence_bias(params.sequence_bias.items())] if params.sequence_bias else []
 
 
 def processors(
     params: SamplingParams, *, begin: int, most: int, ends: Iterable[int], prefix: Sequence[LogitsProcessor] = ()
 ) -> list[LogitsProcessor]:
-    """Those that come behind the penalties, in transformers' order.
+    """The processors that run after the penalties, in transformers' order.
 
-    begin: columns of the prompt. most: new tokens at most. ends: the tokens that end a text. prefix: what
-    prefix_allowed_tokens_fn asks for.
+    Args:
+        params: the settings.
+        begin: length of the prompt, in columns.
+        most: the largest number of new tokens.
+        ends: the end-of-text tokens.
+        prefix: processors made from prefix_allowed_tokens_fn.
     """
     ends, found = sorted(ends), []
     if params.no_repeat_ngram_size:
         found.append(no_repeat_ngram(params.no_repeat_ngram_size))
-    # An end of text is no bad word, as in transformers.
+    # As in transformers, bad_words_ids never forbids an end-of-text token.
     if words := [word for word in params.bad_words_ids or () if len(word) > 1 or word[0] not in ends]:
         found.append(sequence_bias((word, -math.inf) for word in words))
     found += prefix
@@ -50,7 +55,7 @@ def processors(
 
 
 def sequence_bias(biases: Iterable[tuple[Sequence[int], float]]) -> LogitsProcessor:
-    """Adds to a token's score where it would complete one of these sequences; -inf forbids it."""
+    """Adds a bias to the score of each token that would complete its sequence; -inf forbids the token."""
     by_length: dict[int, list[tuple[Sequence[int], float]]] = defaultdict(list)
     for sequence, bias in biases:
         by_length[len(sequence)].append((sequence, bias))
@@ -62,11 +67,11 @@ def sequence_bias(biases: Iterable[tuple[Sequence[int], float]]) -> LogitsProces
     def process(ids: Tensor, scores: Tensor) -> Tensor:
         total = torch.zeros_like(scores)
         for sequences, values in groups:
-            begins, lasts = sequences[:, :-1].to(ids.device), sequences[:, -1].to(ids.device)
-            known = begins.shape[1]
+            prefixes, lasts = sequences[:, :-1].to(ids.device), sequences[:, -1].to(ids.device)
+            known = prefixes.shape[1]
             if known <= ids.shape[1]:
-                text_ends = ids[:, None, ids.shape[1] - known :]
-                completes = (text_ends == begins).all(-1)
+                tails = ids[:, None, ids.shape[1] - known :]
+                completes = (tails == prefixes).all(-1)
                 total.index_add_(1, lasts, torch.where(completes, values.to(scores), 0.0))
         return scores + total
 
@@ -74,22 +79,22 @@ def sequence_bias(biases: Iterable[tuple[Sequence[int], float]]) -> LogitsProces
 
 
 def no_repeat_ngram(size: int) -> LogitsProcessor:
-    """Forbids a token that would complete a sequence of `size` tokens which the text holds already."""
+    """Forbids tokens that would complete a sequence of `size` tokens that already occurs in the text."""
 
     def process(ids: Tensor, scores: Tensor) -> Tensor:
         length = ids.shape[1]
         if length < size:
             return scores
         grams = ids.unfold(1, size, 1)
-        again = (grams[..., :-1] == ids[:, None, length - size + 1 :]).all(-1)
-        rows, places = again.nonzero(as_tuple=True)
-        return scores.index_put((rows, grams[rows, places, -1]), scores.new_tensor(-math.inf))
+        repeated = (grams[..., :-1] == ids[:, None, length - size + 1 :]).all(-1)
+        rows, columns = repeated.nonzero(as_tuple=True)
+        return scores.index_put((rows, grams[rows, columns, -1]), scores.new_tensor(-math.inf))
 
     return process
 
 
 def forced_tokens(tokens: Sequence[int], at: int) -> LogitsProcessor:
-    """Allows these tokens alone, where a text has `at` tokens."""
+    """Allows only these tokens once the text has `at` tokens."""
 
     def process(ids: Tensor, scores: Tensor) -> Tensor:
         if ids.shape[1] != at:
@@ -100,22 +105,22 @@ def forced_tokens(tokens: Sequence[int], at: int) -> LogitsProcessor:
 
 
 def exponential_decay(start: float, factor: float, ends: Sequence[int]) -> LogitsProcessor:
-    """Adds |score| * (factor ** tokens - 1) to the ends of text, for the tokens that a text has beyond `start`."""
+    """Adds |score| * (factor ** beyond - 1) to end-of-text tokens, where `beyond` counts the tokens after `start`."""
 
     def process(ids: Tensor, scores: Tensor) -> Tensor:
         beyond = ids.shape[1] - start
         if beyond <= 0:
             return scores
         tokens = torch.tensor(ends, device=scores.device)
-        own = scores[:, tokens]
-        more = (own.abs() * (factor**beyond - 1)).masked_fill(~own.isfinite(), 0.0)
-        return scores.index_add(1, tokens, more)
+        end_scores = scores[:, tokens]
+        bonus = (end_scores.abs() * (factor**beyond - 1)).masked_fill(~end_scores.isfinite(), 0.0)
+        return scores.index_add(1, tokens, bonus)
 
     return process
 
 
 def suppress_at(at: int, tokens: Sequence[int]) -> LogitsProcessor:
-    """Forbids these tokens where a text has `at` tokens."""
+    """Forbids these tokens once the text has `at` tokens, and only there."""
 
     def process(ids: Tensor, scores: Tensor) -> Tensor:
         if ids.shape[1] != at:

@@ -1,12 +1,17 @@
-"""What a tokenizer returns, and how its rows are made to fit: frame, truncation, padding, tensors."""
+"""What calling a tokenizer returns: rows with special tokens, truncated, padded, and as tensors if asked for."""
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
+
+from ..common.checks import as_ints
+
+NO_LIMIT = int(1e30)  # the model_max_length that a checkpoint writes for "no maximum length"
 
 
 class BatchEncoding(dict[str, Any]):
-    """`input_ids`, `attention_mask` (and `token_type_ids` if asked for), also readable as attributes."""
+    """`input_ids`, `attention_mask` (and `token_type_ids` if asked for), also available as attributes."""
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -15,7 +20,7 @@ class BatchEncoding(dict[str, Any]):
             raise AttributeError(f"this encoding holds {', '.join(self)}; it has no {name!r}") from None
 
     def to(self, device: Any) -> "BatchEncoding":
-        """Moves every tensor to `device`, in place; returns itself."""
+        """Moves every tensor to `device`, in place, and returns itself."""
         for name, value in self.items():
             if not hasattr(value, "to"):
                 raise TypeError(f"{name} is a list: only an encoding made with return_tensors='pt' can be moved")
@@ -23,21 +28,130 @@ class BatchEncoding(dict[str, Any]):
         return self
 
 
+@dataclass(frozen=True)
+class Batcher:
+    """Makes a BatchEncoding of ids, with the settings of a tokenizer.
+
+    Attributes:
+        bos, eos: the ids to put before and after each text.
+        pad_token_id: called when rows are padded; returns None if the tokenizer has no pad token.
+        padding_side, truncation_side: "left" or "right".
+        max_length: model_max_length, the default of the option `max_length`.
+    """
+
+    bos: list[int]
+    eos: list[int]
+    pad_token_id: Callable[[], int | None]
+    padding_side: str
+    truncation_side: str
+    max_length: int
+
+    def batch(
+        self,
+        encoded: Sequence[tuple[list[int], list[int] | None]],
+        columns: Mapping[str, Sequence[list[int]]],
+        single: bool,
+        *,
+        padding: bool | str,
+        truncation: bool | str,
+        max_length: int | None,
+        return_tensors: str | None,
+        padding_side: str | None = None,
+        return_attention_mask: bool = True,
+        return_token_type_ids: bool = False,
+    ) -> BatchEncoding:
+        """The encoding of texts, or pairs of texts, that are already ids. Options as in InternLM3Tokenizer.__call__.
+
+        Args:
+            encoded: (ids of the first text, ids of the second text or None) for each row.
+            columns: further lists with one number for each id of a first text. They are truncated and padded (with 0)
+                like the ids; with them, rows have no second text and no bos or eos.
+            single: return one row instead of a list of rows.
+        """
+        if return_tensors not in (None, "pt"):
+            raise ValueError(f"return_tensors must be 'pt' or None, not {return_tensors!r}")
+        pads = _choose("padding", padding, "do_not_pad", "longest", "max_length")
+        cuts = _choose("truncation", truncation, "do_not_truncate", "longest_first", "only_first", "only_second")
+        limit = self._limit(pads, cuts, max_length)
+        side = check_side("padding_side", self.padding_side if padding_side is None else padding_side)
+        pad_token_id = self.pad_token_id() if pads else None
+        if pads and pad_token_id is None:
+            raise ValueError("padding needs a pad token and this tokenizer has none: set tokenizer.pad_token first")
+
+        rows = [_row(*texts, self.bos, self.eos, limit, cuts, self.truncation_side) for texts in encoded]
+        output = {"input_ids": [ids for ids, _ in rows]}
+        if return_token_type_ids:
+            output["token_type_ids"] = [types for _, types in rows]
+        if return_attention_mask:
+            output["attention_mask"] = [[1] * len(ids) for ids, _ in rows]
+        for name, column in columns.items():
+            output[name] = [_row(row, None, [], [], limit, cuts, self.truncation_side)[0] for row in column]
+        if pads:
+            length = limit if pads == "max_length" else None
+            values = {"input_ids": pad_token_id}
+            output = {name: _pad(column, length, values.get(name) or 0, side) for name, column in output.items()}
+        if return_tensors == "pt":
+            return BatchEncoding({name: _to_tensor(column) for name, column in output.items()})
+        return BatchEncoding({name: column[0] for name, column in output.items()} if single else output)
+
+    def _limit(self, padding: str | None, truncation: str | None, max_length: int | None) -> int:
+        if max_length is None:
+            if self.max_length >= NO_LIMIT and padding == "max_length":
+                raise ValueError("padding='max_length' needs max_length: this tokenizer has no limit")
+            return self.max_length
+        if not isinstance(max_length, int) or max_length < 1:
+            raise ValueError(f"max_length must be a whole number of at least 1, not {max_length!r}")
+        if not truncation and padding != "max_length":
+            raise ValueError("max_length does nothing without truncation=True or padding='max_length'")
+        return max_length
+
+
+def text_pairs(text: Any, text_pair: Any) -> list[tuple[str, str | None]]:
+    """(text, its pair or None) for each row. Raises TypeError or ValueError for arguments of other kinds."""
+    if isinstance(text, str):
+        return [(text, text_pair)]
+    if not isinstance(text, (list, tuple)):
+        raise TypeError(f"text must be a string or a list of strings, not {type(text).__name__}")
+    if text_pair is None:
+        return [(first, None) for first in text]
+    if not isinstance(text_pair, (list, tuple)) or len(text_pair) != len(text):
+        raise ValueError("text_pair must be like text: a string with a string, a list with a list of its length")
+    return list(zip(text, text_pair, strict=True))
+
+
+def id_list(ids: Any) -> list[int]:
+    """A list of Python integers from a list, a tensor, an array or one id. Raises TypeError or ValueError."""
+    ids = ids.tolist() if hasattr(ids, "tolist") else ids
+    numbers = as_ints(ids if isinstance(ids, Iterable) else [ids])
+    if numbers is None:
+        raise TypeError(
+            f"ids must be whole numbers in one flat sequence (for several, use batch_decode), not {ids!r:.80}"
+        )
+    if numbers and min(numbers) < 0:
+        raise ValueError(f"an id cannot be negative: {min(numbers)}")
+    return numbers
+
+
+def span_mask(spans: Sequence[tuple[int, int, int]], marked: Sequence[tuple[int, int]]) -> list[int]:
+    """For each token (id, start, end): 1 if it has characters in one of the `marked` (start, end), else 0."""
+    ends = [end for _, _, end in spans]
+    mask = [0] * len(spans)
+    for start, end in marked:
+        first, last = bisect_right(ends, start), bisect_left(ends, end)
+        for index in range(first, min(last + 1, len(mask)) if start < end else first):
+            mask[index] = 1
+    return mask
+
+
 def check_side(name: str, side: Any) -> str:
+    """`side`. Raises ValueError unless it is "left" or "right"."""
     if side not in ("left", "right"):
         raise ValueError(f"{name} must be 'left' or 'right', not {side!r}")
     return side
 
 
-def padding_strategy(padding: Any) -> str | None:
-    return _choose("padding", padding, "do_not_pad", "longest", "max_length")
-
-
-def truncation_strategy(truncation: Any) -> str | None:
-    return _choose("truncation", truncation, "do_not_truncate", "longest_first", "only_first", "only_second")
-
-
 def _choose(name: str, value: Any, off: str, default: str, *others: str) -> str | None:
+    """The strategy that an option names: `default` for True, None for False, None and `off`."""
     if value is True:
         return default
     if value in (False, None, off):
@@ -47,22 +161,22 @@ def _choose(name: str, value: Any, off: str, default: str, *others: str) -> str 
     return value
 
 
-def frame(
+def _row(
     first: list[int],
     second: list[int] | None,
     bos: list[int],
     eos: list[int],
-    room: int,
+    limit: int,
     strategy: str | None,
     side: str,
 ) -> tuple[list[int], list[int]]:
-    """One row, (input_ids, token_type_ids): bos + first + eos, then the same for `second` if there is one.
+    """One row as (input_ids, token_type_ids): bos + first + eos, then the same for `second` if there is one.
 
-    With a truncation strategy the two are first shortened at `side`, to `room` tokens with the frame.
+    With a truncation strategy the texts are shortened at `side` first, so that the row has at most `limit` tokens.
     """
     if strategy:
-        framing = (len(bos) + len(eos)) * (1 if second is None else 2)
-        first, second = _truncate(first, second, len(first) + len(second or ()) + framing - room, strategy, side)
+        special = (len(bos) + len(eos)) * (1 if second is None else 2)
+        first, second = _truncate(first, second, len(first) + len(second or ()) + special - limit, strategy, side)
     head, tail = bos + first + eos, [] if second is None else bos + second + eos
     return head + tail, [0] * len(head) + [1] * len(tail)
 
@@ -70,7 +184,7 @@ def frame(
 def _truncate(
     first: list[int], second: list[int] | None, excess: int, strategy: str, side: str
 ) -> tuple[list[int], list[int] | None]:
-    """Removes `excess` ids. longest_first shortens the longer of the two until they are equal, then both by turns."""
+    """Removes `excess` ids. longest_first shortens the longer text until both are equal, then both alternately."""
     if excess <= 0:
         return first, second
     lengths = len(first), len(second or ())
@@ -93,27 +207,16 @@ def _truncate(
     return cut(first, cuts[0]), None if second is None else cut(second, cuts[1])
 
 
-def mask_of(spans: Sequence[tuple[int, int, int]], marked: Sequence[tuple[int, int]]) -> list[int]:
-    """1 for each of the spans (id, start, end) that has characters of a marked (start, end), else 0."""
-    ends = [end for _, _, end in spans]
-    mask = [0] * len(spans)
-    for start, end in marked:
-        first, last = bisect_right(ends, start), bisect_left(ends, end)
-        for index in range(first, min(last + 1, len(mask)) if start < end else first):
-            mask[index] = 1
-    return mask
-
-
-def pad(rows: Sequence[list[int]], length: int | None, value: int, side: str) -> list[list[int]]:
-    """Fills every row with `value` up to `length` (None: up to the longest row); longer rows stay as they are."""
+def _pad(rows: Sequence[list[int]], length: int | None, value: int, side: str) -> list[list[int]]:
+    """Pads every row with `value` to `length` (None: the longest row); longer rows stay as they are."""
     if length is None:
         length = max(map(len, rows), default=0)
-    fills = [[value] * (length - len(row)) for row in rows]
-    return [fill + row if side == "left" else row + fill for row, fill in zip(rows, fills, strict=True)]
+    padding = [[value] * (length - len(row)) for row in rows]
+    return [fill + row if side == "left" else row + fill for row, fill in zip(rows, padding, strict=True)]
 
 
-def to_tensor(rows: Sequence[list[int]]) -> Any:
-    """int64 [rows, length]; rows of different lengths are an error."""
+def _to_tensor(rows: Sequence[list[int]]) -> Any:
+    """int64 [rows, length]. Raises ValueError for rows of different lengths."""
     import torch
 
     if len({len(row) for row in rows}) > 1:

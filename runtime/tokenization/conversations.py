@@ -1,18 +1,18 @@
-"""What a tokenizer makes of conversations: prompts by the checkpoint's chat template, as text or as ids."""
+"""Conversations to prompts, as text or as ids, with the chat template of the checkpoint."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..chat_template.control_tokens import control_tokens, encode_marked, mark
+from ..chat_template.render import literals, render, render_generated, template_variables
 from ..common.keywords import nearest, reject_unknown
-from . import chat_template as chat
-from .batch_encoding import BatchEncoding, mask_of
-from .control_tokens import control_tokens, encode_marked, marked
+from .batch_encoding import Batcher, span_mask
 from .vocabulary import Vocabulary
 
 
 class Conversations(ABC):
-    """The part of a tokenizer that knows messages and templates."""
+    """The methods of a tokenizer that take messages."""
 
     chat_template: str | dict[str, str]
     chat_control_tokens: list[str] | None
@@ -23,13 +23,16 @@ class Conversations(ABC):
     def special_tokens_map(self) -> dict[str, str]: ...
 
     @abstractmethod
-    def _fitted(self, *args: Any, **options: Any) -> BatchEncoding: ...
+    def _batcher(self, add_special_tokens: bool) -> Batcher: ...
 
     def get_chat_template(self, chat_template: str | None = None, tools: Any = None) -> str:
-        """The Jinja source: of the template by that name, if there are several, else `chat_template` itself.
+        """The Jinja source of a chat template.
 
-        None stands for the checkpoint's: of several the one for tools, if there are tools, or else the default.
-        Raises ValueError where none of several is the default.
+        Args:
+            chat_template: the name of one of the checkpoint's templates, if it has several, or Jinja source. None: the
+                checkpoint's only template, else "tool_use" if `tools` are given, else "default".
+
+        Raises ValueError for None if the checkpoint has several templates and no default.
         """
         named = {"default": self.chat_template} if isinstance(self.chat_template, str) else self.chat_template
         if chat_template is not None:
@@ -60,32 +63,32 @@ class Conversations(ABC):
         tokenizer_kwargs: Mapping[str, Any] | None = None,
         **variables: Any,
     ) -> Any:
-        """The prompt of a conversation (a list of messages), or of each in a list of conversations.
+        """The prompt of a conversation (a list of messages), or the prompts of a list of conversations.
 
         Args:
             tools, documents: JSON data for the template; InternLM3's published template reads neither.
-            chat_template: instead of the checkpoint's, or the name of one of its several.
+            chat_template: Jinja source to use instead of the checkpoint's, or the name of one of its templates.
             add_generation_prompt: end with the header of an assistant's message.
-            continue_final_message: end inside the last message, for the model to go on with it; a string names the
-                message's field, where it is another one than "content".
-            sanitize_control_tokens: control tokens in messages, tools, documents and variables are encoded as the text
-                that they look like; those of the template itself stay what they are.
+            continue_final_message: end inside the last message, so that the model continues it; a string names the
+                field to continue, if it is not "content".
+            sanitize_control_tokens: encode control tokens in messages, tools, documents and variables as plain text;
+                those of the template itself remain control tokens.
             return_dict: a BatchEncoding instead of the ids alone.
-            return_assistant_tokens_mask: with `assistant_masks` in it: 1 for the tokens of the template's
-                `{% generation %}` blocks.
+            return_assistant_tokens_mask: add `assistant_masks` to it: 1 for tokens of the template's
+                `{% generation %}` blocks, else 0.
             tokenizer_kwargs: further keywords for calling the tokenizer.
-            variables: further names for the template.
+            variables: further variables of the template.
 
         Returns:
-            text with tokenize=False; else ids: a list, or int64 [rows, length] with return_tensors="pt".
+            text with tokenize=False; otherwise ids: a list, or int64 [rows, length] with return_tensors="pt".
 
         Raises:
-            ValueError: wrong messages, switches that exclude each other, or a template that fails; see
+            ValueError: invalid messages, options that exclude each other, or a template that fails; see
                 chat_template.render.
-            TypeError: a keyword that is none of these and that the template does not read.
+            TypeError: a keyword that is neither an argument nor a variable that the template reads.
         """
         template = self.get_chat_template(chat_template, tools)
-        for name in variables.keys() - chat.template_variables(template):
+        for name in variables.keys() - template_variables(template):
             match = nearest(name, Conversations.apply_chat_template.__kwdefaults__ or ())
             hint = f"did you mean {match!r}?" if match else "the chat template does not read it"
             raise TypeError(f"apply_chat_template: unknown keyword {name!r}; {hint}")
@@ -100,34 +103,32 @@ class Conversations(ABC):
         conversations = conversation if batched else [conversation]
         given: dict[str, Any] = {"tools": tools, "documents": documents, **variables}
         if sanitize_control_tokens:
-            tokens = control_tokens(
-                self._vocabulary.added.by_id.values(), self.chat_control_tokens, chat.literals(template)
-            )
-            conversations, given = marked(conversations, tokens), marked(given, tokens)
+            added = {token.content: token.special for token in self._vocabulary.added.by_id.values()}
+            tokens = control_tokens(added, self.chat_control_tokens, literals(template))
+            conversations, given = mark(conversations, tokens), mark(given, tokens)
         given = {**self.special_tokens_map, **given}
         switches: dict[str, Any] = {"add_generation_prompt": add_generation_prompt}
 
         columns = {}
         if return_assistant_tokens_mask:
-            rendered = [chat.render_generated(template, messages, **switches, **given) for messages in conversations]
+            rendered = [render_generated(template, messages, **switches, **given) for messages in conversations]
             spans = [self._vocabulary.spans(prompt) for prompt, _ in rendered]
             encoded = [[id for id, _, _ in row] for row in spans]
             columns["assistant_masks"] = [
-                mask_of(row, generated) for row, (_, generated) in zip(spans, rendered, strict=True)
+                span_mask(row, generated) for row, (_, generated) in zip(spans, rendered, strict=True)
             ]
         else:
             switches["continue_final_message"] = continue_final_message
-            prompts = [chat.render(template, messages, **switches, **given) for messages in conversations]
+            prompts = [render(template, messages, **switches, **given) for messages in conversations]
             if not tokenize:
                 return prompts if batched else prompts[0]
             encoded = [self._encode_prompt(prompt, sanitize_control_tokens) for prompt in prompts]
         extra = dict(tokenizer_kwargs or {})
         reject_unknown("tokenizer_kwargs", extra, ("padding_side", "return_attention_mask", "return_token_type_ids"))
-        encoding = self._fitted(
+        encoding = self._batcher(add_special_tokens=False).batch(
             [(ids, None) for ids in encoded],
             columns,
             not batched,
-            add_special_tokens=False,
             padding=padding,
             truncation=truncation,
             max_length=max_length,

@@ -1,17 +1,17 @@
 """InternLM3's tokenizer, with transformers' names: a vocabulary and added tokens, and no code of a checkpoint."""
 
-import operator
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..chat_template.render import PUBLISHED_TEMPLATE
 from ..common.files import write, write_json
-from ..common.hub import NEUTRAL, NEUTRAL_AT_SAVE, locate
-from ..common.keywords import reject_unknown, without_neutral
+from ..common.hub import locate
+from ..common.keywords import reject_unknown
+from ..common.neutral import DETOKENIZE, LOAD_TOKENIZER, SAVE, TOKENIZE, without_neutral
 from .added_tokens import AddedToken, parse_added_tokens
-from .batch_encoding import BatchEncoding, check_side, frame, pad, padding_strategy, to_tensor, truncation_strategy
-from .chat_template import PUBLISHED_TEMPLATE
+from .batch_encoding import BatchEncoding, Batcher, id_list, text_pairs
 from .conversations import Conversations
 from .detokenizer import Detokenizer
 from .tokenizer_files import (
@@ -19,7 +19,6 @@ from .tokenizer_files import (
     CONFIG_FILE,
     JSON_FILE,
     NAMED_TOKENS,
-    NO_LIMIT,
     SETTINGS,
     SPECIAL_TOKENS_FILE,
     TEMPLATE_FILE,
@@ -28,28 +27,6 @@ from .tokenizer_files import (
     read_config,
     vocabulary_file,
 )
-
-# transformers' keywords that mean nothing here, see keywords.without_neutral.
-_NEUTRAL_AT_LOAD: dict[str, tuple[Any, ...]] = {
-    "use_fast": (True, False),
-    "legacy": (True, False),
-    "from_slow": (False,),
-    "use_default_system_prompt": (False,),
-    "spaces_between_special_tokens": (False,),
-}
-_NEUTRAL_AT_CALL: dict[str, tuple[Any, ...]] = {
-    "stride": (0,),
-    "is_split_into_words": (False,),
-    "pad_to_multiple_of": (),
-    "return_overflowing_tokens": (False,),
-    "return_special_tokens_mask": (False,),
-    "return_offsets_mapping": (False,),
-    "return_length": (False,),
-    "split_special_tokens": (False,),
-    "text_target": (),
-    "text_pair_target": (),
-    "verbose": (True, False),
-}
 
 
 class InternLM3Tokenizer(Conversations):
@@ -138,8 +115,7 @@ class InternLM3Tokenizer(Conversations):
 
         Nothing of a checkpoint is ever executed: a config's `auto_map` is ignored, and so is `trust_remote_code`.
         """
-        overrides = without_neutral("InternLM3Tokenizer.from_pretrained", overrides, {**NEUTRAL, **_NEUTRAL_AT_LOAD})
-        reject_unknown("InternLM3Tokenizer.from_pretrained", overrides, SETTINGS)
+        overrides = without_neutral("InternLM3Tokenizer.from_pretrained", overrides, LOAD_TOKENIZER, known=SETTINGS)
         directory = locate(
             pretrained_model_name_or_path,
             revision=revision,
@@ -162,8 +138,7 @@ class InternLM3Tokenizer(Conversations):
 
         Each file appears whole or not at all. Files of an older tokenizer that would count before these are removed.
         """
-        unknown = without_neutral("save_pretrained", unknown, NEUTRAL_AT_SAVE)
-        reject_unknown("InternLM3Tokenizer.save_pretrained", unknown, ("save_directory",))
+        without_neutral("InternLM3Tokenizer.save_pretrained", unknown, SAVE, known=("save_directory",))
         special = {**self.special_tokens_map, "additional_special_tokens": self.additional_special_tokens}
         config = {
             "tokenizer_class": "InternLM3Tokenizer",
@@ -302,17 +277,16 @@ class InternLM3Tokenizer(Conversations):
             ValueError: options that contradict each other, padding without a pad token, rows of different lengths
                 with return_tensors, text that is not valid Unicode.
         """
-        unknown = without_neutral("calling InternLM3Tokenizer", unknown, _NEUTRAL_AT_CALL)
-        reject_unknown("calling InternLM3Tokenizer", unknown, InternLM3Tokenizer.__call__.__kwdefaults__ or ())
+        known = InternLM3Tokenizer.__call__.__kwdefaults__ or ()
+        without_neutral("calling InternLM3Tokenizer", unknown, TOKENIZE, known=known)
         encoded = [
             (self._vocabulary.encode(first), None if second is None else self._vocabulary.encode(second))
-            for first, second in _pairs(text, text_pair)
+            for first, second in text_pairs(text, text_pair)
         ]
-        return self._fitted(
+        return self._batcher(add_special_tokens).batch(
             encoded,
             {},
             isinstance(text, str),
-            add_special_tokens=add_special_tokens,
             padding=padding,
             truncation=truncation,
             max_length=max_length,
@@ -322,71 +296,24 @@ class InternLM3Tokenizer(Conversations):
             return_token_type_ids=return_token_type_ids,
         )
 
-    def _fitted(
-        self,
-        encoded: Sequence[tuple[list[int], list[int] | None]],
-        columns: Mapping[str, Sequence[list[int]]],
-        single: bool,
-        *,
-        add_special_tokens: bool,
-        padding: bool | str,
-        truncation: bool | str,
-        max_length: int | None,
-        return_tensors: str | None,
-        padding_side: str | None = None,
-        return_attention_mask: bool = True,
-        return_token_type_ids: bool = False,
-    ) -> BatchEncoding:
-        """The options of calling the tokenizer, on texts that are ids already.
-
-        `columns` have a number for each id of a first text, and are cut and padded (with 0) as the ids are; with them
-        there are no second texts and no frame.
-        """
-        if return_tensors not in (None, "pt"):
-            raise ValueError(f"return_tensors must be 'pt' or None, not {return_tensors!r}")
-        pads, cuts = padding_strategy(padding), truncation_strategy(truncation)
-        limit = self._limit(pads, cuts, max_length)
-        side = check_side("padding_side", self.padding_side if padding_side is None else padding_side)
-        if pads and self.pad_token_id is None:
-            raise ValueError("padding needs a pad token and this tokenizer has none: set tokenizer.pad_token first")
-
-        bos = [self.bos_token_id] if add_special_tokens and self.add_bos_token else []
-        eos = [self.eos_token_id] if add_special_tokens and self.add_eos_token else []
-        framed = [frame(*texts, bos, eos, limit, cuts, self.truncation_side) for texts in encoded]
-        output = {"input_ids": [ids for ids, _ in framed]}
-        if return_token_type_ids:
-            output["token_type_ids"] = [types for _, types in framed]
-        if return_attention_mask:
-            output["attention_mask"] = [[1] * len(ids) for ids, _ in framed]
-        for name, rows in columns.items():
-            output[name] = [frame(row, None, [], [], limit, cuts, self.truncation_side)[0] for row in rows]
-        if pads:
-            length = limit if pads == "max_length" else None
-            fill = {"input_ids": self.pad_token_id}
-            output = {name: pad(rows, length, fill.get(name) or 0, side) for name, rows in output.items()}
-        if return_tensors == "pt":
-            return BatchEncoding({name: to_tensor(rows) for name, rows in output.items()})
-        return BatchEncoding({name: rows[0] for name, rows in output.items()} if single else output)
-
-    def _limit(self, padding: str | None, truncation: str | None, max_length: int | None) -> int:
-        if max_length is None:
-            if self.model_max_length >= NO_LIMIT and padding == "max_length":
-                raise ValueError("padding='max_length' needs max_length: this tokenizer has no limit")
-            return self.model_max_length
-        if not isinstance(max_length, int) or max_length < 1:
-            raise ValueError(f"max_length must be a whole number of at least 1, not {max_length!r}")
-        if not truncation and padding != "max_length":
-            raise ValueError("max_length does nothing without truncation=True or padding='max_length'")
-        return max_length
+    def _batcher(self, add_special_tokens: bool) -> Batcher:
+        return Batcher(
+            bos=[self.bos_token_id] if add_special_tokens and self.add_bos_token else [],
+            eos=[self.eos_token_id] if add_special_tokens and self.add_eos_token else [],
+            pad_token_id=lambda: self.pad_token_id,
+            padding_side=self.padding_side,
+            truncation_side=self.truncation_side,
+            max_length=self.model_max_length,
+        )
 
     # Ids to text
 
     def convert_ids_to_tokens(self, ids: Any, skip_special_tokens: bool = False) -> Any:
         """The token of an id, or the tokens of several; an id that nothing is known of (an unused row) is ""."""
         if isinstance(ids, int):
-            return self._vocabulary.token(*_as_ids(ids))
+            return self._vocabulary.token(*id_list(ids))
         skipped = set(self.all_special_ids) if skip_special_tokens else ()
-        return [self._vocabulary.token(id) for id in _as_ids(ids) if id not in skipped]
+        return [self._vocabulary.token(id) for id in id_list(ids) if id not in skipped]
 
     def detokenizer(self, clean_up_tokenization_spaces: bool | None = None) -> Detokenizer:
         """What makes text of tokens that come one by one; None: the space clean-up that the checkpoint asks for."""
@@ -412,36 +339,11 @@ class InternLM3Tokenizer(Conversations):
         Raises:
             TypeError: ids that are no whole numbers. ValueError: a negative one, or more than one sequence.
         """
-        unknown = without_neutral("decode", unknown, {"spaces_between_special_tokens": (False,)})
-        reject_unknown("decode", unknown, ("skip_special_tokens", "clean_up_tokenization_spaces"))
-        tokens = self.convert_ids_to_tokens(_as_ids(ids), skip_special_tokens)
+        known = ("skip_special_tokens", "clean_up_tokenization_spaces")
+        without_neutral("decode", unknown, DETOKENIZE, known=known)
+        tokens = self.convert_ids_to_tokens(id_list(ids), skip_special_tokens)
         return self.detokenizer(clean_up_tokenization_spaces).text(tokens)
 
     def batch_decode(self, sequences: Iterable[Any], **options: Any) -> list[str]:
         """`decode` of every sequence: of a list of lists or tensors, or of each row of a 2-D tensor."""
         return [self.decode(ids, **options) for ids in sequences]
-
-
-def _pairs(text: Any, text_pair: Any) -> list[tuple[str, str | None]]:
-    if isinstance(text, str):
-        return [(text, text_pair)]
-    if not isinstance(text, (list, tuple)):
-        raise TypeError(f"text must be a string or a list of strings, not {type(text).__name__}")
-    if text_pair is None:
-        return [(first, None) for first in text]
-    if not isinstance(text_pair, (list, tuple)) or len(text_pair) != len(text):
-        raise ValueError("text_pair must be like text: a string with a string, a list with a list of its length")
-    return list(zip(text, text_pair, strict=True))
-
-
-def _as_ids(ids: Any) -> list[int]:
-    """A list of Python ints from a list, a tensor, an array or one id."""
-    ids = ids.tolist() if hasattr(ids, "tolist") else ids
-    try:
-        ids = [operator.index(ids)] if not isinstance(ids, Iterable) else [operator.index(id) for id in ids]
-    except TypeError:
-        raise TypeError(f"ids must be whole numbers in one flat sequence (for several, use batch_decode), "
-                        f"not {ids!r:.80}") from None  # fmt: skip
-    if ids and min(ids) < 0:
-        raise ValueError(f"an id cannot be negative: {min(ids)}")
-    return ids

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..common.files import read_json, read_text
 from .added_tokens import AddedToken, parse_added_tokens
-from .batch_encoding import check_side
+from .batch_encoding import NO_LIMIT, check_side
 from .vocabulary import Vocabulary
 from .vocabulary_sentencepiece import SentencePieceVocabulary
 
@@ -18,7 +18,6 @@ ADDED_TOKENS_FILE = "added_tokens.json"
 TEMPLATE_FILE = "chat_template.jinja"
 
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
-NO_LIMIT = int(1e30)  # what a checkpoint writes for "no maximum length"
 # The settings of tokenizer_config.json that mean something here, with the defaults of InternLM3's own class.
 SETTINGS: dict[str, Any] = {
     "bos_token": "<s>",

@@ -1,7 +1,6 @@
-"""Kernels run natively where there is a GPU, else under Triton's interpreter, chosen before Triton is imported."""
+"""What Triton's interpreter needs so that its values are those of a GPU."""
 
 import os
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,10 +13,6 @@ torch.Tensor.__repr__ = lambda x: (
 )
 
 if not torch.cuda.is_available():
-    if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
-        raise RuntimeError("triton was imported before tests/kernels could choose its interpreter: import it later")
-    os.environ["TRITON_INTERPRET"] = "1"
-
     from triton import language as tl
     from triton.runtime import interpreter
 

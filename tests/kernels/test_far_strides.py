@@ -38,15 +38,15 @@ def arguments(op):
     words = -(-VOCAB // 32)
     return {
         "advance": lambda: {
-            "drawn": numbers,
+            "sampled": numbers,
             "logprob": ones,
             "token": numbers.clone(),
             "seq_lens": places["seq_lens"],
-            "limit": places["seq_lens"] + 9,
-            "free_from": places["seq_lens"] + 1,
-            "said": whole(ROWS, 3, below=9),
+            "max_len": places["seq_lens"] + 9,
+            "min_len": places["seq_lens"] + 1,
+            "report": whole(ROWS, 3, below=9),
             "output_counts": whole(ROWS, VOCAB, below=9),
-            **{name: whole(ROWS, words, below=2**31 - 1) for name in ("ends", "permitted", "allowed")},
+            **{name: whole(ROWS, words, below=2**31 - 1) for name in ("end_mask", "permitted", "allowed")},
         },
         "embed": lambda: {"token_ids": numbers, "table": x},
         "linear": lambda: {"x": x, "weight": weight},

@@ -4,15 +4,15 @@ import numpy as np
 import pytest
 import torch
 from internlm3 import InternLM3Config, InternLM3ForCausalLM, kernels
-from internlm3.runtime.engine import decode
-from internlm3.runtime.engine import prefill as filling
+from internlm3.runtime.engine import prefill
 from internlm3.runtime.engine.engine import Engine
 from internlm3.runtime.engine.request import Request
+from internlm3.runtime.engine.state import DecodeState
 from internlm3.runtime.model import model as runtime_model
-from internlm3.runtime.model.pages import PAGE, Pages, Sequences
+from internlm3.runtime.model.kv_cache import PAGE, BatchMetadata, PagedKVCache
 from internlm3.runtime.sampling.params import SamplingParams
-from internlm3.tests.capture import Recorder
 from internlm3.tests.kernels.support import DEVICE
+from internlm3.tests.support.capture import Recorder
 
 SHAPE = {
     "vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -41,8 +41,8 @@ def make(dtype, **shape):
 )
 def test_generation(monkeypatch, dtype, shape):
     """Three ragged prompts, one in chunks and past the window, decoded together: tokens and logits."""
-    monkeypatch.setattr(decode, "CHUNK", 16)
-    monkeypatch.setattr(decode, "TOGETHER", 16)
+    monkeypatch.setattr(prefill, "CHUNK", 16)
+    monkeypatch.setattr(prefill, "LAUNCH_TOKENS", 16)
     model = make(dtype, **shape)
     ids = torch.randint(1, 320, (3, 24), generator=torch.Generator().manual_seed(1)).to(DEVICE)
     mask = torch.ones_like(ids)
@@ -68,14 +68,14 @@ def test_the_last_rows_of_prompts(monkeypatch, triton):
     tokens, lengths = 21, torch.tensor([21, 4, 0, 37], dtype=torch.int32)  # padded, idle, behind others
     x = torch.randn(4 * tokens, 64, generator=torch.Generator().manual_seed(5)).to(DEVICE)
     table = torch.tensor([[5], [2], [1], [0]], dtype=torch.int32)
-    seqs = Sequences(table.to(DEVICE), lengths.to(DEVICE), torch.rand(4, 8).to(DEVICE))
+    batch = BatchMetadata(table.to(DEVICE), lengths.to(DEVICE), torch.rand(4, 8).to(DEVICE))
 
     def through(**options):
-        pages = Pages(model.config, 7, torch.float32, DEVICE)
-        for kv in pages.kv:
+        kv_cache = PagedKVCache(model.config, 7, torch.float32, DEVICE)
+        for kv in kv_cache.layers:
             kv.copy_(torch.randn(kv.shape, generator=torch.Generator().manual_seed(6)))
         with np.errstate(all="ignore"):
-            return model.model.run(x, seqs, pages, **options), torch.stack(pages.kv)
+            return model.model.run(x, batch, kv_cache, **options), torch.stack(kv_cache.layers)
 
     every, kept = through()
     found, also_kept = through(last_rows=True)
@@ -88,29 +88,30 @@ def test_the_last_rows_of_prompts(monkeypatch, triton):
 @pytest.mark.parametrize("triton", [False, True], ids=["reference", "triton"])
 def test_a_prompt_in_padded_pieces(monkeypatch, triton):
     """The padding of a prompt's end, which stands on tokens that are there, changes no page that anybody holds."""
-    monkeypatch.setattr(decode, "CHUNK", PAGE)
-    monkeypatch.setattr(decode, "TOGETHER", PAGE)
-    monkeypatch.setattr(filling, "WIDTHS", (16, 48))
+    monkeypatch.setattr(prefill, "CHUNK", PAGE)
+    monkeypatch.setattr(prefill, "LAUNCH_TOKENS", PAGE)
+    monkeypatch.setattr(prefill, "WIDTHS", (16, 48))
     model = make(torch.float32)
     if triton:
         on_triton(monkeypatch)
     generator = torch.Generator().manual_seed(8)
     table = torch.tensor([[5, 2, 0, 6]], dtype=torch.int32, device=DEVICE)
-    idle = Sequences(table, torch.zeros(1, dtype=torch.int32, device=DEVICE), torch.rand(1, 8).to(DEVICE))
+    idle = BatchMetadata(table, torch.zeros(1, dtype=torch.int32, device=DEVICE), torch.rand(1, 8).to(DEVICE))
     start = torch.randn(2, 2, 9, 2, PAGE, 16, generator=generator).to(DEVICE)  # what the pages hold before
 
     def filled(fill, tokens):
-        pages = Pages(model.config, 8, torch.float32, DEVICE)
-        for kv, held in zip(pages.kv, start, strict=True):
+        kv_cache = PagedKVCache(model.config, 8, torch.float32, DEVICE)
+        for kv, held in zip(kv_cache.layers, start, strict=True):
             kv.copy_(held)
         with np.errstate(all="ignore"):
-            return fill(pages)(idle, prompt[:tokens], 0), torch.stack(pages.kv)[:, :, : pages.spare]
+            return fill(kv_cache)(idle, prompt[:tokens], 0), torch.stack(kv_cache.layers)[:, :, : kv_cache.spare]
 
-    def padded(pages):
-        return filling.Filler(model, pages, table.shape[1], lambda launch: launch).fill
+    def padded(kv_cache):
+        state = DecodeState.idle(1, table.shape[1], model.config.vocab_size, model.config.head_dim, DEVICE)
+        return prefill.CapturedChunks(model, kv_cache, state, lambda launch: launch).run
 
-    def plain(pages):
-        return lambda seqs, prompt, begin: decode.prefill(model, pages, seqs, [prompt], begin)
+    def plain(kv_cache):
+        return lambda batch, prompt, begin: prefill.run_chunks(model, kv_cache, batch, [prompt], begin)
 
     lengths = (PAGE + 20,) if triton else (PAGE + 1, 2 * PAGE + 20, 2 * PAGE + 50, 3 * PAGE)  # the interpreter is slow
     for tokens in lengths:
@@ -130,7 +131,7 @@ def test_a_captured_step(monkeypatch):
     settings = [{"temperature": 0}, {"seed": 1, "top_p": 0.9}, {"seed": 2, "presence_penalty": 0.5, "min_tokens": 2}]
 
     def answers(**options):
-        engine = Engine(make(torch.float32), max_rows=4, max_seq_len=16, **options)
+        engine = Engine(make(torch.float32), max_batch_size=4, max_seq_len=16, **options)
         requests = [
             Request([row + 5] * (row + 1), SamplingParams(**each), 4, frozenset(range(0, 320, 9)))
             for row, each in enumerate(settings)

@@ -11,12 +11,12 @@ from internlm3 import kernels
 from internlm3.kernels import reference
 from internlm3.tests.kernels.support import DEVICE, assert_same, call, embedded, generator, seeds
 
-NAMES = ("token", "seq_lens", "limit", "ends", "said", "output_counts", "free_from", "permitted", "allowed")
-WRITTEN = ("token", "seq_lens", "said", "output_counts", "allowed")
+NAMES = ("token", "seq_lens", "max_len", "end_mask", "report", "output_counts", "min_len", "permitted", "allowed")
+WRITTEN = ("token", "seq_lens", "report", "output_counts", "allowed")
 
 
 def make_state(seed, rows, vocab, padding=0):
-    """drawn, logprob and the state, in which about every second row ends, opens its mask, or is idle."""
+    """sampled, logprob and the state, in which about every second row ends, opens its mask, or is idle."""
     rng = generator(seed)
     words = -(-vocab // 32)
 
@@ -27,45 +27,46 @@ def make_state(seed, rows, vocab, padding=0):
     state = {
         "token": integers(0, vocab, rows, dtype=torch.int64),
         "seq_lens": lens,
-        "limit": lens + integers(0, 4, rows),
-        "ends": integers(-(2**31), 2**31, rows, words),
-        "said": integers(-5, 5, rows, 3),
+        "max_len": lens + integers(0, 4, rows),
+        "end_mask": integers(-(2**31), 2**31, rows, words),
+        "report": integers(-5, 5, rows, 3),
         "output_counts": integers(0, 3, rows, vocab),
-        "free_from": lens + integers(0, 3, rows),
+        "min_len": lens + integers(0, 3, rows),
         "permitted": integers(-(2**31), 2**31, rows, words),
         "allowed": integers(-(2**31), 2**31, rows, words),
     }
-    drawn = integers(0, vocab, rows, dtype=torch.int64)
-    drawn[0], drawn[-1] = 0, vocab - 1
+    sampled = integers(0, vocab, rows, dtype=torch.int64)
+    sampled[0], sampled[-1] = 0, vocab - 1
     logprob = -torch.rand(rows, generator=rng) * 20
     logprob[torch.rand(rows, generator=rng) < 0.2] = float("nan")
-    return drawn, logprob.to(DEVICE), state
+    return sampled, logprob.to(DEVICE), state
 
 
-def walked(drawn, logprob, state):
+def walked(sampled, logprob, state):
     """What becomes of the state, row by row."""
     state = {name: state[name].tolist() for name in NAMES}
-    for row, token in enumerate(drawn.tolist()):
+    for row, token in enumerate(sampled.tolist()):
         length = state["seq_lens"][row]
         if length == 0:
-            state["said"][row][0] = -1
+            state["report"][row][0] = -1
             continue
         length += 1
-        end = 1 if state["ends"][row][token // 32] >> token % 32 & 1 else 2 if length >= state["limit"][row] else 0
+        end = 2 if length >= state["max_len"][row] else 0
+        end = 1 if state["end_mask"][row][token // 32] >> token % 32 & 1 else end
         end = 3 if math.isnan(logprob[row]) else end
         bits = struct.unpack("<i", struct.pack("<f", logprob[row].item()))[0]
-        state["said"][row] = [token, end, bits]
+        state["report"][row] = [token, end, bits]
         state["token"][row] = token
         state["output_counts"][row][token] += 1
-        if length == state["free_from"][row]:
+        if length == state["min_len"][row]:
             state["allowed"][row] = state["permitted"][row]
         state["seq_lens"][row] = length if end == 0 else 0
     return state
 
 
-def check(op, drawn, logprob, state):
-    expected = walked(drawn, logprob, state)
-    call(lambda drawn, logprob, *rest: op(drawn, logprob, **dict(zip(NAMES, rest, strict=True))), drawn, logprob,
+def check(op, sampled, logprob, state):
+    expected = walked(sampled, logprob, state)
+    call(lambda sampled, logprob, *rest: op(sampled, logprob, **dict(zip(NAMES, rest, strict=True))), sampled, logprob,
          *state.values(), writes=[state[name] for name in WRITTEN])  # fmt: skip
     for name in WRITTEN:
         assert_same(torch.tensor(expected[name], dtype=state[name].dtype, device=DEVICE), **{name: state[name]})
@@ -86,13 +87,13 @@ def test_the_vocabulary_of_internlm3(op):
 
 @pytest.mark.parametrize("op", [kernels.advance, reference.advance], ids=["triton", "reference"])
 def test_steps_behind_the_end_change_nothing(op):
-    """Queued steps run past a row's end: nothing of it changes but the token said, which tells that it is idle."""
-    drawn, logprob, state = make_state(5, 6, 70)
-    op(drawn, logprob, **state)
+    """Queued steps run past a row's end: only its reported token changes, to -1."""
+    sampled, logprob, state = make_state(5, 6, 70)
+    op(sampled, logprob, **state)
     state["seq_lens"].zero_()
     before = {name: x.clone() for name, x in state.items()}
-    op(drawn, logprob, **state)
-    before["said"][:, 0] = -1
+    op(sampled, logprob, **state)
+    before["report"][:, 0] = -1
     for name, x in state.items():
         assert_same(before[name], **{name: x})
 
@@ -100,22 +101,26 @@ def test_steps_behind_the_end_change_nothing(op):
 @pytest.mark.parametrize(
     ("bad", "error", "message"),
     [
-        ({"drawn": torch.zeros(2, dtype=torch.int32)}, TypeError, "drawn is torch.int32, must be torch.int64"),
+        ({"sampled": torch.zeros(2, dtype=torch.int32)}, TypeError, "sampled is torch.int32, must be torch.int64"),
         ({"seq_lens": torch.zeros(2, dtype=torch.int64)}, TypeError, "seq_lens is torch.int64, must be torch.int32"),
         ({"logprob": torch.zeros(2, dtype=torch.float64)}, TypeError, "logprob is torch.float64"),
-        ({"limit": torch.zeros(3, dtype=torch.int32)}, ValueError, r"limit has shape \[3\], must have \[2\]"),
-        ({"said": torch.zeros(2, 2, dtype=torch.int32)}, ValueError, r"said has shape \[2, 2\], must have \[2, 3\]"),
+        ({"max_len": torch.zeros(3, dtype=torch.int32)}, ValueError, r"max_len has shape \[3\], must have \[2\]"),
+        (
+            {"report": torch.zeros(2, 2, dtype=torch.int32)},
+            ValueError,
+            r"report has shape \[2, 2\], must have \[2, 3",
+        ),
         (
             {"allowed": torch.zeros(2, 1, dtype=torch.int32)},
             ValueError,
             r"allowed has shape \[2, 1\], must have \[2, 2",
         ),
-        ({"ends": torch.zeros(2, 2, dtype=torch.int32, device="meta")}, ValueError, "ends is on meta"),
+        ({"end_mask": torch.zeros(2, 2, dtype=torch.int32, device="meta")}, ValueError, "end_mask is on meta"),
     ],
 )
 def test_bad_input(bad, error, message):
-    drawn, logprob, state = make_state(1, 2, 40)
-    good = {"drawn": drawn, "logprob": logprob, **state}
+    sampled, logprob, state = make_state(1, 2, 40)
+    good = {"sampled": sampled, "logprob": logprob, **state}
     bad = {name: x if x.is_meta else x.to(DEVICE) for name, x in bad.items()}
     with pytest.raises(error, match=message):
         kernels.advance(**{**good, **bad})

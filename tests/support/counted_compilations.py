@@ -15,10 +15,12 @@ from types import SimpleNamespace
 
 import torch
 from internlm3 import InternLM3Config
-from internlm3.runtime.engine import decode
+from internlm3.runtime.engine import decode, prefill
+from internlm3.runtime.engine.pages import PageAllocator
 from internlm3.runtime.engine.state import DecodeState, Tier
-from internlm3.runtime.model.model import Decoder, LanguageModel
-from internlm3.runtime.model.pages import PAGE
+from internlm3.runtime.engine.warm_up import compile_kernels
+from internlm3.runtime.model.kv_cache import PAGE
+from internlm3.runtime.model.model import LanguageModel
 
 from bench.machine_code.launches import compilations
 from bench.machine_code.targets import TARGETS
@@ -31,27 +33,28 @@ class Server:
 
     def __init__(self, device, rows, slots, pages):
         factory = {"device": device, "dtype": torch.bfloat16}
-        self.model = LanguageModel(Decoder(CONFIG, device="meta"), device="meta")
+        self.model = LanguageModel(CONFIG, device="meta")
         for module in self.model.modules():
             for name, x in module._parameters.items():
                 if x is not None:
                     module._parameters[name] = torch.empty(x.shape, **factory)
         cache = torch.empty(pages, 2, CONFIG.num_key_value_heads, PAGE, CONFIG.head_dim, **factory)
-        self.pages = SimpleNamespace(layer=lambda _: cache.unbind(1))
+        self.kv_cache = SimpleNamespace(layer=lambda _: cache.unbind(1))
+        self.pages = PageAllocator(pages)
         self.state = DecodeState.idle(rows, slots, CONFIG.vocab_size, CONFIG.head_dim, device)
 
     def prefill(self, first, *prompts):
-        seqs = self.state.rows(first, first + len(prompts)).seqs
-        self.model.head(decode.prefill(self.model, self.pages, seqs, prompts))
+        batch = self.state.slots(first, first + len(prompts)).batch
+        self.model.head(prefill.run_chunks(self.model, self.kv_cache, batch, prompts))
 
     def step(self, first, last):
         for tier in Tier:
-            decode.step(self.model, self.pages, self.state.rows(first, last), tier)
+            decode.step(self.model, self.kv_cache, self.state.slots(first, last), tier)
 
 
 def warm(device):
     server = Server(device, rows=2, slots=16, pages=32)
-    decode.compile_all(server.model, server.pages, server.state.rows(0, 1), longest=9000)
+    compile_kernels(server.model, server.kv_cache, server.state.slots(0, 1), server.pages, max_seq_len=9000)
     for rows in (1, 2):
         server.step(0, rows)
 
@@ -63,11 +66,11 @@ def serve(device):
         rows = rng.randint(1, 40)
         server = Server(device, rows, rng.choice([1, 7, 512, rng.randint(1, 3000)]), rng.choice([1, 17, 4096]))
         prompt = torch.empty(9000, dtype=torch.int64, device=device)
-        for tokens in (rng.randint(1, 3 * decode.CHUNK), rng.randint(1, decode.CHUNK), rng.randint(1, 40)):
+        for tokens in (rng.randint(1, 3 * prefill.CHUNK), rng.randint(1, prefill.CHUNK), rng.randint(1, 40)):
             begin = rng.randint(0, 6000)
             server.prefill(rng.randrange(rows), prompt[begin : begin + tokens])
         together = rng.randint(1, rows)
-        most = min(decode.CHUNK, decode.TOGETHER // together)
+        most = min(prefill.CHUNK, prefill.LAUNCH_TOKENS // together)
         server.prefill(rng.randint(0, rows - together), *(prompt[: rng.randint(1, most)] for _ in range(together)))
         first = rng.randrange(rows)
         server.step(first, rng.randint(first + 1, rows))

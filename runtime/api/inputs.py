@@ -1,0 +1,78 @@
+"""What a caller of LLM passes in, in one form: prompts, conversations, the context window, a checkpoint's defaults."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..chat_template.render import check_messages, joined_text
+from ..common.checks import as_ints, as_list, check_ids, check_int
+from ..model.config import InternLM3Config
+from ..sampling.generation_config import GENERATION_CONFIG, read_generation_config, refuse_unsupported
+from ..sampling.params import SamplingParams
+from .prompts import THINKING_SYSTEM_PROMPT
+
+
+def prompt_list(given: Any) -> tuple[list[Any], bool]:
+    """The prompts in a list, and whether the caller gave a single one. Tensors and arrays become lists of integers."""
+    if isinstance(given, str):
+        return [given], True
+    given = given.tolist() if hasattr(given, "tolist") else given
+    if isinstance(given, (Mapping, bytes, bytearray)) or not isinstance(given, Iterable):
+        raise TypeError(f"prompts must be a string, token ids, or a list of them, not {given!r:.60}")
+    listed = [each.tolist() if hasattr(each, "tolist") else each for each in given]
+    single = bool(listed) and isinstance(listed[0], int)
+    return ([listed] if single else listed), single
+
+
+def token_ids_of(prompt: Any) -> list[int]:
+    """A prompt's token ids as Python integers. Raises TypeError if it is anything else."""
+    if isinstance(prompt, Sequence) and not isinstance(prompt, (bytes, bytearray)):
+        ids = as_ints(prompt)
+        if ids is not None:
+            return ids
+    raise TypeError(f"a prompt must be a string or token ids (messages go to chat), not {prompt!r:.60}")
+
+
+def conversation_of(messages: Any, thinking: bool) -> list[dict[str, Any]]:
+    """Checked messages; in thinking mode its system prompt follows the conversation's own."""
+    if messages == "":
+        raise ValueError("the message is empty: give at least one character")
+    messages = check_messages([{"role": "user", "content": messages}] if isinstance(messages, str) else messages)
+    if not thinking:
+        return messages
+    leads = messages[0]["role"] == "system"
+    own, rest = (joined_text(messages[0]["content"]), messages[1:]) if leads else ("", messages)
+    return [{"role": "system", "content": own + THINKING_SYSTEM_PROMPT}, *rest]
+
+
+def checkpoint_defaults(folder: Path, vocab_size: int) -> tuple[SamplingParams, list[int]]:
+    """The sampling parameters and end-of-text tokens of a checkpoint's generation_config.json."""
+    values = read_generation_config(folder)
+    ends = as_list(values.get("eos_token_id"))
+    try:
+        check_ids("eos_token_id", ends, vocab_size)
+        refuse_unsupported(values)
+        if values.get("min_length"):
+            raise ValueError(f"min_length={values['min_length']!r} counts the prompt too: write min_new_tokens for LLM")
+        params = SamplingParams.from_generation_config(values)
+        params.check_vocab(vocab_size)
+        return params, ends
+    except ValueError as error:
+        raise ValueError(f"{folder / GENERATION_CONFIG}: {error}") from None
+
+
+def check_window(config: InternLM3Config, wanted: int | None) -> int:
+    """The context window to use, by default the trained one. Raises ValueError if the model does not support it."""
+    window = config.max_position_embeddings
+    if wanted is None:
+        return window
+    wanted = check_int("max_seq_len", wanted, 1)
+    dynamic = config.rope_scaling is not None and config.rope_scaling["rope_type"] == "dynamic"
+    if wanted > window and not dynamic:
+        raise ValueError(
+            f"max_seq_len is {wanted}, and the model was trained for {window} (max_position_embeddings) "
+            "with no dynamic NTK to go further"
+        )
+    return wanted

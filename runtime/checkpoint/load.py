@@ -1,0 +1,204 @@
+"""Loading a model. All checks use the file headers and come first; then weights are copied shard by shard."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ..model.config import InternLM3Config
+from ..model.model import LanguageModel
+from .weight_files import FLOATS, WeightFiles, read_tensors, tied_names
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_ALIASES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
+# Buffers that some tools save although they are computed from the configuration.
+_DERIVED = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
+
+Model = TypeVar("Model", bound=LanguageModel)
+
+
+def load_model(
+    cls: type[Model],
+    folder: Path,
+    *,
+    config: InternLM3Config | None = None,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    batch_invariant: bool = False,
+    use_safetensors: bool = False,
+    progress: bool = True,
+) -> Model:
+    """Loads a checkpoint from a local folder into a new `cls`, in evaluation mode.
+
+    Host memory stays below the size of the model plus one shard.
+
+    Args:
+        cls: LanguageModel, or a subclass with the same constructor.
+        folder: contains config.json and the weights.
+        config: use this configuration instead of config.json.
+        dtype: "bfloat16", "float16", "float32" or PyTorch's own; None or "auto": as config.json says, else as stored.
+        device: None or "auto" (the GPU if there is one), "cpu", "cuda" or "cuda:N".
+        batch_invariant: see Decoder.
+        use_safetensors: refuse pickled weights, which otherwise are read if there is nothing else.
+        progress: show a progress bar on a terminal.
+
+    Raises:
+        FileNotFoundError: a file of the checkpoint is missing.
+        ValueError: an unknown dtype or device; files that are damaged, or contradict each other or the configuration.
+        MemoryError: the weights don't fit into the free memory of the device.
+    """
+    target, wanted = resolve_device(device), resolve_dtype(dtype)
+    config = config or InternLM3Config.from_file(folder / "config.json")
+    files = WeightFiles.open(folder)
+    if use_safetensors and any(path.suffix == ".bin" for path in files.headers):
+        raise FileNotFoundError(
+            f"{folder} contains only pickled weights, and use_safetensors=True asks for safetensors"
+        )
+    files.check_layers(config.num_hidden_layers)
+    model = cls(config, device="meta")
+    load_weights(model, files, dtype=wanted or DTYPES.get(config.dtype or ""), device=target, progress=progress)
+    model.model.batch_invariant = batch_invariant
+    return model.eval()
+
+
+def load_weights(
+    module: nn.Module, files: WeightFiles, *, dtype: torch.dtype | None, device: torch.device, progress: bool
+) -> None:
+    """Gives a module on the meta device its weights, as `dtype` (None: as they are stored).
+
+    A parameter that the module has under two names is read under the first; if the second is stored too, both must be
+    equal.
+
+    Raises:
+        ValueError: files that are damaged, or whose tensors are not those of the module; the message names them.
+        MemoryError: the weights don't fit into the free memory of the device.
+    """
+    tied = tied_names(module)
+    shapes = {name: tuple(weight.shape) for name, weight in module.state_dict().items() if name not in tied}
+    _check(files, shapes, tied)
+    dtype = dtype or _stored_dtype(files)
+    _check_memory(module, dtype, device)
+
+    _allocate(module, dtype, device)
+    weights = module.state_dict()
+    bar = tqdm(total=len(shapes), desc="Loading weights", unit="tensor", disable=None if progress else True)
+    with bar:
+        for path in files.headers:
+            for name, tensor in read_tensors(path, shapes.keys(), device):
+                weights[name].copy_(tensor)
+                bar.update()
+
+
+def resolve_device(wanted: str | torch.device | Mapping[str, Any] | None) -> torch.device:
+    """The device that a `device` or `device_map` argument names; None and "auto": the current GPU, else the CPU.
+
+    Raises ValueError for several devices, or one that does not exist here.
+    """
+    if isinstance(wanted, Mapping):
+        devices = set(map(str, wanted.values()))
+        if len(devices) != 1:
+            raise ValueError(f"device_map spreads the model over {sorted(devices)}; this runtime runs on one device")
+        wanted = next(iter(wanted.values()))
+    if wanted is None or wanted == "auto":
+        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        device = torch.device(wanted)  # type: ignore[arg-type]
+    except (RuntimeError, TypeError):
+        raise ValueError(f"device {wanted!r} is no device; give 'auto', 'cpu', 'cuda' or 'cuda:N'") from None
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        if (device.index or 0) >= count:
+            raise ValueError(f"device {wanted!r} does not exist: PyTorch sees {count} GPUs; give 'cpu' or another")
+        return torch.device("cuda", device.index if device.index is not None else torch.cuda.current_device())
+    if device.type != "cpu":
+        raise ValueError(f"device {wanted!r} is not supported; give 'auto', 'cpu' or 'cuda'")
+    return device
+
+
+def resolve_dtype(wanted: str | torch.dtype | None) -> torch.dtype | None:
+    """The dtype that a `dtype` argument names; None for None and "auto". Raises ValueError for an unsupported one."""
+    if wanted is None or wanted == "auto":
+        return None
+    name = str(wanted).removeprefix("torch.")
+    name = _ALIASES.get(name, name)
+    if name not in DTYPES:
+        raise ValueError(f"dtype {wanted!r} is not supported; give 'auto', {', '.join(map(repr, DTYPES))}")
+    return DTYPES[name]
+
+
+def _check(files: WeightFiles, shapes: Mapping[str, tuple[int, ...]], tied: Mapping[str, str]) -> None:
+    """Compares headers with the module's parameters. Only tied tensors that are stored twice are read, to compare."""
+    file_of, expected = files.file_of, set(shapes)
+    extra = {name for name in file_of if not name.endswith(_DERIVED)} - expected - tied.keys()
+    if missing := sorted(expected - set(file_of)):
+        raise ValueError(f"{files.folder}: {_listed(missing)} missing from the weights that config.json describes")
+    if extra:
+        first = min(extra)
+        raise ValueError(
+            f"{file_of[first]}: {_listed(sorted(extra))} unexpected; config.json describes another model "
+            "(or the checkpoint is quantised, which this runtime does not read)"
+        )
+    for name, shape in shapes.items():
+        found, dtype = files.headers[file_of[name]][name]
+        if found != shape:
+            raise ValueError(
+                f"{file_of[name]}: {name!r} has shape {list(found)}, and config.json makes it {list(shape)}"
+            )
+        if dtype not in FLOATS:
+            raise ValueError(f"{file_of[name]}: {name!r} is {dtype}; weights must be bfloat16, float16 or float32")
+    for name, first in tied.items():
+        if name in file_of and not torch.equal(*(_tensor(file_of[each], each) for each in (name, first))):
+            raise ValueError(
+                f"{file_of[name]}: {name!r} differs from {first!r}, and config.json says that they are the same "
+                "(tie_word_embeddings): set that to false, or remove the tensor"
+            )
+
+
+def _tensor(path: Path, name: str) -> Tensor:
+    """One tensor in float32."""
+    return next(tensor for _, tensor in read_tensors(path, {name}, torch.device("cpu"))).float()
+
+
+def _stored_dtype(files: WeightFiles) -> torch.dtype:
+    """The dtype of the first tensor."""
+    return next(dtype for header in files.headers.values() for _, dtype in header.values())
+
+
+def _check_memory(module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+    """Raises MemoryError, with the arithmetic, if the weights don't fit into the free memory of a GPU."""
+    if device.type != "cuda":
+        return
+    needed = sum(weight.numel() for weight in module.parameters()) * dtype.itemsize
+    free, total = torch.cuda.mem_get_info(device)
+    if needed > free:
+        raise MemoryError(
+            f"the weights need {needed / 1e9:.1f} GB in {dtype}, and {device} has {free / 1e9:.1f} GB free of "
+            f"{total / 1e9:.1f}: free some, take a smaller dtype, or device='cpu'"
+        )
+
+
+def _allocate(module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+    """Gives a module on the meta device uninitialised memory, keeping tied parameters tied.
+
+    (`Module.to_empty` imports sympy, which takes half a second.)
+    """
+    allocated: dict[nn.Parameter, nn.Parameter] = {}
+    for part in module.modules():
+        for name, weight in list(part.named_parameters(recurse=False)):
+            if weight not in allocated:
+                empty = torch.empty(weight.shape, dtype=dtype, device=device)
+                allocated[weight] = nn.Parameter(empty, requires_grad=False)
+            setattr(part, name, allocated[weight])
+
+
+def _listed(names: list[str]) -> str:
+    """Up to three names and their verb: "'a' is", "'a', 'b', 'c' and 2 more tensors are"."""
+    shown = ", ".join(map(repr, names[:3]))
+    if len(names) > 3:
+        return f"{shown} and {len(names) - 3} more tensors are"
+    return f"{shown} {'is' if len(names) == 1 else 'are'}"

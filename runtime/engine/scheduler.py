@@ -1,0 +1,124 @@
+"""Which waiting requests get a slot of the batch and pages of the KV cache. Host bookkeeping: it touches no tensor."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+
+from ..model.config import InternLM3Config
+from ..model.kv_cache import PAGE, pages_of
+from ..model.rope import rope_base
+from . import prefill
+from .pages import PageAllocator
+from .request import Request
+from .state import Slot, tier_of
+
+
+class Scheduler:
+    """First come, first served: a request waits until a slot and enough pages for its longest answer are free.
+
+    Args:
+        padded: the batch size that a step of so many slots runs with.
+
+    Attributes:
+        waiting: requests without a slot, in the order of arrival.
+        slots: for each slot of the batch the request that has it, None if it is idle.
+    """
+
+    def __init__(
+        self, config: InternLM3Config, max_batch_size: int, pages: PageAllocator, padded: Callable[[int], int]
+    ):
+        self.waiting: deque[Request] = deque()
+        self.slots: list[Slot | None] = [None] * max_batch_size
+        self._config, self._pages, self._padded = config, pages, padded
+
+    @property
+    def active(self) -> list[Slot]:
+        """The slots in use, by index."""
+        return [slot for slot in self.slots if slot is not None]
+
+    def schedule(self) -> list[Slot]:
+        """Gives slots and pages to waiting requests, in order, as long as there are enough."""
+        scheduled: list[Slot] = []
+        first_of: dict[tuple[int, ...], Slot] = {}
+        while self.waiting and None in self.slots:
+            prompt = tuple(self.waiting[0].prompt_ids)
+            slot = self._place(self.waiting[0], first_of.get(prompt))
+            if slot is None:
+                break
+            self.waiting.popleft()
+            first_of.setdefault(prompt, slot)
+            scheduled.append(slot)
+        return scheduled
+
+    def _place(self, request: Request, twin: Slot | None) -> Slot | None:
+        """A slot and pages for a request, None if too few pages are free.
+
+        Pages that hold its prompt already are shared: all whole pages of `twin`, which has the same prompt, or those of
+        whole chunks that an earlier prompt registered. The last token always runs, so its chunk is not shared.
+        """
+        ids, root = request.prompt_ids, self._prefix_root(request)
+        if twin is not None:
+            shared = twin.pages[: len(ids) // PAGE]
+            self._pages.retain(shared)
+        else:
+            shared = self._pages.match_prefix(ids[: len(ids) - 1], root, max(prefill.CHUNK // PAGE, 1))
+        missing = pages_of(len(ids) + request.max_tokens) - len(shared)
+        if missing > self._pages.free:
+            self._pages.release(shared)
+            return None
+        pages = shared + self._pages.allocate(missing, after=shared[-1] if shared else None)
+        if twin is None:
+            # Whole chunks only: a prompt that continues from there is cut into chunks at the same places.
+            whole = len(ids) // prefill.CHUNK * prefill.CHUNK // PAGE
+            self._pages.register_prefix(pages[:whole], ids[: whole * PAGE], root)
+        slot = Slot(request, self.slots.index(None), pages, tier_of(request), twin)
+        self.slots[slot.index] = slot
+        request.began = time.perf_counter()
+        request.cached_tokens = len(ids) if twin is not None else len(shared) * PAGE
+        return slot
+
+    def _prefix_root(self, request: Request) -> bytes:
+        """What keys and values depend on besides the tokens: the rotary base."""
+        return repr(rope_base(self._config, len(request.prompt_ids))).encode()
+
+    def remove(self, requests: Iterable[Request]) -> list[Slot]:
+        """Takes requests out, waiting or active. Returns the slots that they had."""
+        removed = []
+        for request in requests:
+            if request in self.waiting:
+                self.waiting.remove(request)
+            for slot in self.active:
+                if slot.request is request:
+                    self.free(slot)
+                    removed.append(slot)
+        return removed
+
+    def free(self, slot: Slot) -> None:
+        """Frees a slot and its pages. Steps in flight on them run before whatever uses them next."""
+        self.slots[slot.index] = None
+        self._pages.release(slot.pages)
+
+    def compact(self) -> list[tuple[int, int]]:
+        """Moves the last slots into gaps if that lets steps run with a smaller batch: (from, to) of each move."""
+        moves = []
+        while self._padded(len(self.active)) < self.batch_size:
+            slot, gap = self.active[-1], self.slots.index(None)
+            moves.append((slot.index, gap))
+            self.slots[gap], self.slots[slot.index] = slot, None
+            slot.index = gap
+        return moves
+
+    @property
+    def batch_size(self) -> int:
+        """The batch size of the next step: enough for the last active slot."""
+        return self._padded(self.active[-1].index + 1)
+
+    def clear(self) -> list[Request]:
+        """Takes all requests out, frees everything, and forgets all prefixes. Returns the requests."""
+        requests = [*self.waiting, *(slot.request for slot in self.active)]
+        self.waiting.clear()
+        self.slots = [None] * len(self.slots)
+        self._pages.reset()
+        return requests

@@ -1,0 +1,218 @@
+"""The command line: output, error messages and exit status of each command.
+
+Commands run in this process, and share one copy of the demo model. Tests of what only a process has (its start, its
+signals, its environment) start one.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import fields
+from functools import cache, partial
+from pathlib import Path
+
+import internlm3
+import pytest
+from internlm3 import LLM, InternLM3Config, InternLM3Tokenizer, SamplingParams
+from internlm3.runtime.cli import main as cli
+from internlm3.runtime.cli.sampling_switches import given_settings
+from internlm3.tests.support.command_line import FIGURES, run_command
+
+COMMAND = [sys.executable, "-m", "internlm3.runtime.cli.main"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+@pytest.fixture(scope="module")
+def run():
+    """Runs a command in this process. A model is loaded once for each set of arguments."""
+    load = cache(LLM)
+    yield partial(run_command, load)
+    load.cache_clear()
+
+
+def test_help_names_every_command_and_imports_nothing_heavy():
+    program = """
+import sys
+from internlm3.runtime.cli.main import main
+try:
+    main(["--help"])
+except SystemExit as stop:
+    heavy = {"torch", "sentencepiece", "jinja2"} & set(sys.modules)
+    sys.exit(f"imported {heavy}" if heavy else stop.code)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert all(command in done.stdout for command in ("chat", "generate", "info", "demo"))
+
+
+def test_importing_warns_of_nothing():
+    """torch warns where numpy is missing, so setup.py asks for it."""
+    subprocess.run([sys.executable, "-W", "error", "-c", "from internlm3 import LLM"], check=True)
+
+
+def test_the_demo_in_a_terminal_of_ascii(demo_model):
+    """A whole process: the demo prints "Paris" and its figures."""
+    environment = {**ENVIRONMENT, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    done = subprocess.run(
+        [*COMMAND, "demo", "-p", "What is the capital of France? 🙂"],
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, env=environment, check=True,
+    )  # fmt: skip
+    assert "Paris" in done.stdout
+    prompt, answer = map(int, FIGURES.search(done.stderr).groups())
+    assert prompt > 10 and 1 < answer < 40
+
+
+def test_generate_streams_the_answer_alone_to_standard_output(demo_model, run):
+    asked = run("generate", demo_model, "-p", "-", "--temp", 0, "-n", 12, stdin="What is the capital of France?")
+    assert asked.stdout == "The capital of France is Paris.\n"
+    raw = run("generate", demo_model, "-p", "One, two, three,", "--raw", "--temp", 0, "-n", 4)
+    assert raw.stdout.strip().startswith("four")
+    assert FIGURES.search(raw.stderr).groups()[1] == "4"
+
+
+def test_one_seed_one_text_and_a_stop_string_ends_it(demo_model, run):
+    options = ("generate", demo_model, "-p", "Tell me a story.", "--temp", 1, "-n", 20)
+    first, again, other = (run(*options, "--seed", seed).stdout for seed in (7, 7, 8))
+    assert first == again != other
+    stop = first.split()[2]
+    assert run(*options, "--seed", 7, "--stop", stop).stdout.rstrip("\n") == first[: first.index(stop)]
+
+
+def test_a_chat_remembers_resets_and_survives_a_bad_turn(demo_model, run):
+    # The window is so small that the second question does not fit behind the first answer, and fits after /reset.
+    turns = (
+        "My name is Ada. Say hello.\n"
+        + "word " * 120
+        + "\n/reset\nWhat is the capital of France?\n/exit\nnever asked\n"
+    )
+    done = run("chat", demo_model, "--temp", 0, "-n", 12, "--max-seq-len", 140, stdin=turns)
+    assert "max_seq_len is 140" in done.stderr and "/reset" in done.stderr
+    assert done.stdout.splitlines()[-1] == "The capital of France is Paris."
+    assert len(FIGURES.findall(done.stderr)) == 2
+    remembered = run("chat", demo_model, "--temp", 0, "-n", 24, stdin="My name is Ada.\nWhat is my name?\n")
+    (prompt, answer), (longer, _) = ((int(a), int(b)) for a, b in FIGURES.findall(remembered.stderr))
+    assert longer > prompt + answer
+
+
+def test_info_counts_parameters_and_memory(demo_model, run):
+    printed = run("info", demo_model, "--length", 1000).stdout
+    # 30 layers of (q and o 576 x 576, k and v 192 x 576, three of 1536 x 576, two norms), norm, embedding and head.
+    layer = 2 * 576 * 576 + 2 * 192 * 576 + 3 * 1536 * 576 + 2 * 576
+    parameters = 30 * layer + 576 + 2 * 49152 * 576
+    assert f"{parameters:,}" in printed
+    assert f"{parameters * 2 / 1e9:.2f} GB in bfloat16" in printed
+    assert "23,040 bytes a token" in printed  # 30 layers x (k and v) x 3 heads x 64 x 2 bytes
+    assert "0.02 GB at 1,000 tokens" in printed
+    assert run("info", demo_model, "--length", 1000, "--dtype", "bf16").stdout == printed
+
+
+def test_info_of_the_8b_needs_its_config_only(tmp_path, run):
+    config = InternLM3Config(
+        intermediate_size=10240, num_hidden_layers=48, num_key_value_heads=2, head_dim=128, dtype="bfloat16"
+    )
+    config.save_pretrained(tmp_path)
+    printed = run("info", tmp_path, "--length", 32768).stdout
+    assert "8,804,241,408" in printed and "17.61 GB in bfloat16" in printed
+    assert "49,152 bytes a token, 1.61 GB at 32,768 tokens" in printed
+    assert "25.77 GB for 16 answers, but at most half of what the weights leave free" in printed  # 16 x 32768 x 49152
+    assert "the pages of its prompt and max_tokens: 3.15 MB for 64 tokens, 512 of them for 32,768" in printed
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (("generate", "/nowhere/model", "-p", "hi"), "/nowhere/model"),
+        (("generate", "owner/name", "-p", "hi"), "owner/name"),
+        (("generate", "DEMO_MODEL", "-p", ""), "prompt is empty"),
+        (("generate", "DEMO_MODEL", "-p", "hi", "--top-p", "3"), "top_p"),
+        (("generate", "DEMO_MODEL", "-p", "hi", "--raw", "--thinking"), "--raw"),
+        (("generate", "DEMO_MODEL", "-p", "hi", "--dtype", "int3"), "int3"),
+        (("generate", "DEMO_MODEL", "-p", "hi", "--device", "cuda:99"), "cuda:99"),
+        (("info", "DEMO_MODEL", "--dtype", "int3"), "int3"),
+    ],
+)
+def test_an_error_is_one_sentence_on_standard_error(demo_model, run, args, says):
+    done = run(*(demo_model if arg == "DEMO_MODEL" else arg for arg in args), expect=1)
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith("internlm3: error: ") and says in done.stderr
+    assert done.stdout == ""
+
+
+def test_bad_usage_is_status_2(run):
+    assert "--prompt" in run("generate", expect=2).stderr
+
+
+def test_control_c_ends_an_answer_at_once(demo_model, run):
+    options = ("generate", demo_model, "-p", "Tell me a very long story.", "--temp", 0)
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "bufsize": 0}
+    # A shell has its background jobs, and all that they start, ignore Ctrl-C.
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen([*COMMAND, *map(str, options)], **streams, env=ENVIRONMENT, preexec_fn=heard) as process:
+        begun = process.stdout.read(1)  # the answer has begun
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate()
+    assert process.returncode == 130
+    said = int(FIGURES.search(err.decode())[2])
+    whole = run("generate", demo_model, "-p", "Tell me a very long story.", "--temp", 0, "-n", said).stdout
+    assert whole.startswith((begun + out).decode())  # the model's words, and nothing of its own
+
+
+def test_the_command_by_its_other_name_and_its_version():
+    other = [sys.executable, "-m", "internlm3"]
+    for command in (other, COMMAND):
+        done = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True)
+        assert done.stdout == f"internlm3 {internlm3.__version__}\n"
+    assert "version=VERSION" in Path(__file__).parents[2].joinpath("setup.py").read_text()  # of runtime/version.py
+    assert "{chat,generate,info,demo}" in subprocess.run([*other, "--help"], capture_output=True, text=True).stdout
+
+
+def test_every_sampling_parameter_has_a_switch(demo_model, run):
+    shown = run("generate", "--help").stdout
+    for field in fields(SamplingParams):
+        if field.name not in ("n", "logprobs"):  # of which a stream shows nothing
+            assert f"--{field.name.replace('_', '-')}" in shown.replace("--no-skip", "--skip"), field.name
+    tokens = InternLM3Tokenizer.from_pretrained(demo_model)
+    said = tokens.encode("Paris", add_special_tokens=False)
+    options = ("generate", demo_model, "-p", "What is the capital of France?", "--temp", 0, "-n", 12)
+    assert run(*options, "--allowed-token-ids", *said, "--min-tokens", 3, "-n", 3).stdout == "Paris" * 3 + "\n"
+    assert run(*options, "--logit-bias", f"{said[0]}=100", "-n", 2).stdout == "ParisParis\n"
+    capital = tokens.encode(" capital", add_special_tokens=False)
+    assert run(*options, "--stop-token-ids", *capital).stdout == "The\n"
+    assert run(*options, "--stop", " of", "--include-stop-str-in-output").stdout == "The capital of\n"
+    assert run(*options, "--ignore-eos", "--no-skip-special-tokens").stdout.count("<|im_end|>") > 0
+    assert run(*options, "--frequency-penalty", 2, "--presence-penalty", -2, "--typical-p", 0.5, "--seed", -1).stdout
+
+
+def test_switches_of_sequences():
+    line = """chat --suppress-tokens 3 4 --begin-suppress-tokens 5 --bad-words-ids 6,7 --bad-words-ids 8 --sequence-bias
+        9,10=-1.5 --no-repeat-ngram-size 3 --exponential-decay-length-penalty 20 1.1 --forced-eos-token-id 2 11"""
+    settings = given_settings(cli._parser().parse_args(line.split()))
+    assert SamplingParams.from_kwargs(**settings) == SamplingParams(
+        suppress_tokens=(3, 4), begin_suppress_tokens=(5,), bad_words_ids=((6, 7), (8,)), sequence_bias={(9, 10): -1.5},
+        no_repeat_ngram_size=3, exponential_decay_length_penalty=(20, 1.1), forced_eos_token_id=(2, 11),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (("--length", -5), "must be an integer >= 1; got -5"),
+        (("--length", 0), "must be an integer >= 1; got 0"),
+        (("--length", 10**6), "is 1000000, and the model was trained for"),
+    ],
+)
+def test_info_of_a_length_that_no_model_takes(demo_model, run, args, says):
+    done = run("info", demo_model, *args, expect=1)
+    assert says in done.stderr and done.stderr.count("\n") == 1 and done.stdout == ""
+    assert "no checkpoint is named" in run("info", "", expect=1).stderr
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "gbk", "utf-8"])
+def test_a_terminal_of_another_encoding(demo_model, run, encoding):
+    """Characters that it cannot show are replaced, and its input may end in the middle of a character."""
+    smile = InternLM3Tokenizer.from_pretrained(demo_model).encode("🙂", add_special_tokens=False)
+    options = ("chat", demo_model, "--temp", 0, "-n", 2 * len(smile), "--allowed-token-ids", *smile[:1])
+    turns = "你好".encode()[:4] + b"\n" + b"\xff\xfe\n" + b"Hi\n"
+    assert len(FIGURES.findall(run(*options, stdin=turns, encoding=encoding).stderr)) == 3
+    question = b"What is the capital of France? \xe4\xbd"
+    assert run("generate", demo_model, "-p", "-", "--temp", 0, "-n", 12, stdin=question, encoding=encoding).stdout

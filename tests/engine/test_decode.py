@@ -1,0 +1,432 @@
+"""The decode step: rows that know nothing of each other, and a step that a graph can hold.
+
+A CPU proves that by a graph of its own, see tests/support/capture.py.
+"""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from internlm3 import InternLM3Config, InternLM3ForCausalLM
+from internlm3.kernels import reference
+from internlm3.kernels.reference import SKINNY_ROWS
+from internlm3.kernels.sampling_reference import FEW_TOKENS
+from internlm3.runtime.engine import decode, prefill
+from internlm3.runtime.engine.engine import Engine
+from internlm3.runtime.engine.request import Request
+from internlm3.runtime.engine.state import DecodeState, Slot, Tier, tier_of
+from internlm3.runtime.model.kv_cache import PAGE, pages_of
+from internlm3.runtime.model.rope import inverse_frequencies
+from internlm3.runtime.sampling.params import SamplingParams
+from internlm3.tests.sampling.test_sampling import floats, random_logits
+from internlm3.tests.support.capture import Recorder
+
+CPU = torch.device("cpu")
+
+
+class Rows:
+    """The rows of a state, without a model: called with logits it draws from them. A row: settings, prompt, answer."""
+
+    def __init__(self, rows, vocab_size, eos_token_ids=(), tier=None):
+        requests = [Request(prompt, params, 1000, frozenset(eos_token_ids), answer) for params, prompt, answer in rows]
+        self.state = DecodeState.idle(len(rows), 1, vocab_size, 4, CPU)
+        self.tier = max(map(tier_of, requests)) if tier is None else tier
+        for row, request in enumerate(requests):
+            slot = Slot(request, row, [0], self.tier)
+            slot.prompt = torch.tensor(request.prompt_ids)
+            self.state.load(slot, torch.ones(2))
+            self.state.batch.seq_lens[row] = len(request.prompt_ids)
+
+    def __call__(self, logits):
+        decode.sample(reference, logits, self.state, self.tier)
+        return self.state.report.clone()
+
+    def keep(self, rows):
+        """These rows, in rows 0, 1, ... which must not be among those that come later."""
+        for target, source in enumerate(rows):
+            if source != target:
+                self.state.move(source, target)
+        self.state = self.state.slots(0, len(rows))
+
+
+def tokens_of(words):
+    """The tokens whose bits are set in [W] int32."""
+    return {32 * word + bit for word, value in enumerate(words.tolist()) for bit in range(32) if value >> bit & 1}
+
+
+def test_a_bit_for_each_token():
+    """Those of a word's sign, of the last word, and one that is named twice; min_tokens holds back the ends."""
+    params = SamplingParams(allowed_token_ids=[0, 31, 32, 63, 69, 31], suppress_tokens=[32, 64], min_tokens=1)
+    state = Rows([(params, [1], 0), (SamplingParams(), [1], 0)], 70, eos_token_ids=[31, 69]).state
+    assert tokens_of(state.end_mask[0]) == tokens_of(state.end_mask[1]) == {31, 69}
+    assert tokens_of(state.permitted[0]) == {0, 31, 63, 69} and tokens_of(state.allowed[0]) == {0, 63}
+    assert tokens_of(state.permitted[1]) == set(range(96))
+
+
+def run(rows, logits, steps):
+    """The tokens of each row, -1 when it is idle."""
+    return torch.stack([rows(logits)[:, 0] for _ in range(steps)], dim=1).tolist()
+
+
+def test_rows_repeats_itself_and_its_streams_differ():
+    logits = random_logits(1, 500, 31).expand(3, -1)
+    params = SamplingParams(seed=5)
+    rows = [(params, [1, 2], 0), (params, [1, 2], 1), (params, [1, 2], 0)]
+    first, second, again = run(Rows(rows, 500), logits, 20)
+    assert first == again and first != second and len(set(first)) > 5
+    assert [first] == run(Rows(rows[:1], 500), logits[:1], 20)
+
+
+def test_rows_without_a_seed_follows_torch_manual_seed():
+    logits = random_logits(2, 500, 32)
+
+    def generated():
+        return run(Rows([(SamplingParams(), [1], 0)] * 2, 500), logits, 10)
+
+    torch.manual_seed(1)
+    first = generated()
+    assert generated() != first
+    torch.manual_seed(1)
+    assert generated() == first
+
+
+def test_rows_continues_a_text_as_it_would_have_gone_on():
+    logits = random_logits(1, 300, 33)
+    params = SamplingParams(seed=9, repetition_penalty=1.2)
+    whole = run(Rows([(params, [4, 5], 0)], 300), logits, 12)[0]
+    assert run(Rows([(params, [4, 5, *whole[:7]], 0)], 300), logits, 5)[0] == whole[7:]
+
+
+def test_rows_keeps_rows():
+    rows = [
+        (SamplingParams(seed=1, frequency_penalty=1.0, top_k=20), [1], 0),
+        (SamplingParams(temperature=0, min_tokens=4, logit_bias={2: 50.0}), [2, 3], 0),
+        (SamplingParams(seed=3, allowed_token_ids=[7, 8, 9], typical_p=0.9), [5], 2),
+        (SamplingParams(seed=4, temperature=1.5), [6], 0),
+    ]
+    logits = random_logits(4, 400, 34)
+    assert run(Rows(rows[3:], 400), logits[3:], 8) == run(Rows(rows, 400), logits, 8)[3:]
+    whole = run(Rows(rows, 400, [2]), logits, 8)
+    rows_ = Rows(rows, 400, [2])
+    run(rows_, logits, 3)
+    rows_.keep([2, 1])
+    assert run(rows_, logits[[2, 1]], 5) == [whole[2][3:], whole[1][3:]]
+    assert whole[1][4:] == [2, -1, -1, -1] and 2 not in whole[1][:4]  # it ends, and is idle
+    assert set(whole[2]) <= {7, 8, 9}
+
+
+def test_penalties_count_what_was_generated():
+    logits = torch.zeros(1, 5)
+    logits[0] = floats(5.0, 4.0, 3.0, 2.0, 1.0)
+    greedy = SamplingParams(temperature=0, presence_penalty=2.0)
+    assert run(Rows([(greedy, [0, 1], 0)], 5), logits, 4)[0] == [0, 1, 0, 0]
+    greedy = SamplingParams(temperature=0, frequency_penalty=1.5)
+    assert run(Rows([(greedy, [0, 1], 0)], 5), logits, 4)[0] == [0, 1, 0, 2]
+    greedy = SamplingParams(temperature=0, repetition_penalty=2.0)
+    assert run(Rows([(greedy, [0], 0)], 5), logits, 4)[0] == [1, 2, 0, 0]
+
+
+@pytest.mark.parametrize("ignore_eos, expected", [(False, [1, 1, 0]), (True, [0, 0, 0])])
+def test_min_tokens_holds_back_the_ends(ignore_eos, expected):
+    params = SamplingParams(temperature=0, min_tokens=2, stop_token_ids=[2], ignore_eos=ignore_eos)
+    rows_ = Rows([(params, [3], 0)], 4, [0])
+    assert run(rows_, floats(9.0, 1.0, 5.0, 0.0)[None], 3)[0] == expected
+
+
+def test_min_tokens_that_forbids_everything_is_refused():
+    params = SamplingParams(min_tokens=1, allowed_token_ids=[2])
+    with pytest.raises(ValueError, match=r"min_tokens=1 holds back every token of allowed_token_ids=\[2\]"):
+        Rows([(params, [1], 0)], 10, [2])
+    params = SamplingParams(allowed_token_ids=[2, 3], suppress_tokens=[3, 2])
+    with pytest.raises(ValueError, match=r"suppress_tokens holds all of allowed_token_ids=\[2, 3\]"):
+        Rows([(params, [1], 0)], 10, [2])
+
+
+setting = st.fixed_dictionaries(
+    {
+        "temperature": st.sampled_from([0.0, 0.5, 1.0, 2.0]),
+        "top_k": st.sampled_from([0, 1, 7, 500]),
+        "top_p": st.sampled_from([1.0, 0.5, 0.0]),
+        "min_p": st.sampled_from([0.0, 0.1, 1.0]),
+        "repetition_penalty": st.sampled_from([1.0, 1.3, 0.7]),
+        "seed": st.integers(0, 9),
+    }
+)
+
+
+@settings(max_examples=60)
+@given(st.lists(setting, min_size=1, max_size=3), st.integers(0, 99))
+def test_an_idle_stage_gives_the_bits_of_one_turned_off(given_settings, seed):
+    """A batch runs in the highest tier that any of its rows needs: no bit of another row changes."""
+    logits = random_logits(len(given_settings), 150, seed)
+    rows = [(SamplingParams(**each), [1, 2, 3], 0) for each in given_settings]
+    lowest = Rows(rows, 150, [7])
+    higher = [Rows(rows, 150, [7], tier) for tier in Tier if tier > lowest.tier]
+    for _ in range(4):
+        said = lowest(logits)
+        assert all(torch.equal(each(logits), said) for each in higher)
+
+
+@pytest.mark.parametrize(
+    ("params", "tier"),
+    [
+        ({"temperature": 0}, Tier.GREEDY),
+        ({"temperature": 0, "top_p": 0.5}, Tier.GREEDY),
+        ({"temperature": 0, "top_p": 0.5, "repetition_penalty": 1.1}, Tier.USUAL),
+        ({"temperature": 1.0}, Tier.USUAL),
+        ({"temperature": 1.0, "top_k": FEW_TOKENS, "top_p": 0.8, "min_p": 0.1}, Tier.USUAL),
+        ({"temperature": 1.0, "top_k": FEW_TOKENS + 1}, Tier.WIDE),
+        ({"temperature": 1.0, "top_p": 0.8}, Tier.WIDE),
+        ({"temperature": 1.0, "top_k": -1, "top_p": 0.8, "repetition_penalty": 1.1}, Tier.WIDE),
+        ({"temperature": 1.0, "typical_p": 0.8}, Tier.FULL),
+        ({"temperature": 0, "presence_penalty": 0.1}, Tier.FULL),
+    ],
+)
+def test_the_lowest_tier_that_serves(params, tier):
+    """Only where a top-k leaves few candidates is a search told so."""
+    rows = Rows([(SamplingParams(**params), [1], 0)], 10)
+    assert rows.tier == tier
+    assert rows.state.stages(tier)["few_candidates"] == (tier == Tier.USUAL)
+
+
+def test_limits_are_the_devices_own():
+    rows = [(SamplingParams(temperature=0), [1] * length, 0) for length in (1, 3)]
+    rows = Rows(rows, 5)
+    rows.state.max_len.copy_(torch.tensor([3, 4]))
+    said = [rows(floats(0, 1, 2, 9, 4).expand(2, -1)).tolist() for _ in range(3)]
+    assert [[row[:2] for row in step] for step in said] == [
+        [[3, 0], [3, 2]],
+        [[3, 2], [-1, 2]],
+        [[-1, 2], [-1, 2]],
+    ]
+
+
+# -------------------------------------------------------------------- the step in a graph
+
+SHAPE = {
+    "vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 256, "initializer_range": 0.3,
+    "tie_word_embeddings": False,
+}  # fmt: skip
+ASKED = [
+    {"temperature": 0},
+    {"seed": 1, "top_p": 0.9, "top_k": 40, "repetition_penalty": 1.1},
+    {"seed": 2, "frequency_penalty": 0.5, "min_tokens": 6, "logit_bias": {5: 2.0}},
+]
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(1)
+    return InternLM3ForCausalLM(InternLM3Config(**SHAPE), dtype=torch.float32)
+
+
+@pytest.fixture
+def recorder(monkeypatch):
+    return Recorder(monkeypatch)
+
+
+def answers(model, count=3, engine=None, **options):
+    """What some requests of different lengths and settings get from an engine; and the engine, idle again."""
+    rng = np.random.default_rng(3)
+    prompts = [rng.integers(0, 320, length).tolist() for length in (5, 90, 1, 64, 33)[:count]]
+    engine = engine or Engine(model, max_batch_size=4, max_seq_len=160, **options)
+    requests = [
+        Request(prompt, SamplingParams(**ASKED[index % 3]), 12 + index, frozenset([7]))
+        for index, prompt in enumerate(prompts)
+    ]
+    engine.add(requests)
+    while engine.busy:
+        engine.step()
+    return [(request.token_ids, request.finish_reason) for request in requests], engine
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 4])
+def test_replays_give_the_tokens_of_steps(model, recorder, depth):
+    expected, _ = answers(model, 5)
+    found, engine = answers(model, 5, capture=recorder.capture, depth=depth)
+    assert found == expected and engine.pages.free == len(engine.pages)
+    assert {len(tokens) for tokens, _ in found} - {12} and recorder.replays > 10
+
+
+def test_behind_a_warm_up_nothing_is_captured(model, recorder):
+    """Every number of rows and every tier, on idle rows: no page is written, and the answers are what they were."""
+    expected, _ = answers(model, 5)
+    captured = []
+
+    def capture(step):
+        captured.append(step)
+        return recorder.capture(step)
+
+    engine = Engine(model, max_batch_size=4, max_seq_len=160, capture=capture)
+    before = [
+        kv.fill_(1.0).clone() for kv in engine.kv_cache.layers
+    ]  # memory that is as it comes may hold NaN, equal to nothing
+    engine.warm_up()
+    engine.warm_up()
+    assert len(captured) == 4 * 3 + 4  # 1, 2 and 4 rows, by tier; prompts of up to 16, 64, 128 and 160 tokens
+    assert engine.pages.free == len(engine.pages) and all(map(torch.equal, engine.kv_cache.layers, before))
+    found, _ = answers(model, 5, engine=engine)
+    assert found == expected and len(captured) == 16
+
+
+def test_a_warm_up_waits_for_no_request(model):
+    engine = Engine(model, max_batch_size=2, max_seq_len=160)
+    request = Request([1, 2], SamplingParams(temperature=0), 9)
+    engine.add([request])
+    with pytest.raises(RuntimeError, match="before requests come"):
+        engine.warm_up()
+    engine.cancel([request])
+    engine.warm_up()
+
+
+def test_a_step_is_ops_and_nothing_else(model, recorder):
+    """Six a layer (attention counted once), embedding, head, sample, advance: no op of PyTorch between them."""
+    answers(model, 1, capture=recorder.capture)
+    assert [name for name, *_ in recorder.nodes] == [
+        "embed",
+        *["rms_norm_qkv_rope_cache", "paged_attention", "linear_add", "rms_norm_swiglu", "linear_add"] * 2,
+        "rms_norm_linear",
+        "sample",
+        "advance",
+    ]
+
+
+def test_the_state_stays_where_it_is(model, recorder):
+    engine = Engine(model, max_batch_size=2, max_seq_len=160, capture=recorder.capture)
+    places = [tensor.data_ptr() for tensor in engine._state.advance_arguments().values()]
+    engine.add([Request([1, 2], SamplingParams(temperature=0), 9)])
+    while engine.busy:
+        engine.step()
+    assert places == [tensor.data_ptr() for tensor in engine._state.advance_arguments().values()]
+
+
+def test_late_steps_write_no_page(model):
+    """Steps behind the end of every row leave all pages as they are."""
+    _, engine = answers(model, 3)
+    before = [kv.clone() for kv in engine.kv_cache.layers]
+    with torch.inference_mode():
+        engine._decode_step(4, Tier.FULL)
+    for kv, old in zip(engine.kv_cache.layers, before, strict=True):
+        assert torch.equal(kv.nan_to_num(), old.nan_to_num())
+    assert (engine._state.report[:, 0] == -1).all()
+
+
+def test_a_cancelled_row_writes_no_page(model, recorder):
+    """Its row stands among others in a step of four, which go on; its pages may be another's by then."""
+    engine = Engine(model, max_batch_size=4, max_seq_len=160, capture=recorder.capture, depth=2)
+    requests = [Request([row, 1, 2], SamplingParams(temperature=0), 40) for row in range(4)]
+    engine.add(requests)
+    for _ in range(3):
+        engine.step()
+    pages = engine._scheduler.slots[1].pages
+    engine.cancel([requests[1]])
+    before = [kv[:, pages].clone() for kv in engine.kv_cache.layers]
+    while engine.busy:
+        engine.step()
+    for kv, old in zip(engine.kv_cache.layers, before, strict=True):
+        assert torch.equal(kv[:, pages].nan_to_num(), old.nan_to_num())
+
+
+def reads_a_length(step, model, kv_cache, state, tier):
+    int(state.batch.seq_lens[0])
+    step(model, kv_cache, state, tier)
+
+
+def branches_on_a_tensor(step, model, kv_cache, state, tier):
+    if state.token[0] >= 0:
+        step(model, kv_cache, state, tier)
+
+
+def asks_which_rows_run(step, model, kv_cache, state, tier):
+    state.batch.seq_lens.nonzero()
+    step(model, kv_cache, state, tier)
+
+
+def passes_a_length_as_a_number(step, model, kv_cache, state, tier):
+    state.batch.seq_lens = torch.full_like(state.batch.seq_lens, 6)
+    step(model, kv_cache, state, tier)
+
+
+@pytest.mark.parametrize(
+    "fault", [reads_a_length, branches_on_a_tensor, asks_which_rows_run, passes_a_length_as_a_number]
+)
+def test_what_a_graph_would_freeze_is_found(model, recorder, monkeypatch, fault):
+    step = decode.step
+    monkeypatch.setattr(decode, "step", lambda *args: fault(step, *args))
+    with pytest.raises(RuntimeError, match="in a step"):
+        answers(model, 2, capture=recorder.capture)
+
+
+def test_a_state_that_is_bound_anew_is_found(model, recorder, monkeypatch):
+    """Each step feeds on a tensor of its own: right when it runs eagerly, wrong when it is replayed."""
+    expected, _ = answers(model, 2)
+    sample, fed = decode.sample, {}
+
+    def rebinding(ops, logits, state, tier):
+        token = state.token
+        state.token = fed.setdefault(len(token), token.clone()) if recorder.nodes else token
+        sample(ops, logits, state, tier)
+
+    with recorder.allowing_torch():
+        monkeypatch.setattr(decode, "sample", rebinding)
+        found, _ = answers(model, 2, capture=recorder.capture)
+    assert found != expected
+
+
+def test_where_a_chunk_ends_pages_and_blocks_of_attention_end():
+    """Else what is reused, and what a launch of several chunks computes, would be cut in other places."""
+    assert prefill.CHUNK % PAGE == prefill.CHUNK % reference.QUERY_BLOCK == prefill.LAUNCH_TOKENS % prefill.CHUNK == 0
+
+
+@pytest.mark.skipif(not reference.ROWS_ALIKE, reason="this CPU's bits may tell how many rows there are")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_chunks_that_share_a_launch(monkeypatch, threads, dtype):
+    """The bits of a launch for each chunk, whatever the shapes and wherever threads cut them."""
+    monkeypatch.setattr(prefill, "CHUNK", reference.QUERY_BLOCK)
+    cut, most = prefill.CHUNK, 3 * prefill.CHUNK
+    config = InternLM3Config(
+        vocab_size=320, hidden_size=72, intermediate_size=97, num_hidden_layers=2, num_attention_heads=6,
+        num_key_value_heads=2, head_dim=12, initializer_range=0.3,
+    )  # fmt: skip
+    model = InternLM3ForCausalLM(config, dtype=dtype)
+    engine = Engine(model, max_batch_size=1, max_seq_len=4 * most)
+    batch = engine._state.slots(0, 1).batch
+    pages = engine.pages.allocate(pages_of(4 * most))
+    batch.block_table[0, : len(pages)] = torch.tensor(pages)
+    batch.inv_freq.copy_(inverse_frequencies(config, 1, CPU))
+    launches, through = [], model.model.run
+    monkeypatch.setattr(
+        model.model, "run", lambda x, *args, **flags: launches.append(len(x)) or through(x, *args, **flags)
+    )
+
+    def filled(prompt, begin, together):
+        monkeypatch.setattr(prefill, "LAUNCH_TOKENS", together)
+        for kv in engine.kv_cache.layers:
+            kv.fill_(7)
+        if begin:
+            prefill.run_chunks(model, engine.kv_cache, batch, [prompt[:begin]])
+        launches.clear()
+        last = prefill.run_chunks(model, engine.kv_cache, batch, [prompt], begin)
+        return list(launches), last, torch.stack(engine.kv_cache.layers)
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        for tokens, begin, expected in [
+            (2 * cut, 0, [2 * cut]),
+            (most + 2 * cut + 1, 0, [most, 2 * cut, 1]),
+            (most + SKINNY_ROWS, 0, [most, SKINNY_ROWS]),
+            (2 * cut + SKINNY_ROWS + 1, 0, [2 * cut + SKINNY_ROWS + 1]),
+            (most + cut + 100, cut, [most, 100]),
+            (most + 101, cut, [2 * cut + 101]),
+        ]:
+            prompt = torch.randint(320, (tokens,))
+            of_chunks, *values = filled(prompt, begin, cut)
+            shared, *same = filled(prompt, begin, most)
+            assert shared == expected and len(of_chunks) == -(-(tokens - begin) // cut)
+            assert all(map(torch.equal, same, values)), (tokens, begin)
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,463 @@
+"""The engine: requests come and go between steps, each gets what it gets alone, and every page is accounted for."""
+
+import contextlib
+import random
+import threading
+
+import mixed
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from internlm3 import InternLM3Config, InternLM3ForCausalLM
+from internlm3.kernels.reference import ROWS_ALIKE, SKINNY_ROWS
+from internlm3.runtime.engine import prefill
+from internlm3.runtime.engine.answer import Answer
+from internlm3.runtime.engine.engine import Engine
+from internlm3.runtime.engine.graphs import StepQueue, cuda_graphs
+from internlm3.runtime.engine.pages import page_budget
+from internlm3.runtime.engine.request import Request
+from internlm3.runtime.model.kv_cache import PAGE, page_bytes, pages_of
+from internlm3.runtime.model.model import Decoder
+from internlm3.runtime.sampling.params import SamplingParams
+from internlm3.tests.support.capture import Recorder
+
+SHAPE = {
+    "vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 512, "initializer_range": 0.3,
+    "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(1)
+    # bfloat16: on a CPU a row's bits do not depend on its batch there.
+    return InternLM3ForCausalLM(InternLM3Config(**SHAPE), dtype=torch.bfloat16)
+
+
+@pytest.fixture(autouse=True)
+def short_chunks(monkeypatch):
+    """A page each, so that short prompts have several."""
+    monkeypatch.setattr(prefill, "CHUNK", PAGE)
+    monkeypatch.setattr(prefill, "LAUNCH_TOKENS", PAGE)
+
+
+def ids(length, seed=0):
+    return torch.randint(320, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def ask(prompt, max_tokens=8, answer=0, ends=(), **params):
+    return Request(prompt, SamplingParams(**{"temperature": 0, **params}), max_tokens, frozenset(ends), answer)
+
+
+def run(engine, *requests):
+    engine.add(requests)
+    while any(request.finish_reason is None for request in requests):
+        engine.step()
+    return requests
+
+
+def said(request):
+    """All of an answer, to the last bit."""
+    return request.token_ids, request.logprobs, request.top_logprobs, request.finish_reason, request.stop_reason
+
+
+def alone(model, request):
+    """The same request, in an engine of its own."""
+    twin = Request(
+        request.prompt_ids, request.params, request.max_tokens, request.eos_token_ids, request.answer, request.hooks
+    )
+    twin.seed = request.seed
+    return said(*run(Engine(model, max_batch_size=1, max_seq_len=512), twin))
+
+
+def fed(monkeypatch, model):
+    """A list that grows by the number of tokens of every pass through the blocks."""
+    tokens, through = [], model.model.run
+
+    def counting(x, *args, **options):
+        tokens.append(len(x))
+        return through(x, *args, **options)
+
+    monkeypatch.setattr(model.model, "run", counting)
+    return tokens
+
+
+# -------------------------------------------------------------------- pages that remember
+
+
+def test_a_second_turn_fills_only_what_is_new(model, monkeypatch):
+    engine, first = Engine(model, max_batch_size=2, max_seq_len=512), ids(150)
+    (one,) = run(engine, ask(first))
+    turn = first + one.token_ids + ids(40, 1)
+    tokens = fed(monkeypatch, model)
+    (two,) = run(engine, ask(turn))
+    assert (one.cached_tokens, two.cached_tokens) == (0, 128)
+    assert sum(tokens) == len(turn) - 128 + 7  # and seven steps behind the first token
+    assert said(two) == alone(model, two)
+
+
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 128, 200])
+def test_the_same_question_again(model, length):
+    """All but the chunk of the last token, which must run."""
+    engine = Engine(model, max_batch_size=2, max_seq_len=512)
+    (one,), (two,) = run(engine, ask(ids(length))), run(engine, ask(ids(length)))
+    assert two.cached_tokens == (length - 1) // PAGE * PAGE
+    assert said(one) == said(two) == alone(model, two)
+
+
+@pytest.mark.parametrize("place", [0, 63, 64, 100, 170])
+def test_an_edit_in_the_middle_shares_what_comes_before(model, place):
+    engine, first = Engine(model, max_batch_size=2, max_seq_len=512), ids(200)
+    run(engine, ask(first))
+    edited = [*first[:place], (first[place] + 1) % 320, *first[place + 1 :]]
+    (request,) = run(engine, ask(edited))
+    assert request.cached_tokens == place // PAGE * PAGE
+    assert said(request) == alone(model, request)
+
+
+def test_answers_to_one_prompt_fill_it_once(model, monkeypatch):
+    engine, prompt = Engine(model, max_batch_size=4, max_seq_len=512), ids(150)
+    tokens = fed(monkeypatch, model)
+    requests = [ask(prompt, answer=answer, temperature=1.0, seed=5) for answer in range(4)]
+    engine.add(requests)
+    engine.step()
+    assert tokens == [64, 64, 22]
+    # Two whole pages together, and one each for what both write.
+    assert len(engine.pages) - engine.pages.free == 2 + 4
+    run(engine)
+    while engine.busy:
+        engine.step()
+    assert len({tuple(request.token_ids) for request in requests}) == 4
+    assert [said(request) for request in requests] == [alone(model, request) for request in requests]
+
+
+@pytest.mark.skipif(not ROWS_ALIKE, reason="this CPU's bits may tell how many rows there are")
+def test_short_prompts_share_launches(model, monkeypatch):
+    """Those of like lengths, up to a bound together; one of up to 16 tokens goes alone, and so does a long one."""
+    monkeypatch.setattr(prefill, "CHUNK", 192)
+    monkeypatch.setattr(prefill, "LAUNCH_TOKENS", 192)
+    engine = Engine(model, max_batch_size=8, max_seq_len=512)
+    requests = [ask(ids(length, length)) for length in (50, 45, 16, 40, 300, 51, 200, 39, 38)]
+    tokens = fed(monkeypatch, model)
+    engine.add(requests)
+    engine.step()
+    assert tokens == [16, 192, 108, 192, 8, 3 * 51, 2 * 40]  # the last prompt waits for a row
+    while engine.busy:
+        engine.step()
+    for request in requests:
+        assert said(request) == alone(model, request)
+
+
+def test_prompts_in_captured_launches(model, monkeypatch):
+    """Padded to a few widths and replayed without their Python: the same answers, beside one that goes on meanwhile."""
+    monkeypatch.setattr(prefill, "CHUNK", 256)
+    monkeypatch.setattr(prefill, "LAUNCH_TOKENS", 256)
+    lengths = (1, 15, 16, 17, 64, 65, 130, 255, 256, 257, 300, 500)
+    prompts = {length: ids(length, length) for length in lengths}
+    expected = {length: alone(model, ask(prompt))[0] for length, prompt in prompts.items()}
+    turn = ask(prompts[500][:300] + ids(30, 31))  # a conversation's next: it begins as another does, for a chunk
+    its_tokens = alone(model, turn)[0]
+    neighbour = ask(ids(90, 7), 120)
+    its_answer = alone(model, neighbour)[0]
+
+    recorder = Recorder(monkeypatch)
+    engine = Engine(model, max_batch_size=2, max_seq_len=512, capture=recorder.capture)
+    engine.warm_up()
+    engine.add([neighbour])
+    launched = fed(monkeypatch, model)
+    for length, prompt in prompts.items():
+        (request,) = run(engine, ask(prompt))
+        assert request.token_ids == expected[length], length
+    while engine.busy:
+        engine.step()
+    assert neighbour.token_ids == its_answer
+    run(engine, turn)
+    assert turn.token_ids == its_tokens and turn.cached_tokens == 256
+    assert launched == [], "all is replayed"
+
+
+def test_who_may_share_a_launch(model):
+    assert not model.model.can_batch_prompts(SKINNY_ROWS)
+    assert model.model.can_batch_prompts(SKINNY_ROWS + 1) == ROWS_ALIKE
+    on_a_gpu = Decoder(model.config, device="meta")
+    assert on_a_gpu.can_batch_prompts(SKINNY_ROWS + 1) and not on_a_gpu.can_batch_prompts(SKINNY_ROWS)
+    on_a_gpu.batch_invariant = True
+    assert not on_a_gpu.can_batch_prompts(SKINNY_ROWS + 1)
+
+
+def test_sequences_of_different_rotary_bases_share_nothing():
+    shape = {**SHAPE, "max_position_embeddings": 64, "rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}
+    torch.manual_seed(1)
+    model = InternLM3ForCausalLM(InternLM3Config(**shape), dtype=torch.bfloat16)
+    engine, prompt = Engine(model, max_batch_size=2, max_seq_len=512), ids(200)
+    for length, cached in ((200, 0), (199, 0), (200, 192), (150, 0), (199, 192)):
+        (request,) = run(engine, ask(prompt[:length]))
+        assert request.cached_tokens == cached
+        assert said(request) == alone(model, request)
+
+
+# -------------------------------------------------------------------- room
+
+
+def test_out_of_pages_waits(model):
+    """One window of pages, five requests that take most of it: one after the other, and none fails."""
+    engine = Engine(model, max_batch_size=4, max_seq_len=512, cache_tokens=512)
+    requests = run(engine, *(ask(ids(300, seed), 100) for seed in range(5)))
+    assert [request.finish_reason for request in requests] == ["length"] * 5
+    assert said(requests[4]) == alone(model, requests[4])
+    assert engine.pages.free == len(engine.pages) == 8
+
+
+@pytest.mark.parametrize("tail", [[], [1, 2]], ids=["same prompt", "same beginning"])
+def test_what_waits_for_pages_holds_none(model, tail):
+    """Not those either that hold its beginning, and would be shared."""
+    engine = Engine(model, max_batch_size=4, max_seq_len=512, cache_tokens=512)
+    requests = [ask(prompt, 40) for prompt in (ids(200), ids(200, 1), ids(200) + tail)]
+    engine.add(requests)
+    engine.step()
+    assert engine.pages.free == 0 and requests[2].token_ids == []
+    engine.cancel(requests[:2])
+    assert engine.pages.free == len(engine.pages)
+    while engine.busy:
+        engine.step()
+    assert said(requests[2]) == alone(model, requests[2])
+
+
+def test_what_can_never_fit_is_refused_at_once(model):
+    engine = Engine(model, max_batch_size=4, max_seq_len=100)
+    with pytest.raises(ValueError, match="a prompt of 90 tokens and 11 more are 101, and the window is 100"):
+        engine.add([ask(ids(5)), ask(ids(90), 11)])
+    assert not engine.busy
+
+
+def test_the_budget_says_its_arithmetic(model, monkeypatch):
+    with pytest.raises(ValueError, match="cache_tokens is 100, less than one window: max_seq_len is 512"):
+        Engine(model, max_seq_len=512, cache_tokens=100)
+    each = page_bytes(model.config, torch.bfloat16)
+    assert each == 2 * 2 * 2 * 16 * 2 * PAGE
+    monkeypatch.setattr("internlm3.runtime.engine.pages.free_memory", lambda device: 20 * each)
+    where = (model.config, torch.bfloat16, torch.device("cpu"))
+    assert page_budget(*where, batch_size=1, max_seq_len=512) == 8
+    assert page_budget(*where, batch_size=4, max_seq_len=512) == 10  # half of what is free
+    assert page_budget(*where, batch_size=1, max_seq_len=512, cache_tokens=1200) == 19
+    with pytest.raises(
+        MemoryError, match=r"KV cache of 1,000 tokens needs 0.00 GB \(256 bytes a token\).*lower max_seq"
+    ):
+        page_budget(*where, batch_size=1, max_seq_len=1000)
+    with pytest.raises(MemoryError, match="lower cache_tokens"):
+        page_budget(*where, batch_size=1, max_seq_len=512, cache_tokens=1300)
+
+
+# -------------------------------------------------------------------- coming and going
+
+
+def test_cancelled_requests_free_their_rows_and_pages_at_once(model):
+    engine = Engine(model, max_batch_size=2, max_seq_len=512)
+    one, two, three = (ask(ids(70, seed), 50) for seed in range(3))
+    engine.add([one, two, three])
+    for _ in range(5):
+        engine.step()
+    engine.cancel([one, three])
+    assert (one.finish_reason, three.finish_reason) == ("abort", "abort") and three.token_ids == []
+    assert len(engine.pages) - engine.pages.free == pages_of(120)
+    have = len(one.token_ids)
+    engine.add([four := ask(ids(10, 4), 5)])
+    while engine.busy:
+        engine.step()
+    assert len(one.token_ids) == have and engine.pages.free == len(engine.pages)
+    assert said(two) == alone(model, two) and said(four) == alone(model, four)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_an_error_in_a_step_ends_every_request_and_leaves_the_engine_as_new(model, monkeypatch, error):
+    engine = Engine(model, max_batch_size=2, max_seq_len=512)
+    requests = [ask(ids(100, seed), 20) for seed in range(3)]
+    engine.add(requests)
+    for _ in range(3):
+        engine.step()
+    with monkeypatch.context() as patch, pytest.raises(error):
+        patch.setattr(model, "head", lambda x: (_ for _ in ()).throw(error("in a step")))
+        engine.step()
+    assert [request.finish_reason for request in requests] == ["abort"] * 3
+    assert not engine.busy and engine.pages.free == len(engine.pages)
+    (again,) = run(engine, ask(ids(100)))
+    assert again.cached_tokens == 0 and said(again) == alone(model, again)
+
+
+def test_rows_that_an_error_ended_write_no_page(model, monkeypatch):
+    """In a captured step of four rows three go on: the fourth one's old pages are another's prompt by then."""
+    engine = Engine(model, max_batch_size=4, max_seq_len=512, capture=lambda step: (step(), step)[1], depth=2)
+    engine.add([ask(ids(100, seed), 20) for seed in range(4)])
+    for _ in range(3):
+        engine.step()
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+        patch.setattr(model, "head", lambda x: (_ for _ in ()).throw(RuntimeError("in a step")))
+        engine.step()
+    requests = run(engine, *(ask(ids(256, seed), 6) for seed in range(3)))
+    assert [said(request) for request in requests] == [alone(model, request) for request in requests]
+
+
+def test_threads_share_steps_and_each_gets_its_own(model):
+    engine = Engine(model, max_batch_size=4, max_seq_len=512)
+    requests = [ask(ids(20 + seed, seed), 30, temperature=1.0, seed=seed) for seed in range(6)]
+    begin = threading.Barrier(len(requests))
+
+    def read(request):
+        begin.wait()
+        for _ in engine.run([Answer(request)]):
+            pass
+
+    threads = [threading.Thread(target=read, args=(request,)) for request in requests]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [said(request) for request in requests] == [alone(model, request) for request in requests]
+
+
+def test_a_call_that_another_one_broke_off_is_told(model, monkeypatch):
+    engine = Engine(model, max_batch_size=2, max_seq_len=512)
+    mine, other = ask(ids(5)), ask(ids(6))
+    updates = engine.run([Answer(mine)])
+    next(updates)
+    engine.add([other])
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(model, "head", lambda x: (_ for _ in ()).throw(KeyboardInterrupt))
+        engine.step()
+    with pytest.raises(RuntimeError, match="broken off by an error in a step shared with other calls"):
+        next(updates)
+    again = ask(mine.prompt_ids)
+    for _ in engine.run([Answer(again)]):
+        pass
+    assert said(again) == alone(model, again)
+
+
+def test_more_answers_than_rows_wait(model):
+    requests = [ask(ids(70), answer=answer, temperature=1.0, seed=4) for answer in range(6)]
+    run(Engine(model, max_batch_size=2, max_seq_len=512), *requests)
+    assert [said(request) for request in requests] == [alone(model, request) for request in requests]
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4])
+def test_steps_are_as_few_as_lengths_allow(model, monkeypatch, rows):
+    """No row is idle while somebody waits for it: as many steps as bench/mixed.py holds the engine to."""
+    dice, queued, launch = random.Random(rows), [], StepQueue.launch
+    monkeypatch.setattr(StepQueue, "launch", lambda *arguments: (queued.append(1), launch(*arguments)))
+    lengths = [dice.choice([1, 2, 3, 20, 40]) for _ in range(16)]
+    run(Engine(model, max_batch_size=rows, max_seq_len=512), *(ask(ids(5, row), n) for row, n in enumerate(lengths)))
+    assert len(queued) == mixed.steps(lengths, rows, mixed.FREE)
+    ends, waves = [0] * rows, 0
+    for n in lengths:  # once more, written another way
+        ends.sort()
+        ends[0] += n - 1
+    for first in range(0, 16, rows):
+        waves += max(lengths[first : first + rows]) - 1
+    assert len(queued) == max(ends) and waves == mixed.steps(lengths, rows, mixed.WAVES)
+
+
+def test_a_soak_of_two_thousand(model):
+    """Random prompts, lengths, beginnings and cancellations: every request ends once, and every page is free."""
+    dice = random.Random(1)
+    engine = Engine(model, max_batch_size=8, max_seq_len=512, cache_tokens=1500, depth=2)
+    requests = [
+        ask(ids(dice.choice([1, 20, 64, 100, 200]), dice.randrange(4)), dice.randrange(1, 9), ends=range(0, 320, 5))
+        for _ in range(2000)
+    ]
+    waiting = list(requests)
+    cancelled = 0
+    while waiting or engine.busy:
+        for _ in range(min(dice.randrange(4), len(waiting))):
+            engine.add([waiting.pop()])
+        engine.step()
+        if dice.random() < 0.2:
+            victim = dice.choice(requests[len(waiting) :])
+            cancelled += victim.finish_reason is None
+            engine.cancel([victim])
+    reasons = [request.finish_reason for request in requests]
+    assert reasons.count("abort") == cancelled > 20 and reasons.count("stop") > 500 and None not in reasons
+    assert engine.pages.free == len(engine.pages)
+    for request in dice.sample([r for r in requests if r.finish_reason != "abort"], 20):
+        assert said(request) == alone(model, request)
+
+
+def test_no_memory_for_a_capture_leaves_the_step_eager(model, monkeypatch):
+    """The step has run once, as it must have, and is run again each time; a warning tells that it is slower."""
+
+    @contextlib.contextmanager
+    def graph(*_, **__):
+        raise torch.cuda.OutOfMemoryError("no room")
+        yield
+
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    runs = []
+    with pytest.warns(UserWarning, match="no memory to capture a decode step"):
+        replay = cuda_graphs()(lambda: runs.append(1))
+    assert len(runs) == 1
+    replay()
+    assert len(runs) == 2
+    engine = Engine(model, max_batch_size=2, max_seq_len=512, capture=cuda_graphs(), depth=2)
+    with pytest.warns(UserWarning, match="no memory to capture a decode step"):
+        requests = run(engine, *(ask(ids(60, seed), 6 + seed) for seed in range(3)))
+    assert [said(request) for request in requests] == [alone(model, request) for request in requests]
+    assert engine.pages.free == len(engine.pages)
+
+
+asked = st.fixed_dictionaries(
+    {
+        "prompt": st.tuples(st.sampled_from([1, 30, 64, 65, 130, 200]), st.integers(0, 1)),
+        "max_tokens": st.integers(1, 40),
+        "seed": st.integers(0, 3),
+        "temperature": st.sampled_from([0.0, 1.0]),
+        "min_tokens": st.sampled_from([0, 1]),
+        "logprobs": st.sampled_from([None, None, 2]),
+    }
+)
+actions = st.one_of(
+    asked, st.tuples(st.just("step"), st.integers(1, 9)), st.tuples(st.just("cancel"), st.integers(0, 30))
+)
+
+
+@settings(max_examples=40)
+@given(st.lists(actions, max_size=25), st.sampled_from([512, 900, None]), st.integers(1, 3), st.integers(1, 4))
+def test_whatever_comes_and_goes(model, actions, cache_tokens, depth, max_rows):
+    """Every page is free or held by those who run, every request ends once, with the tokens that it gets alone."""
+    engine = Engine(model, max_batch_size=max_rows, max_seq_len=512, cache_tokens=cache_tokens, depth=depth)
+    requests, cancelled = [], set()
+
+    def check():
+        held = {page for slot in engine._scheduler.active for page in slot.pages}
+        assert len(engine.pages) - engine.pages.free == len(held)
+        assert len({slot.index for slot in engine._scheduler.active}) == len(engine._scheduler.active) <= max_rows
+
+    for action in actions:
+        if isinstance(action, dict):
+            action = dict(action)
+            length, seed = action.pop("prompt")
+            requests.append(ask(ids(length, seed), action.pop("max_tokens"), ends=range(0, 320, 9), **action))
+            if requests[-1].params.min_tokens <= requests[-1].max_tokens:
+                engine.add(requests[-1:])
+        elif action[0] == "step":
+            for _ in range(action[1]):
+                engine.step()
+                check()
+        elif requests:
+            request = requests[action[1] % len(requests)]
+            if request.finish_reason is None:
+                cancelled.add(request)
+            engine.cancel([request])
+            check()
+    while engine.busy:
+        engine.step()
+        check()
+    assert engine.pages.free == len(engine.pages)
+    for request in requests:
+        assert (request.finish_reason == "abort") == (request in cancelled)
+        expected = alone(model, request)
+        if request in cancelled:
+            assert request.token_ids == expected[0][: len(request.token_ids)]
+        else:
+            assert said(request) == expected

@@ -1,0 +1,190 @@
+"""Pages and the caches on them: exact accounting, no page in two hands, nothing half-done after an error."""
+
+import itertools
+import random
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from internlm3 import InternLM3Config, InternLM3ForCausalLM
+from internlm3.runtime.compat.cache import KVCache
+from internlm3.runtime.engine import prefill
+from internlm3.runtime.engine.pages import PageAllocator
+from internlm3.runtime.model.kv_cache import PAGE, PagedKVCache, page_bytes, pages_of
+
+CONFIG = InternLM3Config(
+    vocab_size=50, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=16,
+)  # fmt: skip
+CPU = torch.device("cpu")
+
+
+def kv_cache(count, **options):
+    return PagedKVCache(CONFIG, count, torch.float32, CPU, **options)
+
+
+@given(st.integers(1, 40), st.lists(st.tuples(st.booleans(), st.integers(0, 30), st.randoms(use_true_random=False))))
+def test_every_page_is_free_or_held_once(count, steps):
+    """Random takes and releases against a plain set; a run wherever one is long enough."""
+    pool, holders, free = PageAllocator(count), [], set(range(count))
+    for taking, size, rng in steps:
+        if taking and size <= len(free):
+            runs = [first for first in range(count - size + 1) if free >= set(range(first, first + size))]
+            taken = pool.allocate(size)
+            assert len(taken) == len(set(taken)) == size and free >= set(taken)
+            if runs and size:
+                assert taken == list(range(runs[0], runs[0] + size))
+            free -= set(taken)
+            holders.append(taken)
+        elif taking:
+            with pytest.raises(
+                ValueError, match=f"{size} pages of {PAGE} tokens are needed, and {len(free)} of {count}"
+            ):
+                pool.allocate(size)
+        elif holders:
+            released = holders.pop(rng.randrange(len(holders)))
+            rng.shuffle(released)
+            pool.release(released)
+            free |= set(released)
+        assert pool.free == len(free)
+    for held in holders:
+        pool.release(held)
+    assert pool.allocate(count) == list(range(count))
+
+
+@given(st.integers(1, 24), st.integers(0, 30), st.randoms(use_true_random=False))
+def test_a_run_takes_the_pages_that_rest_longest(size, prompts, rng):
+    """A full pool gives runs too, and forgets little else than what was unused longest; brute force beside it."""
+    pool, held, resting = PageAllocator(30), [], []
+    for number in range(prompts):
+        count = rng.randint(1, 6)
+        if count <= pool.free:
+            held.append(pool.allocate(count))
+            resting = [page for page in resting if page not in held[-1]]
+            if rng.random() < 0.8:
+                pool.register_prefix(held[-1], [number] * count * PAGE, b"")
+        if held and rng.random() < 0.7:
+            released = held.pop(rng.randrange(len(held)))
+            pool.release(released)
+            resting += [page for page in reversed(released) if page in pool._digest_of]
+    free = set(range(30)).difference(*held)
+    if size > len(free):
+        return
+    expected = [*sorted(free - set(resting)), *resting][:size]
+    for forgotten in reversed(range(0, len(resting) + size, size)):
+        may = free - set(resting[forgotten:])
+        runs = [first for first in range(31 - size) if may >= set(range(first, first + size))]
+        expected = list(range(runs[0], runs[0] + size)) if runs else expected
+    assert pool.allocate(size) == expected
+
+
+@pytest.mark.parametrize("wrong", [[1, 5], [2, 2], [1, 8], [1, -1]], ids=str)
+def test_a_page_that_nobody_holds_is_not_released(wrong):
+    """Released twice, named twice, or no page at all: an error that names it, and the others stay held."""
+    pool = PageAllocator(8)
+    pool.allocate(5)
+    with pytest.raises(ValueError, match=f"page {wrong[1]} of 8 is released, and it is not in use"):
+        pool.release(wrong)
+    assert pool.free == 3
+    pool.release([1, 2])
+    with pytest.raises(ValueError, match="page 1 of 8 is released"):
+        pool.release([1])
+
+
+def test_a_cache_grows_by_moving_its_pages():
+    cache = KVCache(kv_cache(3), [[1], [2, 0]], [40, 100])
+    for kv in cache.kv_cache.layers:
+        kv.copy_(torch.randn(kv.shape))
+    before = [[kv[:, pages].clone() for pages in cache.pages] for kv in cache.kv_cache.layers]
+    cache.reserve(24)
+    assert cache.pages == [[1], [2, 0]]  # there is room
+    cache.reserve(29)
+    assert cache.pages == [[0, 1, 2], [3, 4, 5]] and cache.kv_cache.spare == 6
+    for kv, rows in zip(cache.kv_cache.layers, before, strict=True):
+        for pages, was in zip(cache.pages, rows, strict=True):
+            assert torch.equal(kv[:, pages[: was.shape[1]]], was)
+
+
+def test_the_metadata_of_a_launch():
+    lengths = [PAGE * 4 - 1, PAGE * 2 - 1]
+    cache = KVCache(kv_cache(10), [[5, 6, 7, 8], [0, 1]], lengths, inv_freq=torch.zeros(2, 8))
+    batch = cache.batch(range(2), 1, None)
+    assert batch.block_table.tolist() == [[5, 6, 7, 8], [0, 1, 0, 0]] and batch.seq_lens.tolist() == [256, 128]
+    assert cache.batch([1], 1, None).block_table.tolist() == [[0, 1, 0, 0]]
+    assert cache.batch([1, 0], 1, None).block_table.tolist() == [[0, 1, 0, 0], [5, 6, 7, 8]]
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(1)
+    model = InternLM3ForCausalLM(CONFIG, dtype=torch.float32)
+    for weight in model.parameters():
+        if weight.dim() == 2:
+            weight.mul_(5)
+    return model
+
+
+def filled(model, lengths, order):
+    """One cache of random sequences, each of them prefilled by itself on pages that `order` arranges."""
+    pool = kv_cache(64)
+    for kv in pool.layers:
+        kv.fill_(torch.nan)
+    free = list(range(64))
+    order(free)
+    caches = []
+    for seed, length in enumerate(lengths):
+        held = [free.pop() for _ in range(pages_of(length + 8))]
+        cache = KVCache(pool, [held])
+        ids = torch.randint(50, (1, length), generator=torch.Generator().manual_seed(seed))
+        for chunk in ids.split(100, dim=1):
+            model(chunk, past_key_values=cache)
+        caches.append(cache)
+    inv_freq = torch.cat([cache.inv_freq for cache in caches])
+    together = KVCache(pool, [cache.pages[0] for cache in caches], list(lengths), inv_freq)
+    together.real = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    return together
+
+
+def test_where_a_sequence_lies_changes_no_bit(model):
+    """Runs, shuffled pages, pages in reverse: the logits of some more tokens, and of rows that stay when others end."""
+    lengths, found = [130, 5, 64, 63], []
+    for order in (lambda free: free.reverse(), list.sort, random.Random(0).shuffle):
+        cache = filled(model, lengths, order)
+        step = torch.tensor([[1], [2], [3], [4]])
+        positions = torch.tensor(lengths)[:, None]
+        logits = []
+        for i in range(3):
+            mask = torch.nn.functional.pad(cache.real, (0, 1), value=True)
+            logits.append(model(step + i, mask, position_ids=positions + i, past_key_values=cache).logits)
+        found.append(torch.cat(logits, 1))
+    assert found[0].isfinite().all()
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+def test_a_scratch_is_one_layer():
+    whole, scratch = kv_cache(4), kv_cache(4, scratch=True)
+    assert len({kv.data_ptr() for kv in whole.layers}) == 3 == len(whole.layers)
+    assert len({kv.data_ptr() for kv in scratch.layers}) == 1 and len(scratch.layers) == 3
+
+
+def peak_bytes(run):
+    """The most that PyTorch's allocator held for the tensors that `run` made."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_prompts_cache_is_never_held_twice(rows, monkeypatch):
+    """The pages are there before; prefill in chunks and some steps take far less than another prompt's worth."""
+    monkeypatch.setattr(prefill, "CHUNK", 64)
+    monkeypatch.setattr(prefill, "LAUNCH_TOKENS", 64)
+    values = {**CONFIG.to_dict(), "num_key_value_heads": 8, "num_attention_heads": 8, "head_dim": 64}
+    model = InternLM3ForCausalLM(InternLM3Config.from_dict(values), dtype=torch.float32)
+    ids = torch.randint(50, (rows, 630), generator=torch.Generator().manual_seed(0))
+    prompt = pages_of(630) * page_bytes(model.config, torch.float32)
+    model.engine(4, 1024)
+    options = {"do_sample": False, "max_new_tokens": 10, "eos_token_id": []}
+    assert peak_bytes(lambda: model.generate(ids, torch.ones_like(ids), **options)) < prompt / 2

@@ -1,7 +1,0 @@
-"""The whole suite of `generate` once more, its steps replayed from graphs and 1 to 4 of them under way."""
-
-from internlm3.tests.capture import depth, engines  # noqa: F401 (fixtures)
-from internlm3.tests.test_generate import *  # noqa: F403
-
-# Fifty real prompts one after the other take a minute and a half; in two ragged batches they are all here too.
-del test_greedy_tokens_are_those_of_transformers  # noqa: F821
