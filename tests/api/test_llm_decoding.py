@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from internlm3 import (
     LLM,
     InternLM3ForCausalLM,

@@ -8,6 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from bench import batching
 from internlm3 import InternLM3Config, InternLM3ForCausalLM
 from internlm3.kernels import triton
 from internlm3.kernels.cpu import ROW_COUNT_CHANGES_BITS
@@ -23,8 +25,6 @@ from internlm3.runtime.model.kv_cache import PAGE, page_bytes, pages_of
 from internlm3.runtime.model.model import Decoder
 from internlm3.runtime.sampling.params import SamplingParams
 from internlm3.tests.support.capture import Recorder
-
-from bench import batching
 
 SHAPE = {
     "vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
