@@ -24,9 +24,10 @@ from typing import NamedTuple
 # Interpreted kernels would not be compiled.
 os.environ.pop("TRITON_INTERPRET", None)
 
-from internlm3 import kernels
 from triton import __version__ as triton_version
 from triton import knobs
+
+from internlm3 import kernels
 
 from . import ROOT
 from .cases import Case, cases
@@ -268,9 +269,10 @@ def audit(work: Sequence[tuple[Case, str]]) -> list[Finding]:
                 known |= zip(new[key], findings, strict=True)
         # Violations are not cached: the machine may have been at fault.
         sound = {name: found for name, found in known.items() if not any(Finding(*each).wrong for each in found)}
-        draft = file.with_name(f"{os.getpid()}.json")
-        draft.write_text(json.dumps({"digest": now, "findings": sound}), "utf-8")
-        draft.replace(file)
+        if sound:
+            draft = file.with_name(f"{os.getpid()}.json")
+            draft.write_text(json.dumps({"digest": now, "findings": sound}), "utf-8")
+            draft.replace(file)
     return [Finding(*found) for name in names for found in known[name]]
 
 

@@ -12,7 +12,7 @@ import torch
 
 import bench  # noqa: F401  sets PYTHONPATH, so that processes which tests start import this checkout too
 
-# Kernels run natively where there is a GPU, else under Triton's interpreter, chosen before anything imports Triton.
+# Kernels run natively on a GPU, else in Triton's interpreter, which must be chosen before Triton is imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 

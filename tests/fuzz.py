@@ -14,10 +14,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from internlm3 import kernels
-
 from bench import ROOT, user_kernels
 from bench.options import one_of, positive
+from internlm3 import kernels
 
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -28,6 +27,7 @@ def run(ops: Sequence[str], dtypes: Sequence[str], seed: int, kernel: str | None
     command = [
         *(Path(sys.executable).with_name("pytest"), "-q", "--no-header", "-x", "-n", "2", "--dist", "worksteal"),
         *("-m", chosen, "--hypothesis-profile", "fuzz", "--hypothesis-seed", str(seed)),
+        *(["tests/kernels"] if ops else []),
     ]
     variables = {"INTERNLM3_DTYPES": ",".join(dtypes), **({"INTERNLM3_KERNEL": kernel} if kernel else {})}
     return subprocess.run(command, cwd=ROOT, env=os.environ | variables).returncode

@@ -7,6 +7,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
 from internlm3.runtime.checkpoint import demo_model as module
 from internlm3.runtime.checkpoint import gguf_convert
 from internlm3.runtime.checkpoint import load as loading

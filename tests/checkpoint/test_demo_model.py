@@ -12,11 +12,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
+
 from internlm3.runtime.checkpoint import demo_model as module
 from internlm3.runtime.checkpoint import gguf_convert
 from internlm3.runtime.checkpoint import save as saving
 from internlm3.runtime.checkpoint.demo_model import NAME, demo_model_checkpoint
-from safetensors import SafetensorError
 
 DOWNLOAD = module._download
 

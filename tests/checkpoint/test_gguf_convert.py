@@ -11,12 +11,13 @@ import pytest
 import sentencepiece
 import torch
 import transformers
-from internlm3.runtime.checkpoint.demo_model import demo_model_checkpoint
-from internlm3.runtime.checkpoint.gguf_convert import sentencepiece_model, unpermute
-from internlm3.tests.support.tiny_gguf import tiny_bpe
 from safetensors import safe_open
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+from internlm3.runtime.checkpoint.demo_model import demo_model_checkpoint
+from internlm3.runtime.checkpoint.gguf_convert import sentencepiece_model, unpermute
+from internlm3.tests.support.tiny_gguf import tiny_bpe
 
 # ------------------------------------------------------------------------------------------------------ the conversion
 

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
+
 from internlm3 import InternLM3Config, InternLM3ForCausalLM, InternLM3Model
 from internlm3.runtime.checkpoint.load import load_model
 from internlm3.runtime.model.model import Decoder, LanguageModel
 from internlm3.tests.support.checkpoints import IDS, INDEX, change, load, make, refused, same, shards_to_bin
-from safetensors.torch import save_file
 
 # -------------------------------------------------------------------- round trips
 

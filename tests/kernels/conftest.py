@@ -56,9 +56,8 @@ if not torch.cuda.is_available():
 
 # tests/fuzz.py --kernel: the functions of the user's file replace ours, and run through the same cases.
 if "INTERNLM3_KERNEL" in os.environ:
-    from internlm3 import kernels
-
     from bench import user_kernels
+    from internlm3 import kernels
 
     for name, op in user_kernels.load(os.environ["INTERNLM3_KERNEL"]).items():
         setattr(kernels, name, op)

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from internlm3 import kernels
-from internlm3.kernels import cpu, reference, triton
 
 from bench.cases import cases
+from internlm3 import kernels
+from internlm3.kernels import cpu, reference, triton
 
 KERNELS = Path(kernels.__file__).parent
 TESTS = Path(__file__).parent

@@ -7,10 +7,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from internlm3.kernels import reference_sampling
-from internlm3.kernels.reference_sampling import filter_logits, penalize, philox, sample
 from transformers import GenerationConfig
 from transformers.generation.utils import GenerationMixin
+
+from internlm3.kernels import reference_sampling
+from internlm3.kernels.reference_sampling import filter_logits, penalize, philox, sample
 
 SEEDS = [11, 12, 13]
 

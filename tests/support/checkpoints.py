@@ -4,8 +4,9 @@ import json
 
 import pytest
 import torch
-from internlm3 import InternLM3Config, InternLM3ForCausalLM
 from safetensors.torch import load_file, save_file
+
+from internlm3 import InternLM3Config, InternLM3ForCausalLM
 
 SHAPE = {
     "vocab_size": 64,

@@ -5,10 +5,11 @@ from dataclasses import asdict
 
 import pytest
 import sentencepiece
+from tokenizers import AddedToken as HFAddedToken
+
 from internlm3 import InternLM3Tokenizer
 from internlm3.runtime.chat_template.render import PUBLISHED_TEMPLATE, render
 from internlm3.tests.support.chat import MESSAGES, RICH_TEMPLATE, TOOLS, by_transformers
-from tokenizers import AddedToken as HFAddedToken
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
+
 from internlm3.runtime.chat_template import sandbox
 from internlm3.runtime.chat_template.render import PUBLISHED_TEMPLATE, check_messages, render
 from internlm3.tests.support.chat import MESSAGES, PREFILLED, RICH_TEMPLATE, TOOLS, by_transformers

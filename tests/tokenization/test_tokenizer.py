@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import sentencepiece
 from hypothesis import given, settings
+
 from internlm3 import InternLM3Tokenizer
 from internlm3.runtime.tokenization.added_tokens import AddedToken
 from internlm3.tests.support.tokenizers import (

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+
 from internlm3 import InternLM3Tokenizer
 from internlm3.runtime.tokenization.batch_encoding import NO_LIMIT
 from internlm3.runtime.tokenization.tokenizer_files import NAMED_TOKENS
