@@ -1,7 +1,7 @@
-"""The ops at a model's shapes: what the audit compiles and the microbenchmarks time.
+"""Every op at a model's shapes, with inputs: what the microbenchmarks time and the audit compiles.
 
-Decode's rows are sequences of one token each, which hold `context` tokens with it. A chunk is so many tokens of one
-prompt, the last of the `context`.
+"batch 16, context 1024" is a decode step: 16 sequences with one new token each, the last of 1024. "chunk 512,
+context 1024" is a chunk of a prompt: 512 tokens of one sequence, the last of 1024.
 """
 
 import json
@@ -37,9 +37,9 @@ SMALL = Size(hidden=512, intermediate=1280, vocabulary=4096, heads=8, kv_heads=2
 
 
 def read_size(path: str | Path) -> Size:
-    """The shapes in a checkpoint's config.json, given itself or by its folder; of any model with these fields.
+    """The shapes in a checkpoint's config.json; `path` names the file or its folder.
 
-    Raises ValueError, with a sentence, where there is none or a field is missing.
+    Any model with these fields will do. Raises ValueError if there is no such file or a field is missing.
     """
     path = Path(path)
     file = path / "config.json" if path.is_dir() else path
@@ -52,13 +52,13 @@ def read_size(path: str | Path) -> Size:
     except ValueError:
         config = None
     if not isinstance(config, dict):
-        raise ValueError(f"{file} is no JSON object: name a checkpoint's folder or its config.json")
+        raise ValueError(f"{file} is not a JSON object: name a checkpoint's folder or its config.json")
 
     def field(name: str, default: int | None = None) -> int:
         value = config.get(name, default)
         value = default if value is None else value
         if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{file} has {name} {value!r}, and the shapes need a positive integer there")
+            raise ValueError(f"{file} has {name} {value!r}: it must be a positive integer")
         return value
 
     heads, hidden = field("num_attention_heads"), field("hidden_size")
@@ -76,7 +76,7 @@ Arguments = dict[str, Any]
 
 
 class Inputs(NamedTuple):
-    """Makes fresh inputs: of a model's shapes, in a dtype, on a device."""
+    """Makes new inputs of a model's shapes, in a dtype, on a device."""
 
     size: Size
     dtype: torch.dtype
@@ -92,7 +92,7 @@ class Inputs(NamedTuple):
         return torch.full(shape, value, dtype=dtype, device=self.device)
 
     def pages(self, sequences: int, context: int) -> Arguments:
-        """Sequences on shuffled pages, which lie in memory as the runtime's do, head by head."""
+        """The KV cache of `sequences` of length `context`: shuffled pages, in the runtime's memory layout."""
         slots = -(-context // PAGE)
         count = sequences * slots
         k_cache, v_cache = self.random(2, self.size.kv_heads, count, PAGE, self.size.head_dim).transpose(1, 2)
@@ -106,12 +106,14 @@ class Inputs(NamedTuple):
 
 
 class Case(NamedTuple):
+    """One op at one shape."""
+
     op: str
     shape: str  # in words
-    rows: int  # tokens of the launch
-    context: int | None  # tokens that a sequence holds, where that matters
+    tokens: int  # of all sequences
+    context: int | None  # tokens of a sequence, if the op depends on it
     dtype: torch.dtype
-    arguments: Callable[[torch.device], Arguments]  # makes fresh ones, by name
+    arguments: Callable[[torch.device], Arguments]  # makes new ones, by name
 
 
 def _embed(make: Inputs, rows: int) -> Arguments:
@@ -165,7 +167,7 @@ def _greedy(make: Inputs, rows: int) -> Arguments:
 
 
 def _sampled(make: Inputs, rows: int) -> Arguments:
-    """InternLM3's own settings, and its repetition penalty."""
+    """InternLM3's recommended settings, with a repetition penalty."""
     per_row = {"temperature": 1.0, "top_p": 0.8, "repetition_penalty": 1.005}
     return {
         **_greedy(make, rows),
@@ -177,18 +179,18 @@ def _sampled(make: Inputs, rows: int) -> Arguments:
     }
 
 
-def _top_p_alone(make: Inputs, rows: int) -> Arguments:
-    """As the runtime asks for it: with the idle stages of its tier, and many candidates."""
-    idle = {"repetition_penalty": make.full((rows,), 1.0, torch.float32), "few_candidates": False}
-    return {**_sampled(make, rows), **idle, "top_k": make.full((rows,), 0, torch.int64)}
+def _top_p_only(make: Inputs, rows: int) -> Arguments:
+    """Top-p, as the runtime calls it: with the other stages of its tier present but unused, and many candidates."""
+    unused = {"repetition_penalty": make.full((rows,), 1.0, torch.float32), "few_candidates": False}
+    return {**_sampled(make, rows), **unused, "top_k": make.full((rows,), 0, torch.int64)}
 
 
-def _typical_p_alone(make: Inputs, rows: int) -> Arguments:
-    """As the runtime asks for it: with all other stages, idle."""
+def _typical_p_only(make: Inputs, rows: int) -> Arguments:
+    """Typical-p, as the runtime calls it: with every other stage present but unused."""
     vocabulary = make.size.vocabulary
     per_row = {"top_p": 1.0, "min_p": 0.0, "typical_p": 0.8, "presence_penalty": 0.0, "frequency_penalty": 0.0}
     return {
-        **_top_p_alone(make, rows),
+        **_top_p_only(make, rows),
         **{name: make.full((rows,), value, torch.float32) for name, value in per_row.items()},
         "logit_bias": make.full((rows, vocabulary), 0.0, torch.float32),
         "allowed": make.full((rows, -(-vocabulary // 32)), -1, torch.int32),
@@ -196,7 +198,7 @@ def _typical_p_alone(make: Inputs, rows: int) -> Arguments:
 
 
 def _advance(make: Inputs, rows: int) -> Arguments:
-    """Rows that neither end nor open their mask."""
+    """Sequences that do not end at this step."""
     vocabulary = make.size.vocabulary
     integers = {"seq_lens": 1, "max_len": 2**31 - 1, "min_len": 0}
     masks = ("end_mask", "permitted", "allowed")
@@ -214,44 +216,44 @@ def _advance(make: Inputs, rows: int) -> Arguments:
 def cases(
     size: Size = INTERNLM3_8B,
     dtypes: Sequence[torch.dtype] = (torch.bfloat16,),
-    rows: Sequence[int] = (1, 16),
+    batches: Sequence[int] = (1, 16),
     chunks: Sequence[int] = (4, 512),
     contexts: Sequence[int] = (1024,),
 ) -> Iterator[Case]:
-    """Every op for so many rows of decode, and what a prompt goes through for chunks of so many tokens."""
+    """The ops of a decode step at these batch sizes, and those of prompt chunks of these numbers of tokens."""
     for dtype in dtypes:
-        for count in rows:
-            yield from _launches(size, dtype, count, count, contexts)
-        for tokens in chunks:
-            yield from _launches(size, dtype, tokens, 1, [context for context in contexts if context >= tokens])
+        for batch in batches:
+            yield from _ops(size, dtype, batch, batch, contexts)
+        for chunk in chunks:
+            yield from _ops(size, dtype, chunk, 1, [context for context in contexts if context >= chunk])
 
 
-def _launches(size: Size, dtype: torch.dtype, rows: int, sequences: int, contexts: Sequence[int]) -> Iterator[Case]:
-    decode = rows == sequences
-    name = f"{rows} {'row' if decode else 'token'}{'s' * (rows > 1)}"
+def _ops(size: Size, dtype: torch.dtype, tokens: int, sequences: int, contexts: Sequence[int]) -> Iterator[Case]:
+    decode = tokens == sequences
+    name = f"batch {tokens}" if decode else f"chunk {tokens}"
 
     def case(op: str, make: Callable[..., Arguments], *shape: Any, part: str = "", context: int | None = None) -> Case:
-        words = ", ".join(filter(None, (name, part, f"{context} held" if context else "")))
-        fresh = partial(_make, make, size, dtype, (rows, *shape))
-        return Case(op, words, rows, context, dtype, fresh)
+        words = ", ".join(filter(None, (name, part, f"context {context}" if context else "")))
+        arguments = partial(_make, make, size, dtype, (tokens, *shape))
+        return Case(op, words, tokens, context, dtype, arguments)
 
     yield case("embed", _embed)
     yield case("rms_norm", _rms_norm)
     yield case("swiglu", _swiglu)
-    yield case("linear", _linear, size.hidden, size.hidden, part="o")
-    yield case("linear_add", _linear_add, size.hidden, size.hidden, part="o")
-    yield case("linear_add", _linear_add, size.hidden, size.intermediate, part="down")
+    yield case("linear", _linear, size.hidden, size.hidden, part="o_proj")
+    yield case("linear_add", _linear_add, size.hidden, size.hidden, part="o_proj")
+    yield case("linear_add", _linear_add, size.hidden, size.intermediate, part="down_proj")
     yield case("rms_norm_swiglu", _norm_linear, 2 * size.intermediate)
     for context in contexts:
         yield case("rope_and_cache", _rope_and_cache, sequences, context, context=context)
         yield case("rms_norm_qkv_rope_cache", _norm_qkv_rope_cache, sequences, context, context=context)
         yield case("paged_attention", _attention, sequences, context, context=context)
     if decode:
-        yield case("rms_norm_linear", _norm_linear, size.vocabulary, part="head")
+        yield case("rms_norm_linear", _norm_linear, size.vocabulary, part="lm_head")
         yield case("sample", _greedy, part="greedy")
         yield case("sample", _sampled, part="recommended")
-        yield case("sample", _top_p_alone, part="top_p alone")
-        yield case("sample", _typical_p_alone, part="typical_p alone")
+        yield case("sample", _top_p_only, part="top_p only")
+        yield case("sample", _typical_p_only, part="typical_p only")
         yield case("advance", _advance)
 
 

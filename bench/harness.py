@@ -1,6 +1,6 @@
-"""Run a kernel so that its faults show: inputs amid garbage, poisoned outputs between guards, errors by their place.
+"""Run a kernel so that its faults show: poisoned outputs, guards around memory, differences with their place.
 
-The tests of kernels/ and the check of somebody's own kernel (bench/kernels.py --kernel) run through the same `call`.
+The tests of kernels/ and the check of a user's kernel (python -m bench.ops --kernel) use the same `call`.
 """
 
 import contextlib
@@ -17,7 +17,8 @@ class Fault(AssertionError):
     """A kernel wrote where it must not."""
 
 
-GUARD = 4096  # elements on either side of a poisoned tensor: more than a block overruns; keeps 16-byte alignment
+# Elements on either side of a poisoned tensor: wider than a block, so that no overrun jumps it. Keeps the alignment.
+GUARD = 4096
 
 
 def poison(numel: int, dtype: torch.dtype, device: Any = None) -> Tensor:
@@ -25,22 +26,22 @@ def poison(numel: int, dtype: torch.dtype, device: Any = None) -> Tensor:
     return torch.full((numel * dtype.itemsize,), 0xFF, dtype=torch.uint8, device=device).view(dtype)
 
 
-def amid_guards(x: Tensor) -> Tensor:
-    """A copy of x with x's strides, in poisoned memory with guards on both ends."""
+def between_guards(x: Tensor) -> Tensor:
+    """A copy of x with its strides, in poisoned memory with guards at both ends."""
     extent = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) + 1 if x.numel() else 0
     memory = poison(2 * GUARD + extent, x.dtype, x.device)
     return memory.as_strided(x.shape, x.stride(), GUARD).copy_(x)
 
 
 def guarded(x: Tensor) -> bool:
-    """Whether x's memory begins and ends with whole guards."""
+    """Whether x's memory begins and ends with intact guards."""
     memory = torch.tensor([], dtype=x.dtype, device=x.device).set_(x.untyped_storage())
     return all(bool((guard.view(torch.uint8) == 0xFF).all()) for guard in (memory[:GUARD], memory[-GUARD:]))
 
 
 @contextlib.contextmanager
 def poisoned_outputs() -> Iterator[None]:
-    """Inside, torch.empty and torch.empty_like return poison between guard bands, which must be whole at the end."""
+    """Makes torch.empty and torch.empty_like return poison between guards. Raises Fault if a guard was overwritten."""
     memories: list[Tensor] = []
 
     def empty(*size: Any, dtype: torch.dtype | None = None, device: Any = None) -> Tensor:
@@ -65,15 +66,16 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
 
 
 def call(op: Callable[..., Any], *args: Any, writes: Sequence[Tensor] = (), **kwargs: Any) -> Any:
-    """op(*args, **kwargs) with poisoned outputs; fails where it changed an argument that is not among `writes`.
+    """Returns op(*args, **kwargs), run with poisoned outputs.
 
-    Nor may it write beside one of these, where they lie amid guards.
+    Raises Fault if the op changed an argument that is not in `writes`, or wrote into the guards around an output or an
+    argument that has guards.
     """
     given = {f"argument {i + 1}": x for i, x in enumerate(args)} | kwargs
     tensors = {name: x for name, x in given.items() if isinstance(x, Tensor)}
     before = {name: x.clone() for name, x in tensors.items() if not any(x is written for written in writes)}
     within = {name: x for name, x in tensors.items() if x.numel() and guarded(x)}
-    # The interpreter is numpy, which warns where a GPU quietly overflows.
+    # Triton's interpreter runs on numpy, which warns of overflows that a GPU ignores.
     with poisoned_outputs(), np.errstate(all="ignore"):
         result = op(*args, **kwargs)
     for name, copy in before.items():
@@ -86,10 +88,11 @@ def call(op: Callable[..., Any], *args: Any, writes: Sequence[Tensor] = (), **kw
 
 
 def difference(name: str, result: Tensor, expected: Tensor, bound: Tensor | None = None, reason: str = "") -> str:
-    """A sentence on where `result` is off `expected` by more than `bound`, bit by bit where there is none; else "".
+    """A sentence about the elements at which `result` differs from `expected`; "" if there are none.
 
-    It says how often, and the worst place (bit by bit the first) with both values, the bound and its reason. With a
-    bound, what is beyond the dtype's range counts as one step past its maximum, so that infinity is right there alone.
+    bound: the largest difference allowed, element by element; without it every bit counts. `reason` explains it.
+    The sentence has the number of wrong elements and the worst of them (without a bound the first). With a bound,
+    values beyond the dtype's range count as one step past its maximum, so that infinity is right only there.
     """
     if bound is None:
         bad = result != expected

@@ -1,4 +1,4 @@
-"""What the benches' and the audit's command lines share: arguments that are refused in a sentence, before any work."""
+"""Types of command-line arguments. A bad argument is refused with a sentence before any work begins."""
 
 import argparse
 import difflib
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> str:
-    """A sentence for a name that is none of those known, with the nearest of them."""
+    """The message for a name that is not among the known ones; suggests the nearest."""
     known = list(known)
     low = {x.lower(): x for x in known}
     near = difflib.get_close_matches(name.lower(), low, 1, 0.4)
@@ -17,7 +17,7 @@ def unknown(what: str, name: str, known: Iterable[str]) -> str:
 
 
 def one_of(what: str, names: Iterable[str]) -> Callable[[str], str]:
-    """The type of an argument that is one of these names, in any case."""
+    """An argument that is one of these names, in upper or lower case."""
     known = {name.lower(): name for name in names}
 
     def choose(text: str) -> str:
@@ -30,12 +30,12 @@ def one_of(what: str, names: Iterable[str]) -> Callable[[str], str]:
 
 def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: a whole number from 1 on")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
     return int(text)
 
 
 def output(text: str) -> str:
-    """The type of a path that will be written."""
+    """The path of a file that will be written."""
     if Path(text).is_dir() or not Path(text).absolute().parent.is_dir():
-        raise argparse.ArgumentTypeError(f"{text} can't be written: name a file in a folder that there is")
+        raise argparse.ArgumentTypeError(f"{text} can't be written: name a file in a folder that exists")
     return text

@@ -1,8 +1,9 @@
-"""What an op is timed beside: a registry of small functions, each of which makes one library do the op.
+"""Other implementations of the ops, to compare with: one small function per library.
 
-To add a peer, write a function that makes from an op's arguments a call without any, and register it with the ops that
-it does. It is tried before it is timed: bench/kernels.py compares its result with the reference, and shows in the
-table what it raises (`Unfit` with the reason where it has one). What it does before it returns is not timed.
+To add a peer, write a function that takes an op's name and arguments and returns a call without arguments. Register it
+with the ops that it implements. Only the call is timed, not what the function does first. `python -m bench.ops`
+compares its result with the reference before timing it, and shows what it raises in the table: raise `Unfit` with the
+reason why it can't run here.
 """
 
 import contextlib
@@ -15,22 +16,23 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from cases import Arguments
-from timing import Call
 
-SECONDS = 120  # that a peer may take to get ready, its compiler included
+from .cases import Arguments
+from .timing import Call
+
+SECONDS = 120  # time limit for a peer to get ready, compiling included
 
 
 class Unfit(Exception):
-    """Why a peer does not do an op here."""
+    """The reason why a peer can't run an op here."""
 
 
 class Peer(NamedTuple):
     ops: tuple[str, ...]
     make: Callable[[str, Arguments], Call]
-    module: str  # that must be there
-    package: str  # by which pip knows it
-    gpu: bool  # it is a GPU's alone
+    module: str  # what it imports
+    package: str  # its name on PyPI
+    gpu: bool  # needs a GPU
 
 
 PEERS: dict[str, Peer] = {}
@@ -47,7 +49,7 @@ def peer(
 
 
 def make(name: str, op: str, arguments: Arguments, device: torch.device) -> Call:
-    """The peer's call. Raises Unfit, or whatever the peer does."""
+    """The peer's call. Raises Unfit, or whatever the peer raises."""
     chosen = PEERS[name]
     if importlib.util.find_spec(chosen.module) is None:
         raise Unfit(f"not installed: pip install {chosen.package}")
@@ -58,7 +60,7 @@ def make(name: str, op: str, arguments: Arguments, device: torch.device) -> Call
 
 @contextlib.contextmanager
 def time_limit(seconds: int) -> Iterator[None]:
-    """Raises Unfit inside after so long, where the platform can: in a main thread that has alarms."""
+    """Raises Unfit inside the block after this time. Does nothing outside the main thread or without SIGALRM."""
     if not hasattr(signal, "SIGALRM") or threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -75,8 +77,7 @@ def time_limit(seconds: int) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-# PyTorch as a model's author writes it. Its normalisation multiplies by the weight before it rounds, once where we do
-# it twice.
+# PyTorch as a model's author writes it. Its RMSNorm multiplies by the weight before it rounds: one rounding, ours two.
 def _norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return F.rms_norm(x, x.shape[-1:], weight, eps)
 
@@ -104,7 +105,7 @@ def _pytorch(op: str, arguments: Arguments) -> Call:
 
 @functools.lru_cache(maxsize=1)
 def _compile(op: str, *_: Any) -> Callable[..., Any]:
-    """For these shapes and this dtype; what was compiled for others is forgotten, of which there may be but a few."""
+    """Compiles for these shapes and this dtype. Forgets earlier ones: torch.compile keeps only a few per function."""
     torch._dynamo.reset()
     return torch.compile(EAGER[op], dynamic=False, fullgraph=True)
 
@@ -118,7 +119,7 @@ def _compiled(op: str, arguments: Arguments) -> Call:
 
 @peer("cuBLAS", "linear", "linear_add", gpu=True)
 def _cublas(op: str, arguments: Arguments) -> Call:
-    """Through torch: the product alone, or with its addend, which is rounded once with it."""
+    """Through torch: the product, or product and sum with one rounding."""
     x, weight = arguments["x"], arguments["weight"].t()
     if op == "linear":
         return lambda: torch.mm(x, weight)
@@ -127,7 +128,7 @@ def _cublas(op: str, arguments: Arguments) -> Call:
 
 @peer("SDPA", "paged_attention")
 def _sdpa(op: str, arguments: Arguments) -> Call:
-    """PyTorch's attention over the same keys and values without pages, in the order of their tokens."""
+    """PyTorch's attention over the same keys and values, contiguous instead of paged."""
     sequences, length = arguments["seq_lens"].numel(), int(arguments["seq_lens"][0])
     q = arguments["q"].view(sequences, -1, *arguments["q"].shape[1:]).transpose(1, 2)
     # [B, N, K, S, D] -> [B, K, N * S, D]
@@ -190,7 +191,7 @@ def _liger(op: str, arguments: Arguments) -> Call:
 
 @peer("GemLite", "linear", module="gemlite", package="gemlite", gpu=True)
 def _gemlite(op: str, arguments: Arguments) -> Call:
-    """Weights of 16 bits, as ours are; its own are the low bits."""
+    """With 16-bit weights, as ours are; it is made for fewer bits."""
     from gemlite.core import TORCH_TO_DTYPE, GemLiteLinearTriton
 
     x, weight = arguments["x"], arguments["weight"]

@@ -1,4 +1,4 @@
-"""The record of a run: where and how it was measured, the floors, every round of every row. JSON; CSV from it."""
+"""What a benchmark found, row by row, with the stamp of its run. Every program of bench/ writes this one format."""
 
 import csv
 import dataclasses
@@ -10,20 +10,176 @@ import shlex
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import torch
-from timing import Floor
-
-FORMAT = 1  # of the file: a reader refuses any other
-COLUMNS = (
-    *("op", "shape", "dtype", "rows", "context", "engine", "us", "us_low", "us_high", "bytes", "operations"),
-    *("GB/s", "TFLOP/s", "floor", "share", "cache", "note", "device", "commit", "date"),
-)
+FORMAT = 2  # of the file; a reader refuses any other
 PACKAGES = ("torch", "triton", "numpy", "transformers", "flashinfer-python", "liger-kernel", "gemlite")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A check, a measurement, or the reason why there is neither.
+
+    part: the benchmark that made it, or the part of bench.gpu. name: unique within the part.
+    state: "pass" or "FAIL" for a check, "figure" for a measurement, "not run" with the reason in `note`.
+    rounds: the measured values, in `unit`.
+    about: what tables and plots group rows by (op, shape, engine, ...), and what follows from the rounds (share, ...).
+    """
+
+    part: str
+    name: str
+    state: str
+    note: str = ""
+    rounds: Sequence[float] = ()
+    unit: str = ""
+    about: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def value(self) -> float:
+        """The median round."""
+        return statistics.median(self.rounds)
+
+    @property
+    def quartiles(self) -> tuple[float, float, float]:
+        """25%, 50% and 75% of the rounds."""
+        low, median, high = statistics.quantiles(self.rounds, n=4) if len(self.rounds) > 1 else [self.rounds[0]] * 3
+        return low, median, high
+
+    def __str__(self) -> str:
+        figure = ""
+        if self.rounds:
+            figure = f"{self.value:.4g} {self.unit} ({min(self.rounds):.4g} to {max(self.rounds):.4g})"
+        return f"{self.state:8}{self.part:12}{self.name:58}{figure:>34}  {self.note}".rstrip()
+
+
+class Part:
+    """Makes the rows of one part."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def check(self, name: str, error: str | Callable[[], str], **about: Any) -> Row:
+        """Passes if `error`, or what it returns, is empty. An exception that it raises is a failure as well."""
+        try:
+            found = error if isinstance(error, str) else error()
+        except Exception as raised:
+            found = first_line(raised)
+        return Row(self.name, name, "FAIL" if found else "pass", found, about=about)
+
+    def figure(self, name: str, rounds: Sequence[float], unit: str, note: str = "", **about: Any) -> Row:
+        return Row(self.name, name, "figure", note, list(rounds), unit, about)
+
+    def missing(self, name: str, why: str, **about: Any) -> Row:
+        return Row(self.name, name, "not run", why, about=about)
+
+
+def first_line(error: BaseException) -> str:
+    """An exception as the note of a row."""
+    return f"{type(error).__name__}: {''.join(str(error).strip().splitlines()[:1])}"
+
+
+def append(path: Path, row: Row) -> None:
+    """Adds a row to a file of one JSON object per line."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(dataclasses.asdict(row)) + "\n")
+
+
+def read_rows(path: Path) -> Iterator[Row]:
+    """The rows that `append` wrote, without the last one if its process was killed while writing it."""
+    for line in path.read_text("utf-8").splitlines() if path.exists() else ():
+        try:
+            yield Row(**json.loads(line))
+        except ValueError:
+            return
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """The rows of a run; `stamp` names the machine, the versions, the command and the commit."""
+
+    stamp: dict[str, Any]
+    rows: Sequence[Row]
+
+    def save(self, path: str | Path) -> None:
+        content = {"format": FORMAT, **dataclasses.asdict(self)}
+        Path(path).write_text(json.dumps(content, indent=1) + "\n", "utf-8")
+
+    def save_csv(self, path: str | Path) -> None:
+        """One line per row, with the median and quartiles of its rounds and a column for each key of `about`."""
+        keys = list(dict.fromkeys(key for row in self.rows for key in row.about))
+        made = [self.stamp.get(name) for name in ("device", "commit", "date")]
+        with open(path, "w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file)
+            measured = ("low quartile", "median", "high quartile", "unit")
+            writer.writerow(["part", "name", "state", *measured, *keys, "note", "device", "commit", "date"])
+            for row in self.rows:
+                figures = [*row.quartiles, row.unit] if row.rounds else [""] * 4
+                about = [row.about.get(key, "") for key in keys]
+                writer.writerow([row.part, row.name, row.state, *figures, *about, row.note, *made])
+
+
+def load(path: str | Path) -> Record:
+    """A record that `save` wrote. Raises ValueError for any other file."""
+    try:
+        content = json.loads(Path(path).read_text("utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path} can't be read: {error.strerror}") from None
+    except ValueError:
+        raise ValueError(f"{path} is not JSON: name a record that a program of bench/ wrote") from None
+    if not isinstance(content, dict) or "stamp" not in content:
+        raise ValueError(f"{path} is not a record: name one that a program of bench/ wrote")
+    if content.get("format") != FORMAT:
+        raise ValueError(
+            f"{path} has record format {content.get('format')}, this version reads {FORMAT}: measure again"
+        )
+    try:
+        return Record(content["stamp"], [Row(**row) for row in content["rows"]])
+    except (KeyError, TypeError):
+        raise ValueError(f"{path} is a damaged record: measure again") from None
+
+
+def device_name() -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    name = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
+    return f"{name}, {os.cpu_count()} cores"
+
+
+def stamp() -> dict[str, Any]:
+    """The machine, the versions, the command, the commit and the date of this run."""
+    import torch
+
+    commit = _output("git", "rev-parse", "--short", "HEAD")
+    if commit and _output("git", "status", "--porcelain", "--untracked-files=no"):
+        commit += " and changes"
+    asked = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,clocks.max.mem,temperature.gpu,power.limit"
+    found = _output("nvidia-smi", f"--query-gpu={asked}", "--format=csv,noheader") if torch.cuda.is_available() else ""
+    gpu = dict(zip(asked.split(","), found.splitlines()[0].split(", "), strict=False)) if found else {}
+    busy = {"load average": os.getloadavg()[0]} if hasattr(os, "getloadavg") else {}
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit or None,
+        "command": shlex.join(["python", *_program(), *sys.argv[1:]]),
+        "device": device_name(),
+        "driver": gpu.pop("driver_version", None),
+        "clocks": gpu or {"threads": torch.get_num_threads(), **busy},
+        "python": platform.python_version(),
+        **{package: version for package in PACKAGES if (version := _version(package))},
+    }
+
+
+def _program() -> list[str]:
+    """How this program was started: `-m bench.ops`, or a path."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return ["-m", spec.name] if spec else sys.argv[:1]
 
 
 def _output(*command: str) -> str:
@@ -39,172 +195,3 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def device_name() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    name = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
-    return f"{name}, {os.cpu_count()} cores"
-
-
-def stamp(argv: Sequence[str] = sys.argv) -> dict[str, Any]:
-    """Where, when, with what and by which command, as it is found now."""
-    commit = _output("git", "rev-parse", "--short", "HEAD")
-    if commit and _output("git", "status", "--porcelain", "--untracked-files=no"):
-        commit += " and changes"
-    asked = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,clocks.max.mem,temperature.gpu,power.limit"
-    found = _output("nvidia-smi", f"--query-gpu={asked}", "--format=csv,noheader") if torch.cuda.is_available() else ""
-    gpu = dict(zip(asked.split(","), found.splitlines()[0].split(", "), strict=False)) if found else {}
-    busy = {"load average": os.getloadavg()[0]} if hasattr(os, "getloadavg") else {}
-    return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit or None,
-        "command": shlex.join(["python", *argv]),
-        "device": device_name(),
-        "driver": gpu.pop("driver_version", None),
-        "clocks": gpu or {"threads": torch.get_num_threads(), **busy},
-        "python": platform.python_version(),
-        **{package: version for package in PACKAGES if (version := _version(package))},
-    }
-
-
-@dataclasses.dataclass(frozen=True)
-class Figure:
-    """One op at one shape, done by one engine; or, with no rounds, the note that says why there is no time."""
-
-    op: str
-    shape: str
-    dtype: str
-    rows: int
-    context: int | None
-    engine: str
-    bytes: int = 0
-    operations: int = 0
-    cold: bool = False
-    rounds: Sequence[float] = ()  # microseconds
-    note: str = ""
-
-    @property
-    def key(self) -> tuple[str, str, str, str]:
-        return self.op, self.shape, self.dtype, self.engine
-
-    @property
-    def quartiles(self) -> tuple[float, float, float]:
-        """The median in the middle."""
-        low, median, high = statistics.quantiles(self.rounds, n=4) if len(self.rounds) > 1 else [self.rounds[0]] * 3
-        return low, median, high
-
-    @property
-    def microseconds(self) -> float:
-        return self.quartiles[1]
-
-    @property
-    def rates(self) -> tuple[float, float]:
-        """Bytes and operations a second."""
-        return self.bytes / self.microseconds * 1e6, self.operations / self.microseconds * 1e6
-
-    def share(self, floor: Floor) -> tuple[str, float] | None:
-        """The floor that binds and the share of it; None for reads that a cache may have served."""
-        name, share = floor.share(self.dtype, self.bytes, self.operations, self.microseconds)
-        return (name, share) if self.cold or name == "matmul" else None
-
-
-@dataclasses.dataclass(frozen=True)
-class Record:
-    stamp: dict[str, Any]
-    floor: Floor
-    figures: Sequence[Figure]
-
-    def save(self, path: str | Path) -> None:
-        write_json(path, dataclasses.asdict(self) | {"format": FORMAT, "floor": self.floor._asdict()})
-
-    def save_csv(self, path: str | Path) -> None:
-        """A row for each figure; rounds are in the JSON."""
-        with open(path, "w", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(COLUMNS)
-            for x in self.figures:
-                measured: list[Any] = [""] * 10
-                if x.rounds:
-                    low, median, high = x.quartiles
-                    floor, share = x.share(self.floor) or ("", "")
-                    rate, products = x.rates
-                    cache = "cold" if x.cold else "warm"
-                    measured = [median, low, high, x.bytes, x.operations, rate / 1e9, products / 1e12, floor, share]
-                    measured.append(cache)
-                context = "" if x.context is None else x.context
-                made = (self.stamp["device"], self.stamp["commit"], self.stamp["date"])
-                writer.writerow([x.op, x.shape, x.dtype, x.rows, context, x.engine, *measured, x.note, *made])
-
-
-def write_json(path: str | Path, content: dict[str, Any]) -> None:
-    Path(path).write_text(json.dumps(content, indent=1) + "\n", "utf-8")
-
-
-def load(path: str | Path) -> Record:
-    """A record that `save` wrote. Raises ValueError, with a sentence, for any other file."""
-    try:
-        content = json.loads(Path(path).read_text("utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path} can't be read: {error.strerror}") from None
-    except ValueError:
-        raise ValueError(f"{path} is no JSON: name a record that --json wrote") from None
-    if not isinstance(content, dict) or not {"stamp", "floor", "figures"} <= content.keys():
-        raise ValueError(f"{path} is no record of bench/kernels.py: name one that --json wrote")
-    if content.get("format") != FORMAT:
-        raise ValueError(
-            f"{path} is a record of format {content.get('format')}, and this version reads {FORMAT}: measure again"
-        )
-    try:
-        figures = [Figure(**figure) for figure in content["figures"]]
-        return Record(content["stamp"], Floor(**content["floor"]), figures)
-    except TypeError:
-        raise ValueError(f"{path} is a damaged record: measure again") from None
-
-
-def compare(before: Record, after: Record) -> list[str]:
-    """Lines: what is not the same about the two runs, then each row that both have, and whether its change is noise.
-
-    Noise is a change of the median that leaves the middle halves of the rounds overlapping, or is no larger than what
-    the floors of the two runs, which no code changed, differ by. Raises ValueError for two devices, or nothing common.
-    """
-    one, two = before.stamp, after.stamp
-    if one["device"] != two["device"]:
-        raise ValueError(
-            f"the records are of two devices, {one['device']} and {two['device']}: their times do not compare"
-        )
-    if any(size != two["shapes"].get(name) for name, size in one["shapes"].items() if name != "of"):
-        raise ValueError("the records are of two models' shapes: measure both with the same --config")
-    old = {figure.key: figure for figure in before.figures if figure.rounds}
-    pairs = [(old[x.key], x) for x in after.figures if x.rounds and x.key in old]
-    if not pairs:
-        raise ValueError("the records have no row in common: measure the same ops, shapes, dtypes and engines")
-
-    lines = []
-    for name in sorted((one.keys() | two.keys()) - {"date", "command", "clocks", "seed"}):
-        if one.get(name) != two.get(name):
-            lines.append(f"{name}: {one.get(name)} -> {two.get(name)}")
-    floors = [(f"{name} floor", getattr(before.floor, name), getattr(after.floor, name)) for name in ("read", "copy")]
-    products = before.floor.matmul.keys() & after.floor.matmul.keys()
-    floors += [(f"matmul floor, {x}", before.floor.matmul[x], after.floor.matmul[x]) for x in sorted(products)]
-    drift = max(max(a, b) / min(a, b) for _, a, b in floors)
-    lines.append("; ".join(f"{name} {b / a:.3f} times as fast" for name, a, b in floors))
-    lines.append(f"{'op':24}{'shape':25}{'dtype':10}{'engine':14}{'us before':>11}{'us after':>11}{'faster':>9}")
-    for a, b in pairs:
-        ratio = a.microseconds / b.microseconds
-        overlap = a.quartiles[0] <= b.quartiles[2] and b.quartiles[0] <= a.quartiles[2]
-        noise = "rounds overlap" if overlap else "as the floors drift" if max(ratio, 1 / ratio) <= drift else ""
-        lines.append(
-            f"{b.op:24}{b.shape:25}{b.dtype:10}{b.engine:14}{a.microseconds:11.2f}{b.microseconds:11.2f}{ratio:8.3f}x"
-            + f"  noise: {noise}" * bool(noise)
-        )
-    lost = len(old) - len(pairs)
-    new = sum(bool(x.rounds) for x in after.figures) - len(pairs)
-    lines.append(
-        f"{len(pairs)} rows compared" + f", {lost} only before" * bool(lost) + f", {new} only after" * bool(new)
-    )
-    return lines

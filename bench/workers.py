@@ -1,4 +1,4 @@
-"""Measure in processes of their own, of this checkout or another."""
+"""Worker processes that measure, from this checkout or another one."""
 
 import json
 import os
@@ -7,28 +7,29 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from . import ROOT
+
 
 class Worker:
-    """A process of a script that answers each question with one line of JSON, by `serve`, until it is left.
+    """Runs `module`, which answers each question with one line of JSON (see `serve`), until the `with` block ends.
 
-    It imports `checkout`, a folder named internlm3, where one is given. Where it fails this process ends too.
+    checkout: another checkout of this project, whose `internlm3` the worker imports instead of this one's.
+    If the worker fails, this process exits.
     """
 
-    def __init__(self, script: str, *arguments: str, checkout: str | None = None):
-        environment = dict(os.environ)
-        if checkout:
-            environment["PYTHONPATH"] = os.path.dirname(os.path.abspath(checkout))
-        self._name = checkout or script
+    def __init__(self, module: str, *arguments: str, checkout: str | None = None):
+        self._name = checkout or module
         self._process = subprocess.Popen(
-            [sys.executable, script, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env=environment,
+            [sys.executable, "-m", module, *arguments],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT,
+            env=os.environ | ({"INTERNLM3_CHECKOUT": os.path.abspath(checkout)} if checkout else {}),
         )  # fmt: skip
 
     def __enter__(self) -> "Worker":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._process.communicate()  # it ends when its questions do
+        self._process.communicate()  # closes stdin, which ends the worker
 
     def ask(self, question: Any) -> Any:
         assert self._process.stdin and self._process.stdout
@@ -36,15 +37,15 @@ class Worker:
             self._process.stdin.write(json.dumps(question) + "\n")
             self._process.stdin.flush()
         except BrokenPipeError:
-            pass  # it has ended, so that no answer comes
+            pass  # the worker has ended: there is no answer
         answer = self._process.stdout.readline()
         if not answer:
-            sys.exit(f"{self._name} failed: what it said stands above")
+            sys.exit(f"{self._name} failed: see its output above")
         return json.loads(answer)
 
 
 def serve(answer: Callable[[Any], Any]) -> None:
-    """Answers the questions that come. Whatever else is printed on the way goes to stderr."""
+    """Answers questions from stdin until it closes. Anything else that is printed goes to stderr."""
     answers, sys.stdout = sys.stdout, sys.stderr
     for question in sys.stdin:
         print(json.dumps(answer(json.loads(question))), file=answers, flush=True)

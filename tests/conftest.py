@@ -10,17 +10,13 @@ import hypothesis
 import pytest
 import torch
 
-# Tests run against the checkout that they are in, in this process and in those that they start.
-BENCH = Path(__file__).parents[1] / "bench"
-sys.path.insert(0, str(BENCH / "checkout"))
-os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(BENCH / "checkout"), os.environ.get("PYTHONPATH"))))
-# Kernels run natively where there is a GPU, else under Triton's interpreter, chosen before anything imports Triton.
+import bench  # noqa: F401  sets PYTHONPATH, so that processes which tests start import this checkout too
+
+# Kernels run natively on a GPU, else in Triton's interpreter, which must be chosen before Triton is imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
-# The harness of kernels' tests is bench's too; benches are scripts that stand beside each other, not a package.
-sys.path.append(str(BENCH))
 
-from internlm3.runtime.checkpoint.demo_model import demo_model_checkpoint  # noqa: E402
+from internlm3.runtime.checkpoint.demo_model import demo_model_checkpoint
 
 # The same random cases for everybody, and no verdict by the clock: tests/fuzz.py draws new ones, by the other profile.
 hypothesis.settings.register_profile(
@@ -38,7 +34,7 @@ torch.set_num_threads(1)
 
 # transformers knows InternLM3 from 5.23 on, which needs Python 3.11: below it, what compares with it is left out.
 ORACLE = (
-    "checkpoint/test_checkpoint.py", "checkpoint/test_demo_model.py", "compat/test_generate.py",
+    "checkpoint/test_load.py", "checkpoint/test_gguf_convert.py", "compat/test_generate.py",
     "compat/test_generate_demo_model.py", "compat/test_generate_options.py", "compat/test_logits_processors.py",
     "model/test_config.py", "model/test_model.py",
 )  # fmt: skip

@@ -1,8 +1,8 @@
-"""Random cases that nobody has tried yet, until one fails: `make fuzz ARGS="--op linear --dtype bfloat16 --minutes 5"`.
+"""New random cases until one fails: make fuzz ARGS="--op linear --dtype bfloat16 --minutes 5"
 
-A round is every random test once, with a new seed, or those of the ops and dtypes asked for; without `--op` those of
-tokenizer, text and sampling settings are among them. With `--kernel` the functions of somebody's file stand for ours.
-The last line of a failure is the command that repeats its round.
+A round runs every random test once with a new seed, or only those of the ops and dtypes asked for; without `--op` this
+includes the tests of the tokenizer, of text and of sampling settings. `--kernel` tests the functions of a user's file
+instead of ours. After a failure, the last line is the command that repeats the round.
 """
 
 import argparse
@@ -14,12 +14,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from bench import ROOT, user_kernels
+from bench.options import one_of, positive
 from internlm3 import kernels
-
-ROOT = Path(__file__).parents[1]
-sys.path.append(str(ROOT / "bench"))
-import own  # noqa: E402
-from options import one_of, positive  # noqa: E402
 
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -30,26 +27,33 @@ def run(ops: Sequence[str], dtypes: Sequence[str], seed: int, kernel: str | None
     command = [
         *(Path(sys.executable).with_name("pytest"), "-q", "--no-header", "-x", "-n", "2", "--dist", "worksteal"),
         *("-m", chosen, "--hypothesis-profile", "fuzz", "--hypothesis-seed", str(seed)),
+        *(["tests/kernels"] if ops else []),
     ]
-    chosen_here = {"INTERNLM3_DTYPES": ",".join(dtypes), **({"INTERNLM3_KERNEL": kernel} if kernel else {})}
-    return subprocess.run(command, cwd=ROOT, env=os.environ | chosen_here).returncode
+    variables = {"INTERNLM3_DTYPES": ",".join(dtypes), **({"INTERNLM3_KERNEL": kernel} if kernel else {})}
+    return subprocess.run(command, cwd=ROOT, env=os.environ | variables).returncode
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--op", action="append", type=one_of("op", kernels.__all__), help="default: all, and no op's")
-    parser.add_argument("--dtype", action="append", type=one_of("dtype", DTYPES), help="of ops' tests; default: all")
-    parser.add_argument("--kernel", metavar="FILE.py", help="the cases of the ops for which this file has a function")
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.fuzz", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--op", action="append", type=one_of("op", kernels.__all__), help="default: all, and the tests of no op"
+    )
+    parser.add_argument(
+        "--dtype", action="append", type=one_of("dtype", DTYPES), help="for the tests of ops; default: all"
+    )
+    parser.add_argument("--kernel", metavar="FILE.py", help="test the functions of this file that are named like ops")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--rounds", type=positive, default=1, help="default: 1")
-    length.add_argument("--minutes", type=float, default=0, help="new rounds begin for so long")
-    length.add_argument("--seed", type=int, help="the round of this seed again")
+    length.add_argument("--minutes", type=float, default=0, help="start new rounds for this long")
+    length.add_argument("--seed", type=int, help="run one round with this seed")
     options = parser.parse_args()
 
     if options.kernel:
         options.kernel = os.path.abspath(options.kernel)
         try:
-            options.op = options.op or [*own.load(options.kernel)]
+            options.op = options.op or [*user_kernels.load(options.kernel)]
         except ValueError as error:
             parser.error(str(error))
 
@@ -63,7 +67,7 @@ def main() -> int:
             print(f'again: make fuzz ARGS="{" ".join([*words, f"--seed {seed}"])}"')
             return 1
         rounds += 1
-    print(f"{rounds} rounds, nothing found")
+    print(f"{rounds} rounds, no failure")
     return 0
 
 

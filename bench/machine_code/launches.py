@@ -1,8 +1,8 @@
-"""Compile what an op launches, for a GPU that need not be here.
+"""Compile what an op launches, for a GPU that need not be present.
 
-The op's own Python runs, on tensors that have a shape, strides and a device but no memory. Its launches are compiled
-instead of run, with the very signature, constants, alignments and options that the launcher chose, so that there is no
-second list of configurations to keep in step.
+The op's own Python runs on tensors with a shape, strides and a device but no memory. Its launches are compiled instead
+of run, with the signature, constants, alignments and options that the launcher chose, so there is no second list of
+configurations to maintain.
 """
 
 import contextlib
@@ -14,43 +14,44 @@ from unittest import mock
 
 import torch
 import triton
-from machine_code.targets import TARGETS, Target
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
+from .targets import TARGETS, Target
+
 
 class Launch(NamedTuple):
     kernel: str
-    arguments: list[str]  # names of those that exist at run time, in order
-    constants: dict[str, Any]  # the others
+    arguments: list[str]  # the names of the run-time arguments, in order
+    constants: dict[str, Any]  # the compile-time arguments
     compiled: CompiledKernel
     programs: int
 
 
 class _Absent(torch.Tensor):
-    """A tensor that says it lies on the accelerator, of which nothing but the description exists."""
+    """A tensor without memory that reports the GPU as its device."""
 
     device = property(lambda self: torch.device("cuda", torch.cuda.current_device()))
     is_cuda = property(lambda self: True)
 
 
 class _AbsentMode(TorchFunctionMode):
-    """Whatever is created inside is absent: PyTorch's meta device does the work behind the name."""
+    """Makes every tensor created inside absent, by creating it on PyTorch's meta device."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         args, kwargs = tree_map_only(_Absent, lambda x: x.as_subclass(torch.Tensor), (args, kwargs or {}))
         if "device" in kwargs:
             kwargs["device"] = "meta"
         result = func(*args, **kwargs)
-        if isinstance(result, torch.Size):  # a tuple that tree_map would make a plain one
+        if isinstance(result, torch.Size):  # tree_map would make it a plain tuple
             return result
         return tree_map_only(torch.Tensor, lambda x: x.as_subclass(_Absent), result)
 
 
 class _Pointer:
-    """What Triton asks of a tensor in order to specialise: its dtype, alignment and extent. Storages are aligned."""
+    """What Triton specialises a tensor argument on: dtype, alignment and extent. Storages count as aligned."""
 
     def __init__(self, x: torch.Tensor) -> None:
         self.dtype = x.dtype
@@ -66,8 +67,8 @@ class _Pointer:
 
 @contextlib.contextmanager
 def _acting_as(target: Target) -> Iterator[list[Launch]]:
-    """Torch and Triton believe that this GPU is here; launches are compiled and listed."""
-    # Launchers and Triton remember by the number of the device, so every target has its own.
+    """Makes torch and Triton see this GPU. Launches are compiled instead of run, and listed."""
+    # Launchers and Triton cache by device index, so each target gets its own.
     index = list(TARGETS.values()).index(target)
     launches: list[Launch] = []
     run = JITFunction.run
@@ -76,7 +77,7 @@ def _acting_as(target: Target) -> Iterator[list[Launch]]:
         args = tuple(_Pointer(x) if isinstance(x, torch.Tensor) else x for x in args)
         kwargs = {name: _Pointer(x) if isinstance(x, torch.Tensor) else x for name, x in kwargs.items()}
         compiled = run(self, *args, grid=grid, warmup=True, **kwargs)
-        if compiled is None:  # `compilations` asks for none
+        if compiled is None:  # refused by `compilations`
             return
         signature = compiled.src.signature
         arguments = [name for name, kind in signature.items() if kind != "constexpr"]
@@ -106,14 +107,14 @@ def _acting_as(target: Target) -> Iterator[list[Launch]]:
 def compile_launches(
     op: Callable[..., Any], arguments: Callable[[torch.device], dict[str, Any]], target: Target
 ) -> list[Launch]:
-    """The launches of op(**arguments(device)) on this target, compiled, in their order."""
+    """The compiled launches of op(**arguments(device)) on this target, in order."""
     with _acting_as(target) as launches:
         op(**arguments(torch.device("cuda", torch.cuda.current_device())))
     return launches
 
 
 def compilations(calls: Callable[[torch.device], None], target: Target) -> set[str]:
-    """What the launches of calls(device) would have compiled on this target, each once; nothing is compiled."""
+    """The keys of what the launches of calls(device) would compile on this target; nothing is compiled."""
     wanted: set[str] = set()
 
     def refuse(*, key: str, fn: Any, **_: Any) -> bool:

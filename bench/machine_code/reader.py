@@ -1,37 +1,62 @@
-"""Read a compiled kernel's machine code: what a thread holds, and which memory it touches how.
+"""Read a compiled kernel's machine code: registers, instructions, and how it accesses memory.
 
-NVIDIA's is disassembled with the tools in Triton's wheel, and every global access traced to its argument. AMD's is read
-from the assembly text that Triton keeps: counts only.
+NVIDIA's code is disassembled with the tools of Triton's wheel, and each global access is traced to the argument that
+its address comes from. AMD's is read from the assembly that Triton keeps, which gives counts only.
 """
 
+import hashlib
+import os
+import pickle
 import re
 import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
-from machine_code.launches import Launch
-from machine_code.sass import TENSOR_CORE, Access, Flight, flight, fuses_16_bits, instructions, trace, way_out
-from machine_code.targets import Target
 from triton import knobs
+
+from .launches import Launch
+from .sass import TENSOR_CORE, Access, Flight, flight, fuses_16_bits, instructions, trace, until_first_exit
+from .targets import Target
+
+SOURCES = [Path(__file__).with_name(name).read_bytes() for name in ("reader.py", "sass.py")]  # what a result depends on
 
 
 class MachineCode(NamedTuple):
-    registers: int  # a thread's
-    spilled: int  # bytes of memory that a thread has for what its registers cannot hold
-    tensor_core: Counter[str]  # instructions by name
+    registers: int  # of a thread
+    spilled: int  # bytes of local memory of a thread
+    tensor_core: Counter[str]  # tensor-core instructions by name
     accesses: list[Access]
-    instructions: Counter[str]  # how many, by the innermost loop that they are in; "": in none
+    instructions: Counter[str]  # how many, by the innermost loop around them; "": outside of loops
     waits: bool = False  # for the predecessor in programmatic dependent launch
-    exits_unwaited: bool = False  # on some way
+    exits_unwaited: bool = False  # on some path
     flight: Flight = Flight(0, 0, 0)
-    way_out: Flight = Flight(0, 0, 0)  # the same of a thread that leaves at the first exit
+    first_exit: Flight = Flight(0, 0, 0)  # the same for a thread that leaves at the first exit
     fused_16_bits: Sequence[str] = ()  # instructions that round a product and a sum once, to 16 bits
 
 
-def read(launch: Launch, target: Target) -> MachineCode:
-    return _read_nvidia(launch) if target.is_cuda else _read_amd(launch)
+def read(launch: Launch, target: Target, cache: Path | None = None) -> MachineCode:
+    """What a launch's machine code does. Disassembling takes a second: `cache` is a folder for results."""
+    if not target.is_cuda:
+        return _read_amd(launch)
+    if cache is None:
+        return _read_nvidia(launch)
+    tools = (knobs.nvidia.cuobjdump.path, knobs.nvidia.nvdisasm.path)
+    depends_on = [*SOURCES, *(tool.encode() for tool in tools), launch.compiled.asm["cubin"]]
+    depends_on += [launch.compiled.asm["ptx"].encode(), repr(launch.arguments).encode()]
+    file = cache / f"{hashlib.sha256(b''.join(depends_on)).hexdigest()}.pickle"
+    try:
+        known: MachineCode = pickle.loads(file.read_bytes())
+        return known
+    except (OSError, EOFError, pickle.UnpicklingError):
+        pass
+    code = _read_nvidia(launch)
+    draft = file.with_suffix(f".{os.getpid()}")
+    draft.write_bytes(pickle.dumps(code))
+    draft.replace(file)
+    return code
 
 
 def _read_nvidia(launch: Launch) -> MachineCode:
@@ -40,30 +65,30 @@ def _read_nvidia(launch: Launch) -> MachineCode:
         file.flush()
         usage = _output(knobs.nvidia.cuobjdump.path, "-res-usage", file.name)
         text = _output(knobs.nvidia.nvdisasm.path, "-c", file.name)
-    held = {name: int(number) for name, number in re.findall(r"([A-Z]+)(?:\[0\])?:(\d+)", usage.split("Function")[1])}
+    used = {name: int(number) for name, number in re.findall(r"([A-Z]+)(?:\[0\])?:(\d+)", usage.split("Function")[1])}
     code = text[text.index(f"\n{launch.compiled.name}:") :]
-    traced = trace(code, _pointer_offsets(launch, held["CONSTANT"]))
+    traced = trace(code, _pointer_offsets(launch, used["CONSTANT"]))
     listing = list(instructions(code))
     names = Counter(instruction.base for instruction in listing)
     return MachineCode(
-        held["REG"],
-        held["STACK"] + held["LOCAL"],
+        used["REG"],
+        used["STACK"] + used["LOCAL"],
         Counter({name: count for name, count in names.items() if TENSOR_CORE.match(name)}),
         traced.accesses,
         traced.instructions,
         names["ACQBULK"] > 0,
         traced.exits_unwaited,
         flight(listing),
-        flight(way_out(listing)),
+        flight(until_first_exit(listing)),
         [str(instruction) for instruction in listing if fuses_16_bits(instruction)],
     )
 
 
 def _pointer_offsets(launch: Launch, constant_bytes: int) -> dict[int, str]:
-    """Where the pointer arguments lie in constant bank 0, which ends with the arguments."""
+    """The offsets of the pointer arguments in constant bank 0, whose last bytes are the arguments."""
     ptx = launch.compiled.asm["ptx"]
     sizes = [int(bits) // 8 for bits in re.findall(r"^\s*\.param \.[a-z](\d+) ", ptx, re.MULTILINE)]
-    # Triton appends two of its own.
+    # Triton appends two arguments of its own.
     if len(sizes) != len(launch.arguments) + 2:
         raise NotImplementedError(f"{launch.kernel} has {len(sizes)} parameters for {launch.arguments}")
     end, offsets = 0, []
@@ -81,7 +106,7 @@ def _read_amd(launch: Launch) -> MachineCode:
     def field(name: str) -> int:
         found = re.search(rf"^\s*-?\s*\.{name}:\s*(\d+)", text, re.MULTILINE)
         if not found:
-            raise ValueError(f"the assembly of {launch.kernel} does not say its {name}")
+            raise ValueError(f"the assembly of {launch.kernel} has no {name}")
         return int(found[1])
 
     widths = {"x4": 16, "x3": 12, "x2": 8, "": 4, "short": 2, "byte": 1}

@@ -1,8 +1,8 @@
-"""Follow addresses and the dependency wait through NVIDIA's machine code, as nvdisasm writes it.
+"""Trace addresses and the dependency wait through NVIDIA's machine code, as nvdisasm prints it.
 
-Registers are followed through the control-flow graph from the constant bank, where the arguments lie, to each global
-access: so an access is known by the pointer argument that its address derives from. On the way every point learns
-whether programmatic dependent launch has been triggered (PREEXIT) and waited for (ACQBULK).
+Registers are traced through the control-flow graph from the constant bank, which has the arguments, to each global
+access. This gives for each access the pointer argument that its address derives from, and whether the successor has
+been triggered (PREEXIT) and the predecessor been waited for (ACQBULK) before it.
 """
 
 import itertools
@@ -15,15 +15,15 @@ Names = frozenset[str]  # of pointer arguments
 
 
 class Access(NamedTuple):
-    """One instruction that reads or writes global memory. The flags say what holds on all, or some, ways to it."""
+    """One instruction that reads or writes global memory. The flags hold on all paths to it, or on some."""
 
     instruction: str
     is_load: bool
-    bytes: int  # a thread's share
+    bytes: int  # per thread
     pointers: Names = frozenset()
-    triggered: bool = False  # on all ways
-    waited: bool = False  # on all ways
-    may_have_waited: bool = False  # on some way
+    triggered: bool = False  # on all paths
+    waited: bool = False  # on all paths
+    may_have_waited: bool = False  # on some path
     loop: str = ""  # the label of the innermost loop around it
 
 
@@ -40,12 +40,12 @@ _GLOBAL_STORES = {"STG", "ST", "ATOM", "ATOMG", "RED", "REDG", "UTMASTG", "UTMAR
 _SHARED_LOADS = {"LDS", "LDSM"}
 _SHARED_STORES = {"STS", "STSM"}
 _CONSTANT_LOADS = {"LDC", "ULDC", "LDCU"}
-# What an address is computed with. Whatever else writes a register leaves a number that is no address.
+# Instructions that compute addresses. Any other one leaves a number in its register that is not an address.
 _ADDRESS_ARITHMETIC = {
     *("IADD", "IADD3", "IMAD", "LEA", "MOV", "SEL", "FSEL", "SHFL", "VIADD", "R2UR"),
     *("UIADD3", "UIMAD", "ULEA", "UMOV", "USEL", "UVIADD"),
 }
-# Their first operand that is not a predicate is read, not written.
+# Instructions whose first operand (other than a predicate) is read, not written.
 _WRITE_NO_REGISTER = {
     *("ISETP", "UISETP", "FSETP", "DSETP", "HSETP2", "FCHK", "PLOP3", "UPLOP3", "R2P", "STL", "STTM", "RED", "REDG"),
     *(
@@ -69,7 +69,7 @@ _BYTES = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}
 
 
 class _Instruction(NamedTuple):
-    guard: str  # a predicate without which nothing happens, or ""
+    guard: str  # the predicate under which it executes, or ""
     name: str
     operands: list[str]
 
@@ -82,20 +82,20 @@ class _Instruction(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        """What it loads or stores for a thread; a copy engine's are whole lines."""
+        """Bytes loaded or stored per thread; a copy engine moves whole lines."""
         if self.base.startswith(("UBLK", "UTMA")):
             return 16
         return next((_BYTES[part] for part in self.name.split(".") if part in _BYTES), 4)
 
     @property
     def address(self) -> str:
-        """The operand that names global memory: in the last brackets but those of a descriptor."""
+        """The operand in the last brackets, except those of a descriptor: the address in global memory."""
         return re.findall(r"\[([^\]]*)\]", re.sub(r"desc\[[^\]]*\]", "", ", ".join(self.operands)))[-1]
 
     def written(self) -> tuple[list[str], list[str]]:
-        """The registers it writes, and its operands behind them.
+        """The registers that it writes, and the operands after them.
 
-        Of a matrix instruction or matrix load only the first: what the others held before is no address to anyone.
+        For matrix instructions and matrix loads only the first register: the others are never used as addresses.
         """
         rest = list(itertools.dropwhile(_PREDICATE.fullmatch, self.operands))
         found = _REGISTER.match(rest[0]) if rest and self.base not in _WRITE_NO_REGISTER else None
@@ -110,29 +110,26 @@ class _Instruction(NamedTuple):
 
 
 def fuses_16_bits(instruction: _Instruction) -> bool:
-    """Does it round a 16-bit product and sum once? Products and sums alone, and constants, may look alike."""
+    """Whether it rounds a 16-bit product and sum once. A product alone, a sum alone or a constant does not."""
     if instruction.base not in ("HFMA2", "HFMA"):
         return False
-    # What it writes; two factors, the second of which may be a pair of numbers; what is added.
+    # The operands: destination; two factors, the second of which may be a pair of numbers; addend.
     first, *second, addend = instruction.operands[1:]
     return not first.lstrip("-").startswith("RZ") and not addend.lstrip("-").startswith("RZ") and second not in _ONES
 
 
 class Flight(NamedTuple):
-    """How a thread asks for global memory, in the order of the listing, each instruction once.
+    """The outstanding loads of a thread. The listing is read once in order, so a loop counts as one iteration."""
 
-    Of a loop that is the pipeline's beginning and one round.
-    """
-
-    bytes: int  # asked for and not yet used, at most
-    ahead: int  # loads on their way when the first of them is waited for
-    round_trips: int  # waits one behind another: each for something that was asked for since the wait before
+    bytes: int  # outstanding at most
+    ahead: int  # loads issued before the first wait
+    round_trips: int  # waits in sequence: each for something requested after the previous wait
 
 
 def flight(listing: Iterable[_Instruction]) -> Flight:
     most = copied = asked = ahead = waits = 0
-    loads: list[tuple[set[str], int, int]] = []  # the registers that they write, bytes, waits before they were issued
-    groups: list[tuple[int, int]] = []  # copies to shared memory that are waited for together: bytes, waits
+    loads: list[tuple[set[str], int, int]] = []  # registers written, bytes, number of waits before it was issued
+    groups: list[tuple[int, int]] = []  # copies to shared memory with a common wait: bytes, waits before
     for instruction in listing:
         named = {kind + number for kind, number, _ in _REGISTER.findall(", ".join(instruction.operands))}
         arrived = [since for registers, _, since in loads if registers & named]
@@ -155,24 +152,24 @@ def flight(listing: Iterable[_Instruction]) -> Flight:
     return Flight(most, ahead, waits)
 
 
-def way_out(listing: Sequence[_Instruction]) -> Sequence[_Instruction]:
-    """What a thread runs that leaves at the first exit."""
+def until_first_exit(listing: Sequence[_Instruction]) -> Sequence[_Instruction]:
+    """The instructions of a thread that leaves at the first exit."""
     first = next((at for at, instruction in enumerate(listing) if instruction.base == "EXIT"), len(listing))
     return listing[:first]
 
 
 class _State:
-    """What is known between two instructions."""
+    """What is known at a point between two instructions."""
 
     def __init__(self, arguments: dict[int, str]) -> None:
         self.arguments = arguments
-        # (guard, register) -> arguments that its value derives from; with a guard, what it is where the guard holds.
-        # All of shared memory is one register.
+        # (guard, register) -> the arguments that its value derives from, with a guard: if the guard is true.
+        # All of shared memory counts as one register.
         self.pointers: dict[tuple[str, str], Names] = {}
         self.triggered = self.waited = self.may_have_waited = False
 
     def copy(self) -> "_State":
-        """For another block, where a guard may stand for something else."""
+        """For another block, in which a predicate may have another value."""
         other = _State(self.arguments)
         other.pointers = {place: names for place, names in self.pointers.items() if not place[0]}
         other.triggered, other.waited, other.may_have_waited = self.flags
@@ -183,7 +180,7 @@ class _State:
         return self.triggered, self.waited, self.may_have_waited
 
     def join(self, other: "_State") -> bool:
-        """Know only what holds on both ways. Does it change anything?"""
+        """Merges the state of another path. Returns whether this one changed."""
         before = dict(self.pointers), self.flags
         for place, names in other.pointers.items():
             self.pointers[place] = self.pointers.get(place, frozenset()) | names
@@ -200,7 +197,7 @@ class _State:
         return frozenset([name]) if name else frozenset()
 
     def read(self, guard: str, operands: Iterable[str]) -> Names:
-        """Arguments that the values of these operands derive from."""
+        """The arguments that the values of these operands derive from."""
         names: Names = frozenset()
         for operand in operands:
             for kind, number, wide in _REGISTER.findall(operand):
@@ -273,20 +270,20 @@ def _blocks(text: str) -> dict[str, _Block]:
             if base in ("BRX", "BRXU", "JMX"):
                 raise NotImplementedError(f"cannot follow the indirect branch {instruction}")
             if base in ("BRA", "JMP", "CALL", "EXIT", "RET"):
-                if base != "RET":  # names where its address counts from; what follows the call is its block's successor
+                if base != "RET":  # its label is not a target: the call's block continues after the call
                     block.successors += _TARGET.findall(" ".join(instruction.operands))
                 conditional = instruction.guard or base == "CALL"
                 # A branch may have its predicate as an operand.
                 conditional = conditional or (base in ("BRA", "JMP") and not instruction.operands[0].startswith("`"))
-                behind = f"behind {len(blocks)}"
+                following = f"after {len(blocks)}"
                 if conditional:
-                    block.successors.append(behind)
-                blocks[behind] = block = _Block()
+                    block.successors.append(following)
+                blocks[following] = block = _Block()
     return blocks
 
 
 def _loops(blocks: dict[str, _Block]) -> dict[str, str]:
-    """Block -> the innermost loop around it, by the label of its head; "" where there is none."""
+    """Block -> the innermost loop around it, by the label of its head; "" outside of loops."""
     before: dict[str, set[str]] = {"entry": set()}
     waiting = ["entry"]
     while waiting:
@@ -294,7 +291,7 @@ def _loops(blocks: dict[str, _Block]) -> dict[str, str]:
         waiting += set(blocks[label].successors) - before.keys()
         for successor in blocks[label].successors:
             before.setdefault(successor, set()).add(label)
-    # A block's dominators: those on every way to it.
+    # The dominators of a block: the blocks on every path to it.
     dominators = {label: set(before) for label in before} | {"entry": {"entry"}}
     changed = True
     while changed:
@@ -305,7 +302,7 @@ def _loops(blocks: dict[str, _Block]) -> dict[str, str]:
             dominators[label] = now
     bodies: dict[str, set[str]] = {}
     for label in before:
-        for head in set(blocks[label].successors) & dominators[label]:  # a way back
+        for head in set(blocks[label].successors) & dominators[label]:  # a back edge
             body = bodies.setdefault(head, {head})
             waiting = [label]
             while waiting:
@@ -319,14 +316,14 @@ def _loops(blocks: dict[str, _Block]) -> dict[str, str]:
 
 class Trace(NamedTuple):
     accesses: list[Access]
-    exits_unwaited: bool  # on some way
-    instructions: Counter[str]  # how many each innermost loop holds; "": those in none
+    exits_unwaited: bool  # on some path
+    instructions: Counter[str]  # how many, by innermost loop; "": outside of loops
 
 
 def trace(text: str, arguments: dict[int, str]) -> Trace:
-    """What the text of a function does with global memory, and where.
+    """The accesses of a function to global memory, from its disassembly.
 
-    `arguments` names the pointer arguments by their offsets in constant bank 0.
+    arguments: offset in constant bank 0 -> name, for the pointer arguments.
     """
     blocks = _blocks(text)
     loops = _loops(blocks)

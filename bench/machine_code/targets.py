@@ -1,4 +1,4 @@
-"""The GPUs that every kernel is compiled for, and what one multiprocessor of each can hold."""
+"""The GPUs that the kernels are compiled for, and the limits of their multiprocessors."""
 
 from typing import NamedTuple
 
@@ -11,16 +11,16 @@ class Target(NamedTuple):
     blocks: int  # resident on a multiprocessor
     registers: int  # of 32 bits on a multiprocessor
     shared: int  # bytes of shared memory on a multiprocessor
-    block_shared: int  # bytes of shared memory that one block may have
-    reserved: int  # bytes of shared memory that the system takes for each block
+    block_shared: int  # bytes of shared memory of one block, at most
+    reserved: int  # bytes of shared memory that the system takes per block
     multiprocessors: int  # of the product with the fastest memory
-    clock: float  # its GHz, boosted
-    bandwidth: float  # its memory's TB/s
-    registers_step: int = 8  # a thread's registers come in multiples of this
+    clock: float  # boost clock in GHz
+    bandwidth: float  # of its memory, in TB/s
+    registers_step: int = 8  # registers of a thread are allocated in multiples of this
 
     @property
     def capability(self) -> tuple[int, int]:
-        """As torch reports it; AMD's architectures have one too."""
+        """As torch reports it, for AMD's architectures too."""
         return divmod(int(self.gpu.arch), 10) if self.is_cuda else (9, 4)
 
     @property
@@ -29,21 +29,21 @@ class Target(NamedTuple):
 
     @property
     def instructions_per_16_bytes(self) -> float:
-        """What its threads can do while its memory brings 16 bytes: a multiprocessor issues for 128 threads a cycle."""
+        """Instructions of a thread while memory delivers 16 bytes to it: a multiprocessor issues for 128 a cycle."""
         return 16 * 128 * self.multiprocessors * self.clock / self.bandwidth / 1e3
 
     def resident_blocks(self, warps: int, registers: int, shared: int) -> int:
-        """Blocks of so many warps, registers a thread and bytes of shared memory that fit a multiprocessor together."""
+        """Blocks that fit on a multiprocessor. registers: per thread; shared: bytes per block."""
         step = self.registers_step
         warp_registers = max(-(-registers // step), 1) * step * self.gpu.warp_size
-        # A multiprocessor is four parts, and a warp lives in one.
+        # A multiprocessor has four partitions, each with its own registers; a warp runs in one of them.
         fitting_warps = min(self.warps, self.registers // 4 // warp_registers * 4)
         return min(self.blocks, fitting_warps // warps, self.shared // max(shared + self.reserved, 1))
 
 
 # CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"; AMD's CDNA 3 ISA guide, whose
-# multiprocessor ("compute unit") has four SIMDs of 8 waves and 512 registers a lane. Clocks and memory are those of the
-# data sheets: A100 80 GB, RTX 3090 Ti, RTX 4090, H200, B200, MI300X.
+# multiprocessor ("compute unit") has four SIMDs of 8 waves and 512 registers per lane. Clocks and bandwidths are from
+# the data sheets: A100 80 GB, RTX 3090 Ti, RTX 4090, H200, B200, MI300X.
 TARGETS = {
     "sm_80": Target(GPUTarget("cuda", 80, 32), 64, 32, 65536, 164 << 10, 163 << 10, 1024, 108, 1.41, 2.04),
     "sm_86": Target(GPUTarget("cuda", 86, 32), 48, 16, 65536, 100 << 10, 99 << 10, 1024, 84, 1.86, 1.01),

@@ -1,4 +1,4 @@
-"""A model's steps without its engine: rows placed by hand, on a model with random weights."""
+"""Steps of a model with random weights, without the engine: this module fills the slots itself."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from types import ModuleType
 from unittest import mock
 
 import torch
+from torch import Tensor
+
 from internlm3 import InternLM3Config, InternLM3ForCausalLM
 from internlm3.runtime.engine import decode, prefill
 from internlm3.runtime.engine.state import DecodeState, Tier
 from internlm3.runtime.model import model as runtime_model
 from internlm3.runtime.model.kv_cache import PagedKVCache, pages_of
 from internlm3.runtime.model.rope import inverse_frequencies
-from torch import Tensor
 
 # InternLM3-8B-Instruct's config.json.
 EIGHT_B = InternLM3Config(
@@ -33,51 +34,50 @@ def device_of(small: bool) -> torch.device:
 
 
 def random_model(small: bool, layers: int | None = None, dtype: torch.dtype | None = None) -> InternLM3ForCausalLM:
-    """InternLM3-8B's shapes in bfloat16; for a dry run a toy's, in float16, which Triton's interpreter can."""
+    """InternLM3-8B's shapes in bfloat16; for a dry run a toy's in float16, which the interpreter supports."""
     config = InternLM3Config.from_dict((TOY if small else EIGHT_B).to_dict())
     config.num_hidden_layers = min(layers or config.num_hidden_layers, config.num_hidden_layers)
     torch.manual_seed(1)
     dtype = dtype or (torch.float16 if small else torch.bfloat16)
     model = InternLM3ForCausalLM(config, dtype=dtype, device=device_of(small))
     for weight in model.parameters():
-        if weight.dim() == 2:  # so that activations keep their size from layer to layer
+        if weight.dim() == 2:  # scaled so that activations keep their size from layer to layer
             weight.copy_(torch.randn_like(weight) * weight.shape[1] ** -0.5)
     return model
 
 
 @contextlib.contextmanager
 def on_ops(ops: ModuleType) -> Iterator[None]:
-    """Inside, models run on these ops, wherever they lie."""
+    """Makes models run on these ops, whatever their device."""
     with mock.patch.object(runtime_model, "for_device", lambda device: ops):
         yield
 
 
 class Steps:
-    """Rows of so many tokens each, with pages of their own, whose keys and values are random.
+    """A batch of sequences of up to `tokens` tokens each, with pages of their own.
 
-    What memory held before may be a NaN, and a row that has seen one ends: its steps would be timed without it.
-
-    Raises torch.cuda.OutOfMemoryError, or MemoryError on a CPU, where they do not fit.
+    Keys and values are random: uninitialized memory may contain a NaN, which ends a sequence, and its later steps would
+    do less. Raises torch.cuda.OutOfMemoryError, or MemoryError on a CPU, if the pages don't fit.
     """
 
-    def __init__(self, model: InternLM3ForCausalLM, rows: int, tokens: int):
+    def __init__(self, model: InternLM3ForCausalLM, batch: int, tokens: int):
         config, device = model.config, model.device
         self.model = model
         pages = pages_of(tokens)
-        self.kv_cache = PagedKVCache(config, rows * pages, model.dtype, device)
+        self.kv_cache = PagedKVCache(config, batch * pages, model.dtype, device)
         for layer in self.kv_cache.layers:
             layer.normal_()
-        self.state = DecodeState.idle(rows, pages, config.vocab_size, config.head_dim, device)
+        self.state = DecodeState.idle(batch, pages, config.vocab_size, config.head_dim, device)
         self.state.max_len.fill_(2**30)
         self.state.allowed.fill_(-1)
         self.state.permitted.fill_(-1)
-        for row in range(rows):
+        for row in range(batch):
             self.state.batch.block_table[row] = torch.arange(row * pages, (row + 1) * pages, dtype=torch.int32)
             self.state.batch.inv_freq[row] = inverse_frequencies(config, tokens, device)
 
     @torch.inference_mode()
     def prefill(self, ids: Sequence[int], row: int = 0) -> Tensor:
-        """Logits [1, V] behind a prompt, which row `row` then holds."""
+        """Prefills slot `row` with a prompt. Returns the logits [1, V] of its last token."""
         prompt = torch.tensor(ids, device=self.model.device)
         last = prefill.run_chunks(self.model, self.kv_cache, self.state.slots(row, row + 1).batch, [prompt])
         self.state.batch.seq_lens[row] = len(ids)
@@ -85,14 +85,14 @@ class Steps:
 
     @torch.inference_mode()
     def follow(self, token: int) -> Tensor:
-        """Logits [1, V] behind one more token of row 0."""
+        """Appends a token to slot 0. Returns its logits [1, V]."""
         state = self.state.slots(0, 1)
         state.token[0] = token
         state.batch.seq_lens[0] += 1
         return decode.forward(self.model, self.kv_cache, state)
 
-    def hold(self, tokens: int) -> None:
-        """All rows hold so many tokens, whatever lies in their pages."""
+    def set_context(self, tokens: int) -> None:
+        """Sets the context length of all sequences; their keys and values stay what they are."""
         self.state.batch.seq_lens.fill_(tokens)
 
     @torch.inference_mode()

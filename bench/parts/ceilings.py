@@ -1,8 +1,8 @@
-"""What this card allows now: reads, copies and products, and what lies between two kernels of a graph.
+"""What this GPU reaches now: reads, copies and matrix products, and the gap between two kernels of a graph.
 
-The kernels between which the gap is measured do next to nothing. "apart" are launches that wait for each other's end,
-"dependent" ones that begin while their predecessor drains; "alternating" have little and much shared memory by turns,
-which may make a multiprocessor divide its memory anew each time.
+The gap is measured with kernels that do next to nothing. "independent" launches wait for the end of the one before;
+"dependent" launches (programmatic dependent launch) begin while it drains. "alternating" launches use little and much
+shared memory in turn, which may make a multiprocessor repartition its memory each time.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,16 +12,18 @@ from itertools import islice
 import torch
 import triton
 import triton.language as tl
-from parts.bare_step import device_of
-from rows import Part, Row
-from timing import measure_floor, replayed, rounds_of
+
+from .. import roofline
+from ..record import Part, Row
+from ..timing import replayed, rounds_of
+from .bare_step import device_of
 
 NODES = 1000
 
 
 @triton.jit
-def _touch(x_ptr, PDL: tl.constexpr):
-    """One word, after whatever came before it."""
+def _little(x_ptr, PDL: tl.constexpr):
+    """Increments one word."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -30,8 +32,8 @@ def _touch(x_ptr, PDL: tl.constexpr):
 
 
 @triton.jit
-def _roomy(x_ptr, y_ptr, SIDE: tl.constexpr, PDL: tl.constexpr):
-    """A product of one tile, whose operands stand in shared memory."""
+def _much(x_ptr, y_ptr, SIDE: tl.constexpr, PDL: tl.constexpr):
+    """Multiplies one tile, whose operands are in shared memory."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -43,26 +45,24 @@ def _roomy(x_ptr, y_ptr, SIDE: tl.constexpr, PDL: tl.constexpr):
 def rows(small: bool) -> Iterator[Row]:
     part, device = Part("ceilings"), device_of(small)
     dtype = torch.float16 if small else torch.bfloat16
-    for _ in range(1 if small else 3):  # their spread is what a share of them can mean
-        floor = measure_floor(device, [dtype], 5 if small else 20)
-        rates = {"read": floor.read, "copy, read and written": floor.copy}
-        for name, rate in rates.items():
-            yield part.figure(name, [rate / 1e9], "GB/s", ceiling=name.split(",")[0])
-        yield part.figure("products", [*floor.matmul.values()][:1], "FLOP/s", ceiling="matmul")
+    measured = [[*roofline.measure(device, [dtype], 5 if small else 20).rows()] for _ in range(1 if small else 3)]
+    for row, *again in zip(*measured, strict=True):  # the spread of the repetitions is the error of a share
+        rounds = [value for each in (row, *again) for value in each.rounds]
+        yield part.figure(row.name, rounds, row.unit, **row.about)
 
     nodes = 10 if small else NODES
     x = torch.zeros(64, device=device)
     a, y = (torch.zeros(128, 128, dtype=dtype, device=device) for _ in range(2))
-    dependent = not small and torch.cuda.get_device_capability() >= (9, 0)
+    has_pdl = not small and torch.cuda.get_device_capability() >= (9, 0)
     for pdl in (False, True):
-        kind = "dependent" if pdl else "apart"
-        if pdl and not dependent:
-            yield part.missing("gap, dependent", "launches are dependent from compute capability 9.0 on")
+        kind = "dependent" if pdl else "independent"
+        if pdl and not has_pdl:
+            yield part.missing("gap, dependent", "dependent launches need compute capability 9.0")
             continue
         options = {"PDL": pdl, **({"launch_pdl": True} if pdl else {})}
-        touch = partial(_touch[(1,)], x, **options)
-        roomy = partial(_roomy[(1,)], a, y, SIDE=16 if small else 128, **options)
-        for name, turn in {"little": [touch], "much": [roomy], "alternating": [touch, roomy]}.items():
+        little = partial(_little[(1,)], x, **options)
+        much = partial(_much[(1,)], a, y, SIDE=16 if small else 128, **options)
+        for name, turn in {"little": [little], "much": [much], "alternating": [little, much]}.items():
             yield part.figure(f"a node, {kind}, {name} shared memory", _nodes(turn, nodes, small), "us", gap=kind)
 
 

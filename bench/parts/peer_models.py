@@ -1,7 +1,8 @@
-"""A decode step of the whole model as others do it, in one run with ours: greedy, which is less than our step does.
+"""A decode step of the whole model by other implementations, measured in the same run as ours.
 
-transformers' own Llama, of the same shapes, with random weights; PlainModel with our weights, in a CUDA graph and
-through torch.compile. A peer that is missing, crashes or takes too long to get ready is a row that says so.
+Theirs are greedy, which is less work than our step does. They are the Llama of transformers at the same shapes, with
+random weights, and PlainModel with our weights, in a CUDA graph and through torch.compile. A peer that is not
+installed, fails or takes too long to compile is a row that says so.
 """
 
 from __future__ import annotations
@@ -11,16 +12,18 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
 
-import peers
 import torch
-from internlm3 import InternLM3ForCausalLM
-from parts.bare_step import Steps, device_of, random_model
-from parts.decode_times import name_of, step_bytes, step_figure, step_times
-from parts.plain_model import PlainModel
-from rows import Part, Row, first_line
-from timing import Call, measure_floor, replayed, rounds_of
 
-SECONDS = 150  # that a peer may take to get ready, its compiler included
+from internlm3 import InternLM3ForCausalLM
+
+from .. import peers, roofline
+from ..record import Part, Row, first_line
+from ..timing import Call, replayed, rounds_of
+from .bare_step import Steps, device_of, random_model
+from .decode import shape_of, step_row, step_times
+from .plain_model import PlainModel
+
+SECONDS = 150  # time limit for a peer to get ready, compiling included
 Peer = Callable[[InternLM3ForCausalLM, int, int], Call]
 
 
@@ -28,8 +31,8 @@ def rows(small: bool) -> Iterator[Row]:
     part, device = Part("peers"), device_of(small)
     model = random_model(small)
     yield part.check("the plain model gives the step's logits", lambda: _same(model, small))
-    read = measure_floor(device, [model.dtype], 5).read
-    # What takes a compiler minutes comes last, in case that the box is too small.
+    read = roofline.measure(device, [model.dtype], 5).read
+    # Peers that compile for minutes come last, in case the part runs out of time.
     known = {
         "cuBLAS and SDPA, CUDA graph" + ", without it on a CPU" * small: _plain_graph,
         "transformers, eager": _transformers_dynamic,
@@ -39,37 +42,35 @@ def rows(small: bool) -> Iterator[Row]:
         "cuBLAS and SDPA, torch.compile max-autotune": _plain_compiled("max-autotune"),
     }
     shapes = [(16, 1)] if small else [(1024, 1), (1024, 4), (1024, 16), (32768, 1)]
-    for context, rows in shapes:
-        ours = step_times(model, rows, context, small)
-        floor = step_bytes(model, rows, context) / read
-        yield step_figure(part, ours, floor, engine="internlm3", rows=rows, context=context)
+    for context, batch in shapes:
+        yield step_row(part, step_times(model, batch, context, small), read, model, "internlm3", batch, context)
     for engine, make in known.items():
-        for context, rows in shapes:
-            about = {"engine": engine, "rows": rows, "context": context}
+        for context, batch in shapes:
+            shape = shape_of(batch, context)
             try:
                 with peers.time_limit(SECONDS), torch.inference_mode():
-                    call = make(model, rows, context)
+                    call = make(model, batch, context)
                     call()
                     times = [time / 1e3 for time in islice(rounds_of(call, 1), 3 if small else 50)]
             except Exception as error:
-                yield part.missing(name_of(**about), first_line(error), **about)
+                yield part.missing(f"{shape}, {engine}", first_line(error), engine=engine, shape=shape)
                 continue
             finally:
                 call = None
                 if not small:
                     torch.cuda.empty_cache()
-            yield step_figure(part, times, step_bytes(model, rows, context) / read, **about)
+            yield step_row(part, times, read, model, engine, batch, context)
 
 
 def _same(model: InternLM3ForCausalLM, small: bool) -> str:
-    """What is wrong with PlainModel, beside a prompt and a step of ours: nothing may be fast because it is another."""
+    """What is wrong with PlainModel's logits, compared with ours after the same prompt; a peer must do the same."""
     ids = torch.randint(1, model.config.vocab_size, (12 if small else 100,)).tolist()
     steps, plain = Steps(model, 1, len(ids)), PlainModel(model, 1, len(ids) - 1)
     steps.prefill(ids[:-1])
     for layer in range(model.config.num_hidden_layers):
-        for held, cache in zip(plain.kv[layer], steps.pages.layer(layer), strict=True):
+        for kv, cache in zip(plain.kv[layer], steps.kv_cache.layer(layer), strict=True):
             pages = steps.state.batch.block_table[0].long()
-            held[0, :, : plain.context] = cache[pages].transpose(0, 1).flatten(1, 2)[:, : plain.context]
+            kv[0, :, : plain.context] = cache[pages].transpose(0, 1).flatten(1, 2)[:, : plain.context]
     expected = steps.follow(ids[-1]).float()
     plain.token[0] = ids[-1]
     with torch.inference_mode():
@@ -78,15 +79,15 @@ def _same(model: InternLM3ForCausalLM, small: bool) -> str:
     return "" if off < 0.05 else f"its logits are off by {off:.3g} of their norm"
 
 
-def _plain_graph(model: InternLM3ForCausalLM, rows: int, context: int) -> Call:
-    plain = PlainModel(model, rows, context)
+def _plain_graph(model: InternLM3ForCausalLM, batch: int, context: int) -> Call:
+    plain = PlainModel(model, batch, context)
     return replayed([plain.step]) if model.device.type == "cuda" else plain.step
 
 
 def _plain_compiled(mode: str) -> Peer:
-    def make(model: InternLM3ForCausalLM, rows: int, context: int) -> Call:
+    def make(model: InternLM3ForCausalLM, batch: int, context: int) -> Call:
         torch._dynamo.reset()
-        return torch.compile(PlainModel(model, rows, context).step, mode=mode, fullgraph=True)
+        return torch.compile(PlainModel(model, batch, context).step, mode=mode, fullgraph=True)
 
     return make
 
@@ -115,26 +116,26 @@ def _llama(model: InternLM3ForCausalLM) -> Any:
         torch.set_default_dtype(before)
 
 
-def _transformers_dynamic(model: InternLM3ForCausalLM, rows: int, context: int) -> Call:
+def _transformers_dynamic(model: InternLM3ForCausalLM, batch: int, context: int) -> Call:
     from transformers import DynamicCache
 
     llama, c = _llama(model), model.config
     cache = DynamicCache()
     for layer in range(c.num_hidden_layers):
-        shape = (rows, c.num_key_value_heads, context, c.head_dim)
-        held = torch.zeros(shape, dtype=model.dtype, device=model.device)
-        cache.update(held, held.clone(), layer)
-    token = torch.ones(rows, 1, dtype=torch.int64, device=model.device)
+        shape = (batch, c.num_key_value_heads, context, c.head_dim)
+        keys = torch.zeros(shape, dtype=model.dtype, device=model.device)
+        cache.update(keys, keys.clone(), layer)
+    token = torch.ones(batch, 1, dtype=torch.int64, device=model.device)
     return lambda: token.copy_(llama(token, past_key_values=cache).logits.argmax(-1))
 
 
 def _transformers_static(mode: str | None) -> Peer:
-    def make(model: InternLM3ForCausalLM, rows: int, context: int) -> Call:
+    def make(model: InternLM3ForCausalLM, batch: int, context: int) -> Call:
         from transformers import StaticCache
 
         llama = _llama(model)
         cache = StaticCache(config=llama.config, max_cache_len=context + 1)
-        token = torch.ones(rows, 1, dtype=torch.int64, device=model.device)
+        token = torch.ones(batch, 1, dtype=torch.int64, device=model.device)
         place = torch.tensor([context], device=model.device)
 
         def step() -> None:

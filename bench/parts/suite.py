@@ -1,4 +1,4 @@
-"""The kernels' test suite, natively: every op against its twin and float64, promised roundings included."""
+"""The kernels' test suite on this GPU: every op against its reference and float64, promised roundings included."""
 
 import os
 import subprocess
@@ -9,9 +9,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from xml.etree import ElementTree
 
-from rows import Part, Row
-
-ROOT = Path(__file__).parents[2]
+from .. import ROOT
+from ..record import Part, Row
 
 
 def rows(small: bool) -> Iterator[Row]:
@@ -21,18 +20,19 @@ def rows(small: bool) -> Iterator[Row]:
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
         command += [str(ROOT / "tests" / "kernels")]
         command += ["-k", "advance or embed"] if small else []
-        if not small and find_spec("xdist"):  # most of the time goes to compilers
+        if not small and find_spec("xdist"):  # compiling takes most of the time
             command += ["-n", str(max(3 * (os.cpu_count() or 1) // 4, 1)), "--dist", "loadgroup"]
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
         if not report.exists():
             last = (done.stdout + done.stderr).strip().splitlines()[-1:]
-            yield part.check("tests/kernels", f"pytest ended with {done.returncode}: {last[0] if last else 'no word'}")
+            error = f"pytest ended with exit code {done.returncode}: {last[0] if last else 'no output'}"
+            yield part.check("tests/kernels", error)
             return
         yield from results(part, report)
 
 
 def results(part: Part, report: Path) -> Iterator[Row]:
-    """A row for each file of tests, and one for each test that failed."""
+    """A row for each test file, and one for each test that failed."""
     files: dict[str, int] = {}
     for case in ElementTree.parse(report).iter("testcase"):
         name = case.get("classname", "").rpartition(".")[2]

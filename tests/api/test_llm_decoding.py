@@ -3,23 +3,19 @@
 import itertools
 import threading
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
 from internlm3 import (
     LLM,
+    InternLM3ForCausalLM,
     SamplingParams,
 )
 from internlm3.runtime.engine.graphs import StepQueue
 from internlm3.tests.support.capture import as_op, capture, nothing_captured  # noqa: F401 - fixtures
 from internlm3.tests.support.llm import PROMPTS, causal_lm, ids_of, result, same, text_of
-
-
-@pytest.fixture(scope="module")
-def exact(demo_model: Path, capture: Any) -> LLM:
-    return LLM(demo_model, dtype="float32", progress=False)
 
 
 @pytest.fixture
@@ -46,7 +42,8 @@ def test_steps_are_replayed(capture, tiny):
         pytest.skip("steps are eager")
     before = capture.recorder.replays
     tiny.generate("hello", max_tokens=6, ignore_eos=True)
-    assert capture.recorder.replays - before == 4  # of the five steps after the prompt the first is captured
+    # The prompt; of the five steps after it the first is captured.
+    assert capture.recorder.replays - before == 5
 
 
 # -------------------------------------------------------------------- batches and settings
@@ -56,12 +53,12 @@ def test_steps_are_replayed(capture, tiny):
 @pytest.mark.parametrize(
     "settings", [{"temperature": 0}, {"temperature": 0.9, "top_p": 0.95, "seed": 7}], ids=["greedy", "seeded"]
 )
-def test_a_ragged_batch_says_what_each_says_alone(llm, exact, dtype, settings):
-    model = llm if dtype == "bfloat16" else exact
+def test_a_batch_of_different_lengths_gives_what_each_prompt_gives_alone(tiny, tiny_folder, capture, dtype, settings):
+    model = tiny if dtype == "float32" else LLM(tiny_folder, dtype=dtype, progress=False)
     together = model.generate(PROMPTS, max_tokens=10, **settings)
     alone = [model.generate(prompt, max_tokens=10, **settings) for prompt in PROMPTS]
     assert same(together, alone)
-    if dtype == "bfloat16":  # here every bit of a row is its own
+    if dtype == "bfloat16":  # on a CPU a row is bit-identical alone and in a batch
         assert together == alone
 
 
@@ -78,10 +75,10 @@ def test_n_answers_are_streams_of_one_seed(tiny):
 
 
 @pytest.mark.parametrize("settings", [{"temperature": 0}, {"temperature": 1.0, "seed": 1}], ids=["greedy", "seeded"])
-def test_a_stream_is_generate_in_pieces(llm, settings):
+def test_a_stream_is_generate_in_chunks(tiny, settings):
     messages = [{"role": "user", "content": "Name three colours, with an emoji each."}]
-    whole = llm.chat(messages, max_tokens=24, **settings)
-    chunks = list(llm.stream(messages, max_tokens=24, **settings))
+    whole = tiny.chat(messages, max_tokens=24, **settings)
+    chunks = list(tiny.stream(messages, max_tokens=24, **settings))
     answer = whole.outputs[0]
     assert text_of(chunks) == answer.text
     assert [token for chunk in chunks for token in chunk.token_ids] == answer.token_ids
@@ -116,11 +113,13 @@ BY_THE_TEXT = {
 
 def test_settings_that_go_by_the_text(make, tiny):
     """What a generation_config.json asks for holds in LLM, as in `generate`; and so does a keyword."""
-    file = LLM(make({**BY_THE_TEXT, "max_new_tokens": 9}), progress=False)
+    folder = make({**BY_THE_TEXT, "max_new_tokens": 9})
+    file = LLM(folder, progress=False)
+    model = InternLM3ForCausalLM.from_pretrained(folder, progress=False)
     outputs = file.generate(PROMPTS)
     for prompt, output in zip(PROMPTS, outputs, strict=True):
         ids = torch.tensor([file.tokenizer.encode(prompt)])
-        expected = causal_lm(file).generate(ids, do_sample=False, max_new_tokens=9, eos_token_id=file.eos_token_ids)
+        expected = model.generate(ids, do_sample=False, max_new_tokens=9, eos_token_id=file.eos_token_ids)
         assert output.outputs[0].token_ids == expected[0, ids.shape[1] :].tolist()
         assert "".join(chunk.text for chunk in file.stream(prompt)) == output.text
     assert same(tiny.generate(PROMPTS, temperature=0, max_tokens=9, **BY_THE_TEXT), outputs)
@@ -259,19 +258,19 @@ def test_min_tokens_holds_every_end_back(tiny, script):
 
 
 @pytest.mark.parametrize("settings", [{"temperature": 0}, {"temperature": 1.5, "seed": 2, "top_k": 50}], ids=str)
-def test_logprobs_are_the_models_own(exact, settings):
-    output = exact.generate(PROMPTS[0], max_tokens=8, logprobs=5, **settings)
+def test_logprobs_are_the_models_own(tiny, settings):
+    output = tiny.generate(PROMPTS[0], max_tokens=8, logprobs=5, **settings)
     answer = output.outputs[0]
     whole = torch.tensor([output.prompt_token_ids + answer.token_ids])
-    expected = causal_lm(exact)(whole).logits[0, len(output.prompt_token_ids) - 1 : -1].double().log_softmax(-1)
+    expected = causal_lm(tiny)(whole).logits[0, len(output.prompt_token_ids) - 1 : -1].double().log_softmax(-1)
     chosen = expected.gather(1, torch.tensor(answer.token_ids)[:, None])[:, 0]
-    # float32 through 30 layers, one token at a time against all at once.
+    # float32, one token at a time against all at once.
     torch.testing.assert_close(torch.tensor(answer.logprobs).double(), chosen, atol=1e-4, rtol=0)
     for found, row in zip(answer.top_logprobs, expected, strict=True):
         values, ids = row.topk(5)
         assert list(found) == ids.tolist()
         torch.testing.assert_close(torch.tensor(list(found.values())).double(), values, atol=1e-4, rtol=0)
-    chunks = list(exact.stream(PROMPTS[0], max_tokens=8, logprobs=5, **settings))
+    chunks = list(tiny.stream(PROMPTS[0], max_tokens=8, logprobs=5, **settings))
     assert [chunk.top_logprobs for chunk in chunks] == [[found] for found in answer.top_logprobs]
 
 

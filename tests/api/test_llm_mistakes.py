@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from internlm3 import (
     LLM,
     SamplingParams,
@@ -113,9 +114,9 @@ def test_a_templates_own_error_is_told(tiny, monkeypatch):
     ("arguments", "error", "message"),
     [
         ({"max_model_len": 10}, TypeError, "LLM: unknown keyword 'max_model_len'; did you mean 'max_seq_len'"),
-        ({"max_seq_len": 0}, ValueError, "max_seq_len .* it is 0"),
-        ({"max_seq_len": "10"}, ValueError, "max_seq_len .* it is '10'"),
-        ({"max_batch_size": 0}, ValueError, "max_batch_size .* it is 0"),
+        ({"max_seq_len": 0}, ValueError, "max_seq_len must be an integer >= 1; got 0"),
+        ({"max_seq_len": "10"}, ValueError, "max_seq_len must be an integer >= 1; got '10'"),
+        ({"max_batch_size": 0}, ValueError, "max_batch_size must be an integer >= 1; got 0"),
         ({"max_batch_size": 17, "batch_invariant": True}, ValueError, "up to 16 answers .* max_batch_size is 17"),
         ({"dtype": "int8"}, ValueError, "dtype 'int8' is not supported.*bfloat16"),
         ({"device": "gpu"}, ValueError, "device 'gpu' is no device"),

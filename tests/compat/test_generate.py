@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 import transformers
+
 from internlm3 import InternLM3Config, InternLM3ForCausalLM
 from internlm3.runtime.engine import prefill
 from internlm3.runtime.model.kv_cache import PAGE

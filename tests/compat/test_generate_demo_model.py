@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 import transformers
+
 from internlm3 import InternLM3ForCausalLM
 from internlm3.tests.support.prompts import padded, real_prompts
 

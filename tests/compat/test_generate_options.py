@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+
 from internlm3.tests.support.prompts import PROMPTS
 
 

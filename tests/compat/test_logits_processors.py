@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import transformers
+
 from internlm3.runtime.compat import generation
 from internlm3.tests.support.prompts import PROMPTS, padded
 

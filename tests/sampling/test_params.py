@@ -8,6 +8,7 @@ from typing import get_type_hints
 import numpy as np
 import pytest
 import torch
+
 from internlm3.runtime.cli.sampling_switches import add_switches
 from internlm3.runtime.engine.state import DecodeState
 from internlm3.runtime.sampling.keywords import SamplingKeywords

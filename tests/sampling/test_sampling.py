@@ -7,10 +7,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from internlm3.kernels import sampling_reference
-from internlm3.kernels.sampling_reference import filter_logits, penalize, philox, sample
 from transformers import GenerationConfig
 from transformers.generation.utils import GenerationMixin
+
+from internlm3.kernels import reference_sampling
+from internlm3.kernels.reference_sampling import filter_logits, penalize, philox, sample
 
 SEEDS = [11, 12, 13]
 
@@ -128,10 +129,10 @@ def test_zero_ties_with_minus_zero():
 
 def test_weights_are_powers_of_two():
     bits = -torch.rand(100_000, generator=torch.Generator().manual_seed(1)) * 16
-    exact = torch.exp2(bits.double() + sampling_reference.UNIT_BITS)
+    exact = torch.exp2(bits.double() + reference_sampling.UNIT_BITS)
     # 2e-7, the polynomial's share, plus one unit of the last place that the fraction loses for bits near 0.
-    torch.testing.assert_close(sampling_reference._weights(bits[None])[0].double(), exact, rtol=2.5e-7, atol=1)
-    edges = sampling_reference._weights(floats(0.0, -1e-30, -1.0, -40.0, -41.0, -1e30, -math.inf)[None])
+    torch.testing.assert_close(reference_sampling._weights(bits[None])[0].double(), exact, rtol=2.5e-7, atol=1)
+    edges = reference_sampling._weights(floats(0.0, -1e-30, -1.0, -40.0, -41.0, -1e30, -math.inf)[None])
     assert edges[0].tolist() == [2**40, 2**40, 2**39, 1, 0, 0, 0]
 
 
@@ -224,7 +225,7 @@ def test_choice_frequencies_by_chi_square(axis):
 
 @pytest.mark.parametrize("random, expected", [(0, 3), (0xFFFFFFFF, 6)])
 def test_no_random_number_chooses_what_cannot_be(monkeypatch, random, expected):
-    monkeypatch.setattr(sampling_reference, "philox", lambda seed, *_: torch.full((4, len(seed)), random))
+    monkeypatch.setattr(reference_sampling, "philox", lambda seed, *_: torch.full((4, len(seed)), random))
     logits = torch.full((1, 10), -math.inf)
     logits[0, 3:7] = floats(0.0, 1.0, -1e30, -1.0)
     assert sample(logits, temperature=floats(1.0), **keys(1))[0].item() == expected

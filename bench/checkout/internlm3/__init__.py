@@ -1,14 +1,16 @@
 """This checkout as the package `internlm3`, whatever the environment has installed under that name.
 
-With `bench/checkout` first on the path, `import internlm3` runs this file, which puts the package that is the root of
-this checkout in its place. Tests, benches and `make` set the path so: two checkouts may share one environment.
+If `bench/checkout` is first on the path, `import internlm3` runs this file. It replaces itself by the package at the
+root of this checkout (of INTERNLM3_CHECKOUT, if set: bench/workers.py compares two checkouts). Tests and benchmarks set
+the path this way, so several checkouts can share one environment.
 """
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(os.environ.get("INTERNLM3_CHECKOUT") or Path(__file__).resolve().parents[3])
 spec = importlib.util.spec_from_file_location("internlm3", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
 assert spec is not None and spec.loader is not None
 sys.modules["internlm3"] = package = importlib.util.module_from_spec(spec)

@@ -1,0 +1,1 @@
+"""Compile kernels for a GPU that need not be present, and read their machine code."""

@@ -1,0 +1,23 @@
+"""The table of bench.ops: every op next to its peers."""
+
+from collections.abc import Iterator
+
+import torch
+
+from .. import ops, peers, roofline
+from ..cases import INTERNLM3_8B, SMALL, cases
+from ..record import Row
+from .bare_step import device_of
+
+
+def rows(small: bool) -> Iterator[Row]:
+    """The cases that take longest come last, in case the part runs out of time."""
+    device, dtype, rounds = device_of(small), torch.bfloat16, 3 if small else 20
+    shapes = [([1], [], [1024]), ([1, 16], [], [32768]), ([4, 16], [], [1024]), ([], [512], [1024, 8192])]
+    chosen = [
+        case
+        for batches, chunks, contexts in ([([1], [], [64])] if small else shapes)
+        for case in cases(SMALL if small else INTERNLM3_8B, [dtype], batches, chunks, contexts)
+    ]
+    peers.SECONDS = 30
+    yield from ops.measured(chosen, device, rounds, roofline.measure(device, [dtype], rounds))

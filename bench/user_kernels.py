@@ -1,0 +1,35 @@
+"""A user's kernels: a Python file with functions named like ops, which take and return what the ops do."""
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from internlm3 import kernels
+
+from .options import unknown
+
+
+def load(path: str) -> dict[str, Callable[..., Any]]:
+    """Runs the file and returns its ops by name. Raises ValueError if it can't be run or defines no op."""
+    if not Path(path).is_file():
+        raise ValueError(f"{path} does not exist: name a Python file with a function named like an op")
+    spec = importlib.util.spec_from_file_location(f"user_{Path(path).stem}", path)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"{path} is not a Python file: its name must end in .py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # Triton looks there for a kernel's source
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ValueError(f"{path} raises {type(error).__name__} when it is run: {error}") from None
+    functions = [
+        name for name, x in vars(module).items() if callable(x) and getattr(x, "__module__", "") == module.__name__
+    ]
+    ops = {name: getattr(module, name) for name in functions if name in kernels.__all__}
+    if not ops:
+        public = [name for name in functions if not name.startswith("_")]
+        hint = f"; {unknown('op', public[0], kernels.__all__)}" if public else ""
+        raise ValueError(f"{path} has no function named like an op{hint}")
+    return ops

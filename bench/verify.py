@@ -1,0 +1,86 @@
+"""Compare what an engine computes with kernels.reference on the same inputs: only right results are timed."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from internlm3.kernels import reference
+
+from . import harness
+from .cases import Arguments
+
+# How far a result may be off, in steps of its dtype relative to the value and to the RMS of its row: an op rounds a
+# handful of times, and in float32 sums of thousands of terms come in any order.
+STEPS = {torch.bfloat16: 4.0, torch.float16: 4.0, torch.float32: 256.0}
+
+
+def _copies(arguments: Arguments, copy: Callable[[Tensor], Tensor]) -> Arguments:
+    return {name: copy(x) if isinstance(x, Tensor) else x for name, x in arguments.items()}
+
+
+def _same_strides(x: Tensor) -> Tensor:
+    """A copy of x with its strides."""
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(x)
+
+
+def _tuple(result: Any) -> tuple[Any, ...]:
+    return result if isinstance(result, tuple) else (result,)
+
+
+def _difference(name: str, found: Tensor, expected: Tensor, exact: Tensor) -> str:
+    """expected: the reference's result; exact: its result from float32 inputs."""
+    if not expected.is_floating_point():
+        return harness.difference(name, found, expected)
+    exact = exact.double()
+    steps = STEPS[expected.dtype]
+    size = exact.abs() + (exact.square().mean(-1, keepdim=True).sqrt() if exact.dim() else 0)
+    bound = steps * torch.finfo(expected.dtype).eps * size
+    return harness.difference(name, found, exact, bound, f"{steps:.0f} steps of the dtype")
+
+
+def error_of(op: str, arguments: Arguments, run: Callable[[Arguments], Any], strict: bool = False) -> str:
+    """What is wrong with run(a copy of the arguments), in one sentence; "" if it does what the op does.
+
+    Arguments that the op writes must end as the reference leaves them, all others unchanged to the bit. A result may
+    have another shape with the same elements. With `strict`, which is for a user's kernel, it must have the op's shape,
+    and the kernel runs with guards around its memory. Exceptions of `run` are passed on.
+    """
+    after = _copies(arguments, _same_strides)
+    expected = _tuple(getattr(reference, op)(**after))
+    after_exact = _copies(arguments, lambda x: x.float() if x.is_floating_point() else x.clone())
+    exact = _tuple(getattr(reference, op)(**after_exact))
+    written = [name for name, x in arguments.items() if isinstance(x, Tensor) and not harness.same_bits(x, after[name])]
+
+    given = _copies(arguments, harness.between_guards if strict else _same_strides)
+    try:
+        writes = [given[name] for name in written]
+        results = _tuple(harness.call(lambda **kwargs: run(kwargs), writes=writes, **given) if strict else run(given))
+    except harness.Fault as fault:
+        return str(fault)
+
+    kinds = [", ".join("a tensor" if isinstance(x, Tensor) else repr(x) for x in xs) for xs in (results, expected)]
+    if kinds[0] != kinds[1]:
+        return f"it returns {kinds[0]}, and the op {kinds[1]}"
+    for i, (found, want, precise) in enumerate(zip(results, expected, exact, strict=True)):
+        if not isinstance(want, Tensor):
+            continue
+        name = f"result {i + 1}" if len(expected) > 1 else "the result"
+        if found.dtype != want.dtype:
+            return f"{name} is {found.dtype}, must be {want.dtype}"
+        if strict and found.shape != want.shape:
+            return f"{name} has shape {list(found.shape)}, must have {list(want.shape)}"
+        if found.numel() != want.numel():
+            return f"{name} has {found.numel()} elements, must have {want.numel()}"
+        error = _difference(name, found.reshape(want.shape), want, precise)
+        if error:
+            return error
+    for name in written:
+        error = _difference(name, given[name], after[name], after_exact[name])
+        if error:
+            return error
+    for name, x in arguments.items():
+        if isinstance(x, Tensor) and name not in written and not harness.same_bits(given[name], x):
+            return f"it changes {name}, which the op only reads"
+    return ""

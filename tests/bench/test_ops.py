@@ -1,0 +1,380 @@
+"""bench.ops on a CPU at tiny shapes: what it measures, checks, prints and refuses. No test depends on a time."""
+
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import ROOT, ops, peers, record, roofline, tables, verify
+from bench.cases import Inputs, Size, cases, read_size
+from bench.roofline import Roofline
+from internlm3 import kernels
+from internlm3.kernels import reference
+
+TINY = Size(hidden=32, intermediate=48, vocabulary=70, heads=4, kv_heads=2, head_dim=16)
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests of what happens on a CPU")
+
+
+@pytest.fixture
+def config(tmp_path):
+    fields = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "vocab_size": 70,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    return tmp_path
+
+
+@pytest.fixture
+def fast(monkeypatch):
+    """Skips measuring the ceilings, and the compiler."""
+    ceilings = Roofline(1e9, 1e9, {"bfloat16": 1e12, "float16": 1e12, "float32": 1e12})
+    monkeypatch.setattr(roofline, "measure", lambda *_: ceilings)
+    monkeypatch.delitem(peers.PEERS, "torch.compile")
+
+
+def fails(capsys, *arguments):
+    """The error message for these arguments."""
+    with pytest.raises(SystemExit) as end:
+        ops.main([*map(str, arguments)])
+    assert end.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""  # nothing was measured
+    return err.splitlines()[-1].split("error: ")[1]
+
+
+# --- cases
+
+
+def test_every_op_has_a_case():
+    assert {case.op for case in cases()} == set(kernels.__all__)
+
+
+def test_cases_have_distinct_names():
+    every = list(cases(TINY, [torch.bfloat16, torch.float32], [1, 2], [3], [64, 100]))
+    assert len({(case.op, case.shape, case.dtype) for case in every}) == len(every)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_reference_takes_every_case(dtype):
+    """At lengths that are not multiples of a page, and for a chunk at the end of a longer context."""
+    device = torch.device("cpu")
+    for case in cases(TINY, [dtype], [1, 3], [5], [100]):
+        arguments = case.arguments(device)
+        assert verify.error_of(case.op, arguments, lambda given, op=case.op: getattr(reference, op)(**given)) == ""
+
+
+def test_the_shapes_of_a_checkpoint(config):
+    assert read_size(config) == read_size(config / "config.json") == TINY
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "can't be read"),
+        ("[1]", "is not a JSON object"),
+        ("{", "is not a JSON object"),
+        ('{"num_attention_heads": 4}', "has hidden_size None: it must be a positive integer"),
+        ('{"num_attention_heads": 4, "hidden_size": "wide"}', "has hidden_size 'wide'"),
+    ],
+)
+def test_no_checkpoint(content, message, tmp_path, capsys):
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    assert message in fails(capsys, "--config", tmp_path)
+
+
+# --- bytes and operations
+
+
+def test_bytes_and_operations():
+    """Counted by hand at tiny shapes."""
+    make = Inputs(TINY, torch.bfloat16, torch.device("cpu"))
+    of = {
+        (case.op, case.shape): case.arguments(make.device)
+        for case in cases(TINY, batches=[2], chunks=[3], contexts=[100])
+    }
+
+    def amounts(op, shape):
+        arguments = of[op, shape]
+        return roofline.bytes_moved(op, arguments, getattr(reference, op)(**arguments)), roofline.flops(op, arguments)
+
+    assert amounts("embed", "batch 2") == (2 * 8 + 2 * 2 * 32 * 2, 0)
+    assert amounts("rms_norm", "batch 2") == ((2 * 32 + 32 + 2 * 32) * 2, 0)
+    assert amounts("swiglu", "batch 2") == ((2 * 96 + 2 * 48) * 2, 0)
+    assert amounts("linear_add", "batch 2, down_proj") == ((2 * 48 + 32 * 48 + 2 * 2 * 32) * 2, 2 * 2 * 48 * 32)
+    # 2 sequences of 100 tokens on 2 pages of 64: whole pages are counted.
+    pages = 2 * 2 * 2 * 2 * 64 * 16 * 2
+    assert amounts("paged_attention", "batch 2, context 100") == (
+        pages + 2 * 2 * 4 * 16 * 2 + 2 * 2 * 4 + 2 * 4,
+        4 * 4 * 16 * 200,
+    )
+    assert amounts("paged_attention", "chunk 3, context 100")[1] == 4 * 4 * 16 * (98 + 99 + 100)
+    qkv, written = (4 + 4) * 16, 3 * 2 * 2 * 16
+    assert (
+        amounts("rope_and_cache", "chunk 3, context 100")[0] == (3 * qkv + written + 3 * 4 * 16) * 2 + 8 * 4 + 2 * 4 + 4
+    )
+
+
+def test_the_slower_of_reading_and_multiplying_bounds_an_op():
+    ceilings = Roofline(1e12, 1e12, {"bfloat16": 1e14})
+    assert ceilings.share("bfloat16", 10**6, 10**6, 2.0) == ("read", 0.5)
+    name, share = ceilings.share("bfloat16", 10**6, 10**9, 20.0)
+    assert (name, round(share, 9)) == ("matmul", 0.5)
+
+
+# --- the tool
+
+
+def test_list_measures_nothing(capsys):
+    assert ops.main(["--list", "--op", "paged_attention", "--batch", "1", "4", "--context", "128", "131072"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    shapes = ["batch 1, context 128", "batch 1, context 131072", "batch 4, context 128", "batch 4, context 131072"]
+    assert [line[24:53].strip() for line in lines] == shapes
+    assert all("cpu, SDPA, FlashInfer" in line for line in lines)
+
+
+def test_rows_and_record(fast, config, tmp_path, capsys):
+    """Rows are printed; the record has every round, and prints the same rows."""
+    path = tmp_path / "run.json"
+    chosen = ["--op", "linear", "paged_attention", "--batch", "2", "--context", "100", "--dtype", "float32"]
+    assert ops.main(["--config", str(config), *chosen, "--rounds", "3", "--seed", "5", "--json", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert "these figures say nothing about Triton's kernels" in out
+    assert "FlashInfer      not timed: not installed: pip install flashinfer-python" in out
+    loaded = record.load(path)
+    rows = [row for row in loaded.rows if row.part == "ops"]
+    timed = {(row.about["op"], row.about["engine"]): row for row in rows if row.rounds}
+    assert timed.keys() == {
+        ("linear", "cpu"), ("linear", "PyTorch"), ("paged_attention", "cpu"), ("paged_attention", "SDPA")
+    }  # fmt: skip
+    for row in timed.values():
+        assert len(row.rounds) == 3 and row.about["dtype"] == "float32" and not row.about["cold"]
+        assert row.about["GB/s"] == pytest.approx(row.about["bytes"] / row.value / 1e3)
+        assert row.about.get("bound", "matmul") == "matmul"
+    assert {"date", "commit", "device", "driver", "clocks", "torch", "command", "seed"} <= loaded.stamp.keys()
+    assert loaded.stamp["shapes"]["hidden"] == 32
+    assert tables.text(loaded).splitlines()[-len(rows) :] == out.splitlines()[-len(rows) :]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--op", "linaer"], "there is no op 'linaer': did you mean 'linear'?"),
+        (["--op", "zzz"], "there is no op 'zzz': there are advance, embed"),
+        (["--engine", "flashinfr"], "there is no engine 'flashinfr': did you mean 'FlashInfer'?"),
+        (["--dtype", "bf16"], "there is no dtype 'bf16': did you mean 'bfloat16'?"),
+        (["--batch", "0"], "'0' is not a positive integer"),
+        (["--context", "1k"], "'1k' is not a positive integer"),
+        (["--rounds", "0"], "'0' is not a positive integer"),
+        (["--chunk", "2048"], "--chunk 2048 is longer than the --context 1024 that includes it"),
+        (["--op", "sample", "--chunk", "8"], "nothing to time: sample runs in decode steps only; pass --batch"),
+        (["--json", "/no/where/x.json"], "/no/where/x.json can't be written: name a file in a folder that exists"),
+        (["--kernel", "nothing.py"], "nothing.py does not exist: name a Python file with a function named like an op"),
+    ],
+)
+def test_bad_arguments_fail_before_anything_is_measured(arguments, message, capsys):
+    assert message in fails(capsys, *arguments)
+
+
+def test_pytest_benchmark_reports_the_same_cases():
+    """In a process of its own, as a user runs it; it asserts by itself that its median is that of the table."""
+    command = [Path(sys.executable).with_name("pytest"), "-q", "bench/pytest_benchmark", "-k", "advance or embed"]
+    environment = {name: x for name, x in os.environ.items() if not name.startswith(("PYTEST_", "TRITON_INTERPRET"))}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stdout
+    assert "the ops' PyTorch backend, a small model's shapes; not Triton" in done.stdout
+    assert "test_op[embed, chunk 512]" in done.stdout
+    assert "6 passed" in done.stdout
+
+
+# --- peers
+
+
+def test_peers_implement_known_ops():
+    for name, about in peers.PEERS.items():
+        assert about.ops and set(about.ops) <= set(kernels.__all__), name
+
+
+@pytest.mark.parametrize("name", ["PyTorch", "cuBLAS", "SDPA"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_peer_computes_the_op(name, dtype):
+    """Those that can run on a CPU."""
+    for case in cases(TINY, [dtype], [1, 3], [5], [100]):
+        if case.op in peers.PEERS[name].ops:
+            arguments = case.arguments(torch.device("cpu"))
+            run = lambda given, op=case.op: peers.PEERS[name].make(op, given)()  # noqa: E731
+            assert verify.error_of(case.op, arguments, run) == "", (case.op, case.shape)
+
+
+def run_with(make, config, capsys, more=()):
+    """The row of a peer that is made by `make`."""
+    peers.PEERS["other"] = peers.Peer(("rms_norm",), make, "torch", "torch", False)
+    try:
+        arguments = ["--config", str(config), "--op", "rms_norm", "--batch", "2", "--rounds", "1", *more]
+        assert ops.main(arguments) == 0
+    finally:
+        del peers.PEERS["other"]
+    return next(x for x in capsys.readouterr().out.splitlines() if " other " in x)
+
+
+def wrong(op, arguments):
+    return lambda: verify.reference.rms_norm(**arguments) * 1.2
+
+
+def broken(op, arguments):
+    raise RuntimeError("no such kernel\nand a long story")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (wrong, "WRONG, not timed: the result (bfloat16 [2, 32]) is wrong at"),
+        (broken, "not timed: RuntimeError: no such kernel"),
+    ],
+)
+def test_the_failure_of_a_peer_is_reported_in_its_row(make, message, fast, config, capsys):
+    row = run_with(make, config, capsys)
+    assert message in row and "long story" not in row
+
+
+def test_a_peer_that_is_never_ready_is_reported_in_its_row(fast, config, capsys, monkeypatch):
+    monkeypatch.setattr(peers, "SECONDS", 1)
+    row = run_with(lambda op, arguments: signal.pause, config, capsys, ["--engine", "other"])
+    assert "not timed: not ready after 1 seconds" in row
+
+
+def test_torch_compile_serves_many_shapes(monkeypatch):
+    """More than the eight that it keeps per function. The eager backend saves the time of generating code."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    for batch in range(1, 11):
+        (case,) = (case for case in cases(TINY, batches=[batch], chunks=[]) if case.op == "embed")
+        arguments = case.arguments(torch.device("cpu"))
+        run = peers.make("torch.compile", "embed", arguments, torch.device("cpu"))
+        assert torch.equal(run(), verify.reference.embed(**arguments))
+
+
+# --- user kernels
+
+
+NORM = """
+import torch
+def rms_norm(x, weight, eps):
+    y = torch.empty_like(x)
+    {body}
+    return y
+"""
+RIGHT = "y.copy_(x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)).mul_(weight)"
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (RIGHT, None),
+        ("raise RuntimeError('out of luck')", "not timed: RuntimeError: out of luck"),
+        ("pass", "WRONG, not timed: the result (bfloat16 [2, 32]) is wrong at 64 of 64 places, worst at"),
+        (RIGHT + "; y = y[:1]", "the result has shape [1, 32], must have [2, 32]"),
+        (RIGHT + "; y = y.float()", "the result is torch.float32, must be torch.bfloat16"),
+        (RIGHT + "; y = (y, y)", "it returns a tensor, a tensor, and the op a tensor"),
+        (RIGHT + "; y = None", "it returns None, and the op a tensor"),
+        (RIGHT + "; x.mul_(2)", "the kernel changed its input x"),
+        (RIGHT + "; x.as_strided((1,), (1,), x.storage_offset() + 64).zero_()", "the kernel wrote outside its x"),
+        (RIGHT + "; y.as_strided((1,), (1,), y.storage_offset() - 1).zero_()", "the kernel wrote outside its output"),
+        (RIGHT + "; y[1, 7] += 1", "is wrong at 1 of 64 places, worst at [1, 7]"),
+    ],
+)  # fmt: skip
+def test_user_kernel(body, message, fast, config, tmp_path, capsys):
+    mine = tmp_path / "mine.py"
+    mine.write_text(NORM.format(body=body))
+    code = ops.main(["--config", str(config), "--kernel", str(mine), "--batch", "2", "--rounds", "1", "--seed", "3"])
+    out = capsys.readouterr().out
+    (row,) = [x for x in out.splitlines() if " mine.py " in x]
+    assert all(x.startswith("rms_norm") for x in out.splitlines() if "bfloat16 " in x and not x.startswith("ceilings"))
+    if message is None:
+        assert code == 0 and row.endswith("warm")
+    else:
+        assert code == 1 and message in row
+        assert "run the same inputs again with --seed 3" in out
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "def rms_nrom(x): pass",
+            "has no function named like an op; there is no op 'rms_nrom': did you mean 'rms_norm'?",
+        ),
+        ("x = 1", "has no function named like an op"),
+        ("1 / 0", "raises ZeroDivisionError when it is run: division by zero"),
+        ("def f(:", "raises SyntaxError when it is run"),
+        ("from internlm3.kernels.reference import rms_norm", "has no function named like an op"),
+    ],
+)
+def test_a_file_without_a_kernel(text, message, tmp_path, capsys):
+    (tmp_path / "mine.py").write_text(text)
+    assert message in fails(capsys, "--kernel", tmp_path / "mine.py")
+
+
+def test_fuzz_takes_a_user_kernel_through_the_cases(tmp_path):
+    mine = tmp_path / "mine.py"
+    mine.write_text("def rms_norm(x, weight, eps):\n    raise RuntimeError('it was called')\n")
+    command = [
+        sys.executable,
+        "-m",
+        "tests.fuzz",
+        "--kernel",
+        mine,
+        "--dtype",
+        "float16",
+        "--seed",
+        "5",
+    ]
+    environment = {name: x for name, x in os.environ.items() if not name.startswith("PYTEST_")}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert done.returncode == 1
+    assert "RuntimeError: it was called" in done.stdout and "dtype=torch.float16" in done.stdout
+    again = f'again: make fuzz ARGS="--op rms_norm --dtype float16 --kernel {mine} --seed 5"'
+    assert done.stdout.splitlines()[-1] == again
+
+
+def test_user_kernel_of_an_op_that_writes(fast, config, tmp_path, capsys):
+    """It must write k and v into the pages as the reference does, and nothing else."""
+    mine = tmp_path / "mine.py"
+    whole = """
+from internlm3.kernels import reference
+def rope_and_cache(**arguments):
+    q = reference.rope_and_cache(**arguments)
+    {then}
+    return q
+"""
+    for then, code, message in (
+        ("pass", 0, "warm"),
+        ("arguments['v_cache'][0, 0, 0] += 1", 1, "v_cache (bfloat16 [4, 2, 64, 16]) is wrong at"),
+        ("arguments['seq_lens'] += 1", 1, "the kernel changed its input seq_lens"),
+    ):
+        mine.write_text(whole.format(then=then))
+        arguments = [
+            "--config",
+            str(config),
+            "--kernel",
+            str(mine),
+            "--batch",
+            "2",
+            "--context",
+            "100",
+            "--rounds",
+            "1",
+        ]
+        assert ops.main(arguments) == code
+        (row,) = [x for x in capsys.readouterr().out.splitlines() if " mine.py " in x]
+        assert message in row

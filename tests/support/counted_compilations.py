@@ -1,0 +1,88 @@
+"""What serving compiles after a warm-up. Run by test_warmup.py in a process without Triton's interpreter:
+
+    python -m tests.support.counted_compilations TARGET...
+
+prints as JSON, for each target, what the warm-up would compile and what requests would still compile after it. Prompts
+and steps are the runtime's own, with two layers of InternLM3-8B's shapes (prompts treat the last layer differently), on
+tensors without memory.
+"""
+
+import json
+import random
+import sys
+from collections.abc import Iterable
+from types import SimpleNamespace
+
+import torch
+
+from bench.machine_code.launches import compilations
+from bench.machine_code.targets import TARGETS
+from internlm3 import InternLM3Config
+from internlm3.runtime.engine import decode, prefill
+from internlm3.runtime.engine.pages import PageAllocator
+from internlm3.runtime.engine.state import DecodeState, Tier
+from internlm3.runtime.engine.warm_up import compile_kernels
+from internlm3.runtime.model.kv_cache import PAGE
+from internlm3.runtime.model.model import LanguageModel
+
+CONFIG = InternLM3Config(num_hidden_layers=2, intermediate_size=10240, num_key_value_heads=2)
+
+
+class Server:
+    """A model, a KV cache of `pages` pages, and `rows` sequences of up to `slots` pages each."""
+
+    def __init__(self, device, rows, slots, pages):
+        factory = {"device": device, "dtype": torch.bfloat16}
+        self.model = LanguageModel(CONFIG, device="meta")
+        for module in self.model.modules():
+            for name, x in module._parameters.items():
+                if x is not None:
+                    module._parameters[name] = torch.empty(x.shape, **factory)
+        cache = torch.empty(pages, 2, CONFIG.num_key_value_heads, PAGE, CONFIG.head_dim, **factory)
+        self.kv_cache = SimpleNamespace(layer=lambda _: cache.unbind(1))
+        self.pages = PageAllocator(pages)
+        self.state = DecodeState.idle(rows, slots, CONFIG.vocab_size, CONFIG.head_dim, device)
+
+    def prefill(self, first, *prompts):
+        batch = self.state.slots(first, first + len(prompts)).batch
+        self.model.head(prefill.run_chunks(self.model, self.kv_cache, batch, prompts))
+
+    def step(self, first, last):
+        for tier in Tier:
+            decode.step(self.model, self.kv_cache, self.state.slots(first, last), tier)
+
+
+def warm(device):
+    server = Server(device, rows=2, slots=16, pages=32)
+    compile_kernels(server.model, server.kv_cache, server.state.slots(0, 1), server.pages, max_seq_len=9000)
+    for rows in (1, 2):
+        server.step(0, rows)
+
+
+def serve(device):
+    """Prompts of any length, in any slot; batches of any size, from any slot on; any window and number of pages."""
+    rng = random.Random(1)
+    for _ in range(20):
+        rows = rng.randint(1, 40)
+        server = Server(device, rows, rng.choice([1, 7, 512, rng.randint(1, 3000)]), rng.choice([1, 17, 4096]))
+        prompt = torch.empty(9000, dtype=torch.int64, device=device)
+        for tokens in (rng.randint(1, 3 * prefill.CHUNK), rng.randint(1, prefill.CHUNK), rng.randint(1, 40)):
+            begin = rng.randint(0, 6000)
+            server.prefill(rng.randrange(rows), prompt[begin : begin + tokens])
+        together = rng.randint(1, rows)
+        most = min(prefill.CHUNK, prefill.LAUNCH_TOKENS // together)
+        server.prefill(rng.randint(0, rows - together), *(prompt[: rng.randint(1, most)] for _ in range(together)))
+        first = rng.randrange(rows)
+        server.step(first, rng.randint(first + 1, rows))
+
+
+def main(targets: Iterable[str]) -> None:
+    found = {}
+    for name in targets:
+        before, served = (compilations(calls, TARGETS[name]) for calls in (warm, serve))
+        found[name] = {"warm": sorted(x.split(":")[0] for x in before), "new": sorted(served - before)}
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

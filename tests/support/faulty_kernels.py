@@ -1,0 +1,139 @@
+"""Kernels with planted faults for the audit. Run by test_audit.py in a process without Triton's interpreter:
+
+    python -m tests.support.faulty_kernels TARGET...
+
+prints as JSON what the audit finds for each fault on each target.
+"""
+
+import json
+import sys
+from collections.abc import Iterable
+
+import torch
+import triton
+import triton.language as tl
+
+from bench.audit import Facts, violations
+from bench.machine_code.launches import compile_launches
+from bench.machine_code.reader import read
+from bench.machine_code.targets import TARGETS
+
+ROWS, COLUMNS = 512, 4096
+FAULTS = {  # name -> launch options
+    "none": {},
+    "late trigger": {},
+    "no trigger": {},
+    "early activation": {},
+    "early store": {},
+    "no wait": {},
+    "wait on one path": {},
+    "exit before the wait": {},
+    "late weight": {},
+    "narrow weight": {},
+    "untraceable load": {},
+    "launched without": {"launch_pdl": False},
+    "spills": {"maxnreg": 24},
+    "no tensor core": {},
+    "too much shared memory": {"num_stages": 6},
+    "may contract": {"enable_fp_fusion": True},
+    "fuses in 16 bits": {},
+    "slow": {},
+    "serial": {},
+    "idle": {},
+}
+
+
+@triton.jit
+def dot_product(x_ptr, w_ptr, y_ptr, address, stride, C: tl.constexpr, FAULT: tl.constexpr, PDL: tl.constexpr):
+    """y[row] = w[row] . x, which loads weights before the wait for the predecessor and activations after it."""
+    row = tl.program_id(0)
+    columns = tl.arange(0, C)
+    if PDL and FAULT != "late trigger" and FAULT != "no trigger":
+        tl.extra.cuda.gdc_launch_dependents()
+    if FAULT == "exit before the wait":  # noqa: SIM102 - the outer one is decided at compile time
+        if stride > 12345:
+            return
+    if FAULT == "early activation":
+        x = tl.load(x_ptr + columns)
+    if FAULT == "early store":
+        tl.store(y_ptr + row, 0.0)
+    if FAULT != "late weight":
+        w = tl.load(w_ptr + row * stride + columns)
+    if PDL and FAULT == "late trigger":
+        tl.extra.cuda.gdc_launch_dependents()
+    if PDL:
+        if FAULT == "wait on one path":
+            if stride > 12345:
+                tl.extra.cuda.gdc_wait()
+        elif FAULT != "no wait":
+            tl.extra.cuda.gdc_wait()
+    if FAULT == "late weight":
+        w = tl.load(w_ptr + row * stride + columns)
+    if FAULT != "early activation":
+        x = tl.load(x_ptr + columns)
+    if FAULT == "fuses in 16 bits":
+        x = tl.fma(x, w, x)
+    if FAULT == "serial":  # loads in sequence that could have been issued together
+        for i in tl.static_range(2):
+            x += tl.load(x_ptr + columns + (i + 1) * C + (tl.sum(x.to(tl.float32), 0) > 1e30))
+    products = x.to(tl.float32) * w.to(tl.float32)
+    if FAULT == "slow":
+        for _ in tl.static_range(128):
+            products = tl.fma(products, products, products)
+    y = tl.sum(products, 0)
+    if FAULT == "spills":  # everything loaded is used again
+        y = tl.sum((x.to(tl.float32) + w.to(tl.float32)) * y, 0)
+    if FAULT == "untraceable load":
+        y += tl.load(address.to(tl.pointer_type(tl.float32)))
+    tl.store(y_ptr + row, y)
+
+
+@triton.jit
+def matrix_product(x_ptr, w_ptr, y_ptr, N: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, PDL: tl.constexpr):
+    """y = w x^T, in a software pipeline of num_stages stages."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    rows = tl.arange(0, N)
+    y = tl.zeros((N, N), tl.float32)
+    for c in range(0, C, BC):
+        columns = c + tl.arange(0, BC)
+        w = tl.load(w_ptr + rows[:, None] * C + columns[None, :])
+        x = tl.load(x_ptr + rows[:, None] * C + columns[None, :])
+        y = tl.dot(w, x.trans(), y)
+    tl.store(y_ptr + rows[:, None] * N + rows[None, :], y)
+
+
+def launch(x: torch.Tensor, w: torch.Tensor, fault: str) -> None:
+    pdl = torch.cuda.get_device_capability() >= (9, 0)
+    options = {"PDL": pdl, "launch_pdl": pdl, "enable_fp_fusion": False, **FAULTS[fault]}
+    y = torch.empty((ROWS, ROWS), dtype=torch.float32, device=x.device)
+    if fault == "too much shared memory":
+        matrix_product[(1,)](x, w, y, 64, COLUMNS, 256, **options)
+    else:
+        stride = w.stride(0) + (fault == "narrow weight")
+        dot_product[(1 if fault == "idle" else ROWS,)](x, w, y, 2**40, stride, COLUMNS, fault, **options)
+
+
+def main(targets: Iterable[str]) -> None:
+    found = {}
+    for name in targets:
+        for fault in FAULTS:
+            facts = Facts(
+                ["w_ptr"], ["w_ptr"], ["w_ptr"], tensor_cores=fault == "no tensor core",
+                bulk=["w_ptr"], most_slots=2.5, most_trips=3, least_programs=2,
+            )  # fmt: skip
+            if fault == "too much shared memory":
+                facts = Facts(streams=["w_ptr", "x_ptr"], tensor_cores=True)
+
+            def arguments(device: torch.device, fault: str = fault) -> dict:
+                x = torch.empty(ROWS, COLUMNS, dtype=torch.bfloat16, device=device)
+                return {"x": x, "w": torch.empty_like(x), "fault": fault}
+
+            (compiled,) = compile_launches(launch, arguments, TARGETS[name])
+            found[f"{fault} on {name}"] = violations(compiled, read(compiled, TARGETS[name]), TARGETS[name], facts)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
