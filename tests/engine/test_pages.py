@@ -49,32 +49,32 @@ def test_every_page_is_free_or_allocated_once(count, steps):
             pool.release(released)
             free |= set(released)
         assert pool.free == len(free)
-    for held in holders:
-        pool.release(held)
+    for pages in holders:
+        pool.release(pages)
     assert pool.allocate(count) == list(range(count))
 
 
 @given(st.integers(1, 24), st.integers(0, 30), st.randoms(use_true_random=False))
 def test_a_run_evicts_the_least_recently_used_pages(size, prompts, rng):
     """A full pool gives runs too, and evicts little else than the least recently used; compared with brute force."""
-    pool, held, resting = PageAllocator(30), [], []
+    pool, in_use, evictable = PageAllocator(30), [], []
     for number in range(prompts):
         count = rng.randint(1, 6)
         if count <= pool.free:
-            held.append(pool.allocate(count))
-            resting = [page for page in resting if page not in held[-1]]
+            in_use.append(pool.allocate(count))
+            evictable = [page for page in evictable if page not in in_use[-1]]
             if rng.random() < 0.8:
-                pool.register_prefix(held[-1], [number] * count * PAGE, b"")
-        if held and rng.random() < 0.7:
-            released = held.pop(rng.randrange(len(held)))
+                pool.register_prefix(in_use[-1], [number] * count * PAGE, b"")
+        if in_use and rng.random() < 0.7:
+            released = in_use.pop(rng.randrange(len(in_use)))
             pool.release(released)
-            resting += [page for page in reversed(released) if page in pool._digest_of]
-    free = set(range(30)).difference(*held)
+            evictable += [page for page in reversed(released) if page in pool._digest_of]
+    free = set(range(30)).difference(*in_use)
     if size > len(free):
         return
-    expected = [*sorted(free - set(resting)), *resting][:size]
-    for forgotten in reversed(range(0, len(resting) + size, size)):
-        may = free - set(resting[forgotten:])
+    expected = [*sorted(free - set(evictable)), *evictable][:size]
+    for evicted in reversed(range(0, len(evictable) + size, size)):
+        may = free - set(evictable[evicted:])
         runs = [first for first in range(31 - size) if may >= set(range(first, first + size))]
         expected = list(range(runs[0], runs[0] + size)) if runs else expected
     assert pool.allocate(size) == expected
@@ -135,8 +135,8 @@ def filled(model, lengths, order):
     order(free)
     caches = []
     for seed, length in enumerate(lengths):
-        held = [free.pop() for _ in range(pages_of(length + 8))]
-        cache = KVCache(pool, [held])
+        pages = [free.pop() for _ in range(pages_of(length + 8))]
+        cache = KVCache(pool, [pages])
         ids = torch.randint(50, (1, length), generator=torch.Generator().manual_seed(seed))
         for chunk in ids.split(100, dim=1):
             model(chunk, past_key_values=cache)
