@@ -24,9 +24,10 @@ from typing import NamedTuple
 # Interpreted kernels would not be compiled.
 os.environ.pop("TRITON_INTERPRET", None)
 
-from internlm3 import kernels
 from triton import __version__ as triton_version
 from triton import knobs
+
+from internlm3 import kernels
 
 from . import ROOT
 from .cases import Case, cases

@@ -15,8 +15,9 @@ from unittest import mock
 os.environ["TRITON_INTERPRET"] = "1"  # interpreted kernels need no GPU
 
 import torch
-from internlm3 import kernels
 from triton.runtime.interpreter import InterpretedFunction
+
+from internlm3 import kernels
 
 from .cases import SMALL, cases
 

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+
 from internlm3 import kernels
 
 from . import peers, roofline, tables, user_kernels, verify

@@ -24,6 +24,7 @@ from typing import NamedTuple
 os.environ.pop("TRITON_INTERPRET", None)
 
 import torch
+
 from internlm3 import kernels
 from internlm3.kernels.sampling_search import PASSES, TOP_K, TOP_P, TYPICAL_P
 

@@ -16,7 +16,7 @@ import bench  # noqa: F401  sets PYTHONPATH, so that processes which tests start
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-from internlm3.runtime.checkpoint.demo_model import demo_model_checkpoint  # noqa: E402
+from internlm3.runtime.checkpoint.demo_model import demo_model_checkpoint
 
 # The same random cases for everybody, and no verdict by the clock: tests/fuzz.py draws new ones, by the other profile.
 hypothesis.settings.register_profile(

@@ -14,10 +14,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from internlm3 import kernels
-
 from bench import ROOT, user_kernels
 from bench.options import one_of, positive
+from internlm3 import kernels
 
 DTYPES = ("bfloat16", "float16", "float32")
 

@@ -11,6 +11,8 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
+from torch import Tensor
+
 from internlm3 import InternLM3ForCausalLM, kernels
 from internlm3.kernels import reference
 from internlm3.runtime.engine.engine import Engine
@@ -18,7 +20,6 @@ from internlm3.runtime.engine.graphs import Capture, cuda_graphs, eager
 from internlm3.runtime.engine.request import Request
 from internlm3.runtime.engine.state import Tier
 from internlm3.runtime.sampling.params import SamplingParams
-from torch import Tensor
 
 from ..record import Part, Row
 from .bare_step import Steps, on_ops, random_model

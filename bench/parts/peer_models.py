@@ -13,6 +13,7 @@ from itertools import islice
 from typing import Any
 
 import torch
+
 from internlm3 import InternLM3ForCausalLM
 
 from .. import peers, roofline

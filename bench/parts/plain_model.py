@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from internlm3 import InternLM3ForCausalLM
 from torch import Tensor
+
+from internlm3 import InternLM3ForCausalLM
 
 
 class PlainModel:

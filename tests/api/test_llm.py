@@ -10,10 +10,11 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import internlm3
 import numpy as np
 import pytest
 import torch
+
+import internlm3
 from internlm3 import (
     LLM,
     RECOMMENDED_THINKING,

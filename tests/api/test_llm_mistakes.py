@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from internlm3 import (
     LLM,
     SamplingParams,

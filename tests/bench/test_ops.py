@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from internlm3 import kernels
-from internlm3.kernels import reference
 
 from bench import ROOT, ops, peers, record, roofline, tables, verify
 from bench.cases import Inputs, Size, cases, read_size
 from bench.roofline import Roofline
+from internlm3 import kernels
+from internlm3.kernels import reference
 
 TINY = Size(hidden=32, intermediate=48, vocabulary=70, heads=4, kv_heads=2, head_dim=16)
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests of what happens on a CPU")

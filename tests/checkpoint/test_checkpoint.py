@@ -14,11 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
+
 from internlm3 import InternLM3Config, InternLM3ForCausalLM, InternLM3Model
 from internlm3.runtime.checkpoint import load as loading
 from internlm3.runtime.checkpoint import save as saving
 from internlm3.runtime.checkpoint.weight_files import read_header, read_tensors
-from safetensors.torch import load_file, save_file
 
 SHAPE = {
     "vocab_size": 64,

@@ -21,14 +21,15 @@ import pytest
 import sentencepiece
 import torch
 import transformers
+from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
 from internlm3.runtime.checkpoint import demo_model as module
 from internlm3.runtime.checkpoint import gguf_convert
 from internlm3.runtime.checkpoint import save as saving
 from internlm3.runtime.checkpoint.demo_model import NAME, demo_model_checkpoint
 from internlm3.runtime.checkpoint.gguf_convert import sentencepiece_model, unpermute
-from safetensors import SafetensorError, safe_open
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 LICENCE_TEXT = "the licence of the wheel"
 

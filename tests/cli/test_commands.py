@@ -12,8 +12,9 @@ from dataclasses import fields
 from functools import cache, partial
 from pathlib import Path
 
-import internlm3
 import pytest
+
+import internlm3
 from internlm3 import LLM, InternLM3Config, InternLM3Tokenizer, SamplingParams
 from internlm3.runtime.cli import main as cli
 from internlm3.runtime.cli.sampling_switches import given_settings

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+
 from internlm3 import InternLM3Config, InternLM3ForCausalLM, InternLM3Tokenizer
 from internlm3.runtime.compat import generation
 from internlm3.runtime.engine import prefill

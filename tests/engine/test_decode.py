@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from internlm3 import InternLM3Config, InternLM3ForCausalLM
 from internlm3.kernels import reference
 from internlm3.kernels.reference import SKINNY_ROWS

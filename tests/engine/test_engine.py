@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from internlm3 import InternLM3Config, InternLM3ForCausalLM
 from internlm3.kernels.reference import ROWS_ALIKE, SKINNY_ROWS
 from internlm3.runtime.engine import prefill

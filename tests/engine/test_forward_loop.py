@@ -8,6 +8,7 @@ import random
 
 import pytest
 import torch
+
 from internlm3 import LLM, InternLM3Config, InternLM3ForCausalLM
 from internlm3.kernels import sampling_reference
 from internlm3.runtime.engine import prefill

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from internlm3 import InternLM3Config, InternLM3ForCausalLM
 from internlm3.runtime.compat.cache import KVCache
 from internlm3.runtime.engine import prefill

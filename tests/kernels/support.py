@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 
 import hypothesis
 import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
 from bench.harness import GUARD, difference, poison
 from bench.harness import call as call
-from hypothesis import strategies as st
 from internlm3.kernels import reference
-from torch import Tensor
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 # tests/fuzz.py may ask for one alone.

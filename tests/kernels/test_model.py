@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+
 from internlm3 import InternLM3Config, InternLM3ForCausalLM, kernels
 from internlm3.runtime.engine import prefill
 from internlm3.runtime.engine.engine import Engine

@@ -7,9 +7,10 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from bench.harness import difference
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from bench.harness import difference
 from internlm3 import kernels
 from internlm3.kernels import reference
 from internlm3.kernels.rope import cos_sin

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from internlm3 import kernels
 from internlm3.kernels import sampling as launcher
 from internlm3.kernels import sampling_reference as reference

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from bench.cases import cases
 from internlm3 import kernels
 from internlm3.kernels import reference

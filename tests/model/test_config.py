@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 import transformers
+
 from internlm3 import InternLM3Config
 
 PUBLISHED = {

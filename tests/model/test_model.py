@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import transformers
+
 from internlm3 import InternLM3Config, InternLM3ForCausalLM, InternLM3Model
 from internlm3.runtime.model.rope import inverse_frequencies, rope_base
 

@@ -8,11 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import GenerationConfig
+from transformers.generation.utils import GenerationMixin
+
 from internlm3.kernels import sampling_reference
 from internlm3.kernels.sampling_reference import filter_logits, penalize, philox, sample
 from internlm3.runtime.sampling.params import RECOMMENDED, RECOMMENDED_THINKING, SamplingParams, top_logprobs
-from transformers import GenerationConfig
-from transformers.generation.utils import GenerationMixin
 
 SEEDS = [11, 12, 13]
 

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
+from tokenizers import AddedToken as HFAddedToken
+
 from internlm3 import InternLM3Tokenizer
 from internlm3.runtime.chat_template import sandbox
 from internlm3.runtime.chat_template.render import PUBLISHED_TEMPLATE, check_messages, render
-from tokenizers import AddedToken as HFAddedToken
 
 MESSAGES = [
     {"role": "system", "content": "You are an AI assistant whose name is InternLM (书生·浦语)."},

@@ -25,6 +25,7 @@ import pytest
 import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from internlm3 import InternLM3Tokenizer
 from internlm3.runtime.tokenization.added_tokens import AddedToken
 from internlm3.runtime.tokenization.tokenizer_files import NAMED_TOKENS, NO_LIMIT
