@@ -312,7 +312,9 @@ def real_texts() -> list[str]:
 def test_prose_is_cut_as_by_the_original() -> None:
     # At scale, on a small vocabulary whose merges are at hand. What remains is quotes: GPT-2's pattern knows "'s".
     tokens, types, merges = tiny_bpe()
-    oracle = Tokenizer(models.BPE({t: i for i, t in enumerate(tokens)}, [tuple(m.split(" ")) for m in merges]))
+    oracle = Tokenizer(
+        models.BPE({t: i for i, t in enumerate(tokens)}, [(a, b) for a, b in (m.split(" ") for m in merges)])
+    )
     oracle.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     proto, rows = sentencepiece_model(tokens, types, merges)
     ours = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
@@ -439,8 +441,8 @@ def test_full_disk_leaves_nothing(registry: Path, tmp_path: Path, monkeypatch: p
             failed = subprocess.CompletedProcess([], 1, stderr=said)
             patch.setattr(subprocess, "run", lambda *_, **__: failed)
         if file == "model-00001":
-            said = SafetensorError(f"I/O error: {os.strerror(errno.ENOSPC)} (os error {errno.ENOSPC})")
-            patch.setattr(saving, "save_file", lambda *_, **__: raises(said))
+            full_disk = SafetensorError(f"I/O error: {os.strerror(errno.ENOSPC)} (os error {errno.ENOSPC})")
+            patch.setattr(saving, "save_file", lambda *_, **__: raises(full_disk))
         for method in ("write_bytes", "write_text"):
             write = getattr(Path, method)
             patch.setattr(

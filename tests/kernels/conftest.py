@@ -8,7 +8,7 @@ import torch
 
 whole = torch.Tensor.__repr__
 # A failure shows lengths and seeds, which are short, and of other tensors what they are.
-torch.Tensor.__repr__ = lambda x: (
+torch.Tensor.__repr__ = lambda x: (  # type: ignore[assignment, method-assign]
     whole(x) if x.numel() <= 16 else f"<{str(x.dtype).removeprefix('torch.')} {list(x.shape)}>"
 )
 
