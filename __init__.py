@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .runtime.api.prompts import SYSTEM_PROMPT as SYSTEM_PROMPT
     from .runtime.api.prompts import THINKING_SYSTEM_PROMPT as THINKING_SYSTEM_PROMPT
     from .runtime.compat.causal_lm import InternLM3ForCausalLM as InternLM3ForCausalLM
-    from .runtime.compat.causal_lm import InternLM3Model as InternLM3Model
+    from .runtime.compat.decoder import InternLM3Model as InternLM3Model
     from .runtime.model.config import InternLM3Config as InternLM3Config
     from .runtime.sampling.params import RECOMMENDED as RECOMMENDED
     from .runtime.sampling.params import RECOMMENDED_THINKING as RECOMMENDED_THINKING
@@ -28,7 +28,7 @@ _HOME = {
     "CompletionOutput": "api.outputs",
     "InternLM3Config": "model.config",
     "InternLM3ForCausalLM": "compat.causal_lm",
-    "InternLM3Model": "compat.causal_lm",
+    "InternLM3Model": "compat.decoder",
     "InternLM3Tokenizer": "tokenization.tokenizer",
     "LLM": "api.llm",
     "RECOMMENDED": "sampling.params",

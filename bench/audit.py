@@ -65,13 +65,13 @@ FACTS = {
     "_rms_norm": Facts(["weight_ptr"], ["weight_ptr"], ["x_ptr", "weight_ptr"], bulk=["x_ptr"], most_trips=1),
     "_swiglu": Facts(streams=["gate_up_ptr"], bulk=["gate_up_ptr"], most_trips=1),
     "_rope_and_cache": Facts(bulk=["qkv_ptr"], most_trips=2),
-    "_skinny, one row": Facts(
+    "_linear_few_rows, one row": Facts(
         ["w_ptr", "norm_ptr", "bias_ptr"], ["w_ptr", "norm_ptr"], ["w_ptr", "norm_ptr", "x_ptr"],
         # Two rows of W per program are faster than four on an H200, though qkv takes 77% of its issue slots, 106% of a
         # B200's: see bench/predictions.md.
         bulk=["w_ptr"], most_slots=1.1, most_trips=3, least_programs=2,
     ),
-    "_skinny": Facts(
+    "_linear_few_rows": Facts(
         ["w_ptr", "bias_ptr"], streams=["w_ptr", "x_ptr"], tensor_cores=True,
         # Half of an H200's multiprocessors can stream W: 64 programs of 64 rows took half the time of 128 of 32.
         bulk=["w_ptr"], most_slots=0.9, most_trips=3, least_programs=0.4,
@@ -97,8 +97,8 @@ FACTS = {
 
 def kernel_name(launch: Launch) -> str:
     """The kernel's name in FACTS, which has linear layers of one row and attention of one token as separate entries."""
-    if launch.kernel == "_skinny" and launch.constants["BR"] == 1:
-        return "_skinny, one row"
+    if launch.kernel == "_linear_few_rows" and launch.constants["BR"] == 1:
+        return "_linear_few_rows, one row"
     if launch.kernel == "_attend" and launch.constants["BM"] == 16:
         return "_attend, one token"
     return launch.kernel

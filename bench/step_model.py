@@ -26,7 +26,7 @@ os.environ.pop("TRITON_INTERPRET", None)
 import torch
 
 from internlm3 import kernels
-from internlm3.kernels.sampling_search import PASSES, TOP_K, TOP_P, TYPICAL_P
+from internlm3.kernels.triton.sample_search import PASSES, TOP_K, TOP_P, TYPICAL_P
 
 from .audit import FACTS, Facts, kernel_name
 from .cases import INTERNLM3_8B as SIZE
@@ -91,7 +91,7 @@ class Cost(NamedTuple):
 
 def bulk(x: Arguments, launch: Launch) -> int:
     """Bytes that the launch must load from memory, because a step leaves them in no cache."""
-    if launch.kernel == "_skinny":
+    if launch.kernel == "_linear_few_rows":
         return x["weight"].numel() * x["weight"].element_size()
     if launch.kernel == "_attend":
         return 2 * x["block_table"].numel() * x["k_cache"][0].numel() * x["k_cache"].element_size()
@@ -132,7 +132,7 @@ def cost(case: Case, count: int, launch: Launch, code: MachineCode, search: Sear
     others = [x for x in loads if not x.pointers & set(facts.bulk)]
     resident = TARGET.resident_blocks(metadata.num_warps, code.registers, metadata.shared)
     early = sum(x.bytes for x in loads if not x.may_have_waited and x.pointers & set(facts.bulk)) * threads
-    if launch.kernel == "_skinny" and launch.constants["BR"] > 1:  # prefetches into L2, which are not loads
+    if launch.kernel == "_linear_few_rows" and launch.constants["BR"] > 1:  # prefetches into L2, which are not loads
         early = launch.constants["BO"] * launch.constants["AHEAD"] * 128
     # A loop without outstanding loads waits in every iteration.
     serial = {x.loop for x in loads if x.loop} - {x.loop for x in loads if "LDGSTS" in x.instruction}

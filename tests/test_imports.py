@@ -16,7 +16,7 @@ ROOMS = {
     "engine": {"common", "sampling", "model"},
     "compat": {"common", "sampling", "model", "checkpoint", "tokenization", "engine"},
     "api": {"common", "sampling", "model", "checkpoint", "chat_template", "tokenization", "engine"},
-    "cli": {"common", "sampling", "model", "checkpoint", "tokenization", "engine", "compat", "api"},
+    "cli": {"common", "sampling", "model", "checkpoint", "api"},
 }
 # Where the runtime meets the kernels: the model runs them, hooks penalise and filter on the host, the
 # state asks how many tokens of a top-k are few, and the warm-up which launches compile.

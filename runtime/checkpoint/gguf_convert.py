@@ -1,7 +1,7 @@
-"""A small Llama-like model from one GGUF file, rewritten as an InternLM3 checkpoint: what a folder from the hub holds.
+"""Converts a small Llama-like model from a GGUF file into an InternLM3 checkpoint, with all files of one from the hub.
 
-Only what the demo model needs: architecture "llama", tied embeddings, a byte-level BPE vocabulary. Needs the
-packages of the extra `demo` (gguf, protobuf), which is why nothing imports this module until a conversion starts.
+Supports only what the demo model needs: architecture "llama", tied embeddings, a byte-level BPE vocabulary. Needs the
+packages of the extra `demo` (gguf, protobuf), so it is imported only when a conversion starts.
 """
 
 from collections.abc import Callable
@@ -21,12 +21,12 @@ from ..sampling.generation_config import GENERATION_CONFIG
 from .save import save_weights
 
 MAX_SHARD_BYTES = 128 * 2**20
-VOCAB_MULTIPLE = 128  # InternLM3's embedding is padded to it as well
+VOCAB_MULTIPLE = 128  # InternLM3 pads its embedding to a multiple of it too
 
-ModelProto: Any = sentencepiece_model_pb2.ModelProto  # type: ignore[attr-defined]  # made when it is imported
-SPACE = "\u2581"  # SentencePiece's sign for it
+ModelProto: Any = sentencepiece_model_pb2.ModelProto  # type: ignore[attr-defined]  # created at import
+SPACE = "\u2581"  # SentencePiece's visible space
 
-# The GGUF's names of a layer's tensors and InternLM3's.
+# Names of a layer's tensors: GGUF -> InternLM3.
 LAYER_TENSORS = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -41,7 +41,7 @@ LAYER_TENSORS = {
 
 
 def convert(source: Path, folder: Path, *, sampling: dict[str, Any], progress: bool) -> None:
-    """Writes config.json, weights, tokenizer and generation_config.json of the GGUF `source` into the empty `folder`.
+    """Converts the GGUF file `source` into a checkpoint in the empty `folder`.
 
     `sampling` goes into generation_config.json. Raises OSError when a file cannot be written (the folder is then
     incomplete: the caller discards it).
@@ -94,20 +94,23 @@ def _config(field: dict[str, Any], vocab_size: int) -> dict[str, Any]:
 
 
 def sentencepiece_model(tokens: list[str], types: list[int], merges: list[str]) -> tuple[Any, list[int | None]]:
-    """A byte-level BPE as a SentencePiece BPE with byte fallback: (ModelProto, the GGUF's row of each piece or None).
+    """Rewrites a byte-level BPE vocabulary as a SentencePiece BPE with byte fallback.
 
-    The pieces, in this order: the special tokens with the GGUF's ids, the 256 bytes, and every token that spells whole
-    characters, by priority of its merge. A token that holds part of a character has no spelling in SentencePiece: it
-    is left out, and such characters are written byte by byte.
+    The pieces are, in this order: the special tokens with the GGUF's ids, the 256 bytes, and every token of whole
+    characters, by the priority of its merge. A token that contains part of a character cannot be written as a
+    SentencePiece piece. It is left out, and such characters are encoded byte by byte.
 
-    Byte-level BPE cuts a text into words and runs of white space before it merges; SentencePiece merges across them.
-    Of "   word" the cut gives the last space to the word: pieces of white space come last here, so that the word takes
-    its space first. Within a word and within a run the order stays as it was. What differs still: the cut also parts
-    the last line break from a run ("\\n\\nword" has two tokens), SentencePiece cannot.
+    Byte-level BPE splits a text into words and runs of white space before it merges; SentencePiece merges across them.
+    The split of "   word" gives the last space to the word. So pieces of white space come last here, and a word takes
+    its space first. Within words and within runs the order is unchanged. One difference remains: the split separates
+    the last line break from a run ("\\n\\nword" has two tokens), which SentencePiece cannot do.
+
+    Returns:
+        The ModelProto, and for each piece its row in the GGUF's embedding, or None.
     """
     piece_type = ModelProto.SentencePiece
     byte_of = _byte_alphabet()
-    rank = {merge.replace(" ", ""): i for i, merge in enumerate(merges)}  # no token holds a space: byte 0x20 is "Ġ"
+    rank = {merge.replace(" ", ""): i for i, merge in enumerate(merges)}  # no token contains a space: byte 0x20 is "Ġ"
     special = [i for i, type in enumerate(types) if type != gguf.TokenType.NORMAL]
     spelled: dict[str, int] = {}
     byte_row: dict[int, int] = {}
@@ -119,11 +122,11 @@ def sentencepiece_model(tokens: list[str], types: list[int], merges: list[str]) 
             text = raw.decode()
         except UnicodeDecodeError:
             text = ""
-        if text and text != "\0" and SPACE not in text:  # both mean something else to SentencePiece
+        if text and text != "\0" and SPACE not in text:  # both have another meaning in SentencePiece
             spelled[text] = i
         elif len(raw) == 1:
             byte_row[raw[0]] = i
-    # As in SentencePiece's own vocabularies, each character of a piece is a piece too (a handful like " Ö" are not).
+    # As in vocabularies that SentencePiece trains, each character of a piece is a piece (a handful like " Ö" are not).
     spelled = {text: i for text, i in spelled.items() if all(char in spelled for char in text)}
 
     def priority(text: str) -> tuple[bool, int]:
@@ -155,7 +158,7 @@ def sentencepiece_model(tokens: list[str], types: list[int], merges: list[str]) 
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's spelling of bytes: printable ones as themselves, the others as the characters from U+0100 on."""
+    """GPT-2's characters for bytes: printable bytes as themselves, others as the characters from U+0100."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
@@ -183,11 +186,11 @@ def _write_tokenizer_config(folder: Path, proto: Any, ids: dict[str, int], chat_
 
 # ------------------------------------------------------------------------------------------------------ weights
 
-Tensors = dict[str, Callable[[], torch.Tensor]]  # name -> makes the tensor, in float32
+Tensors = dict[str, Callable[[], torch.Tensor]]  # name -> function that returns the tensor in float32
 
 
 def _tensors(reader: GGUFReader, config: dict[str, Any], rows: list[int | None]) -> Tensors:
-    """Every tensor of the checkpoint under InternLM3's name; none is dequantised before it is asked for."""
+    """All tensors of the checkpoint by InternLM3's names. Each is dequantised only when its function is called."""
     stored = {tensor.name: tensor for tensor in reader.tensors}
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
 
@@ -199,7 +202,7 @@ def _tensors(reader: GGUFReader, config: dict[str, Any], rows: list[int | None])
         return unpermute(value, heads[part]) if part in heads else value
 
     def embedding() -> torch.Tensor:
-        # A row without a source stays out of reach: the mean row's logit is the mean logit.
+        # A row without a source gets the mean row, whose logit is the mean logit: never the largest.
         value = dense("token_embd.weight")
         padded = value.mean(0).repeat(config["vocab_size"], 1)
         known = [i for i, row in enumerate(rows) if row is not None]
@@ -210,19 +213,22 @@ def _tensors(reader: GGUFReader, config: dict[str, Any], rows: list[int | None])
     for layer in range(config["num_hidden_layers"]):
         names |= {f"blk.{layer}.{a}.weight": f"model.layers.{layer}.{b}.weight" for a, b in LAYER_TENSORS.items()}
     if left := set(stored) - set(names) - {"token_embd.weight"}:
-        raise ValueError(f"The GGUF file holds tensors that InternLM3 has no place for: {sorted(left)}")
+        raise ValueError(f"The GGUF file contains tensors that InternLM3 has no place for: {sorted(left)}")
     tensors: Tensors = {target: lambda source=source: weight(source) for source, target in names.items()}  # type: ignore[misc]
     return {"model.embed_tokens.weight": embedding, **tensors, "lm_head.weight": embedding}
 
 
 def unpermute(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Rows of a q or k projection, [heads * head_dim, in], from llama.cpp's order (the two of a rotated pair side by
-    side) to InternLM3's (first halves, then second halves of a head's pairs)."""
+    """Reorders the rows of a q or k projection [heads * head_dim, in] from llama.cpp's order to InternLM3's.
+
+    RoPE rotates rows in pairs. llama.cpp has the two rows of a pair side by side; InternLM3 has the first rows of all
+    pairs of a head, then the second rows.
+    """
     return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).reshape(weight.shape)
 
 
 def _model(config: dict[str, Any], tensors: Tensors, progress: bool) -> LanguageModel:
-    """The model of these tensors, in bfloat16."""
+    """A bfloat16 model with these tensors."""
     model = LanguageModel(InternLM3Config.from_dict(config), dtype=torch.bfloat16)
     weights = model.state_dict()
     bar = tqdm(tensors.items(), desc="Converting weights", unit="tensor", disable=None if progress else True)

@@ -1,1 +1,1 @@
-"""The command line: `internlm3 demo`, `chat`, `generate`, `info`, and the terminal they write to."""
+"""The command line: `internlm3 demo`, `chat`, `generate` and `info`."""

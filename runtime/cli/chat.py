@@ -1,4 +1,4 @@
-"""A conversation in a terminal: turns, commands, and what becomes of them when an answer is stopped or fails."""
+"""A conversation in a terminal: questions, commands, and answers that are stopped or fail."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ Messages = list[dict[str, str]]
 
 HELP = """\
 /help          this list
-/clear         begins anew (/reset too)
-/undo          takes the last question and its answer back
+/clear         starts a new conversation (also /reset)
+/undo          removes the last question and its answer
 /system TEXT   sets the system prompt; without TEXT shows it
-/quit          ends (/exit and Ctrl-D too)
-Ctrl-C stops an answer. With prompt_toolkit installed, Alt-Enter breaks a line and arrows go through old questions."""
+/quit          quits (also /exit and Ctrl-D)
+Ctrl-C stops an answer. With prompt_toolkit installed, Alt-Enter starts a new line and arrow keys recall questions."""
 
 
 class Chat:
-    """Question and answer until the input ends.
+    """Reads questions and prints answers until the input ends.
 
     Args:
         answer: streams the answer to a conversation.
-        messages: how the conversation begins: a system prompt, or turns that there have been already.
+        messages: the conversation so far, such as a system prompt.
     """
 
     def __init__(self, answer: Callable[[Messages], Iterator[Chunk]], messages: Messages):
         self._answer = answer
         self.messages = list(messages)
         self._commands: dict[str, Callable[[str], None]] = {
-            "/help": lambda _: _say(HELP),
+            "/help": lambda _: _report(HELP),
             "/clear": lambda _: self._clear(),
             "/reset": lambda _: self._clear(),
             "/undo": lambda _: self._undo(),
@@ -45,7 +45,8 @@ class Chat:
         }
 
     def run(self) -> None:
-        _say("/help lists the commands, /quit or Ctrl-D ends, Ctrl-C stops an answer.")
+        """Returns at /quit or the end of the input."""
+        _report("/help lists the commands, /quit or Ctrl-D quits, Ctrl-C stops an answer.")
         read, interactive = reader(), sys.stdin.isatty()
         while True:
             try:
@@ -56,7 +57,7 @@ class Chat:
             except KeyboardInterrupt:
                 if not interactive:
                     raise
-                _say("\n/quit or Ctrl-D ends")
+                _report("\n/quit or Ctrl-D quits")
                 continue
             command = command_of(text)
             if command and command[0] in ("/quit", "/exit"):
@@ -67,48 +68,48 @@ class Chat:
                 self._turn(text)
 
     def _turn(self, question: str) -> None:
-        """A question that can't be answered, or whose answer is stopped before it begins, is taken back."""
+        """Answers a question. It is removed again if it fails, or is stopped before the answer begins."""
         asked = [*self.messages, {"role": "user", "content": question}]
         try:
             text, stopped = show(self._answer(asked))
         except ValueError as error:
-            _say(f"{error} (/undo takes a turn back, /reset begins anew)")
+            _report(f"{error} (/undo removes a turn, /reset starts a new conversation)")
             return
         if text or not stopped:
             self.messages = [*asked, {"role": "assistant", "content": text}]
         if stopped:
-            _say("[stopped]" if text else "[stopped before the answer began: the question is taken back]")
+            _report("[stopped]" if text else "[stopped before the answer began: the question is removed]")
 
     def _command(self, name: str, text: str) -> None:
         if name in self._commands:
             self._commands[name](text)
             return
         match = nearest(name, self._commands)
-        _say(f"there is no {name}; " + (f"did you mean {match}?" if match else "/help lists the commands"))
+        _report(f"there is no {name}; " + (f"did you mean {match}?" if match else "/help lists the commands"))
 
     def _clear(self) -> None:
         self.messages = [message for message in self.messages[:1] if message["role"] == "system"]
-        _say("the conversation begins anew")
+        _report("a new conversation")
 
     def _undo(self) -> None:
         asked = [index for index, message in enumerate(self.messages) if message["role"] == "user"]
         if not asked:
-            _say("there is nothing to take back")
+            _report("there is nothing to remove")
             return
-        _say(f"taken back: {self.messages[asked[-1]]['content']}")
+        _report(f"removed: {self.messages[asked[-1]]['content']}")
         del self.messages[asked[-1] :]
 
     def _system(self, text: str) -> None:
         leads = bool(self.messages) and self.messages[0]["role"] == "system"
         if text:
             self.messages[: int(leads)] = [{"role": "system", "content": text}]
-        _say(f"system prompt: {self.messages[0]['content'] if leads or text else 'none'}")
+        _report(f"system prompt: {self.messages[0]['content'] if leads or text else 'none'}")
 
 
 def show(chunks: Iterator[Chunk]) -> tuple[str, bool]:
-    """Prints an answer as it comes, then its figures; returns its text, and whether Ctrl-C stopped it.
+    """Prints an answer as it streams, then its statistics. Returns the text, and whether Ctrl-C stopped it.
 
-    Raises ValueError, with what is wrong, where an error ended it.
+    Raises ValueError with the reason if an error ended the answer.
     """
     text, chunk, stopped = "", None, False
     try:
@@ -119,9 +120,9 @@ def show(chunks: Iterator[Chunk]) -> tuple[str, bool]:
         stopped = True
     if chunk is not None:
         failed = chunk.finish_reason == "error"
-        # The line's end belongs to a whole answer; behind one that was broken off it only keeps the terminal tidy.
+        # A complete answer ends with a line break. After an incomplete one it only keeps the terminal tidy.
         print(file=sys.stderr if stopped or failed else sys.stdout, flush=True)
-        _say(
+        _report(
             f"[prompt {chunk.prompt_tokens} tokens, {chunk.prompt_tps:.1f} tokens/s; "
             f"answer {chunk.decode_tokens} tokens, {chunk.decode_tps:.1f} tokens/s; "
             f"peak memory {chunk.peak_memory:.2f} GB]"
@@ -132,6 +133,6 @@ def show(chunks: Iterator[Chunk]) -> tuple[str, bool]:
     return text, stopped
 
 
-def _say(text: str) -> None:
-    """What is no answer goes to standard error."""
+def _report(text: str) -> None:
+    """Prints to stderr, which has everything but answers."""
     print(text, file=sys.stderr, flush=True)

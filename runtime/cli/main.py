@@ -22,10 +22,11 @@ DEMO_QUESTION = "What is the capital of France?"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns its exit status: 0, 1 after an error, 2 for bad usage, 130 after Ctrl-C."""
+    """Runs one command. Returns its exit status: 0, 1 after an error, 2 for bad usage, 130 after Ctrl-C."""
     args = _parser().parse_args(argv)
-    # How long threads wait spinning: less lets them sleep between two products of a step (1.3 times as long on an idle
-    # EPYC of two cores), GNU OpenMP's own 300000 keeps a busy machine from everything else (2.6 times as long).
+    # How long OpenMP threads spin before they sleep. With less they sleep between two products of a decode step, which
+    # makes it 1.3 times as long on an idle EPYC of two cores. With GNU OpenMP's default of 300000 they keep the cores
+    # of a busy machine from other work, which makes it 2.6 times as long.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     tolerate_other_encodings()
     try:
@@ -34,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # The reader has gone (`internlm3 ... | head`). Keep Python from complaining about it at exit.
+        # The reader has closed the pipe (`internlm3 ... | head`). Keep Python from reporting it again at exit.
         sys.stdout = None
         return 1
     except (ValueError, TypeError, OSError, MemoryError, ImportError) as error:
@@ -86,9 +87,9 @@ def _info(args: argparse.Namespace) -> None:
     from ..api.inputs import check_window
     from ..checkpoint.load import resolve_dtype
     from ..common.hub import locate
-    from ..compat.causal_lm import InternLM3ForCausalLM
     from ..model.config import InternLM3Config
     from ..model.kv_cache import PAGE, page_bytes, pages_of
+    from ..model.model import LanguageModel
     from ..sampling.generation_config import read_generation_config
     from ..sampling.params import SamplingParams
 
@@ -97,7 +98,7 @@ def _info(args: argparse.Namespace) -> None:
     dtype = resolve_dtype(args.dtype) or resolve_dtype(config.dtype or "bfloat16")
     assert dtype is not None
     size = dtype.itemsize
-    parameters = sum(weight.numel() for weight in InternLM3ForCausalLM(config, device="meta").parameters())
+    parameters = sum(weight.numel() for weight in LanguageModel(config, device="meta").parameters())
     per_token = page_bytes(config, dtype) // PAGE
     length = config.max_position_embeddings if args.length is None else args.length
     check_window(config, length)
@@ -108,15 +109,15 @@ def _info(args: argparse.Namespace) -> None:
     print()
     print(f"{'parameters':24} {parameters:,}")
     print(f"{'weights':24} {parameters * size / 1e9:.2f} GB in {str(dtype).removeprefix('torch.')}")
-    print(f"{'KV cache':24} {per_token:,} bytes a token, {length * per_token / 1e9:.2f} GB at {length:,} tokens")
-    print(f"{'KV cache of LLM':24} {windows:.2f} GB for 16 answers, but at most half of what the weights leave free")
+    print(f"{'KV cache':24} {per_token:,} bytes per token, {length * per_token / 1e9:.2f} GB at {length:,} tokens")
+    print(f"{'KV cache of LLM':24} {windows:.2f} GB for 16 sequences, but at most half of the memory that is free")
     page = f"{page_bytes(config, dtype) / 1e6:.2f} MB for {PAGE} tokens, {pages_of(length):,} of them for {length:,}"
-    print(f"{'admission':24} an answer waits for the pages of its prompt and max_tokens: {page}")
+    print(f"{'admission':24} a request starts once pages for its prompt and max_tokens are free: {page}")
     print(f"{'generation_config.json':24} {generation_config or 'none'}")
     print(f"{'default settings':24} {SamplingParams.from_generation_config(generation_config)}")
 
 
-# -------------------------------------------------------------------- what they share
+# -------------------------------------------------------------------- shared by the commands
 
 
 def _load(args: argparse.Namespace) -> LLM:
@@ -168,25 +169,25 @@ def _parser() -> argparse.ArgumentParser:
         )
     generate.add_argument("-p", "--prompt", required=True, help="the prompt; - reads standard input")
     generate.add_argument("--raw", action="store_true", help="continue the bare text, without the chat template")
-    demo.add_argument("-p", "--prompt", help=f"ask this and end (default: {DEMO_QUESTION!r}, then chat)")
-    info.add_argument("--length", type=int, help="tokens to size the KV cache for (default: the trained window)")
+    demo.add_argument("-p", "--prompt", help=f"answer this and quit (default: {DEMO_QUESTION!r}, then chat)")
+    info.add_argument("--length", type=int, help="context length of the KV cache (default: the trained window)")
 
     for each in (chat, generate, demo, info):
         group = each.add_argument_group("model")
         group.add_argument("--dtype", default="auto", help="auto, bfloat16, float16 or float32")
         group.add_argument("--revision", help="branch, tag or commit on the hub")
-        group.add_argument("--local-files-only", action="store_true", help="use the cache, ask no network")
+        group.add_argument("--local-files-only", action="store_true", help="use cached files only, without network")
         if each is info:
             continue
         group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-        group.add_argument("--max-seq-len", type=int, help="prompt and answer together, in tokens")
+        group.add_argument("--max-seq-len", type=int, help="context length: prompt and answer together, in tokens")
         group = each.add_argument_group("conversation")
         group.add_argument("--system", help="the system prompt")
         group.add_argument("--thinking", action="store_true", help="InternLM3's deep-thinking mode")
         group = each.add_argument_group("sampling (default: the checkpoint's generation_config.json)")
         group.add_argument("--recommended", action="store_true", help="InternLM3's recommended settings")
         add_switches(group)
-    # The demo's answer should be the same for everybody.
+    # So that the demo's answer is the same on every machine.
     demo.set_defaults(temperature=0.0)
     return parser
 

@@ -1,4 +1,4 @@
-"""Lines that a person types: with history, editing and several lines at once where prompt_toolkit is installed."""
+"""Reads questions from a terminal, with history, editing and several lines if prompt_toolkit is installed."""
 
 import contextlib
 import os
@@ -9,19 +9,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 _PROMPT = "> "
-# What is pasted comes faster than anybody types: lines that are there already belong to the one before.
+# Pasted lines arrive faster than anyone types: a line that arrives within this time belongs to the one before.
 _PASTED_WITHIN = 0.05  # seconds
 
 
 def tolerate_other_encodings() -> None:
-    """Characters that a terminal cannot show, or bytes that are none, are replaced: no answer ends for one of them."""
+    """Replaces characters that a terminal cannot show, and bytes that are no characters, instead of failing."""
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
 
 
 def reader() -> Callable[[], str]:
-    """A function that gives the next input: what was typed or pasted at a terminal, or else the next line.
+    """A function that returns the next input: what is typed or pasted at a terminal, otherwise the next line of stdin.
 
     It raises EOFError at the end, and KeyboardInterrupt at Ctrl-C.
     """
@@ -30,7 +30,7 @@ def reader() -> Callable[[], str]:
     try:
         return _prompt_toolkit()
     except ImportError:
-        with contextlib.suppress(ImportError):  # Windows has none
+        with contextlib.suppress(ImportError):  # not on Windows
             import readline  # noqa: F401 - line editing in input()
         return _plain
 
@@ -62,7 +62,7 @@ def _prompt_toolkit() -> Callable[[], str]:
 
 
 def history_file() -> Path:
-    """Where questions are kept from one run to the next."""
+    """The file that keeps questions from one run to the next."""
     state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
     return Path(state) / "internlm3" / "history"
 
@@ -75,13 +75,13 @@ def _plain() -> str:
 
 
 def _waits() -> bool:
-    """Whether a further line lies in standard input already. Windows cannot tell."""
+    """Whether another line is already waiting in stdin. Always False on Windows, which cannot tell."""
     if os.name != "posix":
         return False
     return bool(select.select([sys.stdin], [], [], _PASTED_WITHIN)[0])
 
 
 def command_of(text: str) -> tuple[str, str] | None:
-    """A slash, a word, and what stands behind them; None for what is no command."""
+    """(command, argument) of "/word argument"; None if the text is not a command."""
     match = re.fullmatch(r"(/[a-z]+)(?:\s+(.*))?", text.strip(), flags=re.DOTALL)
     return (match[1], match[2] or "") if match else None

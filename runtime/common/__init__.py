@@ -1,1 +1,1 @@
-"""What every room needs: reading and writing files, the hub, checks of arguments."""
+"""Shared by all rooms: reading and writing files, the hub, checks of arguments."""

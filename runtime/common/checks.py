@@ -1,7 +1,7 @@
 """Checks of arguments: integers, numbers, switches, token ids. NumPy's and torch's scalars count as Python's own.
 
-A check returns the value as plain Python, so that what is stored compares, prints and pickles alike wherever it came
-from. Every failure is one ValueError that names the argument and shows what was given.
+A `check_` function returns the value as plain Python, so that stored values compare, print and pickle the same whatever
+library they came from. It raises one ValueError that names the argument and shows the value.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ def as_number(value: Any) -> int | float | None:
 
 
 def is_int(value: object) -> bool:
-    """Whether `value` is an int of Python itself, as a file holds it, and no bool."""
+    """Whether `value` is Python's own int, as a JSON file gives it, and no bool."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def is_number(value: object) -> bool:
-    """Whether `value` is an int or float of Python itself, as a file holds it, and no bool."""
+    """Whether `value` is Python's own int or float, as a JSON file gives it, and no bool."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
@@ -88,7 +88,7 @@ def check_sequence(name: str, values: object) -> tuple[Any, ...]:
 
 
 def as_list(value: Any) -> list[Any]:
-    """One value, several in a list, a tuple, an array or a tensor, or None for none: as a list of plain Python."""
+    """A list of plain Python values: from one value, a list, tuple, array or tensor of them, or None for none."""
     value = value.tolist() if hasattr(value, "tolist") else value
     values = [] if value is None else value if isinstance(value, (list, tuple)) else [value]
     return [each.item() if hasattr(each, "item") else each for each in values]

@@ -1,4 +1,4 @@
-"""Files of a checkpoint: read with clear errors, written whole or not at all."""
+"""Reads files of a checkpoint with clear errors, and writes them atomically."""
 
 import json
 import os
@@ -12,7 +12,7 @@ _DRAFT = re.compile(r"\..+\.(?:json|model|safetensors)\.(\d+)")
 
 
 def read_text(path: Path) -> str:
-    """The text in `path`. Raises ValueError, naming the file, where it is not UTF-8."""
+    """The text in `path`. Raises ValueError, naming the file, if it is not UTF-8."""
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -20,28 +20,28 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`. Raises ValueError, naming the file, where it holds anything else."""
+    """The JSON object in `path`. Raises ValueError, naming the file, if it contains anything else."""
     text = read_text(path)
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}); fetch it again") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object; it holds a {type(content).__name__}")
+        raise ValueError(f"{path} must contain a JSON object; it contains a {type(content).__name__}")
     return content
 
 
 def draft_of(path: Path) -> Path:
-    """Where this process writes what is to become `path`."""
+    """The temporary file, unique to this process, that is renamed to `path` once it is complete."""
     return path.with_name(f".{path.name}.{os.getpid()}")
 
 
 def remove_dead_drafts(folder: Path) -> None:
-    """Removes the drafts of processes that have ended: one that was killed could not do so itself."""
+    """Removes the temporary files of processes that have ended, such as one that was killed."""
     for path in folder.iterdir():
         match = _DRAFT.fullmatch(path.name)
         if match and not _runs(int(match[1])):
-            with suppress(PermissionError):  # Windows': somebody writes it
+            with suppress(PermissionError):  # on Windows: another process has it open
                 path.unlink(missing_ok=True)
 
 
@@ -58,8 +58,8 @@ def _runs(process: int) -> bool:
 
 
 @contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """Yields a draft's path beside `path`, moved into place when the block ends well and removed when it does not."""
+def atomic(path: Path) -> Iterator[Path]:
+    """Yields a temporary path beside `path`, which is renamed to `path` if the block succeeds, and else removed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_dead_drafts(path.parent)
     draft = draft_of(path)
@@ -71,16 +71,16 @@ def whole(path: Path) -> Iterator[Path]:
 
 
 def write(path: Path, content: bytes) -> None:
-    """Writes a file that is there whole or not at all."""
-    with whole(path) as draft:
+    """Writes a file atomically."""
+    with atomic(path) as draft:
         draft.write_bytes(content)
 
 
 def json_bytes(content: dict[str, Any]) -> bytes:
-    """A JSON object as a file holds it: readable, and in UTF-8."""
+    """The content of a JSON file: indented, in UTF-8."""
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes a JSON object whole or not at all."""
+    """Writes a JSON object atomically."""
     write(path, json_bytes(content))

@@ -1,4 +1,4 @@
-"""A checkpoint's folder: a local one, or the hub's, of which is fetched what this runtime reads and nothing else."""
+"""Finds the folder of a checkpoint, and fetches from the Hugging Face hub only the files that this runtime reads."""
 
 import glob
 import os
@@ -11,7 +11,7 @@ from .files import read_json
 NOTES = ("config.json", "generation_config.json")
 TOKENIZER = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
              "added_tokens.json", "chat_template.jinja")  # fmt: skip
-# The weights in one file, or by the shards that an index names; pickled ones where there is nothing else.
+# Weights in one file, or in the shards that an index names. Pickled weights are read if there is nothing else.
 WEIGHTS = (
     ("model.safetensors", "model.safetensors.index.json"),
     ("pytorch_model.bin", "pytorch_model.bin.index.json"),
@@ -28,14 +28,21 @@ def locate(
     weights: bool = True,
     progress: bool = True,
 ) -> Path:
-    """The folder of a checkpoint: `id_or_path` itself if it is one, else its snapshot from the Hugging Face hub.
+    """The folder of a checkpoint: `id_or_path` if it is a folder, else a snapshot from the Hugging Face hub.
 
-    `weights=False` leaves the weights out; only files that are read are fetched, and never code. HF_ENDPOINT,
-    HF_HOME, HF_TOKEN and HF_HUB_OFFLINE are honoured. `progress` shows bars on a terminal.
+    Fetches only files that this runtime reads, and never code. Honours HF_ENDPOINT, HF_HOME, HF_TOKEN and
+    HF_HUB_OFFLINE.
+
+    Args:
+        id_or_path: a folder, or a hub repository "owner/name".
+        revision, token, cache_dir, local_files_only: as in huggingface_hub.
+        weights: fetch the weights too.
+        progress: show progress bars on a terminal.
 
     Raises:
-        FileNotFoundError: no such folder, no such repository or revision, or no network and nothing in the cache.
-        NotADirectoryError: `id_or_path` is a file. OSError: what is fetched cannot be written.
+        FileNotFoundError: no such folder, repository or revision; or no network and nothing in the cache.
+        NotADirectoryError: `id_or_path` is a file.
+        OSError: a fetched file cannot be written.
     """
     name = os.fspath(id_or_path)
     if not name:
@@ -44,7 +51,7 @@ def locate(
     if folder.is_dir():
         return folder
     if folder.exists():
-        raise NotADirectoryError(f"{folder} is a file: give the folder that holds config.json and the weights")
+        raise NotADirectoryError(f"{folder} is a file: give the folder that contains config.json and the weights")
     parts = name.split("/")
     if len(parts) != 2 or not all(part and part[0] not in "~." for part in parts) or os.path.isabs(name):
         raise FileNotFoundError(f"there is no folder {name!r} (and a hub repository would be named owner/name)")
@@ -59,7 +66,7 @@ def locate(
 
 
 def _fetch(name: str, hub: dict[str, Any], weights: bool, progress: bool) -> Path:
-    # Imported here: a local folder, the common case, does not wait for it.
+    # Imported here, since it is slow to import and a local folder does not need it.
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
     from huggingface_hub.utils import tqdm
@@ -91,13 +98,14 @@ def _have(folder: Path, *names: str) -> bool:
 
 
 def _shards(index: Path) -> set[str]:
-    """The files that an index names, of those that may lie beside it; the loader says what is wrong with the others."""
+    """The files in its own folder that an index names. The loader reports any other names."""
     weight_map = read_json(index).get("weight_map")
     files = weight_map.values() if isinstance(weight_map, dict) else ()
     return {file for file in files if isinstance(file, str) and Path(file).name == file}
 
 
 def _explained(error: Exception, name: str, hub: dict[str, Any]) -> OSError:
+    """The error to raise for one of huggingface_hub."""
     from huggingface_hub import constants
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -111,15 +119,15 @@ def _explained(error: Exception, name: str, hub: dict[str, Any]) -> OSError:
     at = f" at revision {hub['revision']!r}" if hub["revision"] else ""
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     if isinstance(error, RevisionNotFoundError):
-        said = f"its repository on the hub has no revision {hub['revision']!r}"
+        problem = f"its repository on the hub has no revision {hub['revision']!r}"
     elif isinstance(error, GatedRepoError):
-        said = "its repository on the hub asks for consent: accept its terms there, and set HF_TOKEN"
+        problem = "its repository on the hub asks for consent: accept its terms there, and set HF_TOKEN"
     elif isinstance(error, RepositoryNotFoundError | HFValidationError):
-        said = "the hub has no repository of that name, or it is private: check the name and HF_TOKEN"
+        problem = "the hub has no repository of that name, or it is private: check the name and HF_TOKEN"
     elif hub["local_files_only"] or constants.HF_HUB_OFFLINE:
-        said = f"nothing of it{at} is in the cache, and the hub may not be asked"
+        problem = f"nothing of it{at} is in the cache, and the hub may not be asked"
     elif isinstance(error, LocalEntryNotFoundError | HfHubHTTPError | ConnectionError | TimeoutError):
-        said = f"the hub cannot be reached, nor is all of it{at} in the cache: check the network, or set HF_ENDPOINT"
+        problem = f"the hub cannot be reached, nor is all of it{at} in the cache: check the network, or set HF_ENDPOINT"
     else:
         return OSError(f"{name!r} could not be fetched from the hub ({reason})")
-    return FileNotFoundError(f"{name!r} is no local folder, and {said} ({reason})")
+    return FileNotFoundError(f"{name!r} is no local folder, and {problem} ({reason})")

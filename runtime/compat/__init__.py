@@ -1,1 +1,1 @@
-"""transformers' two classes with their `forward` and `generate`, for code that was written for them."""
+"""transformers' two classes with their `forward`, `generate` and `from_pretrained`, over this runtime's engine."""

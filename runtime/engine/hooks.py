@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...kernels.sampling_reference import FILTERS, PENALTIES, filter_logits, log_probability, penalize
+from ...kernels.reference_sampling import FILTERS, PENALTIES, filter_logits, log_probability, penalize
 from ..sampling.logits_processors import LogitsProcessor
 from ..sampling.params import top_logprobs
 from .request import Request

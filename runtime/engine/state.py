@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...kernels.sampling_reference import FEW_TOKENS
+from ...kernels.reference_sampling import FEW_TOKENS
 from ..model.kv_cache import BatchMetadata
 from ..sampling.settings import STATE
 from .request import Request

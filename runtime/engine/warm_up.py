@@ -19,7 +19,7 @@ def compile_kernels(
 
     `slot` is the state of one idle slot. Decode steps are compiled when they are captured.
     """
-    from ...kernels.warmup import token_counts  # imports Triton, which a CPU need not have
+    from ...kernels.triton.warmup import token_counts  # imports Triton, which a CPU need not have
 
     config, ops = model.config, model.model.ops
     longest = min(max_seq_len, prefill.CHUNK)

@@ -1,4 +1,4 @@
-"""InternLM3Config: what a checkpoint's config.json says, read, checked and written back."""
+"""InternLM3Config: a checkpoint's config.json, read, checked and written back."""
 
 import json
 import math
@@ -16,33 +16,37 @@ ROPE_TYPES = ("default", "dynamic")
 
 _MAX_SIZE = 2**28  # so that no product of two sizes and an element's bytes overflows
 
-# transformers' newer names of keys.
+# Newer name in transformers -> the published checkpoint's key.
 _NEWER = {"attention_bias": "qkv_bias", "mlp_bias": "bias", "rope_parameters": "rope_scaling"}
-# Keys that change what the model computes and that this runtime does not implement.
+# Keys that would change what the model computes, which this runtime does not implement.
 _UNSUPPORTED = ("quantization_config", "sliding_window")
 
 
 class InternLM3Config:
     """The shape of an InternLM3 model.
 
-    Defaults are those of InternLM3's published configuration class; a checkpoint's own values always win. Keys that
-    this class does not know are kept as attributes and written back by `save_pretrained`.
+    Defaults are those of InternLM3's published configuration class. Unknown keys of a checkpoint are kept as attributes
+    and written back by `save_pretrained`.
 
     Args:
-        vocab_size, hidden_size, intermediate_size, num_hidden_layers, num_attention_heads: sizes, positive integers.
-        num_key_value_heads: heads of keys and values, a divisor of num_attention_heads; None means as many.
-        head_dim: size of a head, even; None means hidden_size // num_attention_heads.
-        hidden_act: only "silu" exists.
-        max_position_embeddings: the trained window, in tokens.
+        vocab_size, hidden_size, intermediate_size, num_hidden_layers, num_attention_heads: positive integers.
+        num_key_value_heads: number of key and value heads, a divisor of num_attention_heads; None: the same number.
+        hidden_act: only "silu" is supported.
+        max_position_embeddings: the trained context window, in tokens.
+        initializer_range: standard deviation of random weights.
         rms_norm_eps: added to the mean square in RMSNorm.
-        rope_theta: base of the rotary frequencies.
-        rope_scaling: None or {"rope_type": "default"} or {"rope_type": "dynamic", "factor": float >= 1}; the old key
-            "type" and the newer `rope_parameters` (which carries rope_theta too) are read as well.
-        qkv_bias (or attention_bias): a bias on the q, k and v projections.
-        bias (or mlp_bias): a bias on the o projection and on the MLP's three.
+        use_cache: whether `forward` returns a cache by default.
+        bos_token_id, eos_token_id, pad_token_id: token ids or None; eos_token_id may be a list; a pad_token_id of -1
+            means None.
         tie_word_embeddings: the head shares the embedding's weight.
-        bos_token_id, eos_token_id, pad_token_id: ids; eos may be a list, and a pad of -1 is none.
-        dtype (or torch_dtype): the checkpoint's dtype by name, such as "bfloat16".
+        rope_theta: base of the rotary frequencies.
+        rope_scaling: None, {"rope_type": "default"}, or {"rope_type": "dynamic", "factor": float >= 1} for dynamic NTK.
+            The older key "type" and transformers' newer `rope_parameters`, which contains rope_theta too, are accepted.
+        qkv_bias (or attention_bias): the q, k and v projections have a bias.
+        bias (or mlp_bias): the o projection and the three of the MLP have a bias.
+        head_dim: size of a head, even; None: hidden_size // num_attention_heads.
+        dtype (or torch_dtype): the checkpoint's dtype, such as "bfloat16".
+        attention_dropout: kept, and not used: this runtime does not train.
 
     Raises:
         ValueError: a value that no InternLM3 model can have, or two keys that contradict each other; the message names
@@ -121,12 +125,12 @@ class InternLM3Config:
         local_files_only: bool = False,
         **overrides: Any,
     ) -> "InternLM3Config":
-        """Reads config.json of a local folder or of a hub repository. `overrides` replace single keys.
+        """Reads the config.json of a local folder or a hub repository. `overrides` replace single keys.
 
         Raises:
-            FileNotFoundError: no such folder or repository, or it has no config.json.
-            ValueError: config.json is not valid JSON, is of another architecture, or holds an impossible value.
-            TypeError: an override that is no configuration key.
+            FileNotFoundError: there is no such folder or repository, or it has no config.json.
+            ValueError: config.json is not valid JSON, describes another architecture, or has an impossible value.
+            TypeError: an override is no configuration key.
         """
         folder = locate(
             pretrained_model_name_or_path,
@@ -144,11 +148,11 @@ class InternLM3Config:
     def from_file(cls, path: Path, **overrides: Any) -> "InternLM3Config":
         """Reads one config.json. Raises as `from_pretrained` does."""
         if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing: the folder of a checkpoint holds a config.json")
+            raise FileNotFoundError(f"{path} is missing: the folder of a checkpoint contains a config.json")
         values = read_json(path)
-        # An override wins over its key, and over what the file says by that key's other name.
-        others = {**_NEWER, **{old: new for new, old in _NEWER.items()}}
-        replaced = {others.get(key) for key in overrides}
+        # An override replaces its key under either name.
+        other_names = {**_NEWER, **{old: new for new, old in _NEWER.items()}}
+        replaced = {other_names.get(key) for key in overrides}
         if "rope_theta" in overrides and "rope_parameters" in values:
             values |= {"rope_scaling": _rotary(None, values.pop("rope_parameters"), None)[0]}
         try:
@@ -158,7 +162,7 @@ class InternLM3Config:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "InternLM3Config":
-        """The configuration of a config.json's contents. Raises ValueError for another model_type."""
+        """The configuration in the contents of a config.json. Raises ValueError for another model_type."""
         model_type = values.get("model_type", cls.model_type)
         if model_type != cls.model_type:
             raise ValueError(
@@ -168,38 +172,38 @@ class InternLM3Config:
         for key in ("qkv_bias", "bias"):
             if values.get(key, False) is None:
                 raise ValueError(f"{key} must be true or false; it is None")
-        # Names of remote code stay unread: nothing that a checkpoint brings is ever executed.
+        # auto_map names remote code, which is never executed.
         ignored = ("model_type", "auto_map", "architectures", "transformers_version")
         return cls(**{key: value for key, value in values.items() if key not in ignored})
 
     def to_dict(self) -> dict[str, Any]:
-        """The contents of config.json, in the published checkpoint's own keys."""
-        own = {key: value for key, value in vars(self).items() if key not in ("extra", "dtype")}
+        """The contents of config.json, with the keys of the published checkpoint."""
+        values = {key: value for key, value in vars(self).items() if key not in ("extra", "dtype")}
         return {
             "architectures": ["InternLM3ForCausalLM"],
             "model_type": self.model_type,
-            **own,
+            **values,
             "torch_dtype": self.dtype,
             **self.extra,
         }
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **unknown: Any) -> None:
-        """Writes config.json into a folder, which is made where it does not exist."""
+        """Writes config.json into a folder, which is created if necessary."""
         without_neutral("InternLM3Config.save_pretrained", unknown, SAVE, known=("save_directory",))
         write_json(Path(save_directory) / "config.json", self.to_dict())
 
     @property
     def rope_parameters(self) -> dict[str, Any]:
-        """rope_theta and rope_scaling in one dictionary, the newer convention of transformers."""
+        """rope_theta and rope_scaling in one dictionary, as newer transformers has them."""
         return {"rope_type": "default", **(self.rope_scaling or {}), "rope_theta": self.rope_theta}
 
     @property
     def eos_token_ids(self) -> list[int]:
-        """eos_token_id as a list, empty where there is none."""
+        """eos_token_id as a list, empty if there is none."""
         return as_list(self.eos_token_id)
 
     def __getattr__(self, name: str) -> Any:
-        # Only reached for names that are no attribute: those that a checkpoint carries beyond what is known.
+        # Called only for names that are no attribute: a checkpoint's unknown keys.
         extra = self.__dict__.get("extra", {})
         if name in extra:
             return extra[name]
@@ -237,14 +241,14 @@ class InternLM3Config:
         for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
             check_ids(key, as_list(getattr(self, key)), self.vocab_size)
         if self.hidden_act != "silu":
-            raise ValueError(f"hidden_act is {self.hidden_act!r}; InternLM3's MLP knows 'silu' only")
+            raise ValueError(f"hidden_act is {self.hidden_act!r}; InternLM3's MLP supports 'silu' only")
 
     def _check_heads(self, head_dim_given: bool) -> None:
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         if not head_dim_given and self.hidden_size % heads:
             raise ValueError(
                 f"hidden_size ({self.hidden_size}) is not a multiple of num_attention_heads ({heads}): "
-                "mend one of them or give head_dim"
+                "correct one of them or give head_dim"
             )
         if heads % kv_heads:
             raise ValueError(f"num_attention_heads ({heads}) is not a multiple of num_key_value_heads ({kv_heads})")
@@ -275,12 +279,12 @@ class InternLM3Config:
 
 
 def _rotary(scaling: Any, parameters: Any, theta: float | None) -> tuple[dict[str, Any] | None, Any]:
-    """rope_scaling in one form and rope_theta, of the older keys and of the newer one that holds both."""
+    """rope_scaling in one form, and rope_theta, from the older keys and the newer one that combines both."""
     old, new = _settings("rope_scaling", scaling), _settings("rope_parameters", parameters)
     for settings in (old, new):
         if settings is not None:
             theta = settings.pop("rope_theta", theta)
-            # Older checkpoints say "type"; the published one says "rope_type".
+            # Older checkpoints have "type"; the published one has "rope_type".
             settings.setdefault("rope_type", settings.get("type", "default" if settings is new else None))
     if new is not None and new["rope_type"] == "default":
         new = None
@@ -293,7 +297,7 @@ def _rotary(scaling: Any, parameters: Any, theta: float | None) -> tuple[dict[st
 
 
 def _one_of(name: str, value: Any, newer_name: str, newer: Any) -> Any:
-    """The value of a switch that has two names; False where neither is given."""
+    """The value of a switch with two names; False if neither is given."""
     if value is not None and newer is not None and value != newer:
         raise ValueError(f"{name} is {value!r} and {newer_name}, its newer name, is {newer!r}: remove one of them")
     return next((given for given in (value, newer) if given is not None), False)

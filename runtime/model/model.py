@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels import for_device
-from ...kernels.reference import ROWS_ALIKE, SKINNY_ROWS
+from ...kernels.reference import FEW_ROWS
 from .config import InternLM3Config
 from .kv_cache import BatchMetadata, PagedKVCache
 from .layers import Embedding, Linear, PartNames, RMSNorm, StackedLinear
 
 # The largest batch size for which `batch_invariant` holds.
-INVARIANT_ROWS = SKINNY_ROWS
+INVARIANT_ROWS = FEW_ROWS
 
 
 class Attention(PartNames):
@@ -114,10 +114,11 @@ class Decoder(nn.Module):
     def can_batch_prompts(self, tokens: int) -> bool:
         """Whether prompts of this length may be batched.
 
-        False where results are promised to be bit-identical and the number of rows would change rounding.
+        False where results are promised to be bit-identical, as on a CPU and with `batch_invariant`, and the number of
+        rows may change rounding.
         """
-        alike = ROWS_ALIKE if self.device.type == "cpu" else not self.batch_invariant
-        return alike and tokens > SKINNY_ROWS
+        promised = self.batch_invariant or self.device.type == "cpu"
+        return tokens > FEW_ROWS and not (promised and self.ops.ROW_COUNT_CHANGES_BITS)
 
     def run(
         self,

@@ -94,7 +94,7 @@ def no_repeat_ngram(size: int) -> LogitsProcessor:
 
 
 def forced_tokens(tokens: Sequence[int], at: int) -> LogitsProcessor:
-    """Allows only these tokens once the text has `at` tokens."""
+    """Allows only these tokens as the next one after exactly `at` tokens."""
 
     def process(ids: Tensor, scores: Tensor) -> Tensor:
         if ids.shape[1] != at:
@@ -120,7 +120,7 @@ def exponential_decay(start: float, factor: float, ends: Sequence[int]) -> Logit
 
 
 def suppress_at(at: int, tokens: Sequence[int]) -> LogitsProcessor:
-    """Forbids these tokens once the text has `at` tokens, and only there."""
+    """Forbids these tokens as the next one after exactly `at` tokens."""
 
     def process(ids: Tensor, scores: Tensor) -> Tensor:
         if ids.shape[1] != at:

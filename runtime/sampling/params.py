@@ -58,14 +58,14 @@ class SamplingParams:
     off."""
 
     logit_bias: Mapping[int, float] | None = None
-    """Token id -> what is added to its logit, before the penalties. None adds nothing."""
+    """Token id -> a number that is added to its logit, before the penalties. None adds nothing."""
 
     allowed_token_ids: Sequence[int] | None = None
     """The only tokens that may be chosen, at least one. None allows all."""
 
     seed: int | None = None
-    """Seed of the random numbers, 64 bits: the same seed gives the same answer in any batch. None and -1 draw a seed
-    from torch's default generator. Answer i of n has a random stream of its own."""
+    """Seed of the random numbers, 64 bits. They do not depend on the batch, and each of n answers has its own stream.
+    None and -1 draw a seed from torch's default generator."""
 
     max_tokens: int | None = None
     """The longest answer, in tokens, at least 1. None goes on until the context is full."""
@@ -106,8 +106,8 @@ class SamplingParams:
     """No sequence of this many tokens occurs twice in prompt and answer. 0 is off."""
 
     sequence_bias: Mapping[tuple[int, ...], float] | None = None
-    """Sequence of token ids -> what is added to the logit of the token that would complete it; -inf forbids it. A list
-    of [sequence, bias] is accepted too, as a JSON file has it."""
+    """Sequence of token ids -> a number that is added to the logit of the token that would complete it; -inf forbids
+    it. A list of [sequence, bias] is accepted too, as a JSON file has it."""
 
     exponential_decay_length_penalty: tuple[float, float] | None = None
     """(start, factor): from `start` new tokens on, the end-of-text logits grow by |logit| * (factor ** tokens - 1),
@@ -146,7 +146,7 @@ class SamplingParams:
         Args:
             base: what a setting is that `kwargs` does not name.
             kwargs: settings, also under the names of other libraries (`ALIASES`). None for a setting that cannot be
-                None means its default. do_sample=False means temperature 0, whatever temperature says; do_sample=True
+                None means its default. do_sample=False means temperature 0, and overrides `temperature`; do_sample=True
                 on top of a greedy base means temperature 1.
 
         Raises:

@@ -3,7 +3,7 @@
 A setting is a row here, a field of `SamplingParams` (its type, default and documentation) and a key of
 `SamplingKeywords` (for type checkers). `SamplingParams` checks it by `type` and `range`; the state of a decode step has
 a tensor of it where `state` gives a dtype; `generate` takes it under the name `generate`; the command line has a switch
-for it where `help` says what it does.
+for it if `help` describes one.
 """
 
 from __future__ import annotations

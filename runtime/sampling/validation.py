@@ -57,7 +57,7 @@ def _token_biases(setting: Setting, value: Any) -> dict[int, float]:
 
 def _sequence(name: str, value: Any) -> TokenIds:
     if not (ids := _token_ids(name, value)):
-        raise ValueError(f"{name} must hold sequences of at least one token id; it holds {value!r}")
+        raise ValueError(f"{name} must be sequences of at least one token id; got {value!r}")
     return ids
 
 

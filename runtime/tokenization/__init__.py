@@ -1,1 +1,1 @@
-"""Text into token ids and back: the tokenizer, its vocabularies, and the chat templates that a prompt is made with."""
+"""Text to token ids and back: the tokenizer, its files and vocabularies, and streaming text."""

@@ -1,20 +1,23 @@
-"""Added tokens: strings with ids of their own beside (or over) SentencePiece's pieces, such as `<|im_start|>`."""
+"""Added tokens such as `<|im_start|>`: strings with ids of their own, besides the pieces of the vocabulary."""
 
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-MAX_ID = 2**31 - 1  # what an embedding's row can be counted with
+MAX_ID = 2**31 - 1  # of an int32 row number
 
 
 @dataclass(frozen=True)
 class AddedToken:
     """One entry of tokenizer_config.json's added_tokens_decoder.
 
-    `lstrip`/`rstrip` swallow the white space before/after the token in a text; `single_word` asks for a space or the
-    text's border on both sides; `special` tokens are left out by `decode(skip_special_tokens=True)`. `normalized` is
-    kept for the file only: a text is split before SentencePiece normalises it.
+    Attributes:
+        content: the token's text.
+        lstrip, rstrip: drop white space before or after the token in a text.
+        single_word: match only between spaces or the ends of the text.
+        normalized: kept for the file only, since texts are split at tokens before SentencePiece normalises them.
+        special: left out by `decode(skip_special_tokens=True)`.
     """
 
     content: str
@@ -26,7 +29,7 @@ class AddedToken:
 
     @classmethod
     def parse(cls, value: Any, where: str) -> "AddedToken":
-        """From a string, or from a dict with `content` and flags. `where` names the place for the error."""
+        """A token from a string, or from a dict with `content` and flags. Raises ValueError, naming `where`."""
         if isinstance(value, cls):
             return value
         fields = {"content": value} if isinstance(value, str) else value
@@ -40,7 +43,7 @@ class AddedToken:
 
 
 def parse_added_tokens(decoder: Any) -> dict[int, AddedToken]:
-    """added_tokens_decoder with its ids as numbers. Raises ValueError for what is no id or no token."""
+    """added_tokens_decoder with integer ids. Raises ValueError for an invalid id or token."""
     if not isinstance(decoder, Mapping):
         raise ValueError(f"added_tokens_decoder must be a dict, not {decoder!r:.40}")
     tokens = {}
@@ -54,7 +57,7 @@ def parse_added_tokens(decoder: Any) -> dict[int, AddedToken]:
 
 
 class AddedTokens:
-    """The added tokens of a vocabulary: lookup both ways, and the splitting of a text at them."""
+    """The added tokens of a vocabulary: lookup by id and by text, and splitting of texts at them."""
 
     def __init__(self) -> None:
         self.by_id: dict[int, AddedToken] = {}
@@ -62,6 +65,7 @@ class AddedTokens:
         self._pattern: re.Pattern[str] | None = None
 
     def add(self, id: int, token: AddedToken) -> None:
+        """Adds a token, replacing the one with this id."""
         replaced = self.by_id.get(id)
         if replaced is not None:
             del self.ids[replaced.content]
@@ -70,9 +74,9 @@ class AddedTokens:
         self._pattern = None
 
     def split(self, text: str) -> Iterator[tuple[str | int, int]]:
-        """The text's segments in order, each with its place: an added token as its id, what is between as a string.
+        """Yields (segment, position) for each segment of a text: the id of an added token, or the text in between.
 
-        The leftmost token wins, and the longest of those that start there.
+        The leftmost token wins, and of those that start there the longest.
         """
         start, strip_left = 0, False
         for match in self._regex().finditer(text):
@@ -97,7 +101,7 @@ class AddedTokens:
 
 
 def _between(text: str, start: int, end: int, strip_left: bool, strip_right: bool) -> Iterator[tuple[str, int]]:
-    """The text from start to end with its place, if anything is left of it without white space at those sides."""
+    """Yields text[start:end] with its position, stripped on the given sides, unless it is empty."""
     segment = text[start:end].rstrip() if strip_right else text[start:end]
     kept = segment.lstrip() if strip_left else segment
     if kept:

@@ -1,4 +1,4 @@
-"""InternLM3's tokenizer, with transformers' names: a vocabulary and added tokens, and no code of a checkpoint."""
+"""InternLM3's tokenizer, with the interface of transformers' tokenizers."""
 
 import os
 from collections.abc import Iterable, Sequence
@@ -30,27 +30,32 @@ from .tokenizer_files import (
 
 
 class InternLM3Tokenizer(Conversations):
-    """Text to ids and back.
+    """Text to ids and back, with the methods of transformers' tokenizers.
+
+    Example:
+        >>> tokenizer = InternLM3Tokenizer.from_pretrained("internlm/internlm3-8b-instruct")
+        >>> tokenizer.decode(tokenizer("Hello")["input_ids"], skip_special_tokens=True)
+        'Hello'
 
     Args:
         vocab_file: the SentencePiece model, `tokenizer.model`, or a `tokenizer.json`.
         settings: keys of tokenizer_config.json: bos_token, eos_token, unk_token, pad_token, additional_special_tokens
-            (or extra_special_tokens), added_tokens_decoder, add_bos_token, add_eos_token, add_prefix_space (concerns
-            decoding only), clean_up_tokenization_spaces, padding_side, truncation_side, model_max_length,
+            (or extra_special_tokens), added_tokens_decoder, add_bos_token, add_eos_token, add_prefix_space (affects
+            only decoding), clean_up_tokenization_spaces, padding_side, truncation_side, model_max_length,
             chat_template (Jinja, or several of them by name), chat_control_tokens.
 
     Raises:
         FileNotFoundError: no such vocab_file.
         TypeError: an unknown setting; the message names the nearest known one.
-        ValueError: a damaged vocab_file, a setting of a wrong kind, or a token that neither the vocabulary nor
-            added_tokens_decoder has an id for.
+        ValueError: a damaged vocab_file, a setting of a wrong type, or a token that has no id in the vocabulary or
+            added_tokens_decoder.
     """
 
     def __init__(self, vocab_file: str | Path, **settings: Any) -> None:
         reject_unknown("InternLM3Tokenizer", settings, SETTINGS)
         added_tokens = parse_added_tokens(settings.get("added_tokens_decoder") or {})
         self._vocabulary = load_vocabulary(Path(vocab_file), added_tokens)
-        # As in transformers: a file that frames a text itself does so, unless a setting says anything of it.
+        # As in transformers: a file that defines bos and eos itself decides, unless a setting overrides it.
         frame = self._vocabulary.frame
         if frame is not None and settings.keys() & {"add_bos_token", "add_eos_token"}:
             settings = {"add_bos_token": False, **settings}
@@ -77,10 +82,10 @@ class InternLM3Tokenizer(Conversations):
 
         if frame is not None:
             self._check_frame("before", frame[0], "bos_token", self.bos_token)
-            self._check_frame("behind", frame[1], "eos_token", self.eos_token)
+            self._check_frame("after", frame[1], "eos_token", self.eos_token)
 
     def _check_frame(self, where: str, ids: list[int], name: str, token: str | None) -> None:
-        """Raises ValueError for a tokenizer.json that frames a text by something else than `bos_token`, `eos_token`."""
+        """Raises ValueError for a tokenizer.json that puts other tokens than bos_token and eos_token around a text."""
         tokens = self.convert_ids_to_tokens(ids)
         if tokens not in ([], [token]):
             raise ValueError(
@@ -88,12 +93,12 @@ class InternLM3Tokenizer(Conversations):
             )
 
     def _known(self, given: Any, name: str) -> str:
-        """Makes a special token one of the added tokens. Its id comes from the files: none is invented here."""
+        """Makes a special token an added token. Raises ValueError if the files give it no id."""
         token = AddedToken.parse(given, name)
         if self._vocabulary.find(token.content) is None:
             raise ValueError(
                 f"{name} {token.content!r} has no id: neither {self._vocabulary.file_name} nor added_tokens_decoder "
-                "knows it. Fetch the tokenizer's files again, or add it with add_tokens after loading without it"
+                "has it. Fetch the tokenizer's files again, or add it with add_tokens after loading without it"
             )
         self._vocabulary.add(token)
         return token.content
@@ -111,9 +116,17 @@ class InternLM3Tokenizer(Conversations):
         local_files_only: bool = False,
         **overrides: Any,
     ) -> "InternLM3Tokenizer":
-        """From a folder or a hub id. `overrides` are settings of the constructor that win over the files'.
+        """Loads a tokenizer from a folder or a hub repository "owner/name".
 
-        Nothing of a checkpoint is ever executed: a config's `auto_map` is ignored, and so is `trust_remote_code`.
+        Code of a checkpoint is never executed: `auto_map` and `trust_remote_code` are ignored.
+
+        Args:
+            revision, token, cache_dir, local_files_only: as in huggingface_hub.
+            overrides: settings of the constructor, in place of the files'.
+
+        Raises:
+            FileNotFoundError: no such folder or repository, or no vocabulary file in it.
+            TypeError, ValueError: as the constructor; the message names the folder.
         """
         overrides = without_neutral("InternLM3Tokenizer.from_pretrained", overrides, LOAD_TOKENIZER, known=SETTINGS)
         directory = locate(
@@ -136,7 +149,7 @@ class InternLM3Tokenizer(Conversations):
     def save_pretrained(self, save_directory: str | os.PathLike[str], **unknown: Any) -> tuple[str, ...]:
         """Writes tokenizer.model (or .json), tokenizer_config.json, special_tokens_map.json; returns their paths.
 
-        Each file appears whole or not at all. Files of an older tokenizer that would count before these are removed.
+        Each file is written atomically. Files of an older tokenizer that would take precedence are removed.
         """
         without_neutral("InternLM3Tokenizer.save_pretrained", unknown, SAVE, known=("save_directory",))
         special = {**self.special_tokens_map, "additional_special_tokens": self.additional_special_tokens}
@@ -159,15 +172,15 @@ class InternLM3Tokenizer(Conversations):
         name = self._vocabulary.file_name
         path = Path(directory) / (f"{filename_prefix}-{name}" if filename_prefix else name)
         before = [self.bos_token] if self.add_bos_token and self.bos_token else []
-        behind = [self.eos_token] if self.add_eos_token and self.eos_token else []
-        write(path, self._vocabulary.save(before, behind))
+        after = [self.eos_token] if self.add_eos_token and self.eos_token else []
+        write(path, self._vocabulary.save(before, after))
         return (str(path),)
 
     # Vocabulary
 
     @property
     def vocab_size(self) -> int:
-        """The vocabulary's own pieces, without added tokens."""
+        """Number of pieces, without added tokens."""
         return self._vocabulary.pieces
 
     def __len__(self) -> int:
@@ -175,6 +188,7 @@ class InternLM3Tokenizer(Conversations):
         return len(self._vocabulary)
 
     def get_vocab(self) -> dict[str, int]:
+        """All tokens: token -> id."""
         return self._vocabulary.ids()
 
     @property
@@ -186,7 +200,7 @@ class InternLM3Tokenizer(Conversations):
         return dict(self._vocabulary.added.ids)
 
     def add_tokens(self, tokens: str | AddedToken | Sequence[str | AddedToken], special_tokens: bool = False) -> int:
-        """Adds tokens behind the last id; known ones keep theirs. Returns how many are new."""
+        """Adds tokens after the last id; known ones keep their ids. Returns the number of new tokens."""
         before = len(self)
         for token in [tokens] if isinstance(tokens, (str, AddedToken)) else tokens:
             self._vocabulary.add(AddedToken(token, special=special_tokens) if isinstance(token, str) else token)
@@ -209,7 +223,7 @@ class InternLM3Tokenizer(Conversations):
 
     @property
     def eos_ids(self) -> list[int]:
-        """Every id that ends an answer: eos_token's and, where the checkpoint has it, `<|im_end|>`'s."""
+        """The ids that end an answer: those of eos_token and, if the checkpoint has it, `<|im_end|>`."""
         return sorted({self.eos_token_id, self._vocabulary.added.ids.get("<|im_end|>")} - {None})
 
     @property
@@ -218,7 +232,7 @@ class InternLM3Tokenizer(Conversations):
 
     @property
     def extra_special_tokens(self) -> list[str]:
-        """transformers 5's name of `additional_special_tokens`."""
+        """transformers 5's name for `additional_special_tokens`."""
         return self.additional_special_tokens
 
     @property
@@ -234,18 +248,18 @@ class InternLM3Tokenizer(Conversations):
     # Text to ids
 
     def tokenize(self, text: str) -> list[str]:
-        """The pieces of a text, without the tokens that frame it (bos, eos)."""
+        """The tokens of a text, without bos and eos."""
         return self._vocabulary.tokenize(text)
 
     def convert_tokens_to_ids(self, tokens: Any) -> Any:
-        """The id of a token, or the ids of a list; added tokens win over pieces, and unknown ones are unk."""
+        """The id of a token, or the ids of a list. Added tokens take precedence; unknown ones get the id of unk."""
         if not isinstance(tokens, str):
             return [self.convert_tokens_to_ids(token) for token in tokens]
         id = self._vocabulary.find(tokens)
         return self.unk_token_id if id is None else id
 
     def encode(self, text: str, text_pair: str | None = None, **options: Any) -> Any:
-        """`input_ids` of one text; `options` are those of calling the tokenizer."""
+        """The `input_ids` of one text. Options as in calling the tokenizer."""
         return self(text, text_pair, **options)["input_ids"]
 
     def __call__(
@@ -266,14 +280,14 @@ class InternLM3Tokenizer(Conversations):
         """Encodes a text or a list of texts (each with its pair, if given).
 
         Args:
-            add_special_tokens: frame each text with bos (and eos), as `add_bos_token` and `add_eos_token` say.
+            add_special_tokens: put bos before and eos after each text, if `add_bos_token` and `add_eos_token` are set.
             padding: True or "longest", "max_length", or False.
             truncation: True or "longest_first", "only_first", "only_second", or False.
-            max_length: tokens per row, frame included; None: the checkpoint's model_max_length, if it has one.
+            max_length: tokens per row, bos and eos included; None: the checkpoint's model_max_length, if it has one.
             return_tensors: "pt" for int64 tensors [rows, length], also for one text; None for lists.
 
         Raises:
-            TypeError: a text that is no string, or an unknown keyword.
+            TypeError: a text that is not a string, or an unknown keyword.
             ValueError: options that contradict each other, padding without a pad token, rows of different lengths
                 with return_tensors, text that is not valid Unicode.
         """
@@ -309,14 +323,14 @@ class InternLM3Tokenizer(Conversations):
     # Ids to text
 
     def convert_ids_to_tokens(self, ids: Any, skip_special_tokens: bool = False) -> Any:
-        """The token of an id, or the tokens of several; an id that nothing is known of (an unused row) is ""."""
+        """The token of an id, or the tokens of several; "" for an unused row of the embedding."""
         if isinstance(ids, int):
             return self._vocabulary.token(*id_list(ids))
         skipped = set(self.all_special_ids) if skip_special_tokens else ()
         return [self._vocabulary.token(id) for id in id_list(ids) if id not in skipped]
 
     def detokenizer(self, clean_up_tokenization_spaces: bool | None = None) -> Detokenizer:
-        """What makes text of tokens that come one by one; None: the space clean-up that the checkpoint asks for."""
+        """Makes one text of tokens that come one by one. None: clean up spaces if the checkpoint asks for it."""
         clean_up = clean_up_tokenization_spaces
         return Detokenizer(
             self._vocabulary.speller(drop_first_space=self.add_prefix_space),
@@ -324,7 +338,7 @@ class InternLM3Tokenizer(Conversations):
         )
 
     def convert_tokens_to_string(self, tokens: Iterable[str]) -> str:
-        """Joins tokens: added tokens as they are, the runs between them as the vocabulary's own library does."""
+        """The text of tokens: added tokens as they are, runs of pieces as the vocabulary's library decodes them."""
         return self.detokenizer(clean_up_tokenization_spaces=False).text(tokens)
 
     def decode(
@@ -337,7 +351,8 @@ class InternLM3Tokenizer(Conversations):
         """The text of a sequence of ids (a list, a 1-D tensor or array, or one id).
 
         Raises:
-            TypeError: ids that are no whole numbers. ValueError: a negative one, or more than one sequence.
+            TypeError: ids that are not integers, or more than one sequence.
+            ValueError: a negative id.
         """
         known = ("skip_special_tokens", "clean_up_tokenization_spaces")
         without_neutral("decode", unknown, DETOKENIZE, known=known)
@@ -345,5 +360,5 @@ class InternLM3Tokenizer(Conversations):
         return self.detokenizer(clean_up_tokenization_spaces).text(tokens)
 
     def batch_decode(self, sequences: Iterable[Any], **options: Any) -> list[str]:
-        """`decode` of every sequence: of a list of lists or tensors, or of each row of a 2-D tensor."""
+        """The text of each sequence in a list of lists or tensors, or of each row of a 2-D tensor."""
         return [self.decode(ids, **options) for ids in sequences]

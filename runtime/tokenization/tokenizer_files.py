@@ -1,4 +1,4 @@
-"""The files of a tokenizer and the settings in them, read with clear errors."""
+"""Reads the files of a tokenizer, and checks the settings in them."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,14 +18,14 @@ ADDED_TOKENS_FILE = "added_tokens.json"
 TEMPLATE_FILE = "chat_template.jinja"
 
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
-# The settings of tokenizer_config.json that mean something here, with the defaults of InternLM3's own class.
+# The settings of tokenizer_config.json that are used, with the defaults of InternLM3's published class.
 SETTINGS: dict[str, Any] = {
     "bos_token": "<s>",
     "eos_token": "</s>",
     "unk_token": "<unk>",
     "pad_token": None,
     "additional_special_tokens": (),
-    "extra_special_tokens": (),  # transformers 5's name of the same list; or a dict of names to tokens
+    "extra_special_tokens": (),  # transformers 5's name of the same list; or a dict, name -> token
     "added_tokens_decoder": {},
     "add_bos_token": True,
     "add_eos_token": False,
@@ -38,7 +38,7 @@ SETTINGS: dict[str, Any] = {
     "chat_control_tokens": None,
 }
 _TEMPLATE = {"name", "template"}
-# Settings that change ids or text, and that InternLM3 never turns on.
+# Settings that change ids or text, and that InternLM3 does not use.
 _UNSUPPORTED = (
     "sp_model_kwargs",
     "spaces_for_interleaved_special_tokens",
@@ -49,13 +49,13 @@ _UNSUPPORTED = (
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """tokenizer_config.json, completed by what the other files of the folder say.
+    """tokenizer_config.json, completed from the other files of the folder.
 
-    They are special_tokens_map.json, tokenizer.json, added_tokens.json and chat_template.jinja. `auto_map` (remote
-    code) is left out: nothing of a checkpoint is ever executed.
+    These are special_tokens_map.json, tokenizer.json, added_tokens.json and chat_template.jinja. `auto_map` (remote
+    code) is left out: code of a checkpoint is never executed.
 
     Raises:
-        ValueError: a damaged file, a setting that is not supported, or two files that give a token different ids.
+        ValueError: a damaged file, an unsupported setting, or two files that give a token different ids.
     """
     config = {**_read_optional(directory / SPECIAL_TOKENS_FILE), **_read_optional(directory / CONFIG_FILE)}
     config.pop("auto_map", None)
@@ -64,7 +64,7 @@ def read_config(directory: Path) -> dict[str, Any]:
             raise ValueError(f"{directory / CONFIG_FILE}: {name}={config[name]!r} is not supported")
     config["added_tokens_decoder"] = _added_tokens(directory, config)
     if vocabulary_file(directory).name == JSON_FILE:
-        # As in transformers: that file frames a text itself.
+        # As in transformers: that file defines bos and eos itself.
         config = {name: value for name, value in config.items() if name not in ("add_bos_token", "add_eos_token")}
     if (directory / TEMPLATE_FILE).is_file():
         config["chat_template"] = read_text(directory / TEMPLATE_FILE)
@@ -72,27 +72,26 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 
 def vocabulary_file(directory: Path) -> Path:
-    """tokenizer.json where there is one, as in transformers: a tokenizer.model beside it may be its base's."""
+    """tokenizer.json if there is one, as in transformers: a tokenizer.model beside it may be the base model's."""
     return directory / (JSON_FILE if (directory / JSON_FILE).is_file() else VOCAB_FILE)
 
 
 def load_vocabulary(path: Path, added_tokens: Mapping[int, AddedToken]) -> Vocabulary:
-    """Raises FileNotFoundError for no such file, ValueError for one that is damaged."""
+    """The vocabulary in a file. Raises FileNotFoundError if there is none, ValueError if it is damaged."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: a tokenizer needs its SentencePiece model, or a {JSON_FILE}")
     if path.suffix != ".json":
         return SentencePieceVocabulary(path, added_tokens)
-    # Imported here: InternLM3's own checkpoint is read without that library.
+    # Imported here, since InternLM3's published checkpoint does not need that library.
     from .vocabulary_json import JsonVocabulary
 
     return JsonVocabulary(path, added_tokens)
 
 
 def complete_settings(given: Mapping[str, Any]) -> dict[str, Any]:
-    """`given` over the defaults. Raises ValueError for a setting of a wrong kind.
+    """The defaults, overridden by `given`. Raises ValueError for a setting of a wrong type.
 
-    null is no token where a token may be none, off where a setting is a switch (both as in transformers), and else the
-    default.
+    null means: no token for a token that may be absent, off for a switch (both as in transformers), else the default.
     """
     switches = ("add_bos_token", "add_eos_token", "add_prefix_space", "clean_up_tokenization_spaces")
     settings = {**SETTINGS, **{name: value for name, value in given.items() if value is not None}}
@@ -125,7 +124,7 @@ def _read_optional(path: Path) -> dict[str, Any]:
 
 
 def _templates(given: Any) -> str | dict[str, str] | None:
-    """One template, or several by name: a file has these in a list of {"name": ..., "template": ...}."""
+    """One template, or a dict of several by name, which a file has as a list of {"name": ..., "template": ...}."""
     if isinstance(given, list) and all(isinstance(entry, dict) and entry.keys() >= _TEMPLATE for entry in given):
         given = {entry["name"]: entry["template"] for entry in given}
     strings = [*given, *given.values()] if isinstance(given, dict) else [given]
@@ -137,7 +136,7 @@ def _templates(given: Any) -> str | dict[str, str] | None:
 
 
 def _special_tokens(settings: Mapping[str, Any]) -> list[Any]:
-    """The special tokens that have no name of their own, under transformers' older and its newer key."""
+    """The special tokens without a name of their own, from transformers' older and newer key."""
     tokens: dict[str, AddedToken] = {}
     for key in ("additional_special_tokens", "extra_special_tokens"):
         given = settings.get(key) or ()
@@ -150,7 +149,7 @@ def _special_tokens(settings: Mapping[str, Any]) -> list[Any]:
 
 
 def _added_tokens(directory: Path, config: Mapping[str, Any]) -> dict[int, AddedToken]:
-    """The added tokens of all files that name some: tokenizer_config.json, tokenizer.json and added_tokens.json."""
+    """The added tokens of tokenizer_config.json, tokenizer.json and added_tokens.json together."""
     entries = _read_optional(directory / JSON_FILE).get("added_tokens") or []
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise ValueError(f"{directory / JSON_FILE}: added_tokens must be a list of objects, not {entries!r:.40}")
@@ -182,6 +181,6 @@ def _added_tokens(directory: Path, config: Mapping[str, Any]) -> dict[int, Added
             if (known, content) != (id, token.content):
                 raise ValueError(
                     f"{directory}: {first} gives {content!r} the id {known}, and {source} gives {token.content!r} "
-                    f"the id {id}: one of them is stale; mend or remove it"
+                    f"the id {id}: one of them is stale; fix or remove it"
                 )
     return by_id

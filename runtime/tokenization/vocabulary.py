@@ -1,4 +1,4 @@
-"""What a tokenizer asks of its vocabulary, whichever file that comes from."""
+"""The interface of vocabularies, for any file format."""
 
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar, Protocol
@@ -7,20 +7,23 @@ from .added_tokens import AddedToken, AddedTokens
 
 
 class Speller(Protocol):
-    """From tokens to text, token after token. All that `push` and `flush` return together is the text."""
+    """Makes one text of tokens, token by token. The text is the concatenation of all that `push` and `flush` return."""
 
     def push(self, token: str) -> str:
-        """The text that is certain with this token: no character is unfinished."""
+        """The text that becomes final with this token: whole characters only."""
 
     def flush(self) -> str:
-        """The rest, when no token follows: each byte of an unfinished character shows as U+FFFD."""
+        """The rest of the text after the last token. Each byte of an incomplete character becomes U+FFFD."""
 
 
 class Vocabulary(ABC):
-    """Text to ids, and ids to tokens and back; nothing of prompts, frames or batches.
+    """Text to ids, and ids to tokens and back. Special tokens of a prompt and batches are the tokenizer's.
 
-    file_name: what its file is called in a checkpoint. pieces: how many ids are its own. added: its added tokens.
-    frame: the ids that its file puts before and behind a text; None where it says nothing of that.
+    Attributes:
+        file_name: the name of its file in a checkpoint.
+        pieces: number of ids without added tokens.
+        added: the added tokens.
+        frame: the ids that its file puts (before, after) a text; None if the file does not define them.
     """
 
     file_name: ClassVar[str]
@@ -29,8 +32,8 @@ class Vocabulary(ABC):
     pieces: int
 
     @abstractmethod
-    def save(self, before: list[str], behind: list[str]) -> bytes:
-        """The content of its file; where that frames a text, with these tokens."""
+    def save(self, before: list[str], after: list[str]) -> bytes:
+        """The content of its file. If the file defines a frame, `before` and `after` become the tokens of it."""
 
     @abstractmethod
     def __len__(self) -> int:
@@ -38,37 +41,39 @@ class Vocabulary(ABC):
 
     @abstractmethod
     def find(self, content: str) -> int | None:
-        """The id of a token, an added one before a piece; None where it has none."""
+        """The id of a token, or None. Added tokens take precedence over pieces."""
 
     @abstractmethod
     def token(self, id: int) -> str:
-        """An id that nothing is known of (an unused row of the embedding) is ""."""
+        """The token of an id; "" for an unused row of the embedding."""
 
     @abstractmethod
     def add(self, token: AddedToken) -> None:
-        """Makes `token` an added token, if it is none yet, with the id it has or else the next one."""
+        """Makes `token` an added token unless it is one, with the id of its piece, else the next free id."""
 
     @abstractmethod
     def ids(self) -> dict[str, int]:
-        """Every token with its id."""
+        """All tokens: token -> id."""
 
     @abstractmethod
-    def encode(self, text: str) -> list[int]: ...
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, in which added tokens are recognised."""
 
     @abstractmethod
     def encode_plain(self, text: str) -> list[int]:
-        """As a text without any added token, whatever it looks like."""
+        """The ids of a text, in which added tokens are not recognised."""
 
     @abstractmethod
     def spans(self, text: str) -> list[tuple[int, int, int]]:
-        """`encode` with each id's characters: (id, start, end). A piece of no character belongs to the next one."""
+        """Like `encode`, with each id's characters: (id, start, end). A piece without characters has the next one's."""
 
     @abstractmethod
-    def tokenize(self, text: str) -> list[str]: ...
+    def tokenize(self, text: str) -> list[str]:
+        """The tokens of a text."""
 
     @abstractmethod
     def speller(self, drop_first_space: bool) -> Speller:
-        """For one text; it leaves out the first token's space where that is asked for, or where its library does."""
+        """A new speller for one text. `drop_first_space`: leave out the space of the first token."""
 
 
 def check_text(text: Any) -> str:
@@ -78,5 +83,5 @@ def check_text(text: Any) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"character {error.start} of a text is a lone surrogate: no valid Unicode") from error
+        raise ValueError(f"character {error.start} of a text is a lone surrogate: not valid Unicode") from error
     return text

@@ -1,4 +1,4 @@
-"""A vocabulary of a `tokenizer.json`, which the `tokenizers` library reads: what transformers 5 saves."""
+"""The vocabulary of a `tokenizer.json`, the format of the `tokenizers` library, which transformers 5 saves."""
 
 import re
 from collections.abc import Mapping
@@ -19,11 +19,11 @@ class JsonVocabulary(Vocabulary):
 
     Args:
         path: the file.
-        added_tokens: by id; those that the file has none of come behind its own.
+        added_tokens: by id. Those that the file lacks get the ids after its own.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: it is none of the library's files, or it would give an added token another id.
+        ValueError: the file is damaged, or would give an added token another id.
     """
 
     file_name = "tokenizer.json"
@@ -33,13 +33,13 @@ class JsonVocabulary(Vocabulary):
         try:
             self._library = tokenizers.Tokenizer.from_buffer(content)
             framed, text = self._library.encode("a").ids, self.encode("a")
-        except BaseException as error:  # the library raises nothing more precise, and panics past Exception
+        except BaseException as error:  # the library raises plain Exception, and panics with a BaseException
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
             raise ValueError(f"{path} is no tokenizer, or it is damaged; fetch it again ({error})") from None
         start = next((i for i in range(len(framed) + 1) if framed[i : i + len(text)] == text), None)
         if start is None:
-            raise ValueError(f"{path} has a post-processor that changes more than a text's two ends")
+            raise ValueError(f"{path} has a post-processor that changes more than the two ends of a text")
         self.frame = framed[:start], framed[start + len(text) :]
         self._library.no_truncation()
         self._library.no_padding()
@@ -60,11 +60,11 @@ class JsonVocabulary(Vocabulary):
             flags = (token.lstrip, token.rstrip, token.single_word, token.normalized, token.special)
             self.added.add(id, AddedToken(token.content, *flags))
 
-    def save(self, before: list[str], behind: list[str]) -> bytes:
-        if ([*map(self.find, before)], [*map(self.find, behind)]) != self.frame:
-            ends = [(token, self.find(token)) for token in {*before, *behind}]
-            single = [*before, "$A", *behind]
-            pair = [*single, *(f"{token}:1" for token in (*before, "$B", *behind))]
+    def save(self, before: list[str], after: list[str]) -> bytes:
+        if ([*map(self.find, before)], [*map(self.find, after)]) != self.frame:
+            ends = [(token, self.find(token)) for token in {*before, *after}]
+            single = [*before, "$A", *after]
+            pair = [*single, *(f"{token}:1" for token in (*before, "$B", *after))]
             self._library.post_processor = processors.TemplateProcessing(single=single, pair=pair, special_tokens=ends)
         return self._library.to_str(pretty=True).encode()
 
@@ -89,7 +89,7 @@ class JsonVocabulary(Vocabulary):
         return self._library.encode(check_text(text), add_special_tokens=False).ids
 
     def encode_plain(self, text: str) -> list[int]:
-        # The library's own steps, of which its added tokens are none.
+        # The library's steps, without the one that recognises added tokens.
         library = self._library
         normalized = check_text(text) if library.normalizer is None else library.normalizer.normalize_str(text)
         splits = [normalized]
@@ -109,9 +109,9 @@ class JsonVocabulary(Vocabulary):
 
 
 class LibrarySpeller:
-    """As the file's decoder spells; that knows itself what to do with a first space.
+    """Decodes with the file's decoder, which handles the first space itself.
 
-    A token is spelt behind the one before it, which is spelt alone once more: what is new is the difference.
+    The text of a token is the difference between decoding it together with the previous token, and decoding only that.
     """
 
     def __init__(self, decoder: Any):
@@ -123,7 +123,7 @@ class LibrarySpeller:
         if not token:
             return ""
         self._waiting.append(token)
-        # One byte that belongs to no character makes U+FFFD of all the bytes beside it: they wait for their end.
+        # A byte that belongs to no character turns the bytes beside it into U+FFFD: a run of bytes waits for its end.
         if _BYTE.fullmatch(token) or self._new().endswith("\ufffd"):
             return ""
         return self.flush()

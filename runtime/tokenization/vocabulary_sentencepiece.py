@@ -1,7 +1,7 @@
-"""A vocabulary of SentencePiece's pieces and of the added tokens over and beside them.
+"""The vocabulary of a `tokenizer.model`: SentencePiece's pieces and added tokens.
 
-A text is split at the added tokens, and SentencePiece encodes every segment between them by itself with the
-normaliser settings of its own file. A dummy prefix, where the file asks for one, thus applies to each segment.
+A text is split at the added tokens, and SentencePiece encodes each segment in between with the normaliser settings of
+its file. So a dummy prefix, if the file asks for one, applies to each segment.
 """
 
 import codecs
@@ -24,7 +24,8 @@ class SentencePieceVocabulary(Vocabulary):
         added_tokens: by id.
 
     Raises:
-        FileNotFoundError: no such file. ValueError: it is no SentencePiece model, or it is damaged.
+        FileNotFoundError: no such file.
+        ValueError: the file is damaged, or no SentencePiece model.
     """
 
     file_name = "tokenizer.model"
@@ -35,14 +36,14 @@ class SentencePieceVocabulary(Vocabulary):
         self.added = AddedTokens()
         for id, token in added_tokens.items():
             self.added.add(id, token)
-        # Pieces that have another id as added tokens: that one wins, wherever SentencePiece yields the piece.
+        # Pieces that are added tokens with another id: it replaces the piece's id in SentencePiece's output.
         self._moved: dict[int, int] = {}
         for content, id in self.added.ids.items():
             piece_id = self._piece_id(content)
             if piece_id is not None and piece_id != id:
                 self._moved[piece_id] = id
 
-    def save(self, before: list[str], behind: list[str]) -> bytes:
+    def save(self, before: list[str], after: list[str]) -> bytes:
         return self.sp_model.serialized_model_proto()
 
     def __len__(self) -> int:
@@ -90,7 +91,7 @@ class SentencePieceVocabulary(Vocabulary):
             pieces = self.sp_model.encode(segment, return_type="offset_mapping")
             following, part = 0, []
             for id, (begin, end) in zip(reversed(pieces["ids"]), reversed(pieces["offsets"]), strict=True):
-                # Of the bytes of one character only the last one has it, and a dummy prefix has none.
+                # Only the last byte of a character has its offsets, and a dummy prefix has none.
                 following = end if end > begin else max(following, end)
                 part.append((self._moved.get(id, id), start + begin, start + following))
             spans += reversed(part)
@@ -110,7 +111,7 @@ class SentencePieceVocabulary(Vocabulary):
 
 
 def _one_byte(error: UnicodeError) -> tuple[str, int]:
-    """SentencePiece shows every byte that belongs to no character as a U+FFFD of its own."""
+    """A codec error handler: like SentencePiece, replaces each byte that belongs to no character by U+FFFD."""
     assert isinstance(error, UnicodeDecodeError)
     return "\ufffd", error.start + 1
 
@@ -119,14 +120,15 @@ codecs.register_error("sentencepiece", _one_byte)
 
 
 class PieceSpeller:
-    """Added tokens as they are, and the runs of pieces between them as SentencePiece decodes each.
+    """Spells added tokens as they are, and each run of pieces between them as SentencePiece decodes it.
 
-    In a run, bytes become characters; every other piece has one text wherever it stands, but for the run's start: there
-    a model that adds a space before a text (`add_dummy_prefix`) leaves the first one out, and one that removes spaces
-    (`remove_extra_whitespaces`) all of them. Rules of denormalisation, which no language model has, are not applied.
+    In a run, bytes become characters. Any other piece has the same text at every position except the start of a run:
+    there a model that adds a space before a text (`add_dummy_prefix`) drops the first space, and one that removes
+    spaces (`remove_extra_whitespaces`) drops all of them. Denormalisation rules, which no language
+    model has, are not applied.
 
     Args:
-        drop_first_space: leave out the first token's space, whatever the model does.
+        drop_first_space: drop the space of the first token, whatever the model does.
     """
 
     def __init__(self, vocabulary: SentencePieceVocabulary, drop_first_space: bool):
@@ -146,7 +148,7 @@ class PieceSpeller:
             return self.flush() + token
         id = self._model.piece_to_id(token)
         byte = self._model.is_byte(id)
-        # Bytes wait for their character, and any other piece says that there is none.
+        # Bytes wait until their character is complete; any other piece ends them.
         text = self._utf8.decode(bytes.fromhex(token[3:5]) if byte else b"", final=not byte)
         self._at_start = self._at_start and not text
         return text if byte else text + self._piece(token, id)
@@ -169,5 +171,5 @@ def _load(path: Path) -> sentencepiece.SentencePieceProcessor:
     try:
         processor.LoadFromSerializedProto(path.read_bytes())
     except RuntimeError as error:
-        raise ValueError(f"{path} is no SentencePiece model, or it is damaged; fetch it again ({error})") from error
+        raise ValueError(f"{path} is damaged, or no SentencePiece model; fetch it again ({error})") from error
     return processor

@@ -1,4 +1,4 @@
-"""After the launches of kernels.warmup, no request compiles anything."""
+"""After the launches that kernels.triton.warmup lists, no request compiles anything."""
 
 import json
 import os

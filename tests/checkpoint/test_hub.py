@@ -1,5 +1,6 @@
-"""What is fetched of a hub repository, against a hub of this machine: files by HTTP, as the real one serves them."""
+"""Fetching a repository from the hub: a local HTTP server serves files as the real one does."""
 
+import ast
 import fnmatch
 import hashlib
 import json
@@ -40,59 +41,101 @@ def digest(content: bytes) -> str:
     return hashlib.sha1(content).hexdigest()
 
 
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    """A repository me/model with the files that a test puts into `files`; `asked` has the names of those fetched."""
-    files: dict[str, bytes] = {}
-    asked: list[str] = []
+class Hub(ThreadingHTTPServer):
+    """Serves a repository me/model with the content in `files`; `asked` has the names of the files fetched."""
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_HEAD(self):
-            self.answer(body=False)
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.files: dict[str, bytes] = {}
+        self.asked: list[str] = []
+        self.cache = Path()
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
-        def do_GET(self):
-            self.answer(body=True)
 
-        def answer(self, body):
-            if not self.path.startswith(("/me/model", "/api/models/me/model")):
-                return self.reply(404, b"{}", body, {"X-Error-Code": "RepoNotFound"})
-            if "elsewhere" in self.path:
-                return self.reply(404, b"{}", body, {"X-Error-Code": "RevisionNotFound"})
-            if self.path.startswith("/api/"):
-                listing = [{"type": "file", "path": name, "size": len(content), "oid": digest(content)}
-                           for name, content in files.items()]  # fmt: skip
-                siblings = [{"rfilename": name} for name in files]
-                info = {"id": "me/model", "modelId": "me/model", "sha": COMMIT, "siblings": siblings, "tags": [],
-                        "private": False, "gated": False, "downloads": 0, "likes": 0}  # fmt: skip
-                return self.reply(200, json.dumps(listing if "/tree/" in self.path else info).encode(), body)
-            name = urllib.parse.unquote(re.sub(r"^/me/model/resolve/[^/]+/", "", self.path))
-            if name not in files:
-                return self.reply(404, b"", body, {"X-Error-Code": "EntryNotFound"})
-            asked.append(name)
-            self.reply(200, files[name], body, {"ETag": f'"{digest(files[name])}"', "X-Repo-Commit": COMMIT})
+class Handler(BaseHTTPRequestHandler):
+    def do_HEAD(self):
+        self.answer(body=False)
 
-        def reply(self, status, content, body, headers=()):
-            self.send_response(status)
-            for key, value in {"Content-Length": str(len(content)), **dict(headers)}.items():
-                self.send_header(key, value)
-            self.end_headers()
-            if body:
-                self.wfile.write(content)
+    def do_GET(self):
+        self.answer(body=True)
 
-        def log_message(self, *args):
-            pass
+    def answer(self, body):
+        files = self.server.files
+        if not self.path.startswith(("/me/model", "/api/models/me/model")):
+            return self.reply(404, b"{}", body, {"X-Error-Code": "RepoNotFound"})
+        if "elsewhere" in self.path:
+            return self.reply(404, b"{}", body, {"X-Error-Code": "RevisionNotFound"})
+        if self.path.startswith("/api/"):
+            listing = [{"type": "file", "path": name, "size": len(content), "oid": digest(content)}
+                       for name, content in files.items()]  # fmt: skip
+            siblings = [{"rfilename": name} for name in files]
+            info = {"id": "me/model", "modelId": "me/model", "sha": COMMIT, "siblings": siblings, "tags": [],
+                    "private": False, "gated": False, "downloads": 0, "likes": 0}  # fmt: skip
+            return self.reply(200, json.dumps(listing if "/tree/" in self.path else info).encode(), body)
+        name = urllib.parse.unquote(re.sub(r"^/me/model/resolve/[^/]+/", "", self.path))
+        if name not in files:
+            return self.reply(404, b"", body, {"X-Error-Code": "EntryNotFound"})
+        self.server.asked.append(name)
+        self.reply(200, files[name], body, {"ETag": f'"{digest(files[name])}"', "X-Repo-Commit": COMMIT})
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    def reply(self, status, content, body, headers=()):
+        self.send_response(status)
+        for key, value in {"Content-Length": str(len(content)), **dict(headers)}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if body:
+            self.wfile.write(content)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture(scope="module")
+def server():
+    server = Hub()
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    server.files, server.asked, server.cache = files, asked, tmp_path
-    server.url = f"http://127.0.0.1:{server.server_address[1]}"
     yield server
     server.shutdown()
     server.server_close()
 
 
+@pytest.fixture
+def hub(server, tmp_path):
+    """The server with an empty repository, and an empty cache."""
+    server.files.clear()
+    server.asked.clear()
+    server.cache = tmp_path
+    return server
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    """A process that uses the server as its hub, and evaluates a line each time: (exception's name, text)."""
+    loop = """
+import sys
+from internlm3.runtime.common.hub import locate
+for line in sys.stdin:
+    try:
+        print(("", str(eval(line))), flush=True)
+    except Exception as error:
+        print((type(error).__name__, str(error)), flush=True)
+"""
+    environment = {**os.environ, "HF_ENDPOINT": server.url, "HF_HUB_DISABLE_XET": "1"}
+    with subprocess.Popen(
+        [sys.executable, "-c", loop], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
+
+        def evaluate(line: str) -> tuple[str, str]:
+            process.stdin.write(line + "\n")
+            process.stdin.flush()
+            return ast.literal_eval(process.stdout.readline())
+
+        yield evaluate
+        process.stdin.close()
+
+
 def run(hub, code: str, **environment) -> subprocess.CompletedProcess:
-    """Python with this hub as its own; the hub's library reads its environment once."""
+    """A process with this hub in its environment, which the hub's library reads once."""
     environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(hub.cache), "HF_HUB_DISABLE_XET": "1", **environment}
     code = "from internlm3.runtime.common.hub import locate\n" + code
     return subprocess.run(
@@ -100,10 +143,14 @@ def run(hub, code: str, **environment) -> subprocess.CompletedProcess:
     )
 
 
-def fetched(hub, **options) -> list[str]:
-    ran = run(hub, f"print(locate('me/model', **{options!r}))")
-    folder = Path(ran.stdout.strip())
-    assert folder.is_dir() and ran.stdout, ran.stderr
+def fetched(hub, client, **options) -> list[str]:
+    """The files in the folder that `locate` returns."""
+    failed, folder = client(f"locate('me/model', cache_dir={str(hub.cache)!r}, **{options!r})")
+    assert not failed, folder
+    return files_of(Path(folder))
+
+
+def files_of(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
@@ -123,17 +170,17 @@ def fetched(hub, **options) -> list[str]:
     ],
     ids=["one file", "shards", "pickled", "pickled shards", "odd names", "paths", "none"],
 )  # fmt: skip
-def test_what_is_read_is_fetched_and_nothing_else(hub, weights, read):
+def test_what_is_read_is_fetched_and_nothing_else(hub, client, weights, read):
     hub.files |= dict.fromkeys([*SMALL, *CLUTTER], b"{}") | {name: text.encode() for name, text in weights.items()}
-    assert fetched(hub) == sorted([*SMALL, *read])
+    assert fetched(hub, client) == sorted([*SMALL, *read])
     asked = set(hub.asked)
     assert asked == {*SMALL, *read}
-    assert fetched(hub, local_files_only=True) == sorted([*SMALL, *read])
+    assert fetched(hub, client, local_files_only=True) == sorted([*SMALL, *read])
 
 
-def test_the_small_files_alone(hub):
+def test_the_small_files_alone(hub, client):
     hub.files |= dict.fromkeys([*SMALL, *CLUTTER, "model.safetensors", SAFE_INDEX], b"{}")
-    assert fetched(hub, weights=False) == sorted(SMALL)
+    assert fetched(hub, client, weights=False) == sorted(SMALL)
 
 
 def test_every_file_that_is_read_is_on_the_list():
@@ -146,31 +193,43 @@ def test_every_file_that_is_read_is_on_the_list():
     assert not any(fnmatch.fnmatch(name, pattern) for name in CLUTTER for pattern in listed)
 
 
+MISSING = "'me/model' is no local folder, and "
+
+
 @pytest.mark.parametrize(
-    ("call", "environment", "begins", "holds"),
+    ("name", "options", "begins", "contains"),
     [
-        ("locate('no-one/nothing')", {},
-         "'no-one/nothing' is no local folder, and the hub has no repository", "HF_TOKEN"),
-        ("locate('me/model', revision='elsewhere')", {}, "'me/model' is no local folder, and its repository on the hub "
-         "has no revision 'elsewhere'", ""),
-        ("locate('me/model')", {"HF_ENDPOINT": "http://127.0.0.1:9"},
-         "'me/model' is no local folder, and the hub cannot be reached", "check the network, or set HF_ENDPOINT"),
-        ("locate('me/model', revision='v1')", {"HF_HUB_OFFLINE": "1"},
-         "'me/model' is no local folder, and nothing of it at revision 'v1' is in the cache", "may not be asked"),
-        ("locate('me/model', local_files_only=True)", {},
-         "'me/model' is no local folder, and nothing of it is in the cache", "may not be asked"),
+        ("no-one/nothing", {}, "'no-one/nothing' is no local folder, and the hub has no repository", "HF_TOKEN"),
+        ("me/model", {"revision": "elsewhere"}, MISSING + "its repository on the hub has no revision 'elsewhere'", ""),
+        ("me/model", {"local_files_only": True}, MISSING + "nothing of it is in the cache", "may not be asked"),
     ],
 )  # fmt: skip
-def test_what_went_wrong(hub, call, environment, begins, holds):
+def test_what_went_wrong(hub, client, name, options, begins, contains):
+    error, text = client(f"locate({name!r}, cache_dir={str(hub.cache)!r}, **{options!r})")
+    assert error == "FileNotFoundError" and text.startswith(begins) and contains in text and "\n" not in text
+
+
+@pytest.mark.parametrize(
+    ("call", "environment", "begins", "contains"),
+    [
+        ("locate('me/model')", {"HF_ENDPOINT": "http://127.0.0.1:9"}, MISSING + "the hub cannot be reached",
+         "check the network, or set HF_ENDPOINT"),
+        ("locate('me/model', revision='v1')", {"HF_HUB_OFFLINE": "1"},
+         MISSING + "nothing of it at revision 'v1' is in the cache", "may not be asked"),
+    ],
+)  # fmt: skip
+def test_what_went_wrong_by_the_environment(hub, call, environment, begins, contains):
     ran = run(hub, f"try: {call}\nexcept FileNotFoundError as error: print(error)", **environment)
-    assert ran.stdout.startswith(begins) and holds in ran.stdout, ran.stdout + ran.stderr
+    assert ran.stdout.startswith(begins) and contains in ran.stdout, ran.stdout + ran.stderr
     assert ran.stdout.count("\n") == 1
 
 
 def test_no_bars_where_there_is_no_terminal(hub):
     hub.files |= dict.fromkeys(SMALL, b"{}")
-    ran = run(hub, "locate('me/model', weights=False)")
+    ran = run(hub, "print(locate('me/model', weights=False))")
     assert "%|" not in ran.stderr and ran.returncode == 0, ran.stderr
+    folder = Path(ran.stdout.strip())
+    assert files_of(folder) == sorted(SMALL) and hub.cache in folder.parents  # that of HF_HOME
 
 
 @pytest.mark.skipif(os.name != "posix", reason="a terminal of one's own is POSIX's")

@@ -10,7 +10,7 @@ from internlm3.tests.support.command_line import FIGURES
 
 
 def chat(monkeypatch, turns, answer=None, messages=()):
-    """The chat after these inputs; `answer` gives the text for a conversation, or raises."""
+    """Runs a chat with these inputs. `answer` returns the text for a conversation, or raises."""
     asked: list[list[dict]] = []
 
     def chunks(conversation):
@@ -49,33 +49,35 @@ def test_a_conversation_grows(monkeypatch, capsys):
 def test_a_turn_shows_what_was_reused_and_how_fast(capsys):
     for reused, words in ((0, "2.00 GB]\n"), (512, "2.00 GB] [512 of the prompt's tokens reused]\n")):
         show(iter([Chunk("hi", [1], [0.0], None, None, None, 600, 1, 900.0, 30.0, 2.0, reused)]))
-        said = capsys.readouterr().err
-        assert FIGURES.search(said).groups() == ("600", "1") and "30.0 tokens/s" in said and said.endswith(words)
+        printed = capsys.readouterr().err
+        assert (
+            FIGURES.search(printed).groups() == ("600", "1") and "30.0 tokens/s" in printed and printed.endswith(words)
+        )
 
 
 def test_an_answer_that_an_error_ends(capsys):
-    """What is wrong is an error of the command, and said in a chat (as in `test_a_question_that_fails...`)."""
+    """It is an error of the command. (A chat reports it: `test_a_question_that_fails_is_removed`.)"""
     with pytest.raises(ValueError, match="not numbers"):
         show(iter([Chunk("", [], [], None, "error", "not numbers", 1, 0, 0.0, 0.0, 1.0, 0)]))
-    said = capsys.readouterr()
-    assert "answer 0 tokens" in said.err and said.out == ""
+    printed = capsys.readouterr()
+    assert "answer 0 tokens" in printed.err and printed.out == ""
 
 
 def test_control_c_loses_no_conversation(monkeypatch, capsys):
-    """Before an answer begins its question is taken back, in its middle what was said stays, at the prompt all."""
+    """Before the answer begins, the question is removed; during it, the text so far stays; at the prompt, all stays."""
     answers = iter([["first"], [KeyboardInterrupt()], ["half", KeyboardInterrupt()], ["last"]])
     turns = ["one", KeyboardInterrupt(), "two", "three", "four"]
     messages, _ = chat(monkeypatch, turns, lambda _: next(answers))
     assert messages == [*turn("one", "first"), *turn("three", "half"), *turn("four", "last")]
-    said = capsys.readouterr()
-    assert "taken back" in said.err and "[stopped]" in said.err and "stopped" not in said.out
+    printed = capsys.readouterr()
+    assert "removed" in printed.err and "[stopped]" in printed.err and "stopped" not in printed.out
 
 
-def test_a_question_that_fails_is_taken_back(monkeypatch, capsys):
+def test_a_question_that_fails_is_removed(monkeypatch, capsys):
     answers = iter([["first"], [ValueError("too long")], ["last"]])
     messages, _ = chat(monkeypatch, ["one", "two", "three"], lambda _: next(answers))
     assert messages == [*turn("one", "first"), *turn("three", "last")]
-    assert "too long (/undo takes a turn back, /reset begins anew)" in capsys.readouterr().err
+    assert "too long (/undo removes a turn, /reset starts a new conversation)" in capsys.readouterr().err
 
 
 SYSTEM = [{"role": "system", "content": "Be brief."}]
@@ -84,10 +86,10 @@ SYSTEM = [{"role": "system", "content": "Be brief."}]
 @pytest.mark.parametrize(
     ("turns", "left", "says"),
     [
-        (["one", "/undo", "two"], [*SYSTEM, *turn("two", "answer 2")], "taken back: one"),
-        (["/undo"], SYSTEM, "nothing to take back"),
-        (["one", "/clear", "two"], [*SYSTEM, *turn("two", "answer 2")], "begins anew"),
-        (["one", "/reset"], SYSTEM, "begins anew"),
+        (["one", "/undo", "two"], [*SYSTEM, *turn("two", "answer 2")], "removed: one"),
+        (["/undo"], SYSTEM, "nothing to remove"),
+        (["one", "/clear", "two"], [*SYSTEM, *turn("two", "answer 2")], "a new conversation"),
+        (["one", "/reset"], SYSTEM, "a new conversation"),
         (["one", "/quit", "two"], [*SYSTEM, *turn("one", "answer 1")], ""),
         (["one", " /exit ", "two"], [*SYSTEM, *turn("one", "answer 1")], ""),
         (["one", "/system Rhyme\nalways."], [{"role": "system", "content": "Rhyme\nalways."}, *turn("one", "answer 1")],

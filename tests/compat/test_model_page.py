@@ -5,7 +5,6 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 
 # The page's block, copied as it is published (its prompts of a session, ">>> ", included).
@@ -50,20 +49,15 @@ def block(imports: str, checkpoint: Path) -> str:
     return code.replace("internlm/internlm3-8b-instruct", str(checkpoint))
 
 
-def run(imports: str, checkpoint: Path) -> dict[str, Any]:
+def run(code: str) -> dict[str, Any]:
     names: dict[str, Any] = {"__name__": "stranger"}
     torch.manual_seed(0)
-    exec(block(imports, checkpoint), names)
+    exec(code, names)
     return names
 
 
-@pytest.mark.parametrize(
-    "imports",
-    ["from internlm3 import InternLM3Tokenizer, InternLM3ForCausalLM", "import internlm3 as transformers"],
-    ids=["names", "module"],
-)
-def test_the_page_runs(demo_model, capsys, imports):
-    names = run(imports, demo_model)
+def test_the_page_runs(demo_model, capsys):
+    names = run(block("from internlm3 import InternLM3Tokenizer, InternLM3ForCausalLM", demo_model))
     tokenizer, chat, [answer] = names["tokenizer"], names["tokenized_chat"], names["generated_ids"]
     assert isinstance(chat, torch.LongTensor)
     assert chat.dim() == 2 and chat.shape[0] == 1
@@ -83,3 +77,11 @@ def test_the_page_runs(demo_model, capsys, imports):
     assert capsys.readouterr().out == f"{names['prompt']}\n{names['response']}\n"
     # A chat model ends its answer by itself, well before 1024 tokens, and speaks of what it was asked.
     assert names["response"].endswith("<|im_end|>") and "Shanghai" in names["response"]
+
+
+def test_the_page_runs_with_the_module_in_the_place_of_transformers(demo_model, capsys):
+    """Its first tokens: the names are the same, and so is what they do."""
+    code = block("import internlm3 as transformers", demo_model)
+    names = run(code.replace("max_new_tokens=1024", "max_new_tokens=4"))
+    assert capsys.readouterr().out == f"{names['prompt']}\n{names['response']}\n"
+    assert len(names["generated_ids"][0]) == 4

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 whole = torch.Tensor.__repr__
-# A failure shows lengths and seeds, which are short, and of other tensors what they are.
+# A failure shows short tensors in full, such as lengths and seeds, and the dtype and shape of others.
 torch.Tensor.__repr__ = lambda x: (  # type: ignore[assignment, method-assign]
     whole(x) if x.numel() <= 16 else f"<{str(x.dtype).removeprefix('torch.')} {list(x.shape)}>"
 )
@@ -19,7 +19,7 @@ if not torch.cuda.is_available():
     convert = interpreter._convert_float
 
     def convert_and_round(data, source, target, rounding_mode):
-        """GPUs round float32 to the nearest bfloat16; the interpreter cuts it off, so that half the values differ."""
+        """GPUs round float32 to the nearest bfloat16. The interpreter truncates, so half of the values would differ."""
         if (source, target) == (tl.float32, tl.bfloat16):
             rounded = torch.from_numpy(np.ascontiguousarray(data)).to(torch.bfloat16)
             return rounded.view(torch.int16).numpy().view(np.uint16)
@@ -28,9 +28,9 @@ if not torch.cuda.is_available():
     interpreter._convert_float = convert_and_round
 
     def wide_dot(self, a, b, addend, *precision):
-        """In float64, rounded once: BLAS would add up float32 in another order for another row or size of a tile.
+        """A product in float64, rounded once: BLAS sums float32 in an order that depends on the row and the tile size.
 
-        Nor does this multiply the bits of bfloat16, which the interpreter keeps as uint16, as integers.
+        It also converts bfloat16, which the interpreter stores as uint16 and would multiply as integers.
         """
         a, b = (self.create_fp_ext(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
         product = np.matmul(a.data, b.data, dtype=np.float64)
@@ -39,22 +39,22 @@ if not torch.cuda.is_available():
     interpreter.InterpreterBuilder.create_dot = wide_dot
 
     def splat(self, block, x):
-        """In the dtype that the data has: a comparison's handle bears that of what it compared, and its data is bool.
+        """Keeps the dtype of the data: the handle of a comparison has the dtype of its operands, but its data is bool.
 
-        From Triton 3.9 on the handle's would make integers of a scalar condition, which no mask may be.
+        From Triton 3.9 on, the handle's dtype would turn a scalar condition into integers, which are no valid mask.
         """
         return interpreter.TensorHandle(np.broadcast_to(x.data, block.shape).copy(), x.dtype.scalar)
 
     interpreter.InterpreterBuilder.create_splat = splat
 
-    # The interpreter teaches triton.language to compute anew for every call of a jitted function, those within kernels
-    # included, which is half of its time. Once is enough.
+    # The interpreter patches triton.language again for every call of a jitted function, also within kernels, which
+    # takes half of its time. Patching once is enough.
     interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
     interpreter._patch_lang = lambda function: SimpleNamespace(restore=lambda: None)
-    # Triton 3.6 asks numpy for the integer of an array of one element, which numpy 2.4 gives no more.
+    # Triton 3.6 converts an array of one element to an integer, which numpy 2.4 refuses.
     tl.tensor.__index__ = lambda self: self.handle.data.item()
 
-# tests/fuzz.py --kernel: somebody's own functions stand for ours, and go through the same cases.
+# tests/fuzz.py --kernel: the functions of the user's file replace ours, and run through the same cases.
 if "INTERNLM3_KERNEL" in os.environ:
     from bench import user_kernels
     from internlm3 import kernels

@@ -1,33 +1,42 @@
-"""What the kernels' tests draw, and the bounds they hold results to; bench/harness.py has `call` and the guards.
+"""Random inputs and error bounds for the tests of kernels/; bench/harness.py has `call` and the guards.
 
-A test draws shapes and a seed by hypothesis, runs `call(kernels.op, ...)` and `reference.op(...)`, computes the same in
-float64 in its own words, and holds both to `assert_near`.
+A typical test draws shapes and a seed by hypothesis, runs the op with every backend and with the reference (`run_all`),
+computes the result in float64 on its own, and checks all of them by `assert_near`, with the same bound.
 """
 
 import os
+import sys
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import hypothesis
+import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
 from bench.harness import GUARD, difference, poison
 from bench.harness import call as call
-from internlm3.kernels import reference
+from internlm3 import kernels
+from internlm3.kernels import cpu, reference
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-# tests/fuzz.py may ask for one alone.
+# tests/fuzz.py may choose among them.
 DTYPES = [getattr(torch, name) for name in os.environ.get("INTERNLM3_DTYPES", "bfloat16,float16,float32").split(",")]
 dtypes = st.sampled_from(DTYPES)
 seeds = st.integers(0, 2**32 - 1)
-# Zeros, tiny, ordinary and large values; squares of the largest still fit float32, its sums of two still fit float16.
+# Zeros, tiny, ordinary and large values. Squares of the largest fit float32, and sums of two of them fit float16.
 scales = st.sampled_from([0.0, 1e-8, 1.0, 1.0, 1.0, 3e3])
 
 
+def module_of(op: Any) -> ModuleType:
+    """The file of a Triton op. An import by name gives the op, which has the file's name."""
+    return sys.modules[op.__module__]
+
+
 def generator(seed: int) -> torch.Generator:
-    """A case's random numbers; a failure names the seed, wherever it was drawn."""
+    """The random numbers of a case. A failure reports the seed, wherever it was drawn."""
     if hypothesis.currently_in_test_context():
         hypothesis.note(f"seed {seed}")
     return torch.Generator().manual_seed(seed)
@@ -47,18 +56,40 @@ def embedded(x: Tensor, padding: int = 0) -> Tensor:
     return view.copy_(x)
 
 
-def twin(op: str, *args: Any, **options: Any) -> Tensor:
-    """What the reference's op of this name gives on a CPU, where it is at home; on the tests' device."""
-    given = [arg.cpu() if isinstance(arg, Tensor) else arg for arg in args]
-    result: Tensor = getattr(reference, op)(*given, **options)
-    return result.to(DEVICE)
+MODULES = {"triton": kernels, "cpu": cpu, "reference": reference}
+# The two backends of an op.
+backends = pytest.mark.parametrize("backend", ["triton", "cpu"])
+
+
+def run(backend: str, op: str, *args: Any, writes: Sequence[Tensor] = (), **options: Any) -> Any:
+    """The op of a backend, or of the reference, by `call`: with poisoned outputs, and inputs that must not change.
+
+    The arguments are on the tests' device, and so is the result. All but Triton run on a CPU.
+    """
+    function = getattr(MODULES[backend], op)
+    if backend == "triton":
+        return call(function, *args, writes=writes, **options)
+    on_cpu = {id(x): x.cpu() for x in (*args, *options.values()) if isinstance(x, Tensor)}
+    moved = [on_cpu.get(id(x), x) for x in args]
+    keywords = {name: on_cpu.get(id(x), x) for name, x in options.items()}
+    result = call(function, *moved, writes=[on_cpu[id(x)] for x in writes], **keywords)
+    for x in writes:
+        x.copy_(on_cpu[id(x)])
+    if isinstance(result, tuple):
+        return tuple(x.to(DEVICE) for x in result)
+    return None if result is None else result.to(DEVICE)
+
+
+def run_all(op: str, *args: Any, **options: Any) -> dict[str, Any]:
+    """The results of both backends and of the reference, by name."""
+    return {backend: run(backend, op, *args, **options) for backend in MODULES}
 
 
 def assert_near(exact: Tensor, ulps: float, magnitude: Tensor | float = 0.0, **results: Tensor) -> None:
-    """Every result within ulps * eps(its dtype) * (|exact| + magnitude) of the float64 truth, element by element.
+    """Every result is within ulps * eps(its dtype) * (|exact| + magnitude) of the float64 result, element by element.
 
-    `magnitude` is the size of what was added up on the way, for results that cancel. Beyond the dtype's range truth and
-    results count as one step past its maximum, so that infinity is right there and nowhere else.
+    `magnitude` is the size of the terms that were added up, for results that cancel. Beyond the dtype's range, all
+    values count as one step past its maximum, so that infinity is correct there and nowhere else.
     """
     for name, result in results.items():
         assert result.shape == exact.shape, f"{name} has shape {list(result.shape)}, not {list(exact.shape)}"
@@ -72,7 +103,7 @@ def assert_near(exact: Tensor, ulps: float, magnitude: Tensor | float = 0.0, **r
 
 
 def assert_same(expected: Tensor, **results: Tensor) -> None:
-    """Every result has the expected bits (zeros of both signs and NaNs of all kinds are alike), shape and dtype."""
+    """Every result has the shape, dtype and bits of `expected`. Zeros of both signs are equal, and so are all NaNs."""
     for name, result in results.items():
         described = [f"{x.dtype} {list(x.shape)}" for x in (result, expected)]
         assert described[0] == described[1], f"{name} is {described[0]}, not {described[1]}"
@@ -82,19 +113,19 @@ def assert_same(expected: Tensor, **results: Tensor) -> None:
 
 
 def assert_rounded_alike(expected: Tensor, share: float = 1e-3, **results: Tensor) -> None:
-    """Every result has the expected bits but for this share of its places, where a last float32 bit decides a tie.
+    """Every result equals `expected` except in a `share` of its elements, where the last float32 bit decides a tie.
 
-    A rounding that is left out, or one too many, changes a tenth of them or more.
+    A missing rounding, or an additional one, changes a tenth of the elements or more.
     """
     for name, result in results.items():
         off = (result != expected).double().mean().item()
         if not off < share:
             wrong = difference(name, result, expected)
-            raise AssertionError(f"{wrong}: {off:.2%} of the places, where {share:.2%} may be rounded another way")
+            raise AssertionError(f"{wrong}: {off:.2%} of the elements, where {share:.2%} may be rounded differently")
 
 
 class PagedCache(NamedTuple):
-    """One layer's cache of some sequences; see kernels.reference for the meaning."""
+    """One layer's cache of some sequences; kernels.reference explains it."""
 
     k_cache: Tensor
     v_cache: Tensor
@@ -107,8 +138,8 @@ def paged_cache(
 ) -> PagedCache:
     """Sequences of these lengths on shuffled pages of random keys and values.
 
-    Everything that no sequence holds is NaN: pages in between, the tail of a last page. Entries of the table behind a
-    sequence's pages name pages of nobody. k and v alternate in one buffer, so pages are not adjacent in memory.
+    Every slot without a token is NaN: in unused pages, and in the rest of a last page. Entries of the block table after
+    a sequence's pages are unused pages. k and v alternate in one buffer, so pages are not adjacent in memory.
     """
     needed = [-(-length // page_size) for length in lengths]
     columns = max(needed, default=0) + int(torch.randint(1, 4, (), generator=rng))

@@ -1,7 +1,7 @@
-"""Every product of an index and a stride is one of 64 bits: arguments whose rows, heads, pages or slots lie far apart.
+"""Every product of an index and a stride has 64 bits: arguments whose rows, heads, pages or slots are far apart.
 
-Of memory that spans 2^31 elements and more only the few pages that hold something exist. A product of 32 bits reads and
-writes elsewhere, or crashes.
+They span 2^31 elements or more, of which only the few memory pages in use exist. A product of 32 bits would read and
+write elsewhere, or crash.
 """
 
 import pytest
@@ -10,14 +10,14 @@ import torch
 from internlm3 import kernels
 from internlm3.tests.kernels.support import DEVICE, assert_same, generator, normal
 
-# One worker at a time: on a GPU each of them takes gigabytes that no other has.
+# One worker runs all of them: on a GPU each takes gigabytes.
 pytestmark = pytest.mark.xdist_group("gigabytes")
 
 ROWS, WIDTH, HEADS, DIM, PAGES, PAGE, VOCAB = 3, 64, 3, 16, 4, 16, 70
 
 
 def arguments(op):
-    """Three rows, each a sequence of its own, three heads, four pages: the least of which the last lies far enough."""
+    """Three rows, each a sequence, three heads, four pages: few, so that the last one is far from the first."""
     rng = generator(1)
 
     def random(*shape, dtype=torch.bfloat16):
@@ -83,7 +83,7 @@ def arguments(op):
 
 
 def far(x, axis):
-    """A copy of x in memory of its own, whose last slice along the axis begins 2^31 elements behind the first."""
+    """A copy of x in its own memory, whose last slice along the axis begins 2^31 elements or more after the first."""
     stride = -(-(2**31) // (x.shape[axis] - 1))
     stride = -(-stride // 16) * 16
     shape = [*x.shape]
@@ -105,7 +105,7 @@ def axes():
 @pytest.mark.parametrize(("op", "name", "axis"), list(axes()))
 def test_far_slices_are_found(op, name, axis):
     near, wide = arguments(op), arguments(op)
-    # Attention asks for caches that are laid out alike.
+    # Attention requires caches of equal strides.
     for each in ("k_cache", "v_cache") if name == "k_cache" else (name,):
         wide[each] = far(wide[each], axis)
     expected, found = (getattr(kernels, op)(**args) for args in (near, wide))

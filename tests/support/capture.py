@@ -14,7 +14,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from internlm3.kernels import reference
+from internlm3 import kernels
+from internlm3.kernels import cpu
 from internlm3.runtime.engine import shared
 from internlm3.runtime.engine.engine import Engine
 from internlm3.runtime.model import model as runtime_model
@@ -41,15 +42,16 @@ class Recorder:
     nodes: (name, op, arguments, keywords, results) of the last capture. replays: how many there were.
     """
 
-    def __init__(self, monkeypatch: Any, ops: Any = reference):
+    def __init__(self, monkeypatch: Any, ops: Any = cpu):
         self.nodes: list[tuple[str, Callable[..., Any], tuple[Any, ...], dict[str, Any], Any]] = []
         self.replays = 0
         self._recording = False
         self._only_reads = False
 
         class Ops:
-            def __getattr__(_, name: str) -> Callable[..., Any]:
-                return self.op(getattr(ops, name))
+            def __getattr__(_, name: str) -> Any:
+                found = getattr(ops, name)
+                return self.op(found) if name in kernels.__all__ else found
 
         monkeypatch.setattr(runtime_model, "for_device", lambda device: Ops())
 

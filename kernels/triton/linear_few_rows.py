@@ -1,0 +1,310 @@
+"""1 to 16 rows times a weight matrix, fused with the ops before and after the product in a block of the model.
+
+    y = x W^T (+ bias)           x [R, C], W [O, C] -> [R, O], float32 sums
+    before:  RMSNorm of x
+    after:   + residual  |  SwiGLU of gate and up  |  rotation of q and k, and the write of k and v to their pages
+
+W is read once for any R, and reading it takes all the time. At InternLM3-8B's shapes (C = 4096, I = 10240, 16 bits):
+    op                        W               MB read   operations     us at 3.0 TB/s
+    rms_norm_qkv_rope_cache   4608 x 4096       37.7      38 MFLOP R      12.6
+    linear_add (o)            4096 x 4096       33.6      34 MFLOP R      11.2
+    rms_norm_swiglu           20480 x 4096     167.8     168 MFLOP R      55.9
+    linear_add (down)         4096 x 10240      83.9      84 MFLOP R      28.0
+    rms_norm_linear (head)    128512 x 4096   1052.8    1053 MFLOP R     350.9
+The first four run once per layer, 48 times; the head once. x and y are kilobytes.
+
+One row: a program owns two whole rows of W. It has issued all of their loads before it waits for the predecessor that
+computes x, and it norms x itself. Up to 16 rows: the norm is a launch of its own. A program multiplies a tile of W by
+x^T, padded to 16 columns, on the tensor cores, and accumulates over the columns of W in one fixed order, so the bits of
+a row of y depend on no other row. The tile has many rows of W, since every program reads all of x.
+
+Compiled for sm_90 (Triton 3.7.1, bfloat16), without spills; one row, then up to 16:
+    op                        registers   programs/SM   KB of W in flight/SM      registers   shared KB
+    rms_norm_qkv_rope_cache       96           5                 80                   56         160
+    linear_add (o)                56           9                144                   56         160
+    rms_norm_swiglu               95           5                 80                   48         160
+    linear_add (down)            126           4                160                   56         160
+    rms_norm_linear (head)        94           5                 80                   48         160
+
+SwiGLU combines W's row i with row i + I, and a rotation combines row d of a head with row d + D/2. Both pairs are HALF
+rows apart in a group of 2 HALF rows. One program computes both rows of a pair, so that they are in its registers:
+
+    row of a program's tile   0        1         2          3        ...
+    row of W                  p    p + HALF    p + 1  p + 1 + HALF   ...      HALF = I or D/2; 0 without pairs
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import cdiv, is_hopper, jit, next_power_of_2, options
+from .rms_norm import rms_norm
+from .rope_and_cache import cos_sin, rotate
+from .swiglu import silu
+
+
+class Tile(NamedTuple):
+    """The tile of a program: `rows` of W by `width` bytes of each; its warps; the stages of its pipeline."""
+
+    rows: int
+    width: int
+    warps: int
+    stages: int = 1
+
+
+# Chosen by measurement, the time of whole steps of InternLM3-8B on an H200 with 1, 4 and 16 rows: bench/predictions.md.
+# For GPUs before sm_90 by their machine code alone.
+ONE_ROW = Tile(2, 4096, 4)  # rows of W up to LONG bytes
+ONE_ROW_LONG = Tile(2, 4096, 8)
+LONG, LONGEST = 20480, 40960  # bytes of a row of W; longer rows do not fit the registers, and use the kernel of several
+ROWS_HOPPER = Tile(64, 256, 4, 8)  # its tensor cores take 64 rows of W from shared memory; 112 KB of loads in flight
+ROWS = Tile(32, 512, 4, 4)
+ROWS_WIDE = Tile(64, 256, 4, 4)  # for more rows of W than WIDE: half as many programs still fill a GPU
+WIDE = 16384  # AMD's GPUs always use ROWS_WIDE: ROWS needs more than their 64 KB of shared memory per program
+ROWS_FLOAT32 = Tile(32, 256, 4, 2)  # for tests: no tensor core multiplies float32 exactly
+PADDED_ROWS = 16
+AHEAD = 8  # cache lines per row of W that a program of several rows prefetches into L2 before it waits
+
+NO_CACHE = dict.fromkeys(
+    [
+        *("inv_freq_ptr", "inv_freq_stride", "k_cache_ptr", "k_page_stride", "k_head_stride", "k_token_stride"),
+        *("v_cache_ptr", "v_page_stride", "v_head_stride", "v_token_stride", "block_table_ptr", "table_stride"),
+        *("seq_lens_ptr", "positions_ptr", "tokens", "pages", "slots", "H", "K", "S"),
+    ]
+)
+
+
+@triton.jit
+def _weight_rows(OUT: tl.constexpr, HALF: tl.constexpr, BO: tl.constexpr):
+    """The rows of W in this program's tile. Rows past the end repeat the last one; their results are not stored."""
+    i = tl.program_id(0) * BO + tl.arange(0, BO)
+    if HALF == 0:
+        return tl.minimum(i, OUT - 1)
+    pair = tl.minimum(i // 2, OUT // 2 - 1)
+    return pair // HALF * (2 * HALF) + pair % HALF + i % 2 * HALF
+
+
+@triton.jit
+def _chunks(rows_ptr, C: tl.constexpr, BC: tl.constexpr, POLICY: tl.constexpr):
+    """All columns of the rows at rows_ptr, [n, 1] or a scalar, as a tuple of chunks of BC; zeros after the last."""
+    chunks = ()
+    for c in tl.static_range(0, C, BC):
+        columns = c + tl.arange(0, BC)
+        if len(rows_ptr.shape) == 2:
+            columns = columns[None, :]
+        # Only a partial chunk needs a mask.
+        if c + BC > C:
+            chunk = tl.load(rows_ptr + columns, mask=columns < C, other=0.0, eviction_policy=POLICY)
+        else:
+            chunk = tl.load(rows_ptr + columns, eviction_policy=POLICY)
+        chunks += (chunk,)  # type: ignore[assignment]
+    return chunks
+
+
+@triton.jit
+def _wide(x, PDL: tl.constexpr):
+    """x in float32. The compiler unpacks a pair of bfloat16 in three instructions where two suffice.
+
+    The norm does not use this, since there the compiler multiplies packed pairs.
+    """
+    if PDL and x.dtype == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=f,=f,r", [x], tl.float32, is_pure=True, pack=2
+        )
+    else:
+        return x.to(tl.float32)
+
+
+@triton.jit
+def _normed(x, scale, norm):
+    """RMSNorm with its roundings: to the dtype before the weight multiplies, and after."""
+    return ((x * scale).to(norm.dtype).to(tl.float32) * norm.to(tl.float32)).to(norm.dtype)
+
+
+@triton.jit
+def _one_row(ws, norms, x_ptr, eps, C: tl.constexpr, BC: tl.constexpr, PDL: tl.constexpr):
+    """The product [BO, 1] of W's rows, in chunks, and one x. norms: the norm's weight in chunks, or empty."""
+    xs = _chunks(x_ptr, C, BC, "evict_last")
+    scale = 1.0
+    if len(norms) > 0:
+        squares = tl.zeros((BC,), tl.float32)
+        for i in tl.static_range(len(xs)):
+            x = xs[i].to(tl.float32)
+            squares = tl.fma(x, x, squares)
+        scale = tl.rsqrt(tl.sum(squares, 0) / C + eps)
+    products = tl.zeros((ws[0].shape[0], BC), tl.float32)
+    for i in tl.static_range(len(xs)):
+        x = xs[i]
+        if len(norms) > 0:
+            x = _normed(x.to(tl.float32), scale, norms[i])
+        products = tl.fma(_wide(ws[i], PDL), _wide(x, PDL)[None, :], products)
+    return tl.sum(products, 1)[:, None]
+
+
+@triton.jit
+def _rows(
+    w_rows, x_ptr, x_stride, R,
+    C: tl.constexpr, BO: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """The product [BO, BR] of W's rows and up to BR rows of x, on the tensor cores."""
+    row = tl.arange(0, BR)[:, None]
+    x_rows = x_ptr + row.to(tl.int64) * x_stride
+    y = tl.zeros((BO, BR), tl.float32)
+    for first in tl.range(0, C, BC, num_stages=STAGES):
+        columns = (first + tl.arange(0, BC))[None, :]
+        inside = (columns < C) if C % BC else tl.full((1, BC), True, tl.int1)
+        w = tl.load(w_rows + columns, mask=inside, other=0.0, eviction_policy="evict_first")
+        x = tl.load(x_rows + columns, mask=(row < R) & inside, other=0.0, eviction_policy="evict_last")
+        y = tl.dot(w, x.trans(), y, input_precision="ieee")
+    return y
+
+
+@triton.jit
+def _places(
+    R, inv_freq_ptr, inv_freq_stride, block_table_ptr, table_stride, seq_lens_ptr, positions_ptr, tokens, pages, slots,
+    S: tl.constexpr, HALF: tl.constexpr, BO: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """Cosines and sines [BO / 2, BR] of the rows' tokens. [1, BR] each: not padding, has a page, the page, the slot."""
+    row = tl.arange(0, BR)[None, :]
+    sequence = (row // tokens).to(tl.int64)
+    position = tl.load(seq_lens_ptr + sequence, mask=row < R, other=0) - tokens + row % tokens
+    live = (position >= 0) & (row < R)
+    column = ((tl.program_id(0) * (BO // 2) + tl.arange(0, BO // 2)) % HALF)[:, None]
+    inv_freq = tl.load(inv_freq_ptr + sequence * inv_freq_stride + column, mask=live, other=0.0)
+    rotation = position
+    if positions_ptr is not None:
+        rotation = tl.load(positions_ptr + row, mask=live, other=0)
+    cos, sin = cos_sin(rotation.to(tl.float32) * inv_freq)
+    paged = live & (position // S < slots)
+    page = tl.load(block_table_ptr + sequence * table_stride + position // S, mask=paged, other=0).to(tl.int64)
+    tl.device_assert((page >= 0) & (page < pages), "block_table has a page that is not in the cache")
+    return cos, sin, live, paged & (page >= 0) & (page < pages), page, (position % S).to(tl.int64)
+
+
+@jit(
+    "x_ptr x_stride norm_ptr w_ptr bias_ptr residual_ptr residual_stride y_ptr inv_freq_ptr k_cache_ptr "
+    "k_page_stride k_head_stride k_token_stride v_cache_ptr v_page_stride v_head_stride v_token_stride"
+)
+def _linear_few_rows(
+    x_ptr, x_stride, norm_ptr, eps, w_ptr, bias_ptr, residual_ptr, residual_stride, y_ptr, R,
+    inv_freq_ptr, inv_freq_stride, k_cache_ptr, k_page_stride, k_head_stride, k_token_stride,
+    v_cache_ptr, v_page_stride, v_head_stride, v_token_stride,
+    block_table_ptr, table_stride, seq_lens_ptr, positions_ptr, tokens, pages, slots,
+    OUT: tl.constexpr, C: tl.constexpr, W_STRIDE: tl.constexpr, HALF: tl.constexpr,
+    H: tl.constexpr, K: tl.constexpr, S: tl.constexpr,
+    BO: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Pointers are None for inputs that the op does not have. BR is 1 for one row, else R padded."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    dtype = y_ptr.dtype.element_ty
+    rows = _weight_rows(OUT, HALF, BO)
+    w_rows = w_ptr + rows.to(tl.int64)[:, None] * W_STRIDE
+    if BR == 1:
+        ws = _chunks(w_rows, C, BC, "evict_first")
+        norms = ()
+        if norm_ptr is not None:
+            norms = _chunks(norm_ptr, C, BC, "")
+    elif PDL:
+        LINE: tl.constexpr = 1024 // dtype.primitive_bitwidth
+        lines = w_rows + tl.minimum(tl.arange(0, AHEAD) * LINE, C - 1)[None, :]
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [lines.to(tl.int64)], tl.int32, is_pure=False, pack=1
+        )
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + rows).to(tl.float32)[:, None]
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+
+    row = tl.arange(0, BR)[None, :]
+    if residual_ptr is not None:
+        residual_rows = residual_ptr + row.to(tl.int64) * residual_stride
+        residual = tl.load(residual_rows + rows[:, None], mask=row < R, other=0.0)
+    if inv_freq_ptr is not None:
+        places = _places(
+            R, inv_freq_ptr, inv_freq_stride, block_table_ptr, table_stride, seq_lens_ptr, positions_ptr,
+            tokens, pages, slots, S, HALF, BO, BR,
+        )  # fmt: skip
+    if BR == 1:
+        y = _one_row(ws, norms, x_ptr, eps, C, BC, PDL)
+    else:
+        y = _rows(w_rows, x_ptr, x_stride, R, C, BO, BC, BR, STAGES)
+
+    if bias_ptr is not None:
+        y += bias
+    y = y.to(dtype).to(tl.float32)
+    if HALF == 0:
+        output = (tl.program_id(0) * BO + tl.arange(0, BO))[:, None]
+        if residual_ptr is not None:
+            y += residual.to(tl.float32)
+        tl.store(y_ptr + row * OUT + output, y.to(dtype), mask=(row < R) & (output < OUT))
+    else:
+        first, second = y.reshape(BO // 2, 2, BR).permute(0, 2, 1).split()
+        pair = (tl.program_id(0) * (BO // 2) + tl.arange(0, BO // 2))[:, None]
+        inside = (row < R) & (pair < OUT // 2)
+        if inv_freq_ptr is None:
+            y = silu(first).to(dtype).to(tl.float32) * second
+            tl.store(y_ptr + row * (OUT // 2) + pair, y.to(dtype), mask=inside)
+        else:
+            cos, sin, live, paged, page, slot = places
+            head, column = pair // HALF, pair % HALF
+            turned_first, turned_second = rotate(first, second, cos, sin, dtype)
+            is_q = inside & (head < H)
+            q = y_ptr + (row * H + head) * (2 * HALF) + column
+            tl.store(q, tl.where(live, turned_first, 0.0).to(dtype), mask=is_q)
+            tl.store(q + HALF, tl.where(live, turned_second, 0.0).to(dtype), mask=is_q)
+            is_k = inside & paged & (head >= H) & (head < H + K)
+            place = page * k_page_stride + (head - H).to(tl.int64) * k_head_stride + slot * k_token_stride
+            k = k_cache_ptr + place + column
+            tl.store(k, turned_first.to(dtype), mask=is_k)
+            tl.store(k + HALF, turned_second.to(dtype), mask=is_k)
+            is_v = inside & paged & (head >= H + K)
+            place = page * v_page_stride + (head - H - K).to(tl.int64) * v_head_stride + slot * v_token_stride
+            v = v_cache_ptr + place + column
+            tl.store(v, first.to(dtype), mask=is_v)
+            tl.store(v + HALF, second.to(dtype), mask=is_v)
+
+
+def multiply(
+    y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    batch_invariant: bool,
+    norm: Tensor | None = None,
+    eps: float = 0.0,
+    residual: Tensor | None = None,
+    half: int = 0,
+    **cache: Any,
+) -> None:
+    """Write the result for x's 1 to 16 rows to y.
+
+    half: the distance between paired rows of W, or 0. cache: the arguments of rotation and cache, by name.
+
+    The caller has checked the arguments. With batch_invariant one row uses the kernel of several.
+    """
+    rows, columns = x.shape
+    outputs = weight.shape[0]
+    size = weight.element_size()
+    alone = rows == 1 and not batch_invariant and columns * size <= LONGEST
+    if alone:
+        tile = ONE_ROW if columns * size <= LONG else ONE_ROW_LONG
+    elif x.dtype == torch.float32:
+        tile = ROWS_FLOAT32
+    elif is_hopper(x.device):
+        tile = ROWS_HOPPER
+    else:
+        tile = ROWS_WIDE if outputs > WIDE or torch.version.hip else ROWS
+    if norm is not None and not alone:  # one launch for all programs
+        x, norm = rms_norm(x, norm, eps), None
+    _linear_few_rows[(cdiv(outputs, tile.rows),)](
+        x, x.stride(0), norm, eps, weight, bias, residual, residual.stride(0) if residual is not None else None,
+        y, rows, **(cache or NO_CACHE),
+        OUT=outputs, C=columns, W_STRIDE=weight.stride(0), HALF=half,
+        BO=tile.rows, BC=min(tile.width // size, max(next_power_of_2(columns), 16)),
+        BR=1 if alone else PADDED_ROWS, STAGES=tile.stages, AHEAD=AHEAD, num_warps=tile.warps, **options(x.device),
+    )  # fmt: skip

@@ -1,0 +1,30 @@
+"""The launches that compile every kernel that a model can need, to be run before it serves.
+
+A kernel is compiled for its model's shapes, for the stages of sampling that a call uses, and for a choice of tiles by
+the number of rows. No length, count, page, table width or offset of a view causes a compilation. So a model with a
+vocabulary size that is a multiple of 8 has compiled everything once it has run
+
+    one sequence of T tokens, for every T of `token_counts`      (a chunk of a prompt, and its logits)
+    a decode step of one row, and of two, with every set of stages that its sampling can have, and every dtype of logits
+
+With another vocabulary size, the alignment of a row of logits decides how wide its loads are.
+"""
+
+import torch
+
+from ..reference import FEW_ROWS
+from .launch import is_hopper
+from .paged_attention import tiling
+from .rope_and_cache import heads_per_program
+
+
+def token_counts(most: int, group: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> list[int]:
+    """Numbers of tokens for which one sequence compiles everything that any number up to `most` needs.
+
+    `group`: query heads per key/value head.
+    """
+    firsts: dict[object, int] = {}
+    for tokens in range(1, most + 1):
+        tiles = tiling(tokens, group, head_dim, dtype, is_hopper(device), alone=True)
+        firsts.setdefault((min(tokens, 2), tokens <= FEW_ROWS, heads_per_program(tokens), tiles), tokens)
+    return list(firsts.values())

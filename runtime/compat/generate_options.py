@@ -1,0 +1,132 @@
+"""The options of `generate`: from keywords, a generation config and the checkpoint to one checked set of settings."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..common.checks import as_list, check_ids, check_int
+from ..common.keywords import reject_unknown
+from ..common.neutral import GENERATE_CHANGING, GENERATE_IDLE, GENERATE_NOTES
+from ..model.config import InternLM3Config
+from ..sampling.generation_config import GenerationSettings, refuse_unsupported
+from ..sampling.params import SamplingParams
+from ..sampling.settings import FILTERS, GENERATE
+
+# transformers' own defaults.
+DEFAULT_MAX_NEW_TOKENS = 20
+DEFAULT_TOP_K = 50  # with do_sample
+
+_LENGTHS = ("max_length", "max_new_tokens", "min_length", "min_new_tokens")
+_FLAGS = ("return_dict_in_generate", "output_scores", "output_logits", "renormalize_logits")
+_KNOWN = (*_LENGTHS, *GENERATE, "eos_token_id", "pad_token_id", *_FLAGS, "do_sample")
+_SAMPLED_ONLY = ("temperature", *FILTERS, "seed")
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """The checked settings of one call.
+
+    Attributes:
+        params: how each token is chosen; min_tokens and n included, max_tokens not.
+        max_new_tokens: the largest number of new tokens.
+        eos_token_ids: the tokens that end an answer.
+        pad_token_id: fills the columns after an answer's end.
+        padding_id: the token that marks padding in prompts without an attention mask; None if there is none, or if it
+            ends answers too.
+        return_dict, output_scores, output_logits, renormalize: transformers' flags of what to return.
+    """
+
+    params: SamplingParams
+    max_new_tokens: int
+    eos_token_ids: list[int]
+    pad_token_id: int
+    padding_id: int | None
+    return_dict: bool
+    output_scores: bool
+    output_logits: bool
+    renormalize: bool
+
+
+def read_options(
+    config: InternLM3Config, defaults: Mapping[str, Any], given: Any, keywords: Mapping[str, Any], columns: int
+) -> GenerateOptions:
+    """The options of one call of `generate`. A later source overrides an earlier one.
+
+    Args:
+        config: the model's, for its vocabulary and its default end and padding tokens.
+        defaults: the model's generation_config.
+        given: the call's generation_config: a dictionary, an object with to_dict, or None.
+        keywords: the call's keywords.
+        columns: length T of the prompts, which max_length and min_length count.
+
+    Raises:
+        TypeError: an unknown keyword, or a generation_config that is none.
+        ValueError: a setting that is bad, unsupported, or contradicts another one.
+    """
+    reject_unknown("generate", keywords, (*_KNOWN, *GENERATE_CHANGING, *GENERATE_IDLE, *GENERATE_NOTES))
+    refuse_unsupported(keywords, keywords=True)
+    options: dict[str, Any] = {}
+    for source in (defaults, GenerationSettings.of(given), keywords):
+        refuse_unsupported(source)
+        options |= {name: value for name, value in source.items() if value is not None and name in _KNOWN}
+    if options.get("pad_token_id") == -1:  # some checkpoints' form of None
+        del options["pad_token_id"]
+
+    vocab_size = config.vocab_size
+    eos = _token_ids("eos_token_id", options.get("eos_token_id", config.eos_token_ids), vocab_size)
+    pads = _token_ids("pad_token_id", options.get("pad_token_id", config.pad_token_id), vocab_size)
+    most, least = _lengths(options, columns)
+    params = SamplingParams.from_kwargs(_params(options, keywords), min_tokens=least)
+    params.check_vocab(vocab_size)
+    return GenerateOptions(
+        params,
+        max_new_tokens=most,
+        eos_token_ids=eos,
+        pad_token_id=(*pads, *eos, 0)[0],
+        padding_id=pads[0] if pads and pads[0] not in eos else None,
+        return_dict=bool(options.get("return_dict_in_generate")),
+        output_scores=bool(options.get("output_scores")),
+        output_logits=bool(options.get("output_logits")),
+        renormalize=bool(options.get("renormalize_logits")),
+    )
+
+
+def _token_ids(name: str, value: Any, vocab_size: int) -> list[int]:
+    """One id, several, or none, as a list. Raises ValueError for an id outside the vocabulary."""
+    ids = as_list(value)
+    check_ids(name, ids, vocab_size)
+    return ids
+
+
+def _lengths(options: Mapping[str, Any], columns: int) -> tuple[int, int]:
+    """The largest and the smallest number of new tokens."""
+    lengths = {
+        name: check_int(name, options[name], int(name.startswith("max"))) for name in _LENGTHS if name in options
+    }
+    most = lengths.get("max_new_tokens", lengths.get("max_length", columns + DEFAULT_MAX_NEW_TOKENS) - columns)
+    if most < 1:
+        raise ValueError(
+            f"the prompt has {columns} tokens and max_length is {lengths['max_length']}: "
+            "nothing would be generated; give max_new_tokens"
+        )
+    least = lengths.get("min_new_tokens", max(0, lengths.get("min_length", 0) - columns))
+    if least > most:
+        raise ValueError(f"min_new_tokens (or min_length) asks for {least} new tokens, and the maximum is {most}")
+    return most, least
+
+
+def _params(options: Mapping[str, Any], keywords: Mapping[str, Any]) -> SamplingParams:
+    sampled = options.get("do_sample", False)
+    idle = [name for name in _SAMPLED_ONLY if keywords.get(name) is not None]
+    if idle and not sampled:
+        warnings.warn(
+            f"{', '.join(idle)} have no effect: decoding is greedy unless do_sample=True is given",
+            stacklevel=4,  # the line that calls generate
+        )
+    settings = {name: options[name] for name in GENERATE if name in options}
+    if sampled:
+        settings.setdefault("top_k", DEFAULT_TOP_K)
+    return SamplingParams.from_kwargs(do_sample=sampled, **settings)

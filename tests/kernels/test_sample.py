@@ -1,0 +1,338 @@
+"""sample by both backends: the reference's tokens, and log-probabilities against float64."""
+
+import itertools
+import math
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from internlm3 import kernels
+from internlm3.kernels import reference_sampling
+from internlm3.kernels.triton import sample_search
+from internlm3.tests.kernels.support import (
+    DEVICE,
+    assert_near,
+    assert_same,
+    call,
+    dtypes,
+    embedded,
+    generator,
+    module_of,
+    run_all,
+    seeds,
+)
+
+launcher = module_of(kernels.sample)
+
+# Sizes of blocks and chunks, and a vocabulary size. With small blocks a small vocabulary has several of them, and with
+# small chunks a search has several iterations. Larger vocabularies are near multiples of a block.
+small_vocabs = st.integers(1, 200)
+blocks_and_vocabs = st.one_of(
+    st.tuples(st.sampled_from([(32, 64), (64, 32), (256, 128), (1024, 1024)]), small_vocabs),
+    st.tuples(st.sampled_from([(32, 64), (64, 32)]), small_vocabs),
+    st.sampled_from([((256, 128), 511), ((256, 128), 512), ((256, 128), 513), ((1024, 1024), 1025)]),
+)
+STAGES = {
+    "top_k": st.sampled_from([0, -1, 1, 2, 5, 40, 200, 5000]),
+    "top_p": st.sampled_from([1.0, 0.9999, 0.95, 0.8, 0.3, 1e-6, 1e-12]),
+    "min_p": st.sampled_from([0.0, 0.01, 0.3, 1.0]),
+    "typical_p": st.sampled_from([1.0, 0.95, 0.5, 0.1, 1e-12]),
+    "repetition_penalty": st.sampled_from([1.0, 1.005, 1.5, 0.6]),
+    "presence_penalty": st.sampled_from([0.0, 0.7, -2.0]),
+    "frequency_penalty": st.sampled_from([0.0, 0.3, -1.1]),
+}
+temperatures = st.sampled_from([0.0, 1e-30, 1e-4, 0.7, 1.0, 1.0, 1.3, 100.0])
+# Equal logits, nearly equal ones (where every kept token counts), ordinary, few distinct and very large ones.
+shapes = st.sampled_from(["equal", "flat", "ordinary", "tied", "large"])
+
+
+def make_logits(rng, rows, vocab, shape, dtype, ascending=False):
+    logits = torch.randn(rows, vocab, generator=rng)
+    if ascending:
+        logits = logits.sort(-1).values
+    scaled = {
+        "equal": logits * 0 + 3,
+        "flat": logits * 0.1,
+        "ordinary": logits * 4,
+        "tied": (logits * 2).round(),
+        "large": logits * 1e4,
+    }
+    return scaled[shape].to(DEVICE, dtype)
+
+
+# At seed 0 and stream 0 these positions give the smallest and the largest random number: the first and last kept token.
+SMALLEST, LARGEST = 5045761891, 410702502
+
+
+def random_numbers(rng, rows, draws="any"):
+    """Keys of the random number, with all 64 bits in use; or keys that give an extreme number."""
+    names = ("seed", "stream", "position")
+    if draws == "any":
+        return {name: torch.randint(-(2**63), 2**63 - 1, (rows,), generator=rng).to(DEVICE) for name in names}
+    extremes = torch.tensor([SMALLEST, LARGEST] * rows, device=DEVICE)[:rows]
+    return {"seed": extremes * 0, "stream": extremes * 0, "position": extremes}
+
+
+@st.composite
+def stages(draw, rows):
+    """The temperature and some of the other stages, with a value for each row."""
+    chosen = draw(st.sets(st.sampled_from(sorted(STAGES))))
+    arguments = {}
+    for name in ("temperature", *sorted(chosen)):
+        values = draw(st.lists(temperatures if name == "temperature" else STAGES[name], min_size=rows, max_size=rows))
+        dtype = torch.int64 if name == "top_k" else torch.float32
+        arguments[name] = torch.tensor(values, dtype=dtype, device=DEVICE)
+    if draw(st.integers(0, 5)) == 0:
+        arguments["temperature"] = None
+    arguments["few_candidates"] = draw(st.booleans())  # the hint may be wrong
+    return arguments
+
+
+def add_tables(draw, rng, arguments, rows, vocab, padding):
+    """Adds counts where a penalty needs them, and sometimes a bias and a mask."""
+    if arguments.keys() & {"repetition_penalty", "presence_penalty", "frequency_penalty"}:
+        for name in ("prompt_counts", "output_counts"):
+            counts = torch.randint(-2, 4, (rows, vocab), generator=rng, dtype=torch.int32).clamp(min=0)
+            arguments[name] = embedded(counts.to(DEVICE), padding)
+        if draw(st.booleans()):
+            del arguments["prompt_counts"]
+    if draw(st.integers(0, 3)) == 0:
+        arguments["logit_bias"] = embedded(torch.randn(rows, vocab, generator=rng).to(DEVICE), padding)
+    if draw(st.integers(0, 3)) == 0:
+        words = torch.randint(-(2**31), 2**31, (rows, -(-vocab // 32)), generator=rng).to(torch.int32)
+        if draw(st.booleans()):
+            words &= torch.randint(-(2**31), 2**31, words.shape, generator=rng).to(torch.int32)
+        arguments["allowed"] = embedded(words.to(DEVICE), padding)
+
+
+def compare(logits, arguments):
+    results = run_all("sample", logits, **arguments)
+    expected, expected_logprob = results["reference"]
+    assert_same(expected, **{backend: token for backend, (token, _) in results.items()})
+    logprobs = {backend: logprob for backend, (_, logprob) in results.items()}
+    if not expected_logprob.isnan().any():
+        exact = logits.double().log_softmax(-1).gather(1, expected[:, None])[:, 0]
+        # float32: the difference to the maximum, half an ulp of a logit, and the logarithm of a sum, a few ulp.
+        magnitude = logits.double().abs().amax(-1) + math.log(logits.shape[1])
+        assert_near(exact, 4.0, magnitude, **logprobs)
+    assert_same(expected_logprob.isnan(), **{backend: logprob.isnan() for backend, logprob in logprobs.items()})
+    return expected
+
+
+@pytest.mark.op(name="sample")
+@settings(max_examples=50)
+@given(st.data(), seeds, dtypes, st.integers(1, 3), blocks_and_vocabs, shapes, st.sampled_from([0, 5]))
+def test_sample(data, seed, dtype, rows, sizes_and_vocab, shape, padding):
+    rng, (sizes, vocab) = generator(seed), sizes_and_vocab
+    logits = embedded(make_logits(rng, rows, vocab, shape, dtype), padding)
+    arguments = {**data.draw(stages(rows)), **random_numbers(rng, rows)}
+    add_tables(data.draw, rng, arguments, rows, vocab, padding)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launcher, "BLOCK", sizes[0])
+        patch.setattr(sample_search, "CHUNK", sizes[1])
+        patch.setattr(sample_search, "FEW", sizes[1])
+        compare(logits, arguments)
+
+
+FILTERS = ("top_k", "top_p", "min_p", "typical_p")
+
+
+@pytest.mark.op(name="sample")
+@settings(max_examples=30)
+@given(st.data(), seeds, blocks_and_vocabs, shapes, st.sets(st.sampled_from(FILTERS), min_size=1, max_size=3))
+def test_both_ends_of_what_the_filters_keep(data, seed, sizes_and_vocab, shape, chosen):
+    """With ascending logits, the smallest random number samples the token at the threshold, the largest the best."""
+    rng, rows, (sizes, vocab) = generator(seed), 2, sizes_and_vocab
+    arguments = random_numbers(rng, rows, "extreme")
+    for name in sorted(chosen):
+        values = [data.draw(STAGES[name])] * rows
+        dtype = torch.int64 if name == "top_k" else torch.float32
+        arguments[name] = torch.tensor(values, dtype=dtype, device=DEVICE)
+    arguments["temperature"] = torch.tensor([data.draw(st.sampled_from([0.3, 1.0, 2.0]))] * rows, device=DEVICE)
+    arguments["few_candidates"] = data.draw(st.booleans())
+    logits = make_logits(rng, 1, vocab, shape, torch.float32, ascending=True).repeat(rows, 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launcher, "BLOCK", sizes[0])
+        patch.setattr(sample_search, "CHUNK", sizes[1])
+        patch.setattr(sample_search, "FEW", sizes[1])
+        compare(logits, arguments)
+
+
+@pytest.mark.parametrize("chosen", [c for n in (2, 3, 4) for c in itertools.combinations(FILTERS, n)], ids="-".join)
+def test_filters_in_their_order(chosen):
+    """Each filter uses the mass that the one before it kept."""
+    values = {"top_k": 20, "top_p": 0.8, "min_p": 0.1, "typical_p": 0.5}
+    logits = make_logits(generator(6), 1, 100, "ordinary", torch.float32, ascending=True).repeat(2, 1) / 3
+    arguments = {name: torch.tensor([values[name]] * 2, device=DEVICE) for name in chosen}
+    arguments |= {"temperature": torch.ones(2, device=DEVICE), **random_numbers(generator(1), 2, "extreme")}
+    for few_candidates in (False, True):
+        compare(logits, {**arguments, "few_candidates": few_candidates})
+
+
+def test_every_stage_at_once():
+    rng, rows, vocab = generator(1), 8, 200
+    values = {"top_k": 50, "top_p": 0.9, "min_p": 0.01, "typical_p": 0.9, "repetition_penalty": 1.5}
+    values |= {"presence_penalty": 0.5, "frequency_penalty": -0.3, "temperature": 1.2}
+    arguments = {name: torch.tensor([value] * rows, device=DEVICE) for name, value in values.items()}
+    for name in ("prompt_counts", "output_counts"):
+        arguments[name] = torch.randint(0, 2, (rows, vocab), generator=rng, dtype=torch.int32).to(DEVICE)
+    arguments["logit_bias"] = torch.randn(rows, vocab, generator=rng).to(DEVICE)
+    arguments["allowed"] = torch.randint(-(2**31), 2**31, (rows, 7), generator=rng).to(DEVICE, torch.int32)
+    compare(make_logits(rng, rows, vocab, "ordinary", torch.bfloat16), {**arguments, **random_numbers(rng, rows)})
+
+
+def test_zero_ties_with_minus_zero():
+    logits = torch.tensor([[-1.0, -0.0, 0.0, -0.0, -1.0]] * 2, device=DEVICE)
+    arguments = {"temperature": torch.ones(2, device=DEVICE), "top_k": torch.ones(2, dtype=torch.int64, device=DEVICE)}
+    assert compare(logits, {**arguments, **random_numbers(generator(1), 2, "extreme")}).tolist() == [1, 3]
+
+
+def test_extreme_random_numbers_sample_no_dropped_token():
+    """The random number 0 samples no token of weight 0, and the largest none after the last kept one; in two blocks."""
+    rows, vocab = 2, 40
+    logits = torch.full((rows, vocab), -math.inf, device=DEVICE)
+    logits[:, 20:23] = torch.tensor([0.0, -1e30, 1.0], device=DEVICE)
+    arguments = {"temperature": torch.ones(rows, device=DEVICE), **random_numbers(generator(1), rows, "extreme")}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launcher, "BLOCK", 16)
+        assert compare(logits, arguments).tolist() == [20, 22]
+
+
+def test_the_recommended_settings_over_the_whole_vocabulary():
+    """InternLM3-8B's vocabulary and launch configuration; a row that needs few candidates and one that needs all."""
+    rng, rows, vocab = generator(1), 2, 128512
+    arguments = {
+        "temperature": torch.tensor([1.0, 1.0], device=DEVICE),
+        "top_k": torch.tensor([40, 0], device=DEVICE),
+        "top_p": torch.tensor([0.8, 0.95], device=DEVICE),
+        "repetition_penalty": torch.full((rows,), 1.005, device=DEVICE),
+        "prompt_counts": torch.randint(-50, 2, (rows, vocab), generator=rng, dtype=torch.int32).clamp(min=0).to(DEVICE),
+        **random_numbers(rng, rows),
+    }
+    compare(make_logits(rng, rows, vocab, "ordinary", torch.bfloat16), arguments)
+
+
+@pytest.mark.parametrize("temperature", [None, 0.0, 1e-30, 1.0, 1e30])
+def test_extreme_rows(temperature):
+    big, inf, nan = torch.finfo(torch.float32).max, math.inf, math.nan
+    logits = torch.tensor(
+        [
+            [5.0, 5.0, 5.0, 5.0],
+            [-inf, 1.0, -inf, -inf],
+            [big, -big, 0.0, -0.0],
+            [-big, -inf, -big, -inf],
+            [inf, 3.0, inf, -inf],
+            [nan, 1e-40, nan, -inf],
+            [-0.0, 0.0, -inf, -inf],
+            [-inf, -inf, -inf, -inf],
+            [nan, nan, nan, nan],
+            [1e-40, -1e-40, 0.0, 1e-45],
+        ],
+        device=DEVICE,
+    )
+    rows = len(logits)
+    for filters in ({}, {"top_k": 1, "top_p": 1e-12, "min_p": 1.0, "typical_p": 1e-12}, {"top_k": 2, "typical_p": 0.9}):
+        arguments = {name: torch.full((rows,), value, device=DEVICE) for name, value in filters.items()}
+        arguments["temperature"] = None if temperature is None else torch.full((rows,), temperature, device=DEVICE)
+        compare(logits, {**arguments, **random_numbers(generator(3), rows)})
+
+
+def test_a_row_does_not_depend_on_its_batch():
+    rng, rows, vocab = generator(8), 6, 2500
+    logits = make_logits(rng, rows, vocab, "ordinary", torch.bfloat16)
+    arguments = {
+        "temperature": torch.tensor([0.0, 0.5, 1.0, 1.0, 2.0, 1.0], device=DEVICE),
+        "top_k": torch.tensor([0, 40, 0, 7, 900, 1], device=DEVICE),
+        "top_p": torch.tensor([1.0, 0.8, 0.95, 1.0, 0.7, 1.0], device=DEVICE),
+        **random_numbers(rng, rows),
+    }
+    token, logprob = call(lambda x: kernels.sample(x, **arguments), logits)
+    for row in range(rows):
+        own = {name: values[row : row + 1] for name, values in arguments.items()}
+        alone = call(lambda x, own=own: kernels.sample(x, **own), logits[row : row + 1])
+        assert (alone[0].item(), alone[1].item()) == (token[row].item(), logprob[row].item())
+
+
+def test_a_position_may_be_a_length():
+    """A position of int32, as in the state of a decode step, gives the same token."""
+    logits = make_logits(generator(2), 3, 500, "ordinary", torch.float32)
+    numbers = random_numbers(generator(1), 3) | {"position": torch.tensor([7, 2**31 - 1, 0], device=DEVICE)}
+    arguments = {"temperature": torch.ones(3, device=DEVICE), **numbers}
+    token = compare(logits, arguments)
+    assert_same(token, found=compare(logits, arguments | {"position": numbers["position"].int()}))
+
+
+@triton.jit
+def _first_words(seed_ptr, stream_ptr, position_ptr, word_ptr):
+    row = tl.program_id(0)
+    seed, stream, position = tl.load(seed_ptr + row), tl.load(stream_ptr + row), tl.load(position_ptr + row)
+    word, _, _, _ = tl.philox(
+        seed,
+        position.to(tl.uint32),
+        (position >> 32).to(tl.uint32),
+        stream.to(tl.uint32),
+        (stream >> 32).to(tl.uint32),
+    )
+    tl.store(word_ptr + row, word.to(tl.int64))
+
+
+def test_philox_is_that_of_triton():
+    numbers = random_numbers(generator(4), 50)
+    words = torch.empty(50, dtype=torch.int64, device=DEVICE)
+    _first_words[(50,)](*numbers.values(), words)
+    assert_same(reference_sampling.philox(**numbers)[0], found=words)
+
+
+def good_arguments(rows=2, vocab=40):
+    return {
+        "temperature": torch.ones(rows, device=DEVICE),
+        "output_counts": torch.zeros(rows, vocab, dtype=torch.int32, device=DEVICE),
+        **{name: torch.zeros(rows, dtype=torch.int64, device=DEVICE) for name in ("seed", "stream", "position")},
+    }
+
+
+@pytest.mark.parametrize(
+    ("bad", "error", "message"),
+    [
+        ({"temperature": torch.ones(2).double()}, TypeError, "temperature is torch.float64, must be torch.float32"),
+        ({"top_k": torch.ones(2)}, TypeError, "top_k is torch.float32, must be torch.int64"),
+        ({"top_p": torch.ones(3)}, ValueError, r"top_p has shape \[3\], must have \[2\]"),
+        ({"seed": torch.ones(2, dtype=torch.int32)}, TypeError, "seed is torch.int32, must be torch.int64"),
+        ({"position": torch.ones(4).long()[::2]}, ValueError, r"position has strides \(2,\)"),
+        (
+            {"allowed": torch.zeros(2, 1, dtype=torch.int32)},
+            ValueError,
+            r"allowed has shape \[2, 1\], must have \[2, 2\]",
+        ),
+        ({"logit_bias": torch.zeros(2, 41)}, ValueError, r"logit_bias has shape \[2, 41\], must have \[2, 40\]"),
+        ({"prompt_counts": torch.zeros(2, 40)}, TypeError, "prompt_counts is torch.float32, must be torch.int32"),
+        ({"min_p": torch.ones(2, device="meta")}, ValueError, "min_p is on meta"),
+        (
+            {"frequency_penalty": torch.ones(2), "output_counts": None},
+            ValueError,
+            "frequency_penalty needs output_counts",
+        ),
+        (
+            {"repetition_penalty": torch.ones(2), "output_counts": None},
+            ValueError,
+            "repetition_penalty needs prompt_counts",
+        ),
+    ],
+)
+def test_bad_input(bad, error, message):
+    bad = {name: x if x is None or x.is_meta else x.to(DEVICE) for name, x in bad.items()}
+    if "position" in bad:
+        bad["position"] = torch.ones(4, dtype=torch.int64, device=DEVICE)[::2]
+    with pytest.raises(error, match=message):
+        kernels.sample(torch.zeros(2, 40, device=DEVICE), **{**good_arguments(), **bad})
+
+
+def test_bad_logits():
+    with pytest.raises(TypeError, match=r"logits is torch.float64"):
+        kernels.sample(torch.zeros(2, 40, device=DEVICE).double(), **good_arguments())
+    with pytest.raises(ValueError, match=r"logits has shape \[40\]"):
+        kernels.sample(torch.zeros(40, device=DEVICE), **good_arguments())
