@@ -12,8 +12,9 @@ $(VENV)/.ready: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
-	# Type checkers follow no import hook of an editable install, but they follow a link.
-	ln -sfn "$(CURDIR)" "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/internlm3"
+	# mypy follows links: this folder is the package internlm3, without the cycle of a link to the root.
+	mkdir -p $(VENV)/checkout/internlm3
+	ln -sfn $(addprefix $(CURDIR)/,__init__.py __main__.py py.typed kernels runtime tests) $(VENV)/checkout/internlm3
 	touch $@
 
 demo: $(VENV)/.ready
@@ -22,7 +23,7 @@ demo: $(VENV)/.ready
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy kernels runtime
+	MYPYPATH=$(VENV)/checkout $(BIN)/mypy -p internlm3 -p bench
 
 # All of it; with ARGS the tests that they choose, and nothing else: make test ARGS="-k rope"
 # With TRITON the kernels' part on that version, which lies in .triton/, in front of the environment's own:
@@ -31,7 +32,7 @@ ifdef TRITON
 export PYTHONPATH := $(CURDIR)/.triton/$(TRITON)$(addprefix :,$(PYTHONPATH))
 test: .triton/$(TRITON)
 	$(BIN)/pytest -n 2 --dist worksteal tests/kernels $(ARGS)
-	$(if $(ARGS),,$(BIN)/python bench/audit.py)
+	$(if $(ARGS),,$(BIN)/python -m bench.audit)
 
 .triton/$(TRITON): | $(VENV)/.ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ triton==$(TRITON)
@@ -41,27 +42,27 @@ test: $(VENV)/.ready
 else
 test: lint
 	$(BIN)/pytest -n 2 --dist worksteal
-	$(BIN)/python bench/audit.py
+	$(BIN)/python -m bench.audit $(addprefix --target ,sm_80 sm_86 sm_90 sm_100)
 endif
 
-# Random cases that nobody has tried: make fuzz ARGS="--op linear --dtype bfloat16 --minutes 5"
+# New random cases: make fuzz ARGS="--op linear --dtype bfloat16 --minutes 5"
 fuzz: $(VENV)/.ready
-	$(BIN)/python tests/fuzz.py $(ARGS)
+	$(BIN)/python -m tests.fuzz $(ARGS)
 
-# Compiles every kernel for real GPUs and reads the machine code; needs none of them.
+# Compiles every kernel for six GPUs and audits the machine code; needs none of them. `make test` audits four.
 audit: $(VENV)/.ready
-	$(BIN)/python bench/audit.py $(ARGS)
+	$(BIN)/python -m bench.audit $(ARGS)
 
-# The stand-in beside transformers, and every op beside its floor and its peers; the records go to .benchmarks/.
-# With ARGS the ops alone: make bench ARGS="--quick --op linear"
+# The demo model next to transformers, and every op next to its peers; the records go to .benchmarks/.
+# With ARGS only the ops: make bench ARGS="--quick --op linear"
 ifdef ARGS
 bench: $(VENV)/.ready
-	$(BIN)/python bench/kernels.py $(ARGS)
+	$(BIN)/python -m bench.ops $(ARGS)
 else
 bench: $(VENV)/.ready
 	mkdir -p .benchmarks
-	$(BIN)/python bench/standin.py --json .benchmarks/standin.json
-	$(BIN)/python bench/kernels.py --json .benchmarks/kernels.json
+	$(BIN)/python -m bench.demo_model --json .benchmarks/demo_model.json
+	$(BIN)/python -m bench.ops --json .benchmarks/ops.json
 endif
 
 clean:

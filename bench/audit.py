@@ -266,7 +266,7 @@ def audit(work: Sequence[tuple[Case, str]]) -> list[Finding]:
         with ProcessPoolExecutor(min(os.cpu_count() or 1, len(new)), get_context("spawn")) as pool:
             found = pool.map(audit_cases, [[*new[key].values()] for key in order], [target for _, target in order])
             for key, findings in zip(order, found, strict=True):
-                known |= zip(new[key], findings, strict=True)
+                known.update(zip(new[key], findings, strict=True))
         # Violations are not cached: the machine may have been at fault.
         sound = {name: found for name, found in known.items() if not any(Finding(*each).wrong for each in found)}
         if sound:

@@ -25,7 +25,7 @@ def run(ops: Sequence[str], dtypes: Sequence[str], seed: int, kernel: str | None
     """One round; pytest's exit code."""
     chosen = "hypothesis" + (" and (" + " or ".join(f'op(name="{op}")' for op in ops) + ")" if ops else "")
     command = [
-        *(Path(sys.executable).with_name("pytest"), "-q", "--no-header", "-x", "-n", "2", "--dist", "worksteal"),
+        *(str(Path(sys.executable).with_name("pytest")), "-q", "--no-header", "-x", "-n", "2", "--dist", "worksteal"),
         *("-m", chosen, "--hypothesis-profile", "fuzz", "--hypothesis-seed", str(seed)),
         *(["tests/kernels"] if ops else []),
     ]

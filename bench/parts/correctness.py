@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -38,7 +39,7 @@ def rows(small: bool) -> Iterator[Row]:
     # The last prompt is longer than the trained window, here and in a dry run.
     for layers, tokens in [(2, 40)] if small else [(2, 700), (48, 700), (2, 32_760), (2, 40_000)]:
         name = f"{layers} layers: logits of a prompt of {tokens} tokens and of the steps after it"
-        yield part.check(name, lambda n=layers, t=tokens: _logits(small, n, t))
+        yield part.check(name, partial(_logits, small, layers, tokens))
     model = random_model(small, 4)
     capture = (lambda: eager) if small else cuda_graphs
     yield part.check("graphs and eager steps give the same tokens and bits", lambda: _graphs(model, small, capture))

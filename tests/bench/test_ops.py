@@ -189,7 +189,7 @@ def test_bad_arguments_fail_before_anything_is_measured(arguments, message, caps
 
 def test_pytest_benchmark_reports_the_same_cases():
     """In a process of its own, as a user runs it; it asserts by itself that its median is that of the table."""
-    command = [Path(sys.executable).with_name("pytest"), "-q", "bench/pytest_benchmark", "-k", "advance or embed"]
+    command = [str(Path(sys.executable).with_name("pytest")), "-q", "bench/pytest_benchmark", "-k", "advance or embed"]
     environment = {name: x for name, x in os.environ.items() if not name.startswith(("PYTEST_", "TRITON_INTERPRET"))}
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stdout

@@ -8,7 +8,7 @@ import torch
 
 whole = torch.Tensor.__repr__
 # A failure shows short tensors in full, such as lengths and seeds, and the dtype and shape of others.
-torch.Tensor.__repr__ = lambda x: (
+torch.Tensor.__repr__ = lambda x: (  # type: ignore[assignment, method-assign]
     whole(x) if x.numel() <= 16 else f"<{str(x.dtype).removeprefix('torch.')} {list(x.shape)}>"
 )
 
