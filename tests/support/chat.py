@@ -39,5 +39,5 @@ TOOLS = [{"type": "function", "function": {"name": "天气", "parameters": {"q":
 def by_transformers(template: str, messages: list, **options) -> str:
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    (text,), _ = render_jinja_template(conversations=[messages], chat_template=template, **options)
-    return text
+    rendered = render_jinja_template(conversations=[messages], chat_template=template, **options)
+    return rendered[0][0]
