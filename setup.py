@@ -54,7 +54,7 @@ setup(
         "chat": ["prompt_toolkit>=3.0"],
         # `internlm3 demo` converts a small GGUF model into InternLM3's format, and chats.
         "demo": ["gguf>=0.17", "protobuf>=5", "prompt_toolkit>=3.0"],
-        # `bench/kernels.py --plot` draws a record.
+        # `python -m bench.report --plot` draws a record.
         "plots": ["matplotlib>=3.9"],
         # transformers is the oracle of the tests and a peer of the benches, never a dependency of the runtime.
         "test": [

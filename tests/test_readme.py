@@ -55,7 +55,7 @@ def test_links_lead_somewhere(language):
 def test_python_blocks_run_as_they_are_pasted(demo_model, index, capsys):
     """With the demo model in the place of the 8B."""
     code = [code for kind, code in blocks(READMES["English"].read_text()) if kind == "python"]
-    code = [block for block in code if not block.startswith("# mine.py")]  # a file for bench/kernels.py
+    code = [block for block in code if not block.startswith("# mine.py")]  # a file for bench.ops
     assert len(code) == 3
     exec(code[index].replace("internlm/internlm3-8b-instruct", str(demo_model)), {"__name__": "pasted"})
     assert capsys.readouterr().out.strip()
