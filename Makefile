@@ -1,19 +1,22 @@
-# Every target does its own set-up: a fresh clone, Python >= 3.10, make and a package registry are all it takes.
+# Every target creates the environment that it needs. It takes a clone, Python >= 3.10, make and a package registry.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
 .PHONY: demo test lint fuzz audit bench clean
 
-# The stamp is newer than setup.py and the pins, or the environment is brought up to date.
-# torch comes first and alone: a resolver that sees it installed leaves its accelerator packages alone.
+# The environment is updated whenever setup.py or constraints.txt is newer than this stamp.
+# torch is installed first and alone: pip then has no reason to touch the CUDA packages that it depends on.
 $(VENV)/.ready: setup.py constraints.txt
 	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 10) else f"internlm3 needs Python 3.10 or newer; this is {v.major}.{v.minor}. Name another: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
-	# Type checkers follow no import hook of an editable install, but they follow a link.
-	ln -sfn "$(CURDIR)" "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/internlm3"
+	# Type checkers cannot follow the import hook of an editable install, so the package is a folder of links as well.
+	# It links to single entries: a link to the clone, which contains $(VENV), would be a cycle.
+	package="$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/internlm3" && \
+		rm -rf "$$package" && mkdir "$$package" && \
+		ln -s $(addprefix "$(CURDIR)"/,__init__.py __main__.py py.typed kernels runtime) "$$package"
 	touch $@
 
 demo: $(VENV)/.ready
@@ -24,14 +27,15 @@ lint: $(VENV)/.ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy kernels runtime
 
-# All of it; with ARGS the tests that they choose, and nothing else: make test ARGS="-k rope"
-# With TRITON the kernels' part on that version, which lies in .triton/, in front of the environment's own:
-# make test TRITON=3.6.0
+# make test                    lint, all tests, and the audit of machine code
+# make test ARGS="-k rope"     only the tests that pytest selects by these arguments
+# make test TRITON=3.6.0       only the tests of the kernels and the audit, on another version of Triton, which is
+#                              installed in .triton/ and precedes the environment's own on the path
 ifdef TRITON
 export PYTHONPATH := $(CURDIR)/.triton/$(TRITON)$(addprefix :,$(PYTHONPATH))
 test: .triton/$(TRITON)
 	$(BIN)/pytest -n 2 --dist worksteal tests/kernels $(ARGS)
-	$(if $(ARGS),,$(BIN)/python bench/audit.py)
+	$(if $(ARGS),,$(BIN)/python -m bench.audit)
 
 .triton/$(TRITON): | $(VENV)/.ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ triton==$(TRITON)
@@ -41,27 +45,28 @@ test: $(VENV)/.ready
 else
 test: lint
 	$(BIN)/pytest -n 2 --dist worksteal
-	$(BIN)/python bench/audit.py
+	$(BIN)/python -m bench.audit
 endif
 
-# Random cases that nobody has tried: make fuzz ARGS="--op linear --dtype bfloat16 --minutes 5"
+# New random cases: make fuzz ARGS="--op linear --dtype bfloat16 --minutes 5"
 fuzz: $(VENV)/.ready
-	$(BIN)/python tests/fuzz.py $(ARGS)
+	$(BIN)/python -m tests.fuzz $(ARGS)
 
-# Compiles every kernel for real GPUs and reads the machine code; needs none of them.
+# Compiles every kernel for real GPUs and checks the machine code. Needs no GPU.
 audit: $(VENV)/.ready
-	$(BIN)/python bench/audit.py $(ARGS)
+	$(BIN)/python -m bench.audit $(ARGS)
 
-# The stand-in beside transformers, and every op beside its floor and its peers; the records go to .benchmarks/.
-# With ARGS the ops alone: make bench ARGS="--quick --op linear"
+# make bench                               the demo model next to transformers, and all ops next to their peers;
+#                                          records go to .benchmarks/
+# make bench ARGS="--quick --op linear"    only the ops, with these arguments
 ifdef ARGS
 bench: $(VENV)/.ready
-	$(BIN)/python bench/kernels.py $(ARGS)
+	$(BIN)/python -m bench.ops $(ARGS)
 else
 bench: $(VENV)/.ready
 	mkdir -p .benchmarks
-	$(BIN)/python bench/standin.py --json .benchmarks/standin.json
-	$(BIN)/python bench/kernels.py --json .benchmarks/kernels.json
+	$(BIN)/python -m bench.demo_model --json .benchmarks/demo_model.json
+	$(BIN)/python -m bench.ops --json .benchmarks/ops.json
 endif
 
 clean:
