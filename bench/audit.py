@@ -24,9 +24,10 @@ from typing import NamedTuple
 # Interpreted kernels would not be compiled.
 os.environ.pop("TRITON_INTERPRET", None)
 
-from internlm3 import kernels
 from triton import __version__ as triton_version
 from triton import knobs
+
+from internlm3 import kernels
 
 from . import ROOT
 from .cases import Case, cases
@@ -265,12 +266,13 @@ def audit(work: Sequence[tuple[Case, str]]) -> list[Finding]:
         with ProcessPoolExecutor(min(os.cpu_count() or 1, len(new)), get_context("spawn")) as pool:
             found = pool.map(audit_cases, [[*new[key].values()] for key in order], [target for _, target in order])
             for key, findings in zip(order, found, strict=True):
-                known |= zip(new[key], findings, strict=True)
+                known.update(zip(new[key], findings, strict=True))
         # Violations are not cached: the machine may have been at fault.
         sound = {name: found for name, found in known.items() if not any(Finding(*each).wrong for each in found)}
-        draft = file.with_name(f"{os.getpid()}.json")
-        draft.write_text(json.dumps({"digest": now, "findings": sound}), "utf-8")
-        draft.replace(file)
+        if sound:
+            draft = file.with_name(f"{os.getpid()}.json")
+            draft.write_text(json.dumps({"digest": now, "findings": sound}), "utf-8")
+            draft.replace(file)
     return [Finding(*found) for name in names for found in known[name]]
 
 

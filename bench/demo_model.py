@@ -18,6 +18,7 @@ import os
 import statistics
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from . import tables
 from .options import one_of, output, positive
@@ -36,21 +37,21 @@ def worker(engine: str, folder: str, dtype: str, begun: float) -> None:
     [prompt, batch, new tokens] with the seconds that this takes."""
     import torch
 
+    tokenizer: Any
+    model: Any
     if engine != "transformers":
-        from internlm3 import InternLM3ForCausalLM as Model
-        from internlm3 import InternLM3Tokenizer as Tokenizer
+        from internlm3 import InternLM3ForCausalLM, InternLM3Tokenizer
 
-        options = {"progress": False}
+        tokenizer = InternLM3Tokenizer.from_pretrained(folder)
+        model = InternLM3ForCausalLM.from_pretrained(folder, dtype=dtype, progress=False)
     else:
-        from transformers import AutoModelForCausalLM as Model
-        from transformers import AutoTokenizer as Tokenizer
+        from transformers import AutoModelForCausalLM, AutoTokenizer
         from transformers.utils import logging
 
         logging.disable_progress_bar()
         logging.set_verbosity_error()
-        options = {"attn_implementation": "sdpa"}
-    tokenizer = Tokenizer.from_pretrained(folder)
-    model = Model.from_pretrained(folder, dtype=dtype, **options)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
     question = tokenizer(QUESTION, return_tensors="pt")["input_ids"]
     firsts = itertools.count(100)
 

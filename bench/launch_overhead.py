@@ -15,8 +15,9 @@ from unittest import mock
 os.environ["TRITON_INTERPRET"] = "1"  # interpreted kernels need no GPU
 
 import torch
-from internlm3 import kernels
 from triton.runtime.interpreter import InterpretedFunction
+
+from internlm3 import kernels
 
 from .cases import SMALL, cases
 
@@ -34,14 +35,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"{'op':25}{'shape':24}{'us/call':>10}{'launches':>10}{'us/launch':>13}")
     with mock.patch.object(InterpretedFunction, "__getitem__", lambda _kernel, _grid: launched):
         for case in cases(SMALL):
-            op, arguments = getattr(kernels, case.op), case.arguments(torch.device("cpu"))
+            op, inputs = getattr(kernels, case.op), case.arguments(torch.device("cpu"))
             launches = 0
-            op(**arguments)
+            op(**inputs)
             each, rounds = launches, []
             for _ in range(5):
                 begun = time.process_time()
                 for _ in range(calls):
-                    op(**arguments)
+                    op(**inputs)
                 rounds.append((time.process_time() - begun) / calls * 1e6)
             print(f"{case.op:25}{case.shape:24}{min(rounds):10.1f}{each:10}{min(rounds) / each:13.1f}")
 

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+
 from internlm3 import kernels
 
 from . import peers, roofline, tables, user_kernels, verify
@@ -57,8 +58,12 @@ def engines(case: Case, device: torch.device, wanted: Sequence[str], user_ops: U
             found[peer] = partial(peers.make, peer, device=device)
     for file, ops in user_ops.items():
         if case.op in ops:
-            found[file] = lambda op, arguments, ops=ops: partial(ops[op], **arguments)
+            found[file] = partial(_user_call, ops)
     return found
+
+
+def _user_call(ops: dict[str, Callable[..., Any]], op: str, arguments: Arguments) -> Call:
+    return partial(ops[op], **arguments)
 
 
 def reason_of(error: BaseException) -> str:

@@ -3,6 +3,7 @@
 import importlib.util
 import itertools
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def draw(record: Record, folder: str | Path) -> list[Path]:
         shares = [row for row in mine if "share" in row.about]
         shapes = {(row.about["op"], row.about["shape"]) for row in shares}
         height = 1.2 + 0.16 * (len(shares) + len(shapes))
-        save(f"share-{dtype}.svg", (8, height), lambda axes, of=shares: _shares(axes, of, colours))
+        save(f"share-{dtype}.svg", (8, height), partial(_shares, rows=shares, colours=colours))
         for op in dict.fromkeys(row.about["op"] for row in mine):
             of_op = [row for row in mine if row.about["op"] == op]
             for what, label in (("context", "context length"), ("tokens", "batch size, or tokens of a chunk")):
@@ -135,7 +136,7 @@ def _times(title: str, label: str, lines: Lines, what: str, colours: dict[str, s
             line = next(line for (_, of), line in lines.items() if of == shape)
             if all("share" in row.about for row in line):
                 least = [row.value * row.about["share"] for row in line]
-                name = None if shape != shapes[0] else "ceiling"
+                name = "_" if shape != shapes[0] else "ceiling"  # labels with an underscore are left out of the legend
                 places = [row.about[what] for row in line]
                 axes.plot(places, least, color="#555555", linestyle="--", linewidth=0.8, label=name)
         axes.set_xscale("log", base=2)
@@ -159,8 +160,8 @@ def _waterfall(axes: Any, rows: Sequence[Row]) -> bool:
     for (op, shape), milliseconds in known.items():
         axes.barh(f"{op}, {shape}", milliseconds, left=start, color=COLOURS[0])
         start += milliseconds
-    shape = ("internlm3", "batch 1, context 1024")
-    step = [row.value for row in rows if (row.about["engine"], row.about["shape"]) == shape]
+    ours_whole = ("internlm3", "batch 1, context 1024")
+    step = [row.value for row in rows if (row.about["engine"], row.about["shape"]) == ours_whole]
     if step:
         axes.barh("the captured step", step[0], color=COLOURS[1])
     axes.invert_yaxis()

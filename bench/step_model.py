@@ -24,6 +24,7 @@ from typing import NamedTuple
 os.environ.pop("TRITON_INTERPRET", None)
 
 import torch
+
 from internlm3 import kernels
 from internlm3.kernels.triton.sample_search import PASSES, TOP_K, TOP_P, TYPICAL_P
 
@@ -76,7 +77,7 @@ class Cost(NamedTuple):
 
     op: str
     kernel: str
-    count: int  # launches in a step
+    launches: int  # in a step
     memory: int  # bytes that are in no cache
     loaded: int  # bytes loaded through the L2 cache
     early: int  # bytes that the resident programs request before the wait
@@ -241,18 +242,18 @@ def main() -> None:
     for name, gpu in devices.items():
         for (batch, context, _), launches in found.items():
             times = microseconds(launches, gpu)
-            total = sum(time * x.count for time, x in zip(times, launches, strict=True)) / 1e3
-            memory = sum(x.memory * x.count for x in launches)
+            total = sum(time * x.launches for time, x in zip(times, launches, strict=True)) / 1e3
+            memory = sum(x.memory * x.launches for x in launches)
             floor = memory / gpu.read * 1e3
             print(
-                f"{name:8}{batch:6}{context:9}{sum(x.count for x in launches):10}{memory / 1e9:8.2f}{floor:10.2f}"
+                f"{name:8}{batch:6}{context:9}{sum(x.launches for x in launches):10}{memory / 1e9:8.2f}{floor:10.2f}"
                 f"{total:9.2f}{floor / total:7.1%}"
             )
             if options.launches:
                 for time, x in zip(times, launches, strict=True):
                     print(
-                        f"    {x.op:24}{x.kernel:12}{x.count:4} x {time:8.2f} us of {x.memory / gpu.read * 1e6:7.2f}"
-                        f"  {x.count * time / total / 1e3:6.1%}  waits {x.waits}, programs {x.programs}"
+                        f"    {x.op:24}{x.kernel:12}{x.launches:4} x {time:8.2f} us of {x.memory / gpu.read * 1e6:7.2f}"
+                        f"  {x.launches * time / total / 1e3:6.1%}  waits {x.waits}, programs {x.programs}"
                     )
 
 

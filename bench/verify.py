@@ -4,8 +4,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from internlm3.kernels import reference
 from torch import Tensor
+
+from internlm3.kernels import reference
 
 from . import harness
 from .cases import Arguments

@@ -14,10 +14,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from internlm3 import kernels
-
 from bench import ROOT, user_kernels
 from bench.options import one_of, positive
+from internlm3 import kernels
 
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -26,8 +25,9 @@ def run(ops: Sequence[str], dtypes: Sequence[str], seed: int, kernel: str | None
     """One round; pytest's exit code."""
     chosen = "hypothesis" + (" and (" + " or ".join(f'op(name="{op}")' for op in ops) + ")" if ops else "")
     command = [
-        *(Path(sys.executable).with_name("pytest"), "-q", "--no-header", "-x", "-n", "2", "--dist", "worksteal"),
+        *(str(Path(sys.executable).with_name("pytest")), "-q", "--no-header", "-x", "-n", "2", "--dist", "worksteal"),
         *("-m", chosen, "--hypothesis-profile", "fuzz", "--hypothesis-seed", str(seed)),
+        *(["tests/kernels"] if ops else []),
     ]
     variables = {"INTERNLM3_DTYPES": ",".join(dtypes), **({"INTERNLM3_KERNEL": kernel} if kernel else {})}
     return subprocess.run(command, cwd=ROOT, env=os.environ | variables).returncode

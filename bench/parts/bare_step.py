@@ -8,13 +8,14 @@ from types import ModuleType
 from unittest import mock
 
 import torch
+from torch import Tensor
+
 from internlm3 import InternLM3Config, InternLM3ForCausalLM
 from internlm3.runtime.engine import decode, prefill
 from internlm3.runtime.engine.state import DecodeState, Tier
 from internlm3.runtime.model import model as runtime_model
 from internlm3.runtime.model.kv_cache import PagedKVCache, pages_of
 from internlm3.runtime.model.rope import inverse_frequencies
-from torch import Tensor
 
 # InternLM3-8B-Instruct's config.json.
 EIGHT_B = InternLM3Config(

@@ -5,7 +5,7 @@ The gap is measured with kernels that do next to nothing. "independent" launches
 shared memory in turn, which may make a multiprocessor repartition its memory each time.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import islice
 
@@ -66,8 +66,8 @@ def rows(small: bool) -> Iterator[Row]:
             yield part.figure(f"a node, {kind}, {name} shared memory", _nodes(turn, nodes, small), "us", gap=kind)
 
 
-def _nodes(turn: list[Callable[[], object]], nodes: int, small: bool) -> list[float]:
-    calls = turn * (nodes // len(turn))
+def _nodes(turn: Sequence[Callable[[], object]], nodes: int, small: bool) -> list[float]:
+    calls = [*turn] * (nodes // len(turn))
 
     def eager() -> None:
         for call in calls:

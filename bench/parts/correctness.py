@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
+from torch import Tensor
+
 from internlm3 import InternLM3ForCausalLM, kernels
 from internlm3.kernels import reference
 from internlm3.runtime.engine.engine import Engine
@@ -18,7 +21,6 @@ from internlm3.runtime.engine.graphs import Capture, cuda_graphs, eager
 from internlm3.runtime.engine.request import Request
 from internlm3.runtime.engine.state import Tier
 from internlm3.runtime.sampling.params import SamplingParams
-from torch import Tensor
 
 from ..record import Part, Row
 from .bare_step import Steps, on_ops, random_model
@@ -37,7 +39,7 @@ def rows(small: bool) -> Iterator[Row]:
     # The last prompt is longer than the trained window, here and in a dry run.
     for layers, tokens in [(2, 40)] if small else [(2, 700), (48, 700), (2, 32_760), (2, 40_000)]:
         name = f"{layers} layers: logits of a prompt of {tokens} tokens and of the steps after it"
-        yield part.check(name, lambda n=layers, t=tokens: _logits(small, n, t))
+        yield part.check(name, partial(_logits, small, layers, tokens))
     model = random_model(small, 4)
     capture = (lambda: eager) if small else cuda_graphs
     yield part.check("graphs and eager steps give the same tokens and bits", lambda: _graphs(model, small, capture))
@@ -64,7 +66,7 @@ def _logits(small: bool, layers: int, prompt: int) -> str:
         found = [steps.prefill(ids[:prompt]), *(steps.follow(token).clone() for token in ids[prompt:])]
         return torch.cat(found).float()
 
-    with on_ops(kernels):
+    with on_ops(kernels.for_device(torch.device("cuda"))):
         ours = logits(model)
     with on_ops(reference):
         plain = logits(model)

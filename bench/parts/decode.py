@@ -12,6 +12,7 @@ from functools import partial
 from itertools import islice
 
 import torch
+
 from internlm3 import InternLM3ForCausalLM
 from internlm3.runtime.engine.graphs import cuda_graphs, eager
 from internlm3.runtime.engine.state import Tier

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 
 import torch
+
 from internlm3 import InternLM3ForCausalLM
 from internlm3.runtime.engine.engine import Engine
 from internlm3.runtime.engine.request import Request

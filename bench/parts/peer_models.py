@@ -13,6 +13,7 @@ from itertools import islice
 from typing import Any
 
 import torch
+
 from internlm3 import InternLM3ForCausalLM
 
 from .. import peers, roofline
@@ -46,6 +47,7 @@ def rows(small: bool) -> Iterator[Row]:
     for engine, make in known.items():
         for context, batch in shapes:
             shape = shape_of(batch, context)
+            call: Call | None = None
             try:
                 with peers.time_limit(SECONDS), torch.inference_mode():
                     call = make(model, batch, context)
@@ -55,7 +57,7 @@ def rows(small: bool) -> Iterator[Row]:
                 yield part.missing(f"{shape}, {engine}", first_line(error), engine=engine, shape=shape)
                 continue
             finally:
-                call = None
+                call = None  # frees its memory
                 if not small:
                     torch.cuda.empty_cache()
             yield step_row(part, times, read, model, engine, batch, context)

@@ -5,10 +5,13 @@ This is what a careful user writes without custom kernels, and what torch.compil
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from internlm3 import InternLM3ForCausalLM
 from torch import Tensor
+
+from internlm3 import InternLM3ForCausalLM
 
 
 class PlainModel:
@@ -39,7 +42,8 @@ class PlainModel:
         heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         x = F.embedding(self.token, decoder.embed_tokens.weight)
         batch, size = x.shape
-        for layer, (keys, values) in zip(decoder.layers, self.kv, strict=True):
+        layers: Any = decoder.layers
+        for layer, (keys, values) in zip(layers, self.kv, strict=True):
             norm = layer.input_layernorm
             h = F.rms_norm(x, (size,), norm.weight, norm.eps)
             qkv = F.linear(h, layer.self_attn.qkv_proj.weight, layer.self_attn.qkv_proj.bias)

@@ -37,6 +37,7 @@ def rows(small: bool) -> Iterator[Row]:
 def launch(dtype: str) -> None:
     """Runs every op once at each of a toy model's shapes."""
     import torch
+
     from internlm3 import kernels
 
     from ..cases import Size, cases

@@ -79,7 +79,7 @@ def _build(folder: Path, progress: bool) -> None:
         ) from error
 
     prefix = f".{folder.name}-"
-    for stale in folder.parent.glob(f"{prefix}*"):  # of a killed process: whoever holds the lock is alone
+    for stale in folder.parent.glob(f"{prefix}*"):  # left by a killed process, as we hold the lock
         shutil.rmtree(stale, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=prefix, dir=folder.parent) as temporary:
         checkpoint = Path(temporary, "checkpoint")

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from internlm3 import LLM, InternLM3Config, InternLM3ForCausalLM
 from internlm3.tests.support.llm import TINY_WINDOW
 

@@ -1,4 +1,4 @@
-"""LLM as its users meet it: what comes back, defaults and settings, and the context window."""
+"""LLM from a user's side: outputs, defaults and settings, and the context window."""
 
 import hashlib
 import io
@@ -10,10 +10,11 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import internlm3
 import numpy as np
 import pytest
 import torch
+
+import internlm3
 from internlm3 import (
     LLM,
     RECOMMENDED_THINKING,
@@ -73,6 +74,15 @@ def test_several_prompts_may_be_token_ids(tiny, give):
     assert same(tiny.generate(give(ids), max_tokens=4), [expected, expected])
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_batch_of_real_prompts_gives_what_each_gives_alone(llm, demo_model, dtype):
+    model = llm if dtype == "bfloat16" else LLM(demo_model, dtype=dtype, progress=False)
+    settings = {"temperature": 0.9, "top_p": 0.95, "seed": 7, "max_tokens": 6}
+    together = model.generate(PROMPTS, **settings)
+    assert same(together, [model.generate(prompt, **settings) for prompt in PROMPTS])
+    assert [*model.stream(PROMPTS[1], **settings)][-1].finish_reason == "length"
+
+
 def test_a_list_gives_a_list_in_order(tiny):
     tiny.max_batch_size, before = 2, tiny.max_batch_size
     try:
@@ -108,7 +118,7 @@ def test_several_conversations(tiny):
 
 
 @pytest.mark.parametrize("seed", [None, -1])
-def test_without_a_seed_torchs_generator_decides(tiny, seed):
+def test_without_a_seed_torchs_generator_draws_one(tiny, seed):
     def say() -> str:
         return tiny.generate("hello", temperature=1.0, max_tokens=8, seed=seed).text
 
@@ -180,7 +190,7 @@ def test_without_do_sample_a_checkpoint_is_greedy(tiny):
     assert tiny.default_params == SamplingParams(temperature=0)
 
 
-def test_a_filter_without_effect_is_told_once_with_the_callers_line(tiny):
+def test_a_filter_without_effect_is_warned_of_once_at_the_callers_line(tiny):
     with pytest.warns(UserWarning, match="top_p, have no effect|top_p have no effect at temperature 0") as caught:
         tiny.generate("hello", top_p=0.9, max_tokens=1)
     assert [Path(warning.filename).name for warning in caught] == ["test_llm.py"]
@@ -221,7 +231,7 @@ def test_thinking_is_the_published_prompt(llm, own):
 
 
 def test_timings(tiny_folder, tiny, monkeypatch):
-    """On a clock that ticks once a look: the second waits for the first one's row, and decodes all its tokens."""
+    """With a clock that advances at each reading: the second prompt waits for the slot of the first."""
     single = LLM(tiny_folder, max_batch_size=1, progress=False)
     ticks = iter(range(10_000))
     monkeypatch.setattr("internlm3.runtime.api.llm.time.perf_counter", lambda: float(next(ticks)))
@@ -235,12 +245,12 @@ def test_timings(tiny_folder, tiny, monkeypatch):
 
 
 @pytest.mark.parametrize("given", [b"hello", bytearray(b"hello"), [b"hello"], [True, False], [[1.5]], {"a": 1}, None])
-def test_what_is_no_prompt(tiny, given):
+def test_a_value_that_is_not_a_prompt(tiny, given):
     with pytest.raises((TypeError, ValueError), match="prompt"):
         tiny.generate(given, max_tokens=1)
 
 
-def test_numbers_of_numpy_are_numbers(tiny_folder):
+def test_numpy_numbers_are_accepted(tiny_folder):
     llm = LLM(tiny_folder, progress=False, max_seq_len=np.int64(64), max_batch_size=np.int32(2))
     ids = [5, 6, 7]
     expected = llm.generate(ids, temperature=0, max_tokens=2)
@@ -249,13 +259,13 @@ def test_numbers_of_numpy_are_numbers(tiny_folder):
     assert same(llm.generate([[np.int64(5), 6, 7]], temperature=0, max_tokens=2), [expected])
 
 
-def test_without_the_module_of_posix(tiny, monkeypatch):
-    """Windows has no `resource`: what it would tell is 0."""
+def test_without_the_resource_module(tiny, monkeypatch):
+    """Windows has no `resource`: peak memory is then reported as 0."""
     monkeypatch.setitem(sys.modules, "resource", None)
     assert {chunk.peak_memory for chunk in tiny.stream("hello", max_tokens=2)} == {0.0}
 
 
-def test_a_pad_token_may_lie_beyond_the_embedding(make, tiny_folder, tmp_path):
+def test_a_pad_token_may_have_no_embedding(make, tiny_folder, tmp_path):
     folder = shutil.copytree(tiny_folder, tmp_path / "padded")
     config = json.loads((folder / "tokenizer_config.json").read_text())
     config["added_tokens_decoder"]["49152"] = {"content": "[PAD]", "special": True}

@@ -3,13 +3,14 @@
 import itertools
 import threading
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
 from internlm3 import (
     LLM,
+    InternLM3ForCausalLM,
     SamplingParams,
 )
 from internlm3.runtime.engine.graphs import StepQueue
@@ -17,14 +18,9 @@ from internlm3.tests.support.capture import as_op, capture, nothing_captured  # 
 from internlm3.tests.support.llm import PROMPTS, causal_lm, ids_of, result, same, text_of
 
 
-@pytest.fixture(scope="module")
-def exact(demo_model: Path, capture: Any) -> LLM:
-    return LLM(demo_model, dtype="float32", progress=False)
-
-
 @pytest.fixture
 def sampled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """For each step, and each prompt's end, the number of answers that it samples a token for."""
+    """For each step, and each prefill, the number of answers that get a token from it."""
     counts: list[int] = []
     copy_report = StepQueue.copy_report
 
@@ -46,7 +42,8 @@ def test_steps_are_replayed(capture, tiny):
         pytest.skip("steps are eager")
     before = capture.recorder.replays
     tiny.generate("hello", max_tokens=6, ignore_eos=True)
-    assert capture.recorder.replays - before == 4  # of the five steps after the prompt the first is captured
+    # The prompt; of the five steps after it the first is captured.
+    assert capture.recorder.replays - before == 5
 
 
 # -------------------------------------------------------------------- batches and settings
@@ -56,12 +53,12 @@ def test_steps_are_replayed(capture, tiny):
 @pytest.mark.parametrize(
     "settings", [{"temperature": 0}, {"temperature": 0.9, "top_p": 0.95, "seed": 7}], ids=["greedy", "seeded"]
 )
-def test_a_ragged_batch_says_what_each_says_alone(llm, exact, dtype, settings):
-    model = llm if dtype == "bfloat16" else exact
+def test_a_batch_of_different_lengths_gives_what_each_prompt_gives_alone(tiny, tiny_folder, capture, dtype, settings):
+    model = tiny if dtype == "float32" else LLM(tiny_folder, dtype=dtype, progress=False)
     together = model.generate(PROMPTS, max_tokens=10, **settings)
     alone = [model.generate(prompt, max_tokens=10, **settings) for prompt in PROMPTS]
     assert same(together, alone)
-    if dtype == "bfloat16":  # here every bit of a row is its own
+    if dtype == "bfloat16":  # on a CPU a row is bit-identical alone and in a batch
         assert together == alone
 
 
@@ -78,10 +75,10 @@ def test_n_answers_are_streams_of_one_seed(tiny):
 
 
 @pytest.mark.parametrize("settings", [{"temperature": 0}, {"temperature": 1.0, "seed": 1}], ids=["greedy", "seeded"])
-def test_a_stream_is_generate_in_pieces(llm, settings):
+def test_a_stream_is_generate_in_chunks(tiny, settings):
     messages = [{"role": "user", "content": "Name three colours, with an emoji each."}]
-    whole = llm.chat(messages, max_tokens=24, **settings)
-    chunks = list(llm.stream(messages, max_tokens=24, **settings))
+    whole = tiny.chat(messages, max_tokens=24, **settings)
+    chunks = list(tiny.stream(messages, max_tokens=24, **settings))
     answer = whole.outputs[0]
     assert text_of(chunks) == answer.text
     assert [token for chunk in chunks for token in chunk.token_ids] == answer.token_ids
@@ -92,7 +89,7 @@ def test_a_stream_is_generate_in_pieces(llm, settings):
     assert [chunk.decode_tokens for chunk in chunks] == list(range(1, len(chunks) + 1))
 
 
-def test_min_tokens_holds_a_stop_string_back(tiny):
+def test_no_stop_string_ends_an_answer_before_min_tokens(tiny):
     free = tiny.generate("hello", temperature=0, max_tokens=12).outputs[0]
     stop = tiny.tokenizer.decode(free.token_ids[:1]).strip() or free.text[:1]
     for least in (0, 5, 12):
@@ -103,7 +100,7 @@ def test_min_tokens_holds_a_stop_string_back(tiny):
             assert answer.text.startswith(free.text[:-1][:20])
 
 
-BY_THE_TEXT = {
+TEXT_DEPENDENT = {
     "no_repeat_ngram_size": 2,
     "bad_words_ids": [[260], [300, 301]],
     "sequence_bias": [[[900], 9.0], [[900, 901], 30.0], [[260], 50.0]],
@@ -114,18 +111,20 @@ BY_THE_TEXT = {
 }
 
 
-def test_settings_that_go_by_the_text(make, tiny):
-    """What a generation_config.json asks for holds in LLM, as in `generate`; and so does a keyword."""
-    file = LLM(make({**BY_THE_TEXT, "max_new_tokens": 9}), progress=False)
+def test_settings_that_depend_on_the_text_so_far(make, tiny):
+    """Settings of generation_config.json apply in LLM as in `generate`, and so do keywords."""
+    folder = make({**TEXT_DEPENDENT, "max_new_tokens": 9})
+    file = LLM(folder, progress=False)
+    model = InternLM3ForCausalLM.from_pretrained(folder, progress=False)
     outputs = file.generate(PROMPTS)
     for prompt, output in zip(PROMPTS, outputs, strict=True):
         ids = torch.tensor([file.tokenizer.encode(prompt)])
-        expected = causal_lm(file).generate(ids, do_sample=False, max_new_tokens=9, eos_token_id=file.eos_token_ids)
+        expected = model.generate(ids, do_sample=False, max_new_tokens=9, eos_token_id=file.eos_token_ids)
         assert output.outputs[0].token_ids == expected[0, ids.shape[1] :].tolist()
         assert "".join(chunk.text for chunk in file.stream(prompt)) == output.text
-    assert same(tiny.generate(PROMPTS, temperature=0, max_tokens=9, **BY_THE_TEXT), outputs)
+    assert same(tiny.generate(PROMPTS, temperature=0, max_tokens=9, **TEXT_DEPENDENT), outputs)
     assert [*map(result, tiny.generate(PROMPTS, temperature=0, max_tokens=9))] != [*map(result, outputs)]
-    settings = SamplingParams(temperature=1, n=3, seed=1, max_tokens=9, **BY_THE_TEXT)
+    settings = SamplingParams(temperature=1, n=3, seed=1, max_tokens=9, **TEXT_DEPENDENT)
     for output in tiny.generate(PROMPTS, settings):
         for answer in output.outputs:
             ids = answer.token_ids
@@ -162,7 +161,7 @@ def test_length(tiny):
 
 
 @pytest.mark.parametrize("max_tokens", [None, 1000])
-def test_the_context_ends_an_answer(tiny_folder, max_tokens):
+def test_the_context_window_ends_an_answer(tiny_folder, max_tokens):
     llm = LLM(tiny_folder, max_seq_len=12, progress=False)
     answer = llm.generate([504] * 5, max_tokens=max_tokens, ignore_eos=True).outputs[0]
     assert (answer.finish_reason, answer.stop_reason, len(answer.token_ids)) == ("length", None, 7)
@@ -171,11 +170,11 @@ def test_the_context_ends_an_answer(tiny_folder, max_tokens):
 
 @pytest.mark.parametrize("include", [False, True])
 @pytest.mark.parametrize("verb", ["generate", "stream"])
-def test_a_stop_string_is_met_across_tokens(tiny, script, sampled, verb, include):
+def test_a_stop_string_that_spans_tokens(tiny, script, sampled, verb, include):
     story = ids_of(tiny, "One fish, two fish. The end is near, said the fish")
     words = [tiny.tokenizer.decode([token]) for token in story]
     assert not any("e end i" in word for word in words)
-    said = script(story)
+    generated = script(story)
     settings = {"stop": ["nothing", "e end i"], "include_stop_str_in_output": include, "max_tokens": len(story)}
     if verb == "generate":
         last = tiny.generate("x", **settings).outputs[0]
@@ -186,11 +185,11 @@ def test_a_stop_string_is_met_across_tokens(tiny, script, sampled, verb, include
     assert text == ("One fish, two fish. The end i" if include else "One fish, two fish. Th")
     assert (last.finish_reason, last.stop_reason) == ("stop", "e end i")
     # It ends at once: the token that completes the stop string is the last one asked for, but for those sampled ahead.
-    assert tiny.tokenizer.decode(said[: len(sampled) - ahead(tiny)]).endswith(" is") and len(sampled) < len(story)
+    assert tiny.tokenizer.decode(generated[: len(sampled) - ahead(tiny)]).endswith(" is") and len(sampled) < len(story)
 
 
-def test_a_stop_string_leaves_its_row_to_others(tiny, sampled):
-    """While one answer goes on, nothing is sampled for the one that has ended, but what was under way."""
+def test_a_stop_string_frees_its_slot(tiny, sampled):
+    """While another answer goes on, no token is sampled for the one that ended, but for the steps in flight."""
     long = {"temperature": 0, "max_tokens": 20, "ignore_eos": True}
     text = tiny.generate(PROMPTS[0], **long).text
     sampled.clear()
@@ -200,7 +199,7 @@ def test_a_stop_string_leaves_its_row_to_others(tiny, sampled):
     assert sum(sampled) == len(one.token_ids) + ahead(tiny) + 20
 
 
-def test_what_might_become_a_stop_string_is_held_and_given_back(tiny, script):
+def test_text_that_might_become_a_stop_string_comes_later(tiny, script):
     story = ids_of(tiny, "the end of the endless day")
     script(story)
     chunks = list(tiny.stream("x", stop="endless night", max_tokens=len(story)))
@@ -214,10 +213,10 @@ def test_what_might_become_a_stop_string_is_held_and_given_back(tiny, script):
 def test_a_special_token_is_a_stop_string(tiny, script, sampled, skip):
     plain = ids_of(tiny, "some code")
     mark = tiny.tokenizer.convert_tokens_to_ids("<file_sep>")
-    said = script([*plain, mark, *plain])
+    generated = script([*plain, mark, *plain])
     answer = tiny.generate("x", stop=["<file_sep>"], skip_special_tokens=skip, max_tokens=9).outputs[0]
     assert (answer.text, answer.finish_reason, answer.stop_reason) == ("some code", "stop", "<file_sep>")
-    assert said[: len(sampled) - ahead(tiny)] == [*plain, mark] and len(sampled) < 9
+    assert generated[: len(sampled) - ahead(tiny)] == [*plain, mark] and len(sampled) < 9
 
 
 def test_stop_token_ids(tiny, script):
@@ -241,12 +240,12 @@ def test_special_tokens_may_show(tiny, script):
 
 def test_ignore_eos(tiny, script):
     plain, end = ids_of(tiny, "code"), tiny.eos_token_ids[0]
-    said = script([end, *plain, end])
+    generated = script([end, *plain, end])
     answer = tiny.generate("x", ignore_eos=True, max_tokens=2 + len(plain)).outputs[0]
-    assert (answer.text, answer.token_ids, answer.finish_reason) == ("code", said, "length")
+    assert (answer.text, answer.token_ids, answer.finish_reason) == ("code", generated, "length")
 
 
-def test_min_tokens_holds_every_end_back(tiny, script):
+def test_no_end_token_before_min_tokens(tiny, script):
     end, other = tiny.eos_token_ids[0], 300
     for ends, reason in ((end, None), (other, other)):
         script([ends] * 4)
@@ -259,23 +258,23 @@ def test_min_tokens_holds_every_end_back(tiny, script):
 
 
 @pytest.mark.parametrize("settings", [{"temperature": 0}, {"temperature": 1.5, "seed": 2, "top_k": 50}], ids=str)
-def test_logprobs_are_the_models_own(exact, settings):
-    output = exact.generate(PROMPTS[0], max_tokens=8, logprobs=5, **settings)
+def test_logprobs_are_the_models_own(tiny, settings):
+    output = tiny.generate(PROMPTS[0], max_tokens=8, logprobs=5, **settings)
     answer = output.outputs[0]
     whole = torch.tensor([output.prompt_token_ids + answer.token_ids])
-    expected = causal_lm(exact)(whole).logits[0, len(output.prompt_token_ids) - 1 : -1].double().log_softmax(-1)
+    expected = causal_lm(tiny)(whole).logits[0, len(output.prompt_token_ids) - 1 : -1].double().log_softmax(-1)
     chosen = expected.gather(1, torch.tensor(answer.token_ids)[:, None])[:, 0]
-    # float32 through 30 layers, one token at a time against all at once.
+    # float32, one token at a time against all at once.
     torch.testing.assert_close(torch.tensor(answer.logprobs).double(), chosen, atol=1e-4, rtol=0)
     for found, row in zip(answer.top_logprobs, expected, strict=True):
         values, ids = row.topk(5)
         assert list(found) == ids.tolist()
         torch.testing.assert_close(torch.tensor(list(found.values())).double(), values, atol=1e-4, rtol=0)
-    chunks = list(exact.stream(PROMPTS[0], max_tokens=8, logprobs=5, **settings))
+    chunks = list(tiny.stream(PROMPTS[0], max_tokens=8, logprobs=5, **settings))
     assert [chunk.top_logprobs for chunk in chunks] == [[found] for found in answer.top_logprobs]
 
 
-def test_alternatives_are_reported_only_where_asked_for(tiny):
+def test_alternatives_are_reported_only_on_request(tiny):
     assert tiny.generate("x", max_tokens=2).outputs[0].top_logprobs is None
     assert next(tiny.stream("x", max_tokens=2)).top_logprobs is None
 
@@ -284,7 +283,7 @@ def test_alternatives_are_reported_only_where_asked_for(tiny):
 
 
 def whole_characters(tokenizer: Any, tokens: Sequence[int]) -> str:
-    """What may be shown of a text so far: all but a last character that is not complete."""
+    """The text so far without an incomplete last character."""
     return tokenizer.decode(tokens, skip_special_tokens=True).rstrip("\ufffd")
 
 
@@ -298,7 +297,7 @@ def whole_characters(tokenizer: Any, tokens: Sequence[int]) -> str:
         "👋🏽",
     ],
 )
-def test_streams_show_whole_characters_as_soon_as_they_are_whole(tiny, script, monkeypatch, text):
+def test_streams_give_characters_as_soon_as_they_are_complete(tiny, script, monkeypatch, text):
     monkeypatch.setattr(tiny, "max_seq_len", 1000)
     tokens = ids_of(tiny, text)
     script(tokens)
@@ -311,7 +310,7 @@ def test_streams_show_whole_characters_as_soon_as_they_are_whole(tiny, script, m
     assert count > 1
 
 
-def test_half_a_character_shows_only_where_the_answer_ends_in_it(tiny, script):
+def test_an_incomplete_character_comes_only_at_the_end_of_an_answer(tiny, script):
     half = ids_of(tiny, "a靐")[:-1]
     script(half)
     chunks = list(tiny.stream("x", max_tokens=len(half)))
@@ -319,7 +318,7 @@ def test_half_a_character_shows_only_where_the_answer_ends_in_it(tiny, script):
     assert text_of(chunks) == tiny.tokenizer.decode(half) != "a"
 
 
-def test_a_stop_string_within_multibyte_text(tiny, script):
+def test_a_stop_string_in_multibyte_text(tiny, script):
     tokens = ids_of(tiny, "你好，世界。再见")
     script(tokens)
     assert text_of(list(tiny.stream("x", stop="。", max_tokens=len(tokens)))) == "你好，世界"
@@ -333,7 +332,7 @@ def held_pages(llm: LLM) -> int:
     return len(pages) - pages.free
 
 
-def test_closing_a_stream_stops_it_and_frees_it(tiny, undisturbed, sampled):
+def test_closing_a_stream_stops_it_and_frees_its_pages(tiny, undisturbed, sampled):
     stream = tiny.stream("hello", max_tokens=30, ignore_eos=True)
     assert sampled == []
     for chunk in stream:
@@ -348,7 +347,7 @@ def test_closing_a_stream_stops_it_and_frees_it(tiny, undisturbed, sampled):
 
 @pytest.mark.parametrize("at", [1, 2, 3], ids=["prompt", "first step", "later step"])
 @pytest.mark.parametrize("verb", ["generate", "stream"])
-def test_ctrl_c_in_a_step_reaches_the_caller_and_leaves_the_model_well(tiny, undisturbed, monkeypatch, as_op, verb, at):
+def test_ctrl_c_in_a_step_reaches_the_caller_and_the_model_works_on(tiny, undisturbed, monkeypatch, as_op, verb, at):
     head, calls = tiny.model.head, 0
 
     def interrupted(x: torch.Tensor) -> torch.Tensor:
@@ -366,7 +365,7 @@ def test_ctrl_c_in_a_step_reaches_the_caller_and_leaves_the_model_well(tiny, und
 
 
 @pytest.mark.parametrize("where", ["logits_processor", "put", "end"])
-def test_a_users_exception_leaves_the_model_well(tiny, where):
+def test_after_a_callers_exception_the_model_goes_on_working(tiny, where):
     class Streamer:
         def put(self, ids: torch.Tensor) -> None:
             if where == "put" and ids.dim() == 1:
@@ -414,8 +413,8 @@ def test_threads_do_not_disturb_each_other(tiny):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
 @pytest.mark.parametrize("at", [0, 3])
 @pytest.mark.parametrize("settings", [{}, {"temperature": 1.0, "seed": 1}, {"logprobs": 2}], ids=str)
-def test_logits_that_are_no_numbers_end_an_answer(tiny, value, at, settings):
-    """And no other: what came before stays; the rest of the batch, and who has its pages next, say what they always do.
+def test_logits_that_are_not_numbers_end_an_answer(tiny, value, at, settings):
+    """That answer only: its earlier tokens stay; the rest of the batch, and the next user of its pages, do not change.
 
     One token's embedding is broken, which stands in one of the texts alone.
     """
@@ -443,7 +442,7 @@ def test_logits_that_are_no_numbers_end_an_answer(tiny, value, at, settings):
     assert text_of([*chunks, end]) == answer.text
 
 
-def test_streams_may_be_read_by_turns(tiny):
+def test_streams_can_be_read_in_turns(tiny):
     one, two = (tiny.stream(prompt, max_tokens=8) for prompt in PROMPTS[:2])
     turns = list(zip(one, two, strict=True))
     for side, prompt in enumerate(PROMPTS[:2]):

@@ -1,35 +1,36 @@
-"""The audit of machine code finds every fault that is planted for it, and only that one.
+"""The audit of machine code finds every planted fault, and nothing else.
 
-The audit compiles, so it runs in processes of its own: this one may have chosen Triton's interpreter.
+The audit compiles, so it runs in other processes: this one may use Triton's interpreter.
 """
 
-import importlib.util
 import json
 import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-BENCH = Path(__file__).parents[1] / "bench"
+from bench import ROOT
+from bench.machine_code import sass
+
 TARGETS = ("sm_86", "sm_90", "sm_100")
 WITH_DEPENDENT_LAUNCH = ("sm_90", "sm_100")
+AUDIT = ("-m", "bench.audit")
 
 NO_WAIT = {
-    "a way through it ends without waiting for its predecessor",
+    "a path through it ends without waiting for its predecessor",
     "stores before the wait",
     "loads of a predecessor's work before the wait",
 }
 ON_EVERY_TARGET = {
     "none": set(),
     "narrow weight": {"narrow loads in a stream"},
-    "untraceable load": {"accesses without an argument behind them"},
+    "untraceable load": {"accesses of unknown origin"},
     "spills": {"spills"},
-    "no tensor core": {"has no tensor-core instruction, though it is meant to"},
+    "no tensor core": {"has no tensor-core instruction, but should"},
     "too much shared memory": {"takes too much shared memory"},
-    "may contract": {"is launched so that the compiler may contract a product and a sum, which are rounded once then"},
+    "may contract": {"is launched with enable_fp_fusion"},
     "fuses in 16 bits": {"fused 16-bit operations"},
     "slow": {"slower than memory"},
     "idle": {"leaves multiprocessors idle"},
@@ -40,123 +41,111 @@ OF_DEPENDENT_LAUNCH = {
     "early activation": {"loads of a predecessor's work before the wait"},
     "early store": {"stores before the wait"},
     "no wait": NO_WAIT,
-    "wait on one way": NO_WAIT,
-    "way out before the wait": {"a way through it ends without waiting for its predecessor"},
+    "wait on one path": NO_WAIT,
+    "exit before the wait": {"a path through it ends without waiting for its predecessor"},
     "late weight": {"loads after the wait that belong before it"},
-    "serial": {"waits for memory one behind another"},
-    "launched without": {"is launched without programmatic dependent launch, which this target has"},
+    "serial": {"waits for memory in sequence"},
+    "launched without": {"is launched without programmatic dependent launch, which this target supports"},
 }
 
 
-def run(*command: str | Path, **variables: str) -> subprocess.CompletedProcess[str]:
+def run(*command: str, **variables: str) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    return subprocess.run([sys.executable, *command], env=environment | variables, capture_output=True, text=True)
+    command = (sys.executable, *command)
+    return subprocess.run(command, env=environment | variables, capture_output=True, text=True, cwd=ROOT)
 
 
 @pytest.fixture(scope="module")
-def said() -> dict[str, list[str]]:
-    """What the audit says of each fault on each target."""
-    done = run(Path(__file__).with_name("faulty_kernels.py"), BENCH, *TARGETS)
+def found() -> dict[str, list[str]]:
+    """What the audit finds for each fault on each target."""
+    done = run("-m", "tests.support.faulty_kernels", *TARGETS)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
 def kinds(sentences: list[str]) -> set[str]:
-    """Sentences without their particulars."""
+    """The findings without their details."""
     return {re.sub(r"\d+ bytes of (.*);.*", r"too much \1", sentence).split(":")[0] for sentence in sentences}
 
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("fault", ON_EVERY_TARGET)
-def test_a_fault_is_found_on_every_target(said, fault, target):
-    found = kinds(said[f"{fault} on {target}"])
-    if (
-        fault == "spills"
-    ):  # what is reloaded after a spill has lost its origin; and a thread that spills works and waits
-        found -= {
-            "accesses without an argument behind them",
+def test_a_fault_is_found_on_every_target(found, fault, target):
+    reported = kinds(found[f"{fault} on {target}"])
+    if fault == "spills":  # an address that is reloaded has lost its origin, and reloading takes time
+        reported -= {
+            "accesses of unknown origin",
             "slower than memory",
-            "waits for memory one behind another",
+            "waits for memory in sequence",
         }
-    assert found == ON_EVERY_TARGET[fault], said[f"{fault} on {target}"]
+    assert reported == ON_EVERY_TARGET[fault], found[f"{fault} on {target}"]
 
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("fault", OF_DEPENDENT_LAUNCH)
-def test_a_fault_of_dependent_launch_is_found_where_there_is_such_a_thing(said, fault, target):
+def test_a_fault_of_dependent_launch_is_found_on_targets_that_have_it(found, fault, target):
     expected = OF_DEPENDENT_LAUNCH[fault] if target in WITH_DEPENDENT_LAUNCH else set()
-    assert kinds(said[f"{fault} on {target}"]) == expected, said[f"{fault} on {target}"]
+    assert kinds(found[f"{fault} on {target}"]) == expected, found[f"{fault} on {target}"]
 
 
-def test_every_planted_fault_is_expected_by_a_test(said):
-    assert {name.rpartition(" on ")[0] for name in said} == {*ON_EVERY_TARGET, *OF_DEPENDENT_LAUNCH}
+def test_every_planted_fault_has_an_expectation(found):
+    assert {name.rpartition(" on ")[0] for name in found} == {*ON_EVERY_TARGET, *OF_DEPENDENT_LAUNCH}
 
 
-def test_the_command_is_content_with_a_sound_kernel():
-    done = run(BENCH / "audit.py", "--kernel", "swiglu", "--target", "sm_80", "--target", "sm_90", "--target", "gfx942")
+def test_a_sound_kernel_passes():
+    """Also if the environment asks for Triton's interpreter."""
+    targets = ("sm_80", "sm_90", "gfx942")
+    done = run(
+        *AUDIT,
+        "--kernel",
+        "swiglu",
+        *[word for target in targets for word in ("--target", target)],
+        TRITON_INTERPRET="1",
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     header, *rows, verdict = done.stdout.splitlines()
     assert header.split()[:3] == ["target", "op", "kernel"]
-    assert [row.split()[:3] for row in rows] == [
-        [target, "swiglu", "_swiglu"] for target in ("sm_80", "sm_90", "gfx942") for _ in range(4)
-    ]
+    assert [row.split()[:3] for row in rows] == [[target, "swiglu", "_swiglu"] for target in targets for _ in range(4)]
     # 10 programs for each of 1, 16, 4 and 512 tokens, of which 16 fit each of an H100's 132 multiprocessors.
     waves = header.split().index("waves")
     assert [row.split()[waves] for row in rows if row.startswith("sm_90")] == ["0.00", "0.08", "0.02", "2.42"]
     assert verdict == "12 launches audited, 0 violations"
 
 
-def test_the_command_compiles_even_where_the_interpreter_is_asked_for():
-    done = run(BENCH / "audit.py", "--kernel", "swiglu", "--target", "sm_80", TRITON_INTERPRET="1")
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-def test_the_command_fails_where_a_tool_fails(tmp_path):
+def test_the_failure_of_a_tool_is_a_violation(tmp_path):
     tool = tmp_path / "cuobjdump"
-    # Triton asks for the version, and falls back on its own tool where there is none.
+    # Triton asks for the version, and falls back on its own tool if there is none.
     tool.write_text('#!/bin/sh\n[ "$1" = --version ] && echo "release 13.0, V13.0.0"\n')
     tool.chmod(0o755)
-    done = run(BENCH / "audit.py", "--kernel", "swiglu", "--target", "sm_80", TRITON_CUOBJDUMP_PATH=str(tool))
+    done = run(*AUDIT, "--kernel", "swiglu", "--target", "sm_80", TRITON_CUOBJDUMP_PATH=str(tool))
     assert done.returncode == 1, done.stdout + done.stderr
-    assert "FAIL  sm_80 swiglu (1 row)" in done.stdout
+    assert "FAIL  sm_80 swiglu (batch 1)" in done.stdout
     assert "4 violations" in done.stdout
 
 
-# What follows needs no compiler: machine code in the disassembler's words.
-@pytest.fixture(scope="module")
-def sass():
-    spec = importlib.util.spec_from_file_location("sass", BENCH / "machine_code" / "sass.py")
-    sass = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sass)
-    return sass
+# The tests below read disassembled code and compile nothing.
+def trace(*lines: str) -> sass.Trace:
+    text = "\n".join(line if line.endswith(":") else f"        /*0000*/        {line} ;" for line in lines)
+    return sass.trace(text, {0x160: "x_ptr", 0x168: "w_ptr"})
 
 
-@pytest.fixture
-def trace(sass):
-    def trace(*lines: str):
-        text = "\n".join(line if line.endswith(":") else f"        /*0000*/        {line} ;" for line in lines)
-        return sass.trace(text, {0x160: "x_ptr", 0x168: "w_ptr"})
-
-    return trace
-
-
-def origins(traced) -> list[set[str]]:
+def origins(traced: sass.Trace) -> list[set[str]]:
     return [set(access.pointers) for access in traced.accesses]
 
 
-def test_a_register_forgets_what_it_held(trace):
+def test_a_register_loses_its_origin_when_overwritten():
     traced = trace(
         "LDC.64 R2, c[0x0][0x160]", "LDG.E R4, [R2.64]", "LDC.64 R2, c[0x0][0x168]", "LDG.E R5, [R2.64]", "EXIT"
     )
     assert origins(traced) == [{"x_ptr"}, {"w_ptr"}]
 
 
-def test_one_wide_load_of_the_constant_bank_brings_two_pointers(trace):
+def test_one_wide_load_of_the_constant_bank_brings_two_pointers():
     traced = trace("LDCU.128 UR4, c[0x0][0x160]", "LDG.E R0, [UR4.64]", "LDG.E R1, [R8.64+UR6]", "EXIT")
     assert origins(traced) == [{"x_ptr"}, {"w_ptr"}]
 
 
-def test_a_guarded_write_counts_alone_under_its_guard_only(trace):
+def test_a_guarded_write_replaces_the_origin_under_its_guard_only():
     traced = trace(
         "LDC.64 R2, c[0x0][0x160]",
         "@P1 LDC.64 R2, c[0x0][0x168]",
@@ -169,7 +158,7 @@ def test_a_guarded_write_counts_alone_under_its_guard_only(trace):
     assert origins(traced) == [{"w_ptr"}, {"x_ptr", "w_ptr"}, {"x_ptr", "w_ptr"}]
 
 
-def test_ways_that_meet_bring_both_origins_and_a_wait_counts_only_on_all(trace):
+def test_paths_that_join_have_both_origins_and_a_wait_counts_only_on_all_of_them():
     accesses, exits_unwaited, _ = trace(
         "LDC.64 R2, c[0x0][0x160]",
         "@P0 BRA `(.L_x_1)",
@@ -185,7 +174,7 @@ def test_ways_that_meet_bring_both_origins_and_a_wait_counts_only_on_all(trace):
     assert exits_unwaited
 
 
-def test_a_loop_brings_back_what_its_end_computed(trace):
+def test_a_loop_passes_origins_to_its_next_iteration():
     traced = trace(
         "LDC.64 R2, c[0x0][0x160]",
         ".L_x_0:",
@@ -198,15 +187,15 @@ def test_a_loop_brings_back_what_its_end_computed(trace):
     assert origins(traced) == [{"x_ptr", "w_ptr"}]
 
 
-def test_an_address_may_travel_through_shared_memory(trace):
+def test_addresses_are_traced_through_shared_memory():
     traced = trace(
         "LDC.64 R2, c[0x0][0x168]", "STS.64 [R9], R2", "LDS.128 R4, [R10]", "STG.E [R6.64], R0", "@P0 ACQBULK", "EXIT"
     )
     assert origins(traced) == [{"w_ptr"}]
-    assert traced.exits_unwaited, "a guarded wait is not a wait on every way"
+    assert traced.exits_unwaited, "a guarded wait is not a wait on every path"
 
 
-def test_what_is_loaded_is_a_number(trace):
+def test_a_loaded_value_has_no_origin():
     traced = trace("LDC.64 R2, c[0x0][0x160]", "LDG.E.64 R2, [R2.64]", "LDG.E R4, [R2.64]", "EXIT")
     assert origins(traced) == [{"x_ptr"}, set()]
 
@@ -227,7 +216,7 @@ def test_what_is_loaded_is_a_number(trace):
         ("FFMA R15, R7, R23, R15", False),
     ],
 )
-def test_a_fused_operation_is_known_from_a_product_a_sum_and_a_constant(sass, text, fuses):
+def test_a_fused_operation_is_told_from_a_product_a_sum_and_a_constant(text, fuses):
     (instruction,) = sass.instructions(f"/*0000*/ {text} ;")
     assert sass.fuses_16_bits(instruction) == fuses
 
@@ -246,12 +235,12 @@ def test_a_fused_operation_is_known_from_a_product_a_sum_and_a_constant(sass, te
         (["FADD R0, R8, R9", "STG.E.128 [R2.64], R8"], (0, 0, 0)),
     ],
 )  # fmt: skip
-def test_what_is_asked_for_and_not_yet_used_is_in_flight(sass, lines, flight):
+def test_bytes_in_flight_and_waits(lines, flight):
     listing = "\n".join(f"/*0000*/ {line} ;" for line in lines)
     assert sass.flight(sass.instructions(listing)) == flight
 
 
-def test_a_call_goes_on_behind_itself_and_its_return_makes_no_loop(trace):
+def test_execution_continues_after_a_call_and_its_return_makes_no_loop():
     traced = trace(
         "kernel:",
         "LDC.64 R2, c[0x0][0x160]",
@@ -266,36 +255,36 @@ def test_a_call_goes_on_behind_itself_and_its_return_makes_no_loop(trace):
     assert traced.instructions == {"": 6}
 
 
-def test_the_first_exit_ends_the_shortest_way(sass):
+def test_the_shortest_path_ends_at_the_first_exit():
     lines = ["LDG.E R4, [R2.64]", "ISETP.LT.AND P0, PT, R4, RZ, PT", "@P0 EXIT", "LDG.E R5, [R2.64]", "FADD R0, R5, R1"]
     listing = list(sass.instructions("\n".join(f"/*0000*/ {line} ;" for line in lines)))
-    assert sass.flight(sass.way_out(listing)).round_trips == 1
+    assert sass.flight(sass.until_first_exit(listing)).round_trips == 1
     assert sass.flight(listing).round_trips == 2
 
 
 def test_an_audit_of_nothing_fails():
-    """An op that has no case, in the audit of it alone and of all."""
-    for chosen in (["--kernel", "embed"], []):
-        arguments = ["--target", "sm_90", *chosen]
-        program = (
-            f"import sys; sys.path.insert(0, {str(BENCH)!r})\n"
-            "import audit, cases\n"
-            "audit.cases = lambda: (case for case in cases.cases() if case.op == 'advance')\n"
-            f"sys.exit(audit.main({arguments}))"
-        )
-        done = run("-c", program)
-        assert done.returncode == 1, done.stderr
-        assert "FAIL  embed: nothing of it was audited; it has no case in bench/cases.py" in done.stdout
-        assert ("FAIL  linear: nothing" in done.stdout) == (not chosen)
-        assert "FAIL  advance" not in done.stdout
+    """An op without a case, in an audit of that op and in one of all ops."""
+    program = """
+from bench import audit, cases
+audit.cases = lambda: (case for case in cases.cases() if case.op == "advance")
+if __name__ == "__main__":
+    print(audit.main(["--target", "sm_90", "--kernel", "embed"]), "---", audit.main(["--target", "sm_90"]))
+"""
+    done = run("-c", program)
+    assert done.returncode == 0 and done.stdout.endswith("1 --- 1\n"), done.stderr
+    of_embed, of_all = done.stdout.split(" launches audited")[1:]
+    for text in (of_embed, of_all):
+        assert "FAIL  embed: nothing of it was audited: it has no case in bench/cases.py" in text
+        assert "FAIL  advance" not in text
+    assert "FAIL  linear: nothing" not in of_embed and "FAIL  linear: nothing" in of_all
 
 
 def test_an_unknown_kernel_is_refused_with_the_nearest():
-    done = run(BENCH / "audit.py", "--kernel", "swigul")
+    done = run(*AUDIT, "--kernel", "swigul")
     assert done.returncode == 2 and "there is no op 'swigul': did you mean 'swiglu'?" in done.stderr
 
 
-def test_instructions_and_loads_are_counted_in_the_innermost_loop_around_them(trace):
+def test_instructions_and_loads_are_counted_by_innermost_loop():
     traced = trace(
         "LDC.64 R2, c[0x0][0x160]",
         "@P3 BRA `(.L_x_2)",
@@ -309,7 +298,7 @@ def test_instructions_and_loads_are_counted_in_the_innermost_loop_around_them(tr
         "@P2 BRA `(.L_x_0)",
         ".L_x_2:",
         "EXIT",
-        ".L_x_3:",  # a slow way that the compiler moved behind the end, back into the inner loop
+        ".L_x_3:",  # a slow path that the compiler moved after the end; it returns into the inner loop
         "FADD R0, R4, R5",
         "BRA `(.L_x_4)",
         ".L_x_5:",

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from internlm3 import kernels
-from internlm3.kernels import reference
 
 from bench import ROOT, ops, peers, record, roofline, tables, verify
 from bench.cases import Inputs, Size, cases, read_size
 from bench.roofline import Roofline
+from internlm3 import kernels
+from internlm3.kernels import reference
 
 TINY = Size(hidden=32, intermediate=48, vocabulary=70, heads=4, kv_heads=2, head_dim=16)
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests of what happens on a CPU")
@@ -189,7 +189,7 @@ def test_bad_arguments_fail_before_anything_is_measured(arguments, message, caps
 
 def test_pytest_benchmark_reports_the_same_cases():
     """In a process of its own, as a user runs it; it asserts by itself that its median is that of the table."""
-    command = [Path(sys.executable).with_name("pytest"), "-q", "bench/pytest_benchmark", "-k", "advance or embed"]
+    command = [str(Path(sys.executable).with_name("pytest")), "-q", "bench/pytest_benchmark", "-k", "advance or embed"]
     environment = {name: x for name, x in os.environ.items() if not name.startswith(("PYTEST_", "TRITON_INTERPRET"))}
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stdout
@@ -320,7 +320,7 @@ def test_user_kernel(body, message, fast, config, tmp_path, capsys):
         ("from internlm3.kernels.reference import rms_norm", "has no function named like an op"),
     ],
 )
-def test_a_file_without_a_kernel(text, message, tool, tmp_path, capsys):
+def test_a_file_without_a_kernel(text, message, tmp_path, capsys):
     (tmp_path / "mine.py").write_text(text)
     assert message in fails(capsys, "--kernel", tmp_path / "mine.py")
 

@@ -83,7 +83,8 @@ def test_a_missing_file(capsys):
 @pytest.mark.parametrize("path", sorted((ROOT / "bench" / "results").glob("*.json")), ids=lambda path: path.stem)
 def test_the_stored_records_can_be_read(path, capsys):
     assert report.main([str(path)]) == 0
-    assert len(capsys.readouterr().out.splitlines()) >= len(record.load(path).rows) > 0
+    rows = [row for row in record.load(path).rows if "ceiling" not in row.about]
+    assert len(capsys.readouterr().out.splitlines()) > len(rows) > 0
 
 
 # --- comparison

@@ -1,23 +1,30 @@
-"""The model of a step gives the times that a launch of one kind of cost must take; in a process that compiles."""
+"""bench.step_model, in a process that can compile: times of launches whose cost is of one kind; records of devices."""
 
 import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-BENCH = Path(__file__).parents[1] / "bench"
-# A GPU that reads a byte in a picosecond; memory, L2, instructions and waits are told apart by their prices.
+from bench import ROOT
+
+# A GPU that reads a byte per picosecond. Memory, L2, instructions and waits have different prices.
 SCRIPT = """
 import json, sys
-sys.path.insert(0, sys.argv[1])
-from step_model import Assumed, Cost, microseconds
+from bench.step_model import DEVICES, Assumed, Cost, microseconds, with_record
+
+def read(path):
+    try:
+        return {name: gpu.read for name, gpu in with_record(DEVICES, path).items()}
+    except ValueError as error:
+        return str(error)
+
 gpu = Assumed(read=1e12, l2=2e12, gap=1.0, trip=2.0, clock=1e9, issued=4.0, issued_by_warp=1.0)
 empty = Cost("", "", 1, 0, 0, 0, 0, 132, 4, 1, 10**6, 0)
-launches = {name: [empty._replace(**each) for each in chain] for name, chain in json.loads(sys.argv[2]).items()}
-print(json.dumps({"times": {k: microseconds(v, gpu) for k, v in launches.items()}}))
+launches = {name: [empty._replace(**each) for each in chain] for name, chain in json.loads(sys.argv[1]).items()}
+times = {name: microseconds(chain, gpu) for name, chain in launches.items()}
+print(json.dumps({"times": times, "records": [read(path) for path in sys.argv[2:]]}))
 """
 CHAINS = {
     "nothing but the gap": [{}],
@@ -33,11 +40,24 @@ CHAINS = {
 }
 
 
+CEILING = {"part": "ceilings", "name": "read", "state": "figure", "unit": "GB/s", "about": {"ceiling": "read"}}
+RECORDS = [  # stamp, rows, and the read bandwidth of each device or the error
+    ("NVIDIA H100 80GB HBM3", [{**CEILING, "rounds": [2000]}], {"H100": 2e12, "H200": 4.5e12}),
+    ("NVIDIA H100 80GB HBM3", [{**CEILING, "rounds": [1000, 9000, 3000]}], {"H100": 3e12, "H200": 4.5e12}),
+    ("NVIDIA H100 80GB HBM3", [], "has no read bandwidth: name a record"),
+    ("AMD EPYC", [{**CEILING, "rounds": [2000]}], "is of AMD EPYC; the model knows H100 and H200"),
+]
+
+
 @pytest.fixture(scope="module")
-def said():
+def result(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("records")
+    paths = [folder / f"{i}.json" for i in range(len(RECORDS))]
+    for path, (device, rows, _) in zip(paths, RECORDS, strict=True):
+        path.write_text(json.dumps({"format": 2, "stamp": {"device": device}, "rows": rows}))
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", SCRIPT, BENCH, json.dumps(CHAINS)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    command = [sys.executable, "-c", SCRIPT, json.dumps(CHAINS), *paths]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -57,40 +77,11 @@ def said():
         "but not while its programs queue": [7, 50],
     }.items(),
 )
-def test_a_launch_takes_what_its_cost_says(said, chain, times):
-    assert said["times"][chain] == pytest.approx(times)
+def test_a_launch_takes_the_time_of_its_cost(result, chain, times):
+    assert result["times"][chain] == pytest.approx(times)
 
 
-CEILING = {"part": "ceilings", "name": "read", "state": "figure", "about": {"ceiling": "read"}}
-
-
-@pytest.mark.parametrize(
-    ("record", "expected"),
-    [
-        ({"floor": {"read": 2e12, "copy": 1.0}}, {"H100": 2e12, "H200": 4.5e12}),
-        ({"rows": [{**CEILING, "rounds": [x]} for x in (1000, 9000, 3000)]}, {"H100": 3e12, "H200": 4.5e12}),
-        ({"rows": []}, "has no read rate: name a record"),
-        ([], "has no read rate: name a record"),
-        (
-            {"floor": {"read": 2e12}, "stamp": {"device": "AMD EPYC"}},
-            "is of AMD EPYC, and the model is of H100 and H200",
-        ),
-    ],
-)
-def test_a_record_gives_its_own_device_the_read_rate(tmp_path, record, expected):
-    stamp = {"stamp": {"device": "NVIDIA H100 80GB HBM3"}}
-    path = tmp_path / "record.json"
-    path.write_text(json.dumps({**stamp, **record} if isinstance(record, dict) else record))
-    script = """
-import json, sys
-sys.path.insert(0, sys.argv[1])
-from step_model import DEVICES, with_record
-try:
-    print(json.dumps({name: gpu.read for name, gpu in with_record(DEVICES, sys.argv[2]).items()}))
-except ValueError as error:
-    print(json.dumps(str(error)))
-"""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", script, BENCH, path], env=environment, capture_output=True, text=True)
-    found = json.loads(done.stdout)
+@pytest.mark.parametrize("i", range(len(RECORDS)))
+def test_a_record_sets_the_read_bandwidth_of_its_device(result, i):
+    found, expected = result["records"][i], RECORDS[i][2]
     assert found == expected if isinstance(expected, dict) else expected in found

@@ -4,32 +4,33 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-BENCH = Path(__file__).parents[1] / "bench"
+from bench import ROOT
+
 TARGETS = ("sm_80", "sm_90")
 
 
 @pytest.fixture(scope="module")
-def said():
+def compiled():
+    """What the warm-up compiles on each target, and what requests compile after it."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, Path(__file__).with_name("counted_compilations.py"), BENCH, *TARGETS]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    command = [sys.executable, "-m", "tests.support.counted_compilations", *TARGETS]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_requests_compile_nothing_behind_the_warm_up(said, target):
-    assert said[target]["new"] == []
+def test_requests_compile_nothing_after_the_warm_up(compiled, target):
+    assert compiled[target]["new"] == []
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_the_warm_up_is_short(said, target):
-    """A second or two each, once a machine: what compiles more has a reason that stands here.
+def test_the_warm_up_is_short(compiled, target):
+    """Each compiles for a second or two, once per machine. A higher count needs a reason here.
 
-    Two of 50 are attention's for one sequence alone, whose tiles are its own.
+    Two of the 50 are attention's for a single sequence, which has tiles of its own.
     """
-    assert len(said[target]["warm"]) <= 50, said[target]["warm"]
+    assert len(compiled[target]["warm"]) <= 50, compiled[target]["warm"]

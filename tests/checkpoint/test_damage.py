@@ -7,10 +7,11 @@ import random
 
 import pytest
 import torch
+from safetensors.torch import save_file
+
 from internlm3 import InternLM3ForCausalLM
 from internlm3.runtime.checkpoint.weight_files import read_header, read_tensors
 from internlm3.tests.support.checkpoints import INDEX, change, holder, load, make, refused, same, shards
-from safetensors.torch import save_file
 
 # -------------------------------------------------------------------- damage
 

@@ -15,6 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+
 from internlm3.runtime.common import hub as snapshots
 
 COMMIT = "0" * 40

@@ -9,9 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from internlm3 import InternLM3Config, InternLM3ForCausalLM, InternLM3Model
-from internlm3.tests.support.checkpoints import IDS, INDEX, change, load, make, refused, same, shards_to_bin
 from safetensors.torch import save_file
+
+from internlm3 import InternLM3Config, InternLM3ForCausalLM, InternLM3Model
+from internlm3.runtime.checkpoint.load import load_model
+from internlm3.runtime.model.model import Decoder, LanguageModel
+from internlm3.tests.support.checkpoints import IDS, INDEX, change, load, make, refused, same, shards_to_bin
 
 # -------------------------------------------------------------------- round trips
 
@@ -112,6 +115,15 @@ def test_the_decoder_alone(tmp_path):
     model.save_pretrained(tmp_path)
     decoder = InternLM3Model.from_pretrained(str(tmp_path), device="cpu", progress=False)
     assert torch.equal(decoder(IDS).last_hidden_state, model.model(IDS).last_hidden_state)
+
+
+def test_a_plain_language_model(tmp_path):
+    """load_model makes any LanguageModel, without transformers' interface."""
+    model = make()
+    model.save_pretrained(tmp_path)
+    plain = load_model(LanguageModel, tmp_path, device="cpu", batch_invariant=True, progress=False)
+    assert type(plain) is LanguageModel and type(plain.model) is Decoder
+    assert same(model, plain) and plain.model.batch_invariant and not plain.training
 
 
 def test_a_configuration_of_ones_own(tmp_path):

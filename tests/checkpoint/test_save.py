@@ -10,6 +10,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+
 from internlm3.runtime.checkpoint import save as saving
 from internlm3.tests.support.checkpoints import (
     INDEX,

@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+
 from internlm3 import Chunk
 from internlm3.runtime.cli.chat import Chat, show
 from internlm3.tests.support.command_line import FIGURES

@@ -9,6 +9,7 @@ import os
 
 import pytest
 import torch
+
 from internlm3 import InternLM3Config, InternLM3ForCausalLM, InternLM3Tokenizer
 
 CHECKPOINT = os.environ.get("INTERNLM3_CHECKPOINT", "")

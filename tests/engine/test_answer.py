@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from internlm3 import InternLM3Config, InternLM3ForCausalLM
 from internlm3.runtime.engine.answer import Answer
 from internlm3.runtime.engine.engine import Engine

@@ -1,6 +1,6 @@
-"""The decode step: rows that know nothing of each other, and a step that a graph can hold.
+"""The decode step: slots that do not affect each other, and a step that a CUDA graph can hold.
 
-A CPU proves that by a graph of its own, see tests/support/capture.py.
+Without a GPU a stand-in for graphs checks that, see tests/support/capture.py.
 """
 
 import numpy as np
@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from internlm3 import InternLM3Config, InternLM3ForCausalLM
 from internlm3.kernels import cpu, cpu_cache
 from internlm3.kernels.reference import FEW_ROWS
@@ -26,7 +27,7 @@ CPU = torch.device("cpu")
 
 
 class Rows:
-    """The rows of a state, without a model: called with logits it draws from them. A row: settings, prompt, answer."""
+    """The slots of a state without a model: calling it with logits samples from them. A row: params, prompt, stream."""
 
     def __init__(self, rows, vocab_size, eos_token_ids=(), tier=None):
         requests = [Request(prompt, params, 1000, frozenset(eos_token_ids), answer) for params, prompt, answer in rows]
@@ -43,7 +44,7 @@ class Rows:
         return self.state.report.clone()
 
     def keep(self, rows):
-        """These rows, in rows 0, 1, ... which must not be among those that come later."""
+        """Moves these rows to slots 0, 1, ..., none of which may come later in the list."""
         for target, source in enumerate(rows):
             if source != target:
                 self.state.move(source, target)
@@ -51,12 +52,12 @@ class Rows:
 
 
 def tokens_of(words):
-    """The tokens whose bits are set in [W] int32."""
+    """The tokens whose bits are set in words [W] int32."""
     return {32 * word + bit for word, value in enumerate(words.tolist()) for bit in range(32) if value >> bit & 1}
 
 
-def test_a_bit_for_each_token():
-    """Those of a word's sign, of the last word, and one that is named twice; min_tokens holds back the ends."""
+def test_masks_have_a_bit_for_each_token():
+    """Sign bits, the last word, and a token named twice; min_tokens masks the end tokens."""
     params = SamplingParams(allowed_token_ids=[0, 31, 32, 63, 69, 31], suppress_tokens=[32, 64], min_tokens=1)
     state = Rows([(params, [1], 0), (SamplingParams(), [1], 0)], 70, eos_token_ids=[31, 69]).state
     assert tokens_of(state.end_mask[0]) == tokens_of(state.end_mask[1]) == {31, 69}
@@ -65,11 +66,11 @@ def test_a_bit_for_each_token():
 
 
 def run(rows, logits, steps):
-    """The tokens of each row, -1 when it is idle."""
+    """The tokens of each row, -1 while it is idle."""
     return torch.stack([rows(logits)[:, 0] for _ in range(steps)], dim=1).tolist()
 
 
-def test_rows_repeats_itself_and_its_streams_differ():
+def test_equal_rows_sample_the_same_and_streams_differ():
     logits = random_logits(1, 500, 31).expand(3, -1)
     params = SamplingParams(seed=5)
     rows = [(params, [1, 2], 0), (params, [1, 2], 1), (params, [1, 2], 0)]
@@ -78,7 +79,7 @@ def test_rows_repeats_itself_and_its_streams_differ():
     assert [first] == run(Rows(rows[:1], 500), logits[:1], 20)
 
 
-def test_rows_without_a_seed_follows_torch_manual_seed():
+def test_rows_without_a_seed_follow_torch_manual_seed():
     logits = random_logits(2, 500, 32)
 
     def generated():
@@ -91,14 +92,14 @@ def test_rows_without_a_seed_follows_torch_manual_seed():
     assert generated() == first
 
 
-def test_rows_continues_a_text_as_it_would_have_gone_on():
+def test_a_continued_text_samples_what_the_whole_sampled():
     logits = random_logits(1, 300, 33)
     params = SamplingParams(seed=9, repetition_penalty=1.2)
     whole = run(Rows([(params, [4, 5], 0)], 300), logits, 12)[0]
     assert run(Rows([(params, [4, 5, *whole[:7]], 0)], 300), logits, 5)[0] == whole[7:]
 
 
-def test_rows_keeps_rows():
+def test_rows_do_not_change_each_other_and_can_move():
     rows = [
         (SamplingParams(seed=1, frequency_penalty=1.0, top_k=20), [1], 0),
         (SamplingParams(temperature=0, min_tokens=4, logit_bias={2: 50.0}), [2, 3], 0),
@@ -128,7 +129,7 @@ def test_penalties_count_what_was_generated():
 
 
 @pytest.mark.parametrize("ignore_eos, expected", [(False, [1, 1, 0]), (True, [0, 0, 0])])
-def test_min_tokens_holds_back_the_ends(ignore_eos, expected):
+def test_min_tokens_masks_the_end_tokens(ignore_eos, expected):
     params = SamplingParams(temperature=0, min_tokens=2, stop_token_ids=[2], ignore_eos=ignore_eos)
     rows_ = Rows([(params, [3], 0)], 4, [0])
     assert run(rows_, floats(9.0, 1.0, 5.0, 0.0)[None], 3)[0] == expected
@@ -157,15 +158,15 @@ setting = st.fixed_dictionaries(
 
 @settings(max_examples=60)
 @given(st.lists(setting, min_size=1, max_size=3), st.integers(0, 99))
-def test_an_idle_stage_gives_the_bits_of_one_turned_off(given_settings, seed):
-    """A batch runs in the highest tier that any of its rows needs: no bit of another row changes."""
+def test_an_unused_stage_leaves_a_row_bit_identical(given_settings, seed):
+    """A batch runs in the highest tier that any row needs, which does not change the others."""
     logits = random_logits(len(given_settings), 150, seed)
     rows = [(SamplingParams(**each), [1, 2, 3], 0) for each in given_settings]
     lowest = Rows(rows, 150, [7])
     higher = [Rows(rows, 150, [7], tier) for tier in Tier if tier > lowest.tier]
     for _ in range(4):
-        said = lowest(logits)
-        assert all(torch.equal(each(logits), said) for each in higher)
+        reports = lowest(logits)
+        assert all(torch.equal(each(logits), reports) for each in higher)
 
 
 @pytest.mark.parametrize(
@@ -183,19 +184,19 @@ def test_an_idle_stage_gives_the_bits_of_one_turned_off(given_settings, seed):
         ({"temperature": 0, "presence_penalty": 0.1}, Tier.FULL),
     ],
 )
-def test_the_lowest_tier_that_serves(params, tier):
-    """Only where a top-k leaves few candidates is a search told so."""
+def test_the_lowest_tier_with_all_stages(params, tier):
+    """Only the usual tier tells `sample` that a top-k leaves few candidates."""
     rows = Rows([(SamplingParams(**params), [1], 0)], 10)
     assert rows.tier == tier
     assert rows.state.stages(tier)["few_candidates"] == (tier == Tier.USUAL)
 
 
-def test_limits_are_the_devices_own():
+def test_the_device_counts_tokens_against_the_limit():
     rows = [(SamplingParams(temperature=0), [1] * length, 0) for length in (1, 3)]
     rows = Rows(rows, 5)
     rows.state.max_len.copy_(torch.tensor([3, 4]))
-    said = [rows(floats(0, 1, 2, 9, 4).expand(2, -1)).tolist() for _ in range(3)]
-    assert [[row[:2] for row in step] for step in said] == [
+    reports = [rows(floats(0, 1, 2, 9, 4).expand(2, -1)).tolist() for _ in range(3)]
+    assert [[row[:2] for row in step] for step in reports] == [
         [[3, 0], [3, 2]],
         [[3, 2], [-1, 2]],
         [[-1, 2], [-1, 2]],
@@ -228,7 +229,7 @@ def recorder(monkeypatch):
 
 
 def answers(model, count=3, engine=None, **options):
-    """What some requests of different lengths and settings get from an engine; and the engine, idle again."""
+    """Answers to some requests of different lengths and settings; and the engine, idle again."""
     rng = np.random.default_rng(3)
     prompts = [rng.integers(0, 320, length).tolist() for length in (5, 90, 1, 64, 33)[:count]]
     engine = engine or Engine(model, max_batch_size=4, max_seq_len=160, **options)
@@ -243,15 +244,15 @@ def answers(model, count=3, engine=None, **options):
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3, 4])
-def test_replays_give_the_tokens_of_steps(model, recorder, depth):
+def test_captured_steps_give_the_tokens_of_eager_ones(model, recorder, depth):
     expected, _ = answers(model, 5)
     found, engine = answers(model, 5, capture=recorder.capture, depth=depth)
     assert found == expected and engine.pages.free == len(engine.pages)
     assert {len(tokens) for tokens, _ in found} - {12} and recorder.replays > 10
 
 
-def test_behind_a_warm_up_nothing_is_captured(model, recorder):
-    """Every number of rows and every tier, on idle rows: no page is written, and the answers are what they were."""
+def test_after_a_warm_up_nothing_is_captured(model, recorder):
+    """Every batch size and every tier, on idle slots: no page is written, and answers do not change."""
     expected, _ = answers(model, 5)
     captured = []
 
@@ -262,7 +263,7 @@ def test_behind_a_warm_up_nothing_is_captured(model, recorder):
     engine = Engine(model, max_batch_size=4, max_seq_len=160, capture=capture)
     before = [
         kv.fill_(1.0).clone() for kv in engine.kv_cache.layers
-    ]  # memory that is as it comes may hold NaN, equal to nothing
+    ]  # uninitialised memory may hold NaN, which equals nothing
     engine.warm_up()
     engine.warm_up()
     assert len(captured) == 4 * 3 + 4  # 1, 2 and 4 rows, by tier; prompts of up to 16, 64, 128 and 160 tokens
@@ -271,7 +272,7 @@ def test_behind_a_warm_up_nothing_is_captured(model, recorder):
     assert found == expected and len(captured) == 16
 
 
-def test_a_warm_up_waits_for_no_request(model):
+def test_a_warm_up_is_refused_while_requests_wait(model):
     engine = Engine(model, max_batch_size=2, max_seq_len=160)
     request = Request([1, 2], SamplingParams(temperature=0), 9)
     engine.add([request])
@@ -281,8 +282,8 @@ def test_a_warm_up_waits_for_no_request(model):
     engine.warm_up()
 
 
-def test_a_step_is_ops_and_nothing_else(model, recorder):
-    """Six a layer (attention counted once), embedding, head, sample, advance: no op of PyTorch between them."""
+def test_a_step_runs_our_ops_and_nothing_else(model, recorder):
+    """Five a layer, embedding, head, sample, advance: no op of PyTorch between them."""
     answers(model, 1, capture=recorder.capture)
     assert [name for name, *_ in recorder.nodes] == [
         "embed",
@@ -293,7 +294,7 @@ def test_a_step_is_ops_and_nothing_else(model, recorder):
     ]
 
 
-def test_the_state_stays_where_it_is(model, recorder):
+def test_the_state_stays_at_its_addresses(model, recorder):
     engine = Engine(model, max_batch_size=2, max_seq_len=160, capture=recorder.capture)
     places = [tensor.data_ptr() for tensor in engine._state.advance_arguments().values()]
     engine.add([Request([1, 2], SamplingParams(temperature=0), 9)])
@@ -303,7 +304,7 @@ def test_the_state_stays_where_it_is(model, recorder):
 
 
 def test_late_steps_write_no_page(model):
-    """Steps behind the end of every row leave all pages as they are."""
+    """Steps after the end of every answer write no page."""
     _, engine = answers(model, 3)
     before = [kv.clone() for kv in engine.kv_cache.layers]
     with torch.inference_mode():
@@ -313,8 +314,8 @@ def test_late_steps_write_no_page(model):
     assert (engine._state.report[:, 0] == -1).all()
 
 
-def test_a_cancelled_row_writes_no_page(model, recorder):
-    """Its row stands among others in a step of four, which go on; its pages may be another's by then."""
+def test_a_cancelled_slot_writes_no_page(model, recorder):
+    """The captured step still runs its slot, beside three others; its pages may belong to another request by then."""
     engine = Engine(model, max_batch_size=4, max_seq_len=160, capture=recorder.capture, depth=2)
     requests = [Request([row, 1, 2], SamplingParams(temperature=0), 40) for row in range(4)]
     engine.add(requests)
@@ -352,15 +353,15 @@ def passes_a_length_as_a_number(step, model, kv_cache, state, tier):
 @pytest.mark.parametrize(
     "fault", [reads_a_length, branches_on_a_tensor, asks_which_rows_run, passes_a_length_as_a_number]
 )
-def test_what_a_graph_would_freeze_is_found(model, recorder, monkeypatch, fault):
+def test_a_value_that_a_graph_would_freeze_is_found(model, recorder, monkeypatch, fault):
     step = decode.step
     monkeypatch.setattr(decode, "step", lambda *args: fault(step, *args))
     with pytest.raises(RuntimeError, match="in a step"):
         answers(model, 2, capture=recorder.capture)
 
 
-def test_a_state_that_is_bound_anew_is_found(model, recorder, monkeypatch):
-    """Each step feeds on a tensor of its own: right when it runs eagerly, wrong when it is replayed."""
+def test_a_replaced_state_tensor_is_found(model, recorder, monkeypatch):
+    """Each step reads a tensor of its own: right when it runs eagerly, wrong when it is replayed."""
     expected, _ = answers(model, 2)
     sample, fed = decode.sample, {}
 
@@ -375,16 +376,16 @@ def test_a_state_that_is_bound_anew_is_found(model, recorder, monkeypatch):
     assert found != expected
 
 
-def test_where_a_chunk_ends_pages_and_blocks_of_attention_end():
-    """Else what is reused, and what a launch of several chunks computes, would be cut in other places."""
+def test_chunks_end_where_pages_and_query_blocks_end():
+    """Otherwise a reused prefix, and a launch of several chunks, would be cut at other places."""
     assert prefill.CHUNK % PAGE == prefill.CHUNK % cpu_cache.QUERY_BLOCK == prefill.LAUNCH_TOKENS % prefill.CHUNK == 0
 
 
 @pytest.mark.skipif(cpu.ROW_COUNT_CHANGES_BITS, reason="on this CPU the number of rows may change rounding")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_chunks_that_share_a_launch(monkeypatch, threads, dtype):
-    """The bits of a launch for each chunk, whatever the shapes and wherever threads cut them."""
+def test_several_chunks_in_one_launch(monkeypatch, threads, dtype):
+    """Bit-identical to one launch for each chunk, for odd shapes and any number of threads."""
     monkeypatch.setattr(prefill, "CHUNK", cpu_cache.QUERY_BLOCK)
     cut, most = prefill.CHUNK, 3 * prefill.CHUNK
     config = InternLM3Config(

@@ -1,4 +1,4 @@
-"""The engine: requests come and go between steps, each gets what it gets alone, and every page is accounted for."""
+"""The engine: requests join and leave between steps, each gets what it gets alone, and no page is lost."""
 
 import contextlib
 import random
@@ -8,6 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from bench import batching
 from internlm3 import InternLM3Config, InternLM3ForCausalLM
 from internlm3.kernels import triton
 from internlm3.kernels.cpu import ROW_COUNT_CHANGES_BITS
@@ -23,8 +25,6 @@ from internlm3.runtime.model.kv_cache import PAGE, page_bytes, pages_of
 from internlm3.runtime.model.model import Decoder
 from internlm3.runtime.sampling.params import SamplingParams
 from internlm3.tests.support.capture import Recorder
-
-from bench import batching
 
 SHAPE = {
     "vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -42,7 +42,7 @@ def model():
 
 @pytest.fixture(autouse=True)
 def short_chunks(monkeypatch):
-    """A page each, so that short prompts have several."""
+    """Chunks of one page, so that short prompts have several."""
     monkeypatch.setattr(prefill, "CHUNK", PAGE)
     monkeypatch.setattr(prefill, "LAUNCH_TOKENS", PAGE)
 
@@ -62,22 +62,22 @@ def run(engine, *requests):
     return requests
 
 
-def said(request):
-    """All of an answer, to the last bit."""
+def result(request):
+    """All of an answer, log-probabilities included."""
     return request.token_ids, request.logprobs, request.top_logprobs, request.finish_reason, request.stop_reason
 
 
 def alone(model, request):
-    """The same request, in an engine of its own."""
+    """The result of the same request in an engine of its own."""
     twin = Request(
         request.prompt_ids, request.params, request.max_tokens, request.eos_token_ids, request.answer, request.hooks
     )
     twin.seed = request.seed
-    return said(*run(Engine(model, max_batch_size=1, max_seq_len=512), twin))
+    return result(*run(Engine(model, max_batch_size=1, max_seq_len=512), twin))
 
 
-def fed(monkeypatch, model):
-    """A list that grows by the number of tokens of every pass through the blocks."""
+def count_tokens(monkeypatch, model):
+    """A list of the number of tokens of each pass through the blocks."""
     tokens, through = [], model.model.run
 
     def counting(x, *args, **options):
@@ -88,80 +88,80 @@ def fed(monkeypatch, model):
     return tokens
 
 
-# -------------------------------------------------------------------- pages that remember
+# -------------------------------------------------------------------- prefix reuse
 
 
-def test_a_second_turn_fills_only_what_is_new(model, monkeypatch):
+def test_the_next_turn_of_a_conversation_prefills_only_new_tokens(model, monkeypatch):
     engine, first = Engine(model, max_batch_size=2, max_seq_len=512), ids(150)
     (one,) = run(engine, ask(first))
     turn = first + one.token_ids + ids(40, 1)
-    tokens = fed(monkeypatch, model)
+    tokens = count_tokens(monkeypatch, model)
     (two,) = run(engine, ask(turn))
     assert (one.cached_tokens, two.cached_tokens) == (0, 128)
-    assert sum(tokens) == len(turn) - 128 + 7  # and seven steps behind the first token
-    assert said(two) == alone(model, two)
+    assert sum(tokens) == len(turn) - 128 + 7  # and seven steps after the first token
+    assert result(two) == alone(model, two)
 
 
 @pytest.mark.parametrize("length", [1, 63, 64, 65, 128, 200])
-def test_the_same_question_again(model, length):
-    """All but the chunk of the last token, which must run."""
+def test_the_same_prompt_again(model, length):
+    """All chunks are reused but that of the last token, which must run."""
     engine = Engine(model, max_batch_size=2, max_seq_len=512)
     (one,), (two,) = run(engine, ask(ids(length))), run(engine, ask(ids(length)))
     assert two.cached_tokens == (length - 1) // PAGE * PAGE
-    assert said(one) == said(two) == alone(model, two)
+    assert result(one) == result(two) == alone(model, two)
 
 
 @pytest.mark.parametrize("place", [0, 63, 64, 100, 170])
-def test_an_edit_in_the_middle_shares_what_comes_before(model, place):
+def test_an_edited_prompt_reuses_the_chunks_before_the_edit(model, place):
     engine, first = Engine(model, max_batch_size=2, max_seq_len=512), ids(200)
     run(engine, ask(first))
     edited = [*first[:place], (first[place] + 1) % 320, *first[place + 1 :]]
     (request,) = run(engine, ask(edited))
     assert request.cached_tokens == place // PAGE * PAGE
-    assert said(request) == alone(model, request)
+    assert result(request) == alone(model, request)
 
 
-def test_answers_to_one_prompt_fill_it_once(model, monkeypatch):
+def test_answers_to_one_prompt_prefill_it_once(model, monkeypatch):
     engine, prompt = Engine(model, max_batch_size=4, max_seq_len=512), ids(150)
-    tokens = fed(monkeypatch, model)
+    tokens = count_tokens(monkeypatch, model)
     requests = [ask(prompt, answer=answer, temperature=1.0, seed=5) for answer in range(4)]
     engine.add(requests)
     engine.step()
     assert tokens == [64, 64, 22]
-    # Two whole pages together, and one each for what both write.
+    # Two whole pages are shared; each answer has a page of its own to write.
     assert len(engine.pages) - engine.pages.free == 2 + 4
     run(engine)
     while engine.busy:
         engine.step()
     assert len({tuple(request.token_ids) for request in requests}) == 4
-    assert [said(request) for request in requests] == [alone(model, request) for request in requests]
+    assert [result(request) for request in requests] == [alone(model, request) for request in requests]
 
 
 @pytest.mark.skipif(ROW_COUNT_CHANGES_BITS, reason="on this CPU the number of rows may change rounding")
-def test_short_prompts_share_launches(model, monkeypatch):
-    """Those of like lengths, up to a bound together; one of up to 16 tokens goes alone, and so does a long one."""
+def test_short_prompts_are_batched(model, monkeypatch):
+    """Prompts of similar lengths, up to a bound; one of up to 16 tokens runs alone, and so does a long one."""
     monkeypatch.setattr(prefill, "CHUNK", 192)
     monkeypatch.setattr(prefill, "LAUNCH_TOKENS", 192)
     engine = Engine(model, max_batch_size=8, max_seq_len=512)
     requests = [ask(ids(length, length)) for length in (50, 45, 16, 40, 300, 51, 200, 39, 38)]
-    tokens = fed(monkeypatch, model)
+    tokens = count_tokens(monkeypatch, model)
     engine.add(requests)
     engine.step()
-    assert tokens == [16, 192, 108, 192, 8, 3 * 51, 2 * 40]  # the last prompt waits for a row
+    assert tokens == [16, 192, 108, 192, 8, 3 * 51, 2 * 40]  # the last prompt waits for a slot
     while engine.busy:
         engine.step()
     for request in requests:
-        assert said(request) == alone(model, request)
+        assert result(request) == alone(model, request)
 
 
-def test_prompts_in_captured_launches(model, monkeypatch):
-    """Padded to a few widths and replayed without their Python: the same answers, beside one that goes on meanwhile."""
+def test_prompts_run_in_captured_launches(model, monkeypatch):
+    """Padded to a few widths and replayed: the same answers, while another request decodes."""
     monkeypatch.setattr(prefill, "CHUNK", 256)
     monkeypatch.setattr(prefill, "LAUNCH_TOKENS", 256)
     lengths = (1, 15, 16, 17, 64, 65, 130, 255, 256, 257, 300, 500)
     prompts = {length: ids(length, length) for length in lengths}
     expected = {length: alone(model, ask(prompt))[0] for length, prompt in prompts.items()}
-    turn = ask(prompts[500][:300] + ids(30, 31))  # a conversation's next: it begins as another does, for a chunk
+    turn = ask(prompts[500][:300] + ids(30, 31))  # shares its first chunk with another prompt
     its_tokens = alone(model, turn)[0]
     neighbour = ask(ids(90, 7), 120)
     its_answer = alone(model, neighbour)[0]
@@ -170,7 +170,7 @@ def test_prompts_in_captured_launches(model, monkeypatch):
     engine = Engine(model, max_batch_size=2, max_seq_len=512, capture=recorder.capture)
     engine.warm_up()
     engine.add([neighbour])
-    launched = fed(monkeypatch, model)
+    launched = count_tokens(monkeypatch, model)
     for length, prompt in prompts.items():
         (request,) = run(engine, ask(prompt))
         assert request.token_ids == expected[length], length
@@ -192,7 +192,7 @@ def test_which_prompts_can_be_batched(model, monkeypatch):
     assert not on_a_gpu.can_batch_prompts(FEW_ROWS + 1)
 
 
-def test_sequences_of_different_rotary_bases_share_nothing():
+def test_prompts_with_different_rotary_bases_share_no_pages():
     shape = {**SHAPE, "max_position_embeddings": 64, "rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}
     torch.manual_seed(1)
     model = InternLM3ForCausalLM(InternLM3Config(**shape), dtype=torch.bfloat16)
@@ -200,24 +200,24 @@ def test_sequences_of_different_rotary_bases_share_nothing():
     for length, cached in ((200, 0), (199, 0), (200, 192), (150, 0), (199, 192)):
         (request,) = run(engine, ask(prompt[:length]))
         assert request.cached_tokens == cached
-        assert said(request) == alone(model, request)
+        assert result(request) == alone(model, request)
 
 
-# -------------------------------------------------------------------- room
+# -------------------------------------------------------------------- waiting
 
 
-def test_out_of_pages_waits(model):
-    """One window of pages, five requests that take most of it: one after the other, and none fails."""
+def test_requests_wait_for_pages(model):
+    """Pages for one window, five requests that need most of it: they run one after the other, and none fails."""
     engine = Engine(model, max_batch_size=4, max_seq_len=512, cache_tokens=512)
     requests = run(engine, *(ask(ids(300, seed), 100) for seed in range(5)))
     assert [request.finish_reason for request in requests] == ["length"] * 5
-    assert said(requests[4]) == alone(model, requests[4])
+    assert result(requests[4]) == alone(model, requests[4])
     assert engine.pages.free == len(engine.pages) == 8
 
 
 @pytest.mark.parametrize("tail", [[], [1, 2]], ids=["same prompt", "same beginning"])
-def test_what_waits_for_pages_holds_none(model, tail):
-    """Not those either that hold its beginning, and would be shared."""
+def test_a_request_that_waits_for_pages_uses_none(model, tail):
+    """Nor the pages of its prefix, which it would share."""
     engine = Engine(model, max_batch_size=4, max_seq_len=512, cache_tokens=512)
     requests = [ask(prompt, 40) for prompt in (ids(200), ids(200, 1), ids(200) + tail)]
     engine.add(requests)
@@ -227,17 +227,17 @@ def test_what_waits_for_pages_holds_none(model, tail):
     assert engine.pages.free == len(engine.pages)
     while engine.busy:
         engine.step()
-    assert said(requests[2]) == alone(model, requests[2])
+    assert result(requests[2]) == alone(model, requests[2])
 
 
-def test_what_can_never_fit_is_refused_at_once(model):
+def test_a_request_that_can_never_fit_is_refused_at_once(model):
     engine = Engine(model, max_batch_size=4, max_seq_len=100)
     with pytest.raises(ValueError, match="a prompt of 90 tokens and 11 more are 101, and the window is 100"):
         engine.add([ask(ids(5)), ask(ids(90), 11)])
     assert not engine.busy
 
 
-def test_the_budget_says_its_arithmetic(model, monkeypatch):
+def test_the_page_budget_and_its_errors(model, monkeypatch):
     with pytest.raises(ValueError, match="cache_tokens is 100, less than one window: max_seq_len is 512"):
         Engine(model, max_seq_len=512, cache_tokens=100)
     each = page_bytes(model.config, torch.bfloat16)
@@ -255,10 +255,10 @@ def test_the_budget_says_its_arithmetic(model, monkeypatch):
         page_budget(*where, batch_size=1, max_seq_len=512, cache_tokens=1300)
 
 
-# -------------------------------------------------------------------- coming and going
+# -------------------------------------------------------------------- cancels and errors
 
 
-def test_cancelled_requests_free_their_rows_and_pages_at_once(model):
+def test_cancelled_requests_free_their_slots_and_pages_at_once(model):
     engine = Engine(model, max_batch_size=2, max_seq_len=512)
     one, two, three = (ask(ids(70, seed), 50) for seed in range(3))
     engine.add([one, two, three])
@@ -272,7 +272,7 @@ def test_cancelled_requests_free_their_rows_and_pages_at_once(model):
     while engine.busy:
         engine.step()
     assert len(one.token_ids) == have and engine.pages.free == len(engine.pages)
-    assert said(two) == alone(model, two) and said(four) == alone(model, four)
+    assert result(two) == alone(model, two) and result(four) == alone(model, four)
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
@@ -288,11 +288,11 @@ def test_an_error_in_a_step_ends_every_request_and_leaves_the_engine_as_new(mode
     assert [request.finish_reason for request in requests] == ["abort"] * 3
     assert not engine.busy and engine.pages.free == len(engine.pages)
     (again,) = run(engine, ask(ids(100)))
-    assert again.cached_tokens == 0 and said(again) == alone(model, again)
+    assert again.cached_tokens == 0 and result(again) == alone(model, again)
 
 
-def test_rows_that_an_error_ended_write_no_page(model, monkeypatch):
-    """In a captured step of four rows three go on: the fourth one's old pages are another's prompt by then."""
+def test_slots_that_an_error_freed_write_no_page(model, monkeypatch):
+    """A captured step of four runs for three requests then: the fourth slot's old pages hold another prompt."""
     engine = Engine(model, max_batch_size=4, max_seq_len=512, capture=lambda step: (step(), step)[1], depth=2)
     engine.add([ask(ids(100, seed), 20) for seed in range(4)])
     for _ in range(3):
@@ -301,10 +301,10 @@ def test_rows_that_an_error_ended_write_no_page(model, monkeypatch):
         patch.setattr(model, "head", lambda x: (_ for _ in ()).throw(RuntimeError("in a step")))
         engine.step()
     requests = run(engine, *(ask(ids(256, seed), 6) for seed in range(3)))
-    assert [said(request) for request in requests] == [alone(model, request) for request in requests]
+    assert [result(request) for request in requests] == [alone(model, request) for request in requests]
 
 
-def test_threads_share_steps_and_each_gets_its_own(model):
+def test_threads_share_steps_and_get_their_own_answers(model):
     engine = Engine(model, max_batch_size=4, max_seq_len=512)
     requests = [ask(ids(20 + seed, seed), 30, temperature=1.0, seed=seed) for seed in range(6)]
     begin = threading.Barrier(len(requests))
@@ -319,10 +319,10 @@ def test_threads_share_steps_and_each_gets_its_own(model):
         thread.start()
     for thread in threads:
         thread.join()
-    assert [said(request) for request in requests] == [alone(model, request) for request in requests]
+    assert [result(request) for request in requests] == [alone(model, request) for request in requests]
 
 
-def test_a_call_that_another_one_broke_off_is_told(model, monkeypatch):
+def test_an_error_in_another_callers_step_is_reported(model, monkeypatch):
     engine = Engine(model, max_batch_size=2, max_seq_len=512)
     mine, other = ask(ids(5)), ask(ids(6))
     updates = engine.run([Answer(mine)])
@@ -336,25 +336,25 @@ def test_a_call_that_another_one_broke_off_is_told(model, monkeypatch):
     again = ask(mine.prompt_ids)
     for _ in engine.run([Answer(again)]):
         pass
-    assert said(again) == alone(model, again)
+    assert result(again) == alone(model, again)
 
 
-def test_more_answers_than_rows_wait(model):
+def test_requests_wait_for_slots(model):
     requests = [ask(ids(70), answer=answer, temperature=1.0, seed=4) for answer in range(6)]
     run(Engine(model, max_batch_size=2, max_seq_len=512), *requests)
-    assert [said(request) for request in requests] == [alone(model, request) for request in requests]
+    assert [result(request) for request in requests] == [alone(model, request) for request in requests]
 
 
 @pytest.mark.parametrize("rows", [1, 3, 4])
-def test_steps_are_as_few_as_lengths_allow(model, monkeypatch, rows):
-    """No row is idle while somebody waits for it: as many steps as bench/batching.py holds the engine to."""
+def test_as_few_steps_as_the_lengths_allow(model, monkeypatch, rows):
+    """No slot is idle while a request waits: as many steps as bench/batching.py computes."""
     dice, queued, launch = random.Random(rows), [], StepQueue.launch
     monkeypatch.setattr(StepQueue, "launch", lambda *arguments: (queued.append(1), launch(*arguments)))
     lengths = [dice.choice([1, 2, 3, 20, 40]) for _ in range(16)]
     run(Engine(model, max_batch_size=rows, max_seq_len=512), *(ask(ids(5, row), n) for row, n in enumerate(lengths)))
     assert len(queued) == batching.steps(lengths, rows, batching.CONTINUOUS)
     ends, waves = [0] * rows, 0
-    for n in lengths:  # once more, written another way
+    for n in lengths:  # computed in another way
         ends.sort()
         ends[0] += n - 1
     for first in range(0, 16, rows):
@@ -363,7 +363,7 @@ def test_steps_are_as_few_as_lengths_allow(model, monkeypatch, rows):
 
 
 def test_a_soak_of_two_thousand(model):
-    """Random prompts, lengths, beginnings and cancellations: every request ends once, and every page is free."""
+    """Random prompts, lengths, prefixes and cancels: every request ends once, and every page is free at the end."""
     dice = random.Random(1)
     engine = Engine(model, max_batch_size=8, max_seq_len=512, cache_tokens=1500, depth=2)
     requests = [
@@ -384,11 +384,11 @@ def test_a_soak_of_two_thousand(model):
     assert reasons.count("abort") == cancelled > 20 and reasons.count("stop") > 500 and None not in reasons
     assert engine.pages.free == len(engine.pages)
     for request in dice.sample([r for r in requests if r.finish_reason != "abort"], 20):
-        assert said(request) == alone(model, request)
+        assert result(request) == alone(model, request)
 
 
 def test_no_memory_for_a_capture_leaves_the_step_eager(model, monkeypatch):
-    """The step has run once, as it must have, and is run again each time; a warning tells that it is slower."""
+    """The step runs once when it is captured and again each time; a warning says that it is slower."""
 
     @contextlib.contextmanager
     def graph(*_, **__):
@@ -407,7 +407,7 @@ def test_no_memory_for_a_capture_leaves_the_step_eager(model, monkeypatch):
     engine = Engine(model, max_batch_size=2, max_seq_len=512, capture=cuda_graphs(), depth=2)
     with pytest.warns(UserWarning, match="no memory to capture a decode step"):
         requests = run(engine, *(ask(ids(60, seed), 6 + seed) for seed in range(3)))
-    assert [said(request) for request in requests] == [alone(model, request) for request in requests]
+    assert [result(request) for request in requests] == [alone(model, request) for request in requests]
     assert engine.pages.free == len(engine.pages)
 
 
@@ -428,8 +428,8 @@ actions = st.one_of(
 
 @settings(max_examples=40)
 @given(st.lists(actions, max_size=25), st.sampled_from([512, 900, None]), st.integers(1, 3), st.integers(1, 4))
-def test_whatever_comes_and_goes(model, actions, cache_tokens, depth, max_rows):
-    """Every page is free or held by those who run, every request ends once, with the tokens that it gets alone."""
+def test_any_order_of_requests_steps_and_cancels(model, actions, cache_tokens, depth, max_rows):
+    """Pages in use are those of active slots; every request ends once, with the tokens that it gets alone."""
     engine = Engine(model, max_batch_size=max_rows, max_seq_len=512, cache_tokens=cache_tokens, depth=depth)
     requests, cancelled = [], set()
 
@@ -465,4 +465,4 @@ def test_whatever_comes_and_goes(model, actions, cache_tokens, depth, max_rows):
         if request in cancelled:
             assert request.token_ids == expected[0][: len(request.token_ids)]
         else:
-            assert said(request) == expected
+            assert result(request) == expected

@@ -1,4 +1,4 @@
-"""Pages and the caches on them: exact accounting, no page in two hands, nothing half-done after an error."""
+"""Pages and the caches on them: exact accounting, no page with two owners, and errors that change nothing."""
 
 import itertools
 import random
@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from internlm3 import InternLM3Config, InternLM3ForCausalLM
 from internlm3.runtime.compat.cache import KVCache
 from internlm3.runtime.engine import prefill
@@ -25,8 +26,8 @@ def kv_cache(count, **options):
 
 
 @given(st.integers(1, 40), st.lists(st.tuples(st.booleans(), st.integers(0, 30), st.randoms(use_true_random=False))))
-def test_every_page_is_free_or_held_once(count, steps):
-    """Random takes and releases against a plain set; a run wherever one is long enough."""
+def test_every_page_is_free_or_allocated_once(count, steps):
+    """Random allocations and releases compared with a plain set; a contiguous run wherever one is long enough."""
     pool, holders, free = PageAllocator(count), [], set(range(count))
     for taking, size, rng in steps:
         if taking and size <= len(free):
@@ -48,40 +49,40 @@ def test_every_page_is_free_or_held_once(count, steps):
             pool.release(released)
             free |= set(released)
         assert pool.free == len(free)
-    for held in holders:
-        pool.release(held)
+    for pages in holders:
+        pool.release(pages)
     assert pool.allocate(count) == list(range(count))
 
 
 @given(st.integers(1, 24), st.integers(0, 30), st.randoms(use_true_random=False))
-def test_a_run_takes_the_pages_that_rest_longest(size, prompts, rng):
-    """A full pool gives runs too, and forgets little else than what was unused longest; brute force beside it."""
-    pool, held, resting = PageAllocator(30), [], []
+def test_a_run_evicts_the_least_recently_used_pages(size, prompts, rng):
+    """A full pool gives runs too, and evicts little else than the least recently used; compared with brute force."""
+    pool, in_use, evictable = PageAllocator(30), [], []
     for number in range(prompts):
         count = rng.randint(1, 6)
         if count <= pool.free:
-            held.append(pool.allocate(count))
-            resting = [page for page in resting if page not in held[-1]]
+            in_use.append(pool.allocate(count))
+            evictable = [page for page in evictable if page not in in_use[-1]]
             if rng.random() < 0.8:
-                pool.register_prefix(held[-1], [number] * count * PAGE, b"")
-        if held and rng.random() < 0.7:
-            released = held.pop(rng.randrange(len(held)))
+                pool.register_prefix(in_use[-1], [number] * count * PAGE, b"")
+        if in_use and rng.random() < 0.7:
+            released = in_use.pop(rng.randrange(len(in_use)))
             pool.release(released)
-            resting += [page for page in reversed(released) if page in pool._digest_of]
-    free = set(range(30)).difference(*held)
+            evictable += [page for page in reversed(released) if page in pool._digest_of]
+    free = set(range(30)).difference(*in_use)
     if size > len(free):
         return
-    expected = [*sorted(free - set(resting)), *resting][:size]
-    for forgotten in reversed(range(0, len(resting) + size, size)):
-        may = free - set(resting[forgotten:])
+    expected = [*sorted(free - set(evictable)), *evictable][:size]
+    for evicted in reversed(range(0, len(evictable) + size, size)):
+        may = free - set(evictable[evicted:])
         runs = [first for first in range(31 - size) if may >= set(range(first, first + size))]
         expected = list(range(runs[0], runs[0] + size)) if runs else expected
     assert pool.allocate(size) == expected
 
 
 @pytest.mark.parametrize("wrong", [[1, 5], [2, 2], [1, 8], [1, -1]], ids=str)
-def test_a_page_that_nobody_holds_is_not_released(wrong):
-    """Released twice, named twice, or no page at all: an error that names it, and the others stay held."""
+def test_a_page_that_is_not_in_use_is_not_released(wrong):
+    """Released twice, listed twice, or out of range: an error that names it, and the others stay in use."""
     pool = PageAllocator(8)
     pool.allocate(5)
     with pytest.raises(ValueError, match=f"page {wrong[1]} of 8 is released, and it is not in use"):
@@ -126,7 +127,7 @@ def model():
 
 
 def filled(model, lengths, order):
-    """One cache of random sequences, each of them prefilled by itself on pages that `order` arranges."""
+    """One cache of random sequences, each prefilled by itself, on pages that `order` arranges."""
     pool = kv_cache(64)
     for kv in pool.layers:
         kv.fill_(torch.nan)
@@ -134,8 +135,8 @@ def filled(model, lengths, order):
     order(free)
     caches = []
     for seed, length in enumerate(lengths):
-        held = [free.pop() for _ in range(pages_of(length + 8))]
-        cache = KVCache(pool, [held])
+        pages = [free.pop() for _ in range(pages_of(length + 8))]
+        cache = KVCache(pool, [pages])
         ids = torch.randint(50, (1, length), generator=torch.Generator().manual_seed(seed))
         for chunk in ids.split(100, dim=1):
             model(chunk, past_key_values=cache)
@@ -146,8 +147,8 @@ def filled(model, lengths, order):
     return together
 
 
-def test_where_a_sequence_lies_changes_no_bit(model):
-    """Runs, shuffled pages, pages in reverse: the logits of some more tokens, and of rows that stay when others end."""
+def test_logits_do_not_depend_on_the_pages(model):
+    """Contiguous, shuffled and reversed pages: bit-identical logits of some more tokens."""
     lengths, found = [130, 5, 64, 63], []
     for order in (lambda free: free.reverse(), list.sort, random.Random(0).shuffle):
         cache = filled(model, lengths, order)
@@ -162,14 +163,14 @@ def test_where_a_sequence_lies_changes_no_bit(model):
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
-def test_a_scratch_is_one_layer():
+def test_a_scratch_cache_has_one_layers_memory():
     whole, scratch = kv_cache(4), kv_cache(4, scratch=True)
     assert len({kv.data_ptr() for kv in whole.layers}) == 3 == len(whole.layers)
     assert len({kv.data_ptr() for kv in scratch.layers}) == 1 and len(scratch.layers) == 3
 
 
 def peak_bytes(run):
-    """The most that PyTorch's allocator held for the tensors that `run` made."""
+    """Peak memory of the tensors that `run` allocates."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         run()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -177,8 +178,8 @@ def peak_bytes(run):
 
 
 @pytest.mark.parametrize("rows", [1, 3])
-def test_a_prompts_cache_is_never_held_twice(rows, monkeypatch):
-    """The pages are there before; prefill in chunks and some steps take far less than another prompt's worth."""
+def test_a_prompts_cache_is_never_copied(rows, monkeypatch):
+    """Pages are allocated before; prefill in chunks and some steps need far less memory than a second copy."""
     monkeypatch.setattr(prefill, "CHUNK", 64)
     monkeypatch.setattr(prefill, "LAUNCH_TOKENS", 64)
     values = {**CONFIG.to_dict(), "num_key_value_heads": 8, "num_attention_heads": 8, "head_dim": 64}

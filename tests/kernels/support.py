@@ -14,12 +14,12 @@ import hypothesis
 import pytest
 import torch
 from hypothesis import strategies as st
-from internlm3 import kernels
-from internlm3.kernels import cpu, reference
 from torch import Tensor
 
 from bench.harness import GUARD, difference, poison
 from bench.harness import call as call
+from internlm3 import kernels
+from internlm3.kernels import cpu, reference
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 # tests/fuzz.py may choose among them.

@@ -6,6 +6,7 @@ write elsewhere, or crash.
 
 import pytest
 import torch
+
 from internlm3 import kernels
 from internlm3.tests.kernels.support import DEVICE, assert_same, generator, normal
 

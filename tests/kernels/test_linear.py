@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from internlm3 import kernels
 from internlm3.kernels import cpu, reference
 from internlm3.tests.kernels.support import (

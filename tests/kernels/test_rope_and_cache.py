@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from bench.harness import difference
 from internlm3 import kernels
 from internlm3.kernels.triton.rope_and_cache import cos_sin
 from internlm3.tests.kernels.support import (
@@ -24,8 +26,6 @@ from internlm3.tests.kernels.support import (
     run,
     seeds,
 )
-
-from bench.harness import difference
 
 # cos and sin, the products and their sum are rounded, half an ulp of the operands each. float32's cosine adds 1.5 ulp.
 ULPS = {torch.bfloat16: 1.1, torch.float16: 1.1, torch.float32: 3.0}

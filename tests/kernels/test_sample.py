@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from internlm3 import kernels
 from internlm3.kernels import reference_sampling
 from internlm3.kernels.triton import sample_search
@@ -27,9 +28,14 @@ from internlm3.tests.kernels.support import (
 
 launcher = module_of(kernels.sample)
 
-# With small blocks a small vocabulary has several of them, and with small chunks a search has several iterations.
-blocks = st.sampled_from([(32, 64), (64, 32), (256, 128), (1024, 1024)])
-vocabs = st.one_of(st.integers(1, 200), st.integers(1, 200), st.sampled_from([511, 512, 513, 1025]))
+# Sizes of blocks and chunks, and a vocabulary size. With small blocks a small vocabulary has several of them, and with
+# small chunks a search has several iterations. Larger vocabularies are near multiples of a block.
+small_vocabs = st.integers(1, 200)
+blocks_and_vocabs = st.one_of(
+    st.tuples(st.sampled_from([(32, 64), (64, 32), (256, 128), (1024, 1024)]), small_vocabs),
+    st.tuples(st.sampled_from([(32, 64), (64, 32)]), small_vocabs),
+    st.sampled_from([((256, 128), 511), ((256, 128), 512), ((256, 128), 513), ((1024, 1024), 1025)]),
+)
 STAGES = {
     "top_k": st.sampled_from([0, -1, 1, 2, 5, 40, 200, 5000]),
     "top_p": st.sampled_from([1.0, 0.9999, 0.95, 0.8, 0.3, 1e-6, 1e-12]),
@@ -119,9 +125,9 @@ def compare(logits, arguments):
 
 @pytest.mark.op(name="sample")
 @settings(max_examples=50)
-@given(st.data(), seeds, dtypes, st.integers(1, 3), vocabs, shapes, blocks, st.sampled_from([0, 5]))
-def test_sample(data, seed, dtype, rows, vocab, shape, sizes, padding):
-    rng = generator(seed)
+@given(st.data(), seeds, dtypes, st.integers(1, 3), blocks_and_vocabs, shapes, st.sampled_from([0, 5]))
+def test_sample(data, seed, dtype, rows, sizes_and_vocab, shape, padding):
+    rng, (sizes, vocab) = generator(seed), sizes_and_vocab
     logits = embedded(make_logits(rng, rows, vocab, shape, dtype), padding)
     arguments = {**data.draw(stages(rows)), **random_numbers(rng, rows)}
     add_tables(data.draw, rng, arguments, rows, vocab, padding)
@@ -137,10 +143,10 @@ FILTERS = ("top_k", "top_p", "min_p", "typical_p")
 
 @pytest.mark.op(name="sample")
 @settings(max_examples=30)
-@given(st.data(), seeds, vocabs, shapes, blocks, st.sets(st.sampled_from(FILTERS), min_size=1, max_size=3))
-def test_both_ends_of_what_the_filters_keep(data, seed, vocab, shape, sizes, chosen):
+@given(st.data(), seeds, blocks_and_vocabs, shapes, st.sets(st.sampled_from(FILTERS), min_size=1, max_size=3))
+def test_both_ends_of_what_the_filters_keep(data, seed, sizes_and_vocab, shape, chosen):
     """With ascending logits, the smallest random number samples the token at the threshold, the largest the best."""
-    rng, rows = generator(seed), 2
+    rng, rows, (sizes, vocab) = generator(seed), 2, sizes_and_vocab
     arguments = random_numbers(rng, rows, "extreme")
     for name in sorted(chosen):
         values = [data.draw(STAGES[name])] * rows

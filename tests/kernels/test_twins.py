@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from internlm3 import kernels
-from internlm3.kernels import cpu, reference, triton
 
 from bench.cases import cases
+from internlm3 import kernels
+from internlm3.kernels import cpu, reference, triton
 
 KERNELS = Path(kernels.__file__).parent
 TESTS = Path(__file__).parent
@@ -22,6 +22,7 @@ TESTS = Path(__file__).parent
 def test_the_names_are_the_same(module):
     functions = {name for name, _ in inspect.getmembers(module, inspect.isfunction) if not name.startswith("_")}
     assert functions == set(kernels.__all__)
+    assert isinstance(module.ROW_COUNT_CHANGES_BITS, bool)
 
 
 @pytest.mark.parametrize("name", kernels.__all__)

@@ -79,7 +79,17 @@ def test_the_installed_wheel_answers_without_the_checkout(wheel, demo_model, tmp
     run(*pip, "--no-deps", "--no-index", "--ignore-installed", str(wheel), cwd=tmp_path)
     where = run(python, "-c", "import internlm3; print(internlm3.__file__)", cwd=tmp_path).strip()
     assert Path(where) == site / "internlm3" / "__init__.py"
-    command = [python, "-m", "internlm3", "generate", str(demo_model), "-p", "What is the capital of France?", "-n", "3"]
+    command = [
+        python,
+        "-m",
+        "internlm3",
+        "generate",
+        str(demo_model),
+        "-p",
+        "What is the capital of France?",
+        "-n",
+        "3",
+    ]
     assert run(*command, cwd=tmp_path, OMP_NUM_THREADS="1").strip()
     assert run(str(site.parents[2] / "bin" / "internlm3"), "--version", cwd=tmp_path).startswith("internlm3 ")
 

@@ -8,13 +8,13 @@ import sys
 from dataclasses import fields, replace
 from pathlib import Path
 
-import internlm3
 import pytest
 import torch
+
+import internlm3
+from bench import ROOT, user_kernels
 from internlm3.runtime.api import llm as llm_module
 from internlm3.runtime.sampling import params
-
-from bench import ROOT, user_kernels
 
 PAGES = ["README.md", "runtime/README.md", "kernels/README.md", "bench/README.md", "tests/README.md", "CONTRIBUTING.md"]
 LANGUAGES = ("README.md", "README.zh-CN.md")
@@ -147,7 +147,9 @@ def loaded(demo_model):
     return load
 
 
-@pytest.mark.parametrize(("page", "code"), [pytest.param(*each, id=f"{n}-{each[0]}") for n, each in enumerate(python_blocks())])
+@pytest.mark.parametrize(
+    ("page", "code"), [pytest.param(*each, id=f"{n}-{each[0]}") for n, each in enumerate(python_blocks())]
+)
 def test_python_runs_as_it_is_pasted(page, code, demo_model, loaded, monkeypatch, tmp_path, capsys):
     """With the demo model in place of the 8B, and with short answers."""
     if code.startswith("# mine.py"):  # a file for bench.ops

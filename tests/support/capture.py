@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
+
 from internlm3 import kernels
 from internlm3.kernels import cpu
 from internlm3.runtime.engine import shared
 from internlm3.runtime.engine.engine import Engine
 from internlm3.runtime.model import model as runtime_model
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves
 
 
 class NoHostReads(TorchDispatchMode):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+
 from internlm3 import LLM
 from internlm3.runtime.cli.main import main
 

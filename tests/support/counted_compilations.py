@@ -14,6 +14,9 @@ from collections.abc import Iterable
 from types import SimpleNamespace
 
 import torch
+
+from bench.machine_code.launches import compilations
+from bench.machine_code.targets import TARGETS
 from internlm3 import InternLM3Config
 from internlm3.runtime.engine import decode, prefill
 from internlm3.runtime.engine.pages import PageAllocator
@@ -21,9 +24,6 @@ from internlm3.runtime.engine.state import DecodeState, Tier
 from internlm3.runtime.engine.warm_up import compile_kernels
 from internlm3.runtime.model.kv_cache import PAGE
 from internlm3.runtime.model.model import LanguageModel
-
-from bench.machine_code.launches import compilations
-from bench.machine_code.targets import TARGETS
 
 CONFIG = InternLM3Config(num_hidden_layers=2, intermediate_size=10240, num_key_value_heads=2)
 

@@ -8,6 +8,7 @@ prints as JSON what the audit finds for each fault on each target.
 import json
 import sys
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import triton
@@ -19,7 +20,7 @@ from bench.machine_code.reader import read
 from bench.machine_code.targets import TARGETS
 
 ROWS, COLUMNS = 512, 4096
-FAULTS = {  # name -> launch options
+FAULTS: dict[str, dict[str, Any]] = {  # name -> launch options
     "none": {},
     "late trigger": {},
     "no trigger": {},

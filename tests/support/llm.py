@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
+
 from internlm3 import LLM, Chunk, InternLM3ForCausalLM, RequestOutput
 
 PROMPTS = [

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import sentencepiece
 from hypothesis import strategies as st
+
 from internlm3 import InternLM3Tokenizer
 
 CORPUS = [

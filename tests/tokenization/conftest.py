@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
 from internlm3 import InternLM3Tokenizer
 from internlm3.tests.support.tokenizers import REAL, TRAINED, save_by_transformers, train, write_checkpoint
 

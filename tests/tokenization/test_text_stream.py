@@ -1,4 +1,4 @@
-"""TextStream: what it tells piece by piece is what decode tells at once, each character as soon as it is whole."""
+"""TextStream: its parts, joined, are the text that `decode` returns; a character comes as soon as it is complete."""
 
 import copy
 import itertools
@@ -8,9 +8,10 @@ import pytest
 import sentencepiece
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
 from internlm3 import InternLM3Tokenizer
 from internlm3.runtime.tokenization.text_stream import TextStream
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 CORPUS = [
     "The quick brown fox jumps over the lazy dog, and the dog does not mind at all.",
@@ -49,7 +50,7 @@ def trained(folder, **options):
 
 @pytest.fixture(scope="module", params=[*KINDS, "demo model"])
 def plain(request, tmp_path_factory):
-    """Small vocabularies of every normaliser, trained here, and the demo model's."""
+    """Small vocabularies with each normaliser, trained here, and the demo model's."""
     if request.param == "demo model":
         return InternLM3Tokenizer.from_pretrained(request.getfixturevalue("demo_model"))
     return trained(tmp_path_factory.mktemp("tokenizer"), **KINDS[request.param])
@@ -63,14 +64,14 @@ WAYS = [
 
 @pytest.fixture(scope="module", params=WAYS, ids=["as it is", "cleaned up"])
 def tokenizer(request, plain):
-    """Each of them as InternLM3 decodes, and with its first space but not those before English punctuation."""
+    """Each of them, decoding as InternLM3 does, and with the first space kept and English punctuation cleaned up."""
     tokenizer = copy.copy(plain)
     vars(tokenizer).update(request.param)
     return tokenizer
 
 
 def cleaned_up(text):
-    """transformers' clean_up_tokenization; test_tokenizer.py holds decode against transformers itself."""
+    """transformers' clean_up_tokenization; test_tokenizer.py compares decode with transformers itself."""
     for mark in [".", "?", "!", ","]:
         text = text.replace(" " + mark, mark)
     text = text.replace(" ' ", "'")
@@ -80,7 +81,7 @@ def cleaned_up(text):
 
 
 def sentencepiece_text(tokenizer, ids, skip):
-    """What SentencePiece itself makes of the runs of pieces between the added tokens, of each at once."""
+    """The text by SentencePiece itself, called for each run of pieces between added tokens."""
     tokens = tokenizer.convert_ids_to_tokens(ids, skip_special_tokens=skip)
     if tokens and tokenizer.add_prefix_space:
         tokens[0] = tokens[0].removeprefix("▁")
@@ -90,14 +91,14 @@ def sentencepiece_text(tokenizer, ids, skip):
 
 
 def tokens_of(tokenizer):
-    """Ids: any, and more often those that make trouble."""
+    """Lists of ids; those that cause trouble are more frequent."""
     bytes_ = tokenizer.convert_tokens_to_ids([f"<0x{byte:02X}>" for byte in range(256)])
     added = list(tokenizer.added_tokens_decoder)
     spaces = tokenizer.convert_tokens_to_ids(["▁", "▁▁", "▁the", "▁a", "\n", "<control>"])
     texts = [*"é书🙂🇨🇳👩‍🚀\u2028\u00a0", *" .?!,'", " ' ", " n't", " 'm", " 's", " 've", " 're", "  '", " ' s"]
     whole = st.sampled_from(texts).map(lambda text: [bytes_[byte] for byte in text.encode()])
     one = st.one_of(
-        st.integers(0, len(tokenizer) + 3),  # some behind the last one: rows that no token uses
+        st.integers(0, len(tokenizer) + 3),  # some after the last token: ids without one
         st.sampled_from(bytes_),
         st.sampled_from(bytes_[0x80:]),
         st.sampled_from(added),
@@ -107,29 +108,29 @@ def tokens_of(tokenizer):
     return st.lists(one | whole | cut, max_size=90).map(lambda parts: [token for part in parts for token in part])
 
 
-def told(tokenizer, ids, **options):
-    """What every push and then flush return, and the stream."""
+def streamed(tokenizer, ids, **options):
+    """The texts that each push, and then flush, return; and the stream."""
     stream = TextStream(tokenizer, **options)
     return [stream.push(token) for token in ids] + [stream.flush()], stream
 
 
-@settings(max_examples=250)
+@settings(max_examples=50)
 @given(data=st.data(), skip=st.booleans())
-def test_the_parts_are_the_whole(tokenizer, data, skip):
+def test_the_parts_joined_are_the_whole(tokenizer, data, skip):
     ids = data.draw(tokens_of(tokenizer))
-    parts, stream = told(tokenizer, ids, skip_special_tokens=skip)
+    parts, stream = streamed(tokenizer, ids, skip_special_tokens=skip)
     assert "".join(parts) == tokenizer.decode(ids, skip_special_tokens=skip)
     assert "".join(parts) == sentencepiece_text(tokenizer, ids, skip)
     assert stream.stopped is None
 
 
 def test_a_vocabulary_without_bytes(tmp_path):
-    """Then <0x41> is a name like any other, here of an added token."""
+    """There <0x41> is an ordinary name, here of an added token."""
     tokenizer = trained(tmp_path, byte_fallback=False, vocab_size=300)
     tokenizer.add_tokens(["<0x41>"])
     tokens = ["▁", "<unk>", "<0x41>", "▁", "▁the", "<unk>", "▁", "<0x41>", "<control>", "▁the"]
     for ids in itertools.permutations(tokenizer.convert_tokens_to_ids(tokens), 4):
-        parts, _ = told(tokenizer, ids, skip_special_tokens=False)
+        parts, _ = streamed(tokenizer, ids, skip_special_tokens=False)
         assert "".join(parts) == tokenizer.decode(ids) == sentencepiece_text(tokenizer, ids, skip=False)
 
 
@@ -140,34 +141,34 @@ def test_a_vocabulary_without_bytes(tmp_path):
         ["▁the"] * 31 + ["▁", "▁the"],
         ["<unk>"] * 15 + [f"<0x{byte:02X}>" for byte in "🙂🇨🇳👩".encode()] + ["▁", "▁"],
     ],
-    ids=["four spaces before a word", "a space before a word", "spaces behind bytes"],
+    ids=["four spaces before a word", "a space before a word", "spaces after bytes"],
 )
 def test_no_space_is_lost_in_a_long_text(tokenizer, tokens):
-    """A token that would be nothing at the start of a text is a space in its middle, however long the text."""
+    """A token that is empty at the start of a text is a space in its middle, however long the text."""
     ids = tokenizer.convert_tokens_to_ids(tokens)
-    parts, _ = told(tokenizer, ids, skip_special_tokens=False)
+    parts, _ = streamed(tokenizer, ids, skip_special_tokens=False)
     whole = "".join(parts)
     assert whole == sentencepiece_text(tokenizer, ids, skip=False)
     assert whole.endswith({"▁dog": "the     dog", "▁the": "the  the", "▁": "👩  "}[tokens[-1]])
 
 
-# What the clean-up changes, also where one change makes room for another, and what may come behind the part of a text.
+# What the clean-up changes, also where one change enables another, and what may follow the part of a text.
 CLEANED = [" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're"]
 CLEANED += [" ' .", " n ' t", "  ' m", "  ' s", "  ' ve", "  ' re"]
 GOES_ON = ["", "x", *(text[start:] for text in CLEANED for start in range(len(text)))]
 
 
 def common(texts):
-    """The longest beginning of all texts."""
+    """The longest common prefix."""
     first, last = min(texts), max(texts)
     return next((first[:end] for end, letter in enumerate(first) if letter != last[end]), first)
 
 
-@settings(max_examples=250)
+@settings(max_examples=100)
 @given(text=st.lists(st.sampled_from([*CLEANED, *" '.nsvrex"]), max_size=20).map("".join))
 @example(text="    do n't ' go '  . ' ' '  ' s")
-def test_what_may_still_be_cleaned_up_is_held_back(plain, text):
-    """Letter by letter: what is told is what all texts that begin so have in common, no less and no more."""
+def test_text_that_may_still_be_cleaned_up_stays_pending(plain, text):
+    """Letter by letter: the text so far is the common prefix of all possible texts, no less and no more."""
     cleaning = copy.copy(plain)
     cleaning.clean_up_tokenization_spaces = True
     stream, out = TextStream(cleaning), ""
@@ -177,12 +178,12 @@ def test_what_may_still_be_cleaned_up_is_held_back(plain, text):
     assert out + stream.flush() == cleaned_up(text)
 
 
-@settings(max_examples=150)
+@settings(max_examples=40)
 @given(text=st.text(st.characters(codec="utf-8", exclude_characters="\x00"), max_size=60), skip=st.booleans())
 @example(text="书生·浦语 🙂🇨🇳 naïve — 3 × 4\t\n\n  ende", skip=True)
 @example(text="the the the 天天天 " * 12, skip=True)
-def test_a_character_is_told_at_once_and_whole(plain, text, skip):
-    """After each token all text that it completes is out: only the bytes of a begun character are missing."""
+def test_a_character_comes_at_once_and_complete(plain, text, skip):
+    """After each token all text that it completes has come: only the bytes of an incomplete character are missing."""
     ids = plain.encode(text, add_special_tokens=False)
     stream, out = TextStream(plain, skip_special_tokens=skip), ""
     for end, token in enumerate(ids, 1):
@@ -194,17 +195,17 @@ def test_a_character_is_told_at_once_and_whole(plain, text, skip):
     assert out + stream.flush() == plain.decode(ids, skip_special_tokens=skip)
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(data=st.data())
-def test_bytes_that_can_be_no_character_are_not_waited_on(tokenizer, data):
+def test_bytes_that_cannot_become_a_character_do_not_stay_pending(tokenizer, data):
     byte = data.draw(st.sampled_from([0x80, 0xBF, 0xC0, 0xC1, 0xF5, 0xFF, 0x41]))
     (token,) = tokenizer.convert_tokens_to_ids([f"<0x{byte:02X}>"])
-    parts, _ = told(tokenizer, [token])
+    parts, _ = streamed(tokenizer, [token])
     assert parts[0] and not parts[1]
 
 
 def test_no_character_waits_long_after_a_start(tokenizer):
-    """Four bytes make a character at most: that many pushes after a lead byte, all before is told."""
+    """A character has at most four bytes: so many pushes after a lead byte, all text before it has come."""
     ids = tokenizer.convert_tokens_to_ids([f"<0x{byte:02X}>" for byte in [0xF0] * 100])
     stream, out = TextStream(tokenizer), ""
     for count, token in enumerate(ids, 1):
@@ -216,7 +217,7 @@ def test_no_character_waits_long_after_a_start(tokenizer):
 
 
 def cut_at(text, stops, include):
-    """The text up to the stop string that is whole first (of several the longest), and which it was."""
+    """The text up to the stop string that is complete first (of several the longest), and that stop string."""
     for end in range(1, len(text) + 1):
         whole = [stop for stop in stops if text[:end].endswith(stop)]
         if whole:
@@ -225,17 +226,17 @@ def cut_at(text, stops, include):
     return text, None
 
 
-@settings(max_examples=250)
+@settings(max_examples=50)
 @given(data=st.data(), include=st.booleans())
 def test_stop_strings(tokenizer, data, include):
-    """Any stop strings, most of them taken from the text itself: it ends where brute force ends it."""
+    """Random stop strings, most of them taken from the text: the text ends where brute force ends it."""
     ids = data.draw(tokens_of(tokenizer))
     text = tokenizer.decode(ids, skip_special_tokens=True)
     part = st.tuples(st.integers(0, max(len(text) - 1, 0)), st.integers(1, 6)).map(lambda at: text[at[0] : sum(at)])
     stops = data.draw(
         st.lists(st.one_of(part, st.sampled_from(["aa", "ab", "\n\n", "天", "zz"])).filter(bool), max_size=3)
     )
-    parts, stream = told(tokenizer, ids, stops=stops, include_stop=include)
+    parts, stream = streamed(tokenizer, ids, stops=stops, include_stop=include)
     assert ("".join(parts), stream.stopped) == cut_at(text, stops, include)
 
 
@@ -250,25 +251,25 @@ def test_stop_strings(tokenizer, data, include):
         (["ab"], "aaa", ["", "a", "a"]),
     ],
 )
-def test_what_may_become_a_stop_string_is_held_back(demo_model, stops, text, parts):
-    """Letter by letter: no more is held than may still become a stop string."""
+def test_text_that_may_become_a_stop_string_stays_pending(demo_model, stops, text, parts):
+    """Letter by letter: only text that may still become a stop string stays pending."""
     tokenizer = InternLM3Tokenizer.from_pretrained(demo_model)
     ids = tokenizer.convert_tokens_to_ids([f"<0x{byte:02X}>" for byte in text.encode()])
-    told_parts, stream = told(tokenizer, ids, stops=stops)
-    assert told_parts[: len(parts)] == parts
-    assert ("".join(told_parts), stream.stopped) == cut_at(text, stops, include=False)
+    parts_, stream = streamed(tokenizer, ids, stops=stops)
+    assert parts_[: len(parts)] == parts
+    assert ("".join(parts_), stream.stopped) == cut_at(text, stops, include=False)
     assert stream.push(ids[0]) == stream.flush() == "" or stream.stopped is None
 
 
-def test_a_stop_string_wins_by_the_text_and_not_by_its_tokens(tokenizer):
+def test_token_boundaries_do_not_decide_which_stop_string_wins(tokenizer):
     for tokens in (["<0x23>", "▁the"], ["<0x23>", "<0x20>", "<0x74>", "<0x68>", "<0x65>"]):
         ids = tokenizer.convert_tokens_to_ids(tokens)
         for stops, before, met in ((["# the", "th"], "# ", "th"), (["e", "he"], "# t", "he"), (["t", "th"], "# ", "t")):
-            parts, stream = told(tokenizer, ids, stops=stops)
+            parts, stream = streamed(tokenizer, ids, stops=stops)
             assert ("".join(parts), stream.stopped) == (before, met)
 
 
-def test_a_stop_string_before_its_time_is_text(tokenizer):
+def test_a_stop_string_before_min_tokens_is_text(tokenizer):
     ids = tokenizer.convert_tokens_to_ids([f"<0x{byte:02X}>" for byte in b"#ab-ab-aab"])
     for stop, first, text in (
         ("ab", 0, "#"),
@@ -288,16 +289,16 @@ def test_a_stop_string_across_tokens(tokenizer):
     whole = tokenizer.decode(ids)
     for start in range(len(whole) - 9):
         stop = whole[start : start + 9]
-        parts, stream = told(tokenizer, ids, stops=[stop])
+        parts, stream = streamed(tokenizer, ids, stops=[stop])
         assert "".join(parts) == whole[: whole.find(stop)] and stream.stopped == stop
-        parts, _ = told(tokenizer, ids, stops=[stop], include_stop=True)
+        parts, _ = streamed(tokenizer, ids, stops=[stop], include_stop=True)
         assert "".join(parts) == whole[: whole.find(stop) + 9]
 
 
 def test_a_special_token_as_a_stop_string(tokenizer):
     (end,) = tokenizer.convert_tokens_to_ids(["<|im_end|>"])
     ids = [*tokenizer.encode("fox", add_special_tokens=False), end, *tokenizer.encode("dog", add_special_tokens=False)]
-    parts, stream = told(tokenizer, ids, stops=["<|im_end|>"], skip_special_tokens=False)
+    parts, stream = streamed(tokenizer, ids, stops=["<|im_end|>"], skip_special_tokens=False)
     assert "".join(parts) == "fox" and stream.stopped == "<|im_end|>"
 
 
@@ -313,7 +314,7 @@ def _byte_level():
 
 
 def _byte_fallback():
-    """As transformers saves Llama's: a space before the text, which the decoder takes away again."""
+    """As transformers saves Llama's: a space is added before the text, and the decoder removes it."""
     bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
     library = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     library.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
@@ -336,7 +337,7 @@ def _metaspace():
 
 @pytest.fixture(scope="module", params=[_byte_level, _byte_fallback, _metaspace])
 def library(request, tmp_path_factory):
-    """A tokenizer and the library's own object, of one file."""
+    """A tokenizer, and the object of the library tokenizers, from one file."""
     library = request.param()
     library.add_special_tokens(SPECIAL)
     path = tmp_path_factory.mktemp("library") / "tokenizer.json"
@@ -344,7 +345,7 @@ def library(request, tmp_path_factory):
     return InternLM3Tokenizer(path, bos_token=None, eos_token=None, unk_token=None), library
 
 
-@settings(max_examples=250)
+@settings(max_examples=80)
 @given(data=st.data(), skip=st.booleans())
 def test_the_parts_are_what_the_library_decodes(library, data, skip):
     tokenizer, oracle = library
@@ -352,16 +353,16 @@ def test_the_parts_are_what_the_library_decodes(library, data, skip):
     bytes_ = [id for token, id in oracle.get_vocab().items() if token.startswith("<0x")] or [1]
     single = st.one_of(st.integers(0, len(tokenizer) + 2), st.sampled_from(bytes_)).map(lambda id: [id])
     ids = [*itertools.chain(*data.draw(st.lists(st.one_of(texts, single), max_size=20)))]
-    parts, _ = told(tokenizer, ids, skip_special_tokens=skip)
+    parts, _ = streamed(tokenizer, ids, skip_special_tokens=skip)
     known = [id for id in ids if id < len(tokenizer)]
     text = oracle.decode(known, skip_special_tokens=skip)
     assert "".join(parts) == tokenizer.decode(ids, skip_special_tokens=skip) == text
 
 
-def test_a_character_of_a_library_is_told_at_once_and_whole(library):
+def test_a_character_of_a_library_comes_at_once_and_complete(library):
     tokenizer, oracle = library
     ids = tokenizer.encode("the quick 天气很好 book " * 3)
-    parts, _ = told(tokenizer, ids)
+    parts, _ = streamed(tokenizer, ids)
     for end in range(1, len(ids)):
         so_far = oracle.decode(ids[:end], skip_special_tokens=True)
         assert so_far.startswith("".join(parts[:end]))

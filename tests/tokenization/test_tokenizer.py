@@ -1,11 +1,11 @@
 """InternLM3Tokenizer against SentencePiece itself and against transformers.
 
 transformers 5.23 has no InternLM3Tokenizer. Its class for a SentencePiece file without conversion is
-SentencePieceBackend; with `legacy=True` it splits a text at the added tokens and hands every other segment to
-SentencePiece as it is, which is what InternLM3's own tokenizer does. So it is the oracle for ids, frames, padding and
-truncation. Its joining of tokens is another one, so that decoded text is held against M2M100Tokenizer's
-convert_tokens_to_string (the same walk over special tokens, but stripped at both ends) and against SentencePiece
-segment by segment. The Rust tokenizers' BPE is a third opinion, on real text.
+SentencePieceBackend. With `legacy=True` it splits a text at the added tokens and passes every other segment to
+SentencePiece unchanged, as InternLM3's published tokenizer does. So it is the oracle for ids, bos and eos, padding and
+truncation. It joins tokens differently, so decoded text is compared with M2M100Tokenizer's convert_tokens_to_string
+(which treats special tokens in the same way, but strips both ends) and with SentencePiece segment by segment. The
+`tokenizers` library's BPE is a third oracle, on real text.
 """
 
 import json
@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import sentencepiece
 from hypothesis import given, settings
+
 from internlm3 import InternLM3Tokenizer
 from internlm3.runtime.tokenization.added_tokens import AddedToken
 from internlm3.tests.support.tokenizers import (
@@ -46,7 +47,7 @@ def test_ids_equal_transformers_and_sentencepiece(checkpoint):
         assert tokenizer.convert_tokens_to_ids(tokenizer.tokenize(text)) == tokenizer.encode(text)[1:], text
 
 
-@settings(max_examples=150)
+@settings(max_examples=60)
 @given(text=ANY_TEXT)
 def test_random_text_equals_the_oracles(checkpoint, text):
     tokenizer, expected = loaded(checkpoint)
@@ -71,7 +72,7 @@ def test_decoded_text_equals_transformers_walk(checkpoint):
 def test_random_ids_decode_as_sentencepiece_does(checkpoint):
     tokenizer, _ = loaded(checkpoint)
     generator = random.Random(20)
-    for _ in range(300):
+    for _ in range(150):
         ids = [1] + [generator.randrange(len(tokenizer) + 5) for _ in range(generator.randrange(12))]
         assert tokenizer.decode(ids) == sentencepiece_text(checkpoint, ids), ids
 
@@ -81,19 +82,19 @@ def lossless(request, tmp_path_factory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("lossless") / request.param, train(TRAINED[request.param]))
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(text=ANY_TEXT)
 def test_text_comes_back_whole(lossless, text):
-    """With bytes for what is no piece and no normalisation, nothing is lost but the visible space, which is a space."""
+    """With byte fallback and no normalisation nothing is lost, except that the visible space becomes a space."""
     tokenizer, _ = loaded(lossless)
     assert tokenizer.decode(tokenizer.encode(text)) == "<s>" + text.replace("▁", " ")
 
 
 def test_real_text_equals_rust_tokenizers(mistral_wheel, tmp_path):
-    """transformers' LlamaTokenizer rebuilds the BPE from the pieces for the Rust library: no SentencePiece in it.
+    """transformers' LlamaTokenizer rebuilds the BPE from the pieces for the `tokenizers` library.
 
-    Its order among pieces that are runs of spaces is not SentencePiece's, so the text has none; nor special tokens,
-    behind which LlamaTokenizer puts no dummy prefix.
+    It orders pieces of several spaces differently from SentencePiece, so the text has none. It puts no dummy prefix
+    after special tokens, so the text has none of these either.
     """
     from transformers import LlamaTokenizer
 
@@ -202,7 +203,7 @@ def test_ids_of_named_tokens_come_from_the_files(plain, tmp_path):
 # Batches
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(3))
 def test_padding_and_truncation_equal_transformers(checkpoint, seed):
     generator = random.Random(seed)
     tokenizer, expected = loaded(checkpoint)
@@ -277,7 +278,7 @@ def test_a_token_set_later_needs_an_id(plain):
 
 
 def test_truncation_without_a_limit_cuts_nothing(plain):
-    """As in transformers, whose "no limit" is 10^30 too."""
+    """As in transformers, where "no limit" is 10^30 too."""
     tokenizer = InternLM3Tokenizer.from_pretrained(plain)
     for text in TEXTS:
         assert tokenizer.encode(text, truncation=True) == oracle(plain).encode(text, truncation=True)
@@ -374,7 +375,7 @@ def test_demo_model_ids_equal_transformers(demo_model, demo_pair):
             assert ids == processor.encode(text), text
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(text=ANY_TEXT)
 def test_demo_model_random_text_equals_transformers(demo_pair, text):
     tokenizer, expected = demo_pair

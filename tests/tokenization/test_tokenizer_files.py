@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+
 from internlm3 import InternLM3Tokenizer
 from internlm3.runtime.tokenization.batch_encoding import NO_LIMIT
 from internlm3.runtime.tokenization.tokenizer_files import NAMED_TOKENS
@@ -47,7 +48,7 @@ def test_saving_round_trips(checkpoint, tmp_path):
 
 
 def test_saving_over_another_tokenizer(checkpoint, saved_by_transformers, tmp_path):
-    """The last save wins, whatever files an older one had."""
+    """The last save wins, whatever files an older tokenizer left."""
     folder = edited(saved_by_transformers, tmp_path / "a")
     (folder / "chat_template.jinja").write_text("old")
     (folder / "added_tokens.json").write_text(json.dumps({"<old>": 5000}))
@@ -126,7 +127,7 @@ def test_tokenizer_json_alone_equals_transformers(saved_by_transformers, tmp_pat
 
 @pytest.mark.parametrize("frame", [("<s>", None), ("<s>", "</s>"), (None, None)])
 def test_frame_of_a_tokenizer_json_is_transformers(plain, plain_by_transformers, tmp_path, frame):
-    """The file's own frame counts, whatever the configuration says; a keyword wins, and is saved into the file."""
+    """The bos and eos of the file win over the configuration; a keyword wins over both, and is saved into the file."""
     from transformers import AutoTokenizer
 
     folder = edited(plain_by_transformers, tmp_path / "a", add_bos_token=False, add_eos_token=True)
@@ -164,7 +165,7 @@ def test_a_frame_of_other_tokens_is_refused(plain_by_transformers, tmp_path):
 
 
 def test_ids_of_special_tokens_come_from_tokenizer_json(checkpoint, saved_by_transformers, tmp_path):
-    """The base's tokenizer.model was copied beside transformers' two files: these count, as they do there."""
+    """The base model's tokenizer.model beside transformers' two files is ignored, as in transformers."""
     from transformers import AutoTokenizer
 
     folder = edited(saved_by_transformers, tmp_path / "a")
@@ -198,7 +199,7 @@ def test_no_id_is_invented_at_load(plain, tmp_path, file, key):
 
 @pytest.mark.parametrize("kind", ["nfkc", "plain"])
 def test_flipped_bytes_of_a_tokenizer_json(tmp_path, kind):
-    """Damage anywhere: one error that names the file, or a tokenizer still. nfkc's table makes the library panic."""
+    """Damage anywhere: one error that names the file, or a tokenizer. The table of nfkc makes the library panic."""
     base = write_checkpoint(tmp_path / "a", train(TRAINED[kind]))
     folder = save_by_transformers(base, tmp_path)
     content, refusals = (folder / "tokenizer.json").read_bytes(), 0
@@ -249,7 +250,7 @@ def test_two_files_that_disagree_about_an_id(plain, tmp_path, file, content):
 
 
 def test_a_tokenizer_json_that_gives_other_ids(plain, tmp_path):
-    """An added token that the library's file has no entry for gets its next id, whatever the configuration says."""
+    """An added token without an entry in tokenizer.json gets the next id, whatever the configuration says."""
     folder = edited(plain, tmp_path / "a", added_tokens_decoder={"900": {"content": "<tool>"}})
     shutil.copy(library_file(plain, tmp_path), folder)
     (folder / "tokenizer.model").unlink()
@@ -268,7 +269,7 @@ NULLS = ["add_bos_token", "add_eos_token", "add_prefix_space", "clean_up_tokeniz
 
 @pytest.mark.parametrize("name", NULLS)
 def test_null_settings(plain, tmp_path, name):
-    """A switch that is null is off, as InternLM3's own class takes it; any other setting has its default."""
+    """A switch that is null is off, as in InternLM3's published class; any other setting has its default."""
     tokenizer = InternLM3Tokenizer.from_pretrained(edited(plain, tmp_path / "a", **{name: None}))
     ids = tokenizer("the  dog n't", padding=name != "pad_token").input_ids
     text = tokenizer.decode(ids)
