@@ -88,5 +88,5 @@ setup(
             "setuptools>=77",  # builds the wheel that a test installs
         ],
     },
-    entry_points={"console_scripts": ["internlm3 = internlm3.runtime.cli:main"]},
+    entry_points={"console_scripts": ["internlm3 = internlm3.runtime.cli.main:main"]},
 )

@@ -65,7 +65,7 @@ def test_its_metadata(wheel):
     archive = zipfile.ZipFile(wheel)
     (metadata,) = [name for name in archive.namelist() if name.endswith("/METADATA")]
     text = archive.read(metadata).decode()
-    assert "Author: The internlm3 authors\n" in text and "License-Expression: Apache-2.0\n" in text
+    assert "\nAuthor: The internlm3 authors\n" in text and "\nLicense: Apache-2.0\n" in text
     assert f"## {__version__}" in (ROOT / "CHANGELOG.md").read_text()
 
 
