@@ -36,7 +36,7 @@ setup(
     # - torch 2.11.0 with triton 3.6.0, and 2.14.1 with 3.8.0: kernels in the interpreter, model, engine;
     # - triton 3.6.0, 3.8.0 and 3.9.0 by `make test TRITON=...`: every kernel test in the interpreter, and the audit of
     #   machine code, without a violation;
-    # - the least of all others together: text and weights of the stand-in come out as with the newest.
+    # - the least of all others together: text and weights of the demo model come out as with the newest.
     install_requires=[
         "torch>=2.11",
         "triton>=3.6; sys_platform == 'linux'",

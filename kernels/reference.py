@@ -29,6 +29,8 @@ from .reference_sampling import sample as sample
 
 # Batches of up to this many rows are bound by reading the weights; `batch_invariant` promises equal bits within them.
 FEW_ROWS = 16
+# Every backend states whether the bits of a row may depend on the number of rows, in launches of more than FEW_ROWS.
+ROW_COUNT_CHANGES_BITS = True
 
 
 def embed(token_ids: Tensor, table: Tensor) -> Tensor:

@@ -66,7 +66,7 @@ def _logits(small: bool, layers: int, prompt: int) -> str:
         found = [steps.prefill(ids[:prompt]), *(steps.follow(token).clone() for token in ids[prompt:])]
         return torch.cat(found).float()
 
-    with on_ops(kernels):
+    with on_ops(kernels.for_device(torch.device("cuda"))):
         ours = logits(model)
     with on_ops(reference):
         plain = logits(model)

@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -115,7 +116,7 @@ def test_ragged_batches(tiny):
 def test_without_a_padding_or_an_end_token_nothing_is_padding(tiny):
     """0 is then a token like any other."""
     config = InternLM3Config.from_dict({**tiny.ours.config.to_dict(), "eos_token_id": None, "pad_token_id": None})
-    model = InternLM3ForCausalLM(config, dtype=torch.float32)
+    model: Any = InternLM3ForCausalLM(config, dtype=torch.float32)
     model.load_state_dict(tiny.ours.state_dict())
     ids = torch.tensor([[0, 7, 0, 8]])
     options = {"do_sample": False, "max_new_tokens": 5}

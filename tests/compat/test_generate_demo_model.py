@@ -55,13 +55,13 @@ def test_logits_are_those_of_transformers(real):
 
 
 def test_greedy_tokens_are_those_of_transformers(real, greedy_answers):
-    """Every fifth of the 50 prompts, 64 tokens, alone."""
-    prompts = real_prompts(real.tokenizer)
-    answers = {
-        index: answer_of(real.ours.generate(torch.tensor([prompts[index]]), **GREEDY)[0], len(prompts[index]))
-        for index in range(0, 50, 5)
-    }
-    check_greedy(real, greedy_answers, prompts, answers)
+    """Alone: chats in English and Chinese, code, maths, a Chinese text. The batches below have all 50 prompts."""
+    prompts, expected = real_prompts(real.tokenizer), [answer[:40] for answer in greedy_answers]
+    answers = {}
+    for index in (0, 3, 30, 40, 46):
+        out = real.ours.generate(torch.tensor([prompts[index]]), do_sample=False, max_new_tokens=40)
+        answers[index] = answer_of(out[0], len(prompts[index]))
+    check_greedy(real, expected, prompts, answers)
 
 
 @pytest.mark.parametrize(
@@ -84,11 +84,11 @@ def test_a_seed_is_a_text(demo_model, real, steps, dtype):
     model = real.ours
     if dtype != "float32":
         model = InternLM3ForCausalLM.from_pretrained(demo_model, dtype=dtype, device="cpu", progress=False)
-    prompts = real_prompts(real.tokenizer)[8:12]
-    options = {"do_sample": True, "temperature": 1.0, "top_p": 0.95, "max_new_tokens": 8, "seed": 7}
+    prompts = [real_prompts(real.tokenizer)[index] for index in (11, 9, 10)]  # a story: its first tokens vary
+    options = {"do_sample": True, "temperature": 1.0, "top_p": 0.95, "max_new_tokens": 6, "seed": 7}
     alone = [answer_of(model.generate(torch.tensor([p]), **options)[0], len(p)) for p in prompts]
     assert alone[0] == answer_of(model.generate(torch.tensor([prompts[0]]), **options)[0], len(prompts[0]))
-    for order, left in (([0, 1, 2, 3], True), ([3, 1, 0], False)):
+    for order, left in (([0, 1, 2], True), ([2, 0], False)):
         ids, mask = padded([prompts[index] for index in order], 2, left)
         together = model.generate(ids, mask, **options)
         assert [answer_of(row, ids.shape[1]) for row in together] == [alone[index] for index in order]
@@ -103,9 +103,9 @@ def test_a_seed_is_a_text(demo_model, real, steps, dtype):
 def test_stop_strings(real):
     """Text-level stops, across token borders; the stop stays in the sequence, as in transformers."""
     prompt = torch.tensor([real.tokenizer.encode("Count: one, two, three,")])
-    greedy = {"do_sample": False, "max_new_tokens": 20}
+    greedy = {"do_sample": False, "max_new_tokens": 16}
     text = real.tokenizer.decode(real.ours.generate(prompt, **greedy)[0, prompt.shape[1] :].tolist())
-    for start in (3, 12):
+    for start in (3, 8):
         stop = text[start : start + 5]
         out = real.ours.generate(prompt, stop_strings=[stop, "not in the answer"], tokenizer=real.tokenizer, **greedy)
         answer = real.tokenizer.decode(out[0, prompt.shape[1] :].tolist())

@@ -3,6 +3,7 @@
 import inspect
 import re
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -70,7 +71,7 @@ def test_a_generation_config_in_its_places(tiny):
         tiny.ours.generation_config = {}
 
 
-NEUTRAL = {
+NEUTRAL: Any = {
     "num_beams": 1, "no_repeat_ngram_size": 0, "length_penalty": 1.0, "stopping_criteria": None, "use_cache": True,
     "early_stopping": False, "num_beam_groups": 1, "diversity_penalty": 0.0, "bad_words_ids": None, "penalty_alpha": 0,
     "suppress_tokens": [], "guidance_scale": 1.0, "encoder_repetition_penalty": 1, "output_attentions": False,

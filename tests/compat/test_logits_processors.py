@@ -1,6 +1,7 @@
 """What sees every step of `generate`: logits processors, settings that depend on the text, stopping criteria."""
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from internlm3.tests.support.prompts import PROMPTS, padded
 
 REPEATS = {(13,): 9.0, (20,): 9.0, (30,): 8.0}
 
-PROCESSED = [
+PROCESSED: Any = [
     {"no_repeat_ngram_size": 1},
     {"no_repeat_ngram_size": 2, "sequence_bias": REPEATS},
     {"no_repeat_ngram_size": 3, "sequence_bias": REPEATS},
@@ -109,7 +110,7 @@ def test_logits_processor(tiny, in_place):
 def test_a_processor_sees_every_row_of_the_call(tiny, repetition_penalty):
     """As in transformers: rows in their order and columns, ended ones padded, scores after the penalty."""
     ids, mask = padded([PROMPTS[0].tolist(), PROMPTS[1].tolist()[:3], PROMPTS[2].tolist()], 0, left=True)
-    seen = {"ours": [], "theirs": []}
+    seen: Any = {"ours": [], "theirs": []}
 
     def process(name):
         def process(ids, scores):
@@ -192,7 +193,7 @@ def test_rows_that_waited_see_their_own_step(tiny, monkeypatch):
 @pytest.mark.parametrize("one", [True, False])
 def test_stopping_criteria(tiny, one):
     """Each runs on all rows after every step, as in transformers; a row for which one is true ends."""
-    seen = {"ours": [], "theirs": []}
+    seen: Any = {"ours": [], "theirs": []}
 
     def criterion(name):
         def stop(ids, scores, **_):
@@ -231,6 +232,7 @@ def test_stopping_criteria(tiny, one):
     ids=str,
 )
 def test_bad_settings_of_processors(tiny, settings, message):
+    given: Any
     for given in ({}, settings):
         with pytest.raises(ValueError, match=message):
             tiny.ours.generate(PROMPTS, given, **({} if given else settings))

@@ -51,6 +51,26 @@ if not torch.cuda.is_available():
     # takes half of its time. Patching once is enough.
     interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
     interpreter._patch_lang = lambda function: SimpleNamespace(restore=lambda: None)
+    # The interpreter computes the types of every result anew, a fifth of its time. They are cached by name and shape.
+    numpy_dtype, numpy_dtypes = interpreter._get_np_dtype, {}
+
+    def cached_numpy_dtype(dtype):
+        if dtype.name not in numpy_dtypes:
+            numpy_dtypes[dtype.name] = numpy_dtype(dtype)
+        return numpy_dtypes[dtype.name]
+
+    interpreter._get_np_dtype = cached_numpy_dtype
+    make_block_type, block_types = tl.block_type.__init__, {}
+
+    def make_cached_block_type(self, element_ty, shape):
+        key = element_ty.name, *(getattr(size, "value", size) for size in shape)
+        if key not in block_types:
+            make_block_type(self, element_ty, shape)
+            block_types[key] = dict(vars(self))
+        vars(self).update(block_types[key])
+
+    tl.block_type.__init__ = make_cached_block_type
+
     # Triton 3.6 converts an array of one element to an integer, which numpy 2.4 refuses.
     tl.tensor.__index__ = lambda self: self.handle.data.item()
 

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from internlm3 import InternLM3Config, InternLM3ForCausalLM, kernels
+from internlm3 import InternLM3Config, InternLM3ForCausalLM
+from internlm3.kernels import triton
 from internlm3.runtime.engine import prefill
 from internlm3.runtime.engine.engine import Engine
 from internlm3.runtime.engine.request import Request
@@ -12,7 +13,7 @@ from internlm3.runtime.engine.state import DecodeState
 from internlm3.runtime.model import model as runtime_model
 from internlm3.runtime.model.kv_cache import PAGE, BatchMetadata, PagedKVCache
 from internlm3.runtime.sampling.params import SamplingParams
-from internlm3.tests.kernels.support import DEVICE
+from internlm3.tests.kernels.support import DEVICE, backends
 from internlm3.tests.support.capture import Recorder
 
 SHAPE = {
@@ -23,7 +24,7 @@ SHAPE = {
 
 
 def on_triton(monkeypatch):
-    monkeypatch.setattr(runtime_model, "for_device", lambda _: kernels)
+    monkeypatch.setattr(runtime_model, "for_device", lambda _: triton)
 
 
 def make(dtype, **shape):
@@ -60,13 +61,13 @@ def test_generation(monkeypatch, dtype, shape):
         assert (ours - theirs).abs().max() < tolerance * theirs.abs().max(), f"step {step}"
 
 
-@pytest.mark.parametrize("triton", [False, True], ids=["cpu", "triton"])
-def test_the_last_rows_of_prompts(monkeypatch, triton):
+@backends
+def test_the_last_rows_of_prompts(monkeypatch, backend):
     """If the last block computes only the last rows, they and all keys and values stay the same."""
     model = make(torch.float32)
-    if triton:
+    if backend == "triton":
         on_triton(monkeypatch)
-    tokens, lengths = 21, torch.tensor([21, 4, 0, 37], dtype=torch.int32)  # no context, padded, idle, with a context
+    tokens, lengths = 6, torch.tensor([6, 4, 0, 37], dtype=torch.int32)  # no context, padded, idle, with a context
     x = torch.randn(4 * tokens, 32, generator=torch.Generator().manual_seed(5)).to(DEVICE)
     table = torch.tensor([[5], [2], [1], [0]], dtype=torch.int32)
     batch = BatchMetadata(table.to(DEVICE), lengths.to(DEVICE), torch.rand(4, 8).to(DEVICE))
@@ -86,14 +87,14 @@ def test_the_last_rows_of_prompts(monkeypatch, triton):
     torch.testing.assert_close(found[live], expected[live], rtol=1e-4, atol=1e-5 * expected.abs().max().item())
 
 
-@pytest.mark.parametrize("triton", [False, True], ids=["reference", "triton"])
-def test_a_prompt_in_padded_pieces(monkeypatch, triton):
+@backends
+def test_a_prompt_in_padded_chunks(monkeypatch, backend):
     """The padding of a prompt's end, which stands on tokens that are there, changes no page that anybody holds."""
     monkeypatch.setattr(prefill, "CHUNK", PAGE)
     monkeypatch.setattr(prefill, "LAUNCH_TOKENS", PAGE)
     monkeypatch.setattr(prefill, "WIDTHS", (16, 48))
     model = make(torch.float32)
-    if triton:
+    if backend == "triton":
         on_triton(monkeypatch)
     generator = torch.Generator().manual_seed(8)
     table = torch.tensor([[5, 2, 0, 6]], dtype=torch.int32, device=DEVICE)
@@ -114,7 +115,9 @@ def test_a_prompt_in_padded_pieces(monkeypatch, triton):
     def plain(kv_cache):
         return lambda batch, prompt, begin: prefill.run_chunks(model, kv_cache, batch, [prompt], begin)
 
-    lengths = (PAGE + 20,) if triton else (PAGE + 1, 2 * PAGE + 20, 2 * PAGE + 50, 3 * PAGE)  # the interpreter is slow
+    lengths = (
+        (PAGE + 20,) if backend == "triton" else (PAGE + 1, 2 * PAGE + 20, 2 * PAGE + 50, 3 * PAGE)
+    )  # the interpreter is slow
     for tokens in lengths:
         prompt = torch.randint(1, 96, (tokens,), generator=generator).to(DEVICE)
         last, kept = filled(padded, tokens)
@@ -143,7 +146,7 @@ def test_a_captured_step(monkeypatch):
         return [(request.token_ids, request.finish_reason) for request in requests]
 
     expected = answers()
-    recorder = Recorder(monkeypatch, kernels)
+    recorder = Recorder(monkeypatch, triton)
     with np.errstate(all="ignore"):
         assert answers(capture=recorder.capture, depth=2) == expected
     assert recorder.replays
@@ -169,17 +172,17 @@ def test_batch_invariance(monkeypatch):
 def test_forward_with_padding_and_positions(monkeypatch):
     """transformers' forward: padding anywhere, explicit positions, a growing cache, hidden states."""
     model = make(torch.float32)
-    ids = torch.randint(96, (3, 20), generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    ids = torch.randint(96, (3, 12), generator=torch.Generator().manual_seed(2)).to(DEVICE)
     mask = torch.ones_like(ids)
-    mask[0, :5] = mask[1, -7:] = mask[2, 4:9] = 0
-    positions = torch.randint(60, (3, 20), generator=torch.Generator().manual_seed(3)).to(DEVICE)
+    mask[0, :3] = mask[1, -4:] = mask[2, 4:7] = 0
+    positions = torch.randint(60, (3, 12), generator=torch.Generator().manual_seed(3)).to(DEVICE)
 
     def run():
         states = model(ids, mask, positions, output_hidden_states=True).hidden_states
         results = [torch.stack(states)[:, mask.bool()]]
         results.append(model(ids[:, ::2], position_ids=positions[:, ::2], use_cache=False).logits)
-        cache = model(ids[:, :18], mask[:, :18]).past_key_values
-        results += [model(ids[:, n - 1 : n], mask[:, :n], past_key_values=cache).logits for n in (19, 20)]
+        cache = model(ids[:, :10], mask[:, :10]).past_key_values
+        results += [model(ids[:, n - 1 : n], mask[:, :n], past_key_values=cache).logits for n in (11, 12)]
         return results
 
     expected = run()

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -138,7 +139,8 @@ def test_rotary_settings_old_and_new(given, scaling, theta):
     ids=str,
 )  # fmt: skip
 def test_newer_names_mean_what_they_mean_to_transformers(given):
-    config, expected = InternLM3Config(**given), transformers.InternLM3Config(**given)
+    config: Any = InternLM3Config(**given)
+    expected: Any = transformers.InternLM3Config(**given)
     assert (config.qkv_bias, config.bias) == (expected.qkv_bias, expected.bias)
     if "rope_scaling" in given and "rope_parameters" in given:
         expected.rope_parameters["rope_theta"] = 9.0  # transformers drops this one with the whole of rope_parameters

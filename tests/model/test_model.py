@@ -1,5 +1,7 @@
 """The forward pass against transformers and against a float64 twin that is written from the model's specification."""
 
+from typing import Any
+
 import pytest
 import torch
 import transformers
@@ -7,7 +9,7 @@ import transformers
 from internlm3 import InternLM3Config, InternLM3ForCausalLM, InternLM3Model
 from internlm3.runtime.model.rope import inverse_frequencies, rope_base
 
-SMALL = {
+SMALL: Any = {
     "vocab_size": 97,
     "hidden_size": 96,
     "intermediate_size": 80,

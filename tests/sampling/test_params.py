@@ -3,7 +3,7 @@
 import argparse
 import math
 from dataclasses import fields
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ def test_the_table_has_a_row_for_every_field_and_every_field_is_documented():
     defaults = {field.name: field.default for field in fields(SamplingParams)}
     assert [setting.name for setting in SETTINGS] == [*defaults]
     for setting in SETTINGS:
-        assert f"\n    {setting.name}: " in SamplingParams.__doc__
+        assert f"\n    {setting.name}: " in (SamplingParams.__doc__ or "")
         assert setting.none == (defaults[setting.name] is None)
     assert {*defaults, *ALIASES, "do_sample"} == get_type_hints(SamplingKeywords).keys()
     assert STATE.keys() <= {field.name for field in fields(DecodeState)}
@@ -98,13 +98,15 @@ def test_a_bad_value_is_one_clear_error(bad, message):
 
 @pytest.mark.parametrize("wrong, near", [("temprature", "temperature"), ("topk", "top_k"), ("max_token", "max_tokens")])
 def test_an_unknown_keyword_names_its_neighbour(wrong, near):
+    given: Any = {wrong: 1}
     with pytest.raises(TypeError, match=f"unknown keyword '{wrong}'; did you mean '{near}'"):
-        SamplingParams.from_kwargs(**{wrong: 1})
+        SamplingParams.from_kwargs(**given)
 
 
 @pytest.mark.parametrize("name", ["logit_bias", "allowed_token_ids", "stop_token_ids"])
 def test_token_ids_lie_inside_the_vocabulary(name):
-    params = SamplingParams(**{name: {100: 1.0} if name == "logit_bias" else [100]})
+    given: Any = {name: {100: 1.0} if name == "logit_bias" else [100]}
+    params = SamplingParams(**given)
     params.check_vocab(101)
     with pytest.raises(ValueError, match=f"{name} holds 100, which is outside the vocabulary of 100"):
         params.check_vocab(100)
@@ -155,7 +157,7 @@ def test_do_sample_in_a_file_is_true_or_false(given):
 
 
 def test_numbers_of_numpy_and_torch():
-    given = SamplingParams(
+    given = SamplingParams.from_kwargs(
         n=np.int64(2), temperature=np.float32(0.5), top_k=torch.tensor(7), top_p=torch.tensor(0.25),
         min_p=np.float64(0.5), logit_bias={np.int32(3): np.float16(1.5)}, allowed_token_ids=torch.tensor([3, 4]),
         seed=np.uint8(9), max_tokens=torch.tensor([5]), min_tokens=np.array(2), stop_token_ids=np.array([4]),

@@ -2,6 +2,7 @@
 
 import math
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -47,12 +48,12 @@ def counts_of(ids, vocab):
 
 def by_transformers(logits, ids, **config):
     """Probabilities in float64 after transformers' own list of processors, in its own order."""
-    config = GenerationConfig(do_sample=True, num_beams=1, **{"top_k": 0, **config})
-    owner = SimpleNamespace(
+    given = GenerationConfig(do_sample=True, num_beams=1, **{"top_k": 0, **config})
+    owner: Any = SimpleNamespace(
         config=SimpleNamespace(is_encoder_decoder=False),
         _merge_criteria_processor_list=lambda ours, theirs: ours,
     )
-    processors = GenerationMixin._get_logits_processor(owner, config, input_ids_seq_length=len(ids))
+    processors = GenerationMixin._get_logits_processor(owner, given, input_ids_seq_length=len(ids))
     return processors(ids.expand(len(logits), -1), logits.double()).softmax(-1)
 
 
@@ -160,8 +161,8 @@ def test_repetition_penalty_needs_counts():
 @pytest.mark.parametrize("vocab", [1, 31, 32, 33, 1000])
 def test_allowed_is_one_bit_a_token(vocab):
     allowed = torch.rand(vocab, generator=torch.Generator().manual_seed(vocab)) < 0.5
-    words = [sum(int(bit) << i for i, bit in enumerate(allowed[at : at + 32])) for at in range(0, vocab, 32)]
-    words = torch.tensor([words]).to(torch.int32)
+    bits = [sum(int(bit) << i for i, bit in enumerate(allowed[at : at + 32])) for at in range(0, vocab, 32)]
+    words = torch.tensor([bits]).to(torch.int32)
     assert torch.equal(penalize(torch.zeros(1, vocab), allowed=words)[0] == 0, allowed)
 
 
@@ -205,7 +206,11 @@ def test_choice_is_the_inverse_of_the_distribution(setting, seed):
 def test_choice_frequencies_by_chi_square(axis):
     rows, vocab = 3_000, 20
     logits = random_logits(1, vocab, 5, scale=1.0)
-    numbers = {"seed": torch.full((rows,), 7), "stream": torch.zeros(rows).long(), "position": torch.zeros(rows).long()}
+    numbers: Any = {
+        "seed": torch.full((rows,), 7),
+        "stream": torch.zeros(rows).long(),
+        "position": torch.zeros(rows).long(),
+    }
     numbers[axis] = torch.arange(rows) * 3 - 100
     token, _ = sample(logits.expand(rows, -1), temperature=torch.ones(rows), **numbers)
     expected = logits.double().softmax(-1)[0] * rows

@@ -81,7 +81,7 @@ def contents(folder):
 
 
 # How a checkpoint is divided into files: max_shard_size by name.
-LIMITS = {"one file": "5GB", "shards": 20000, "more shards": 9000}
+LIMITS = {"one file": "5GB", "shards": 20000, "more shards": 15000}
 
 
 def distinct(seed):

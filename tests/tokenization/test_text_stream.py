@@ -114,7 +114,7 @@ def streamed(tokenizer, ids, **options):
     return [stream.push(token) for token in ids] + [stream.flush()], stream
 
 
-@settings(max_examples=250)
+@settings(max_examples=50)
 @given(data=st.data(), skip=st.booleans())
 def test_the_parts_joined_are_the_whole(tokenizer, data, skip):
     ids = data.draw(tokens_of(tokenizer))
@@ -164,7 +164,7 @@ def common(texts):
     return next((first[:end] for end, letter in enumerate(first) if letter != last[end]), first)
 
 
-@settings(max_examples=250)
+@settings(max_examples=100)
 @given(text=st.lists(st.sampled_from([*CLEANED, *" '.nsvrex"]), max_size=20).map("".join))
 @example(text="    do n't ' go '  . ' ' '  ' s")
 def test_text_that_may_still_be_cleaned_up_stays_pending(plain, text):
@@ -178,7 +178,7 @@ def test_text_that_may_still_be_cleaned_up_stays_pending(plain, text):
     assert out + stream.flush() == cleaned_up(text)
 
 
-@settings(max_examples=150)
+@settings(max_examples=40)
 @given(text=st.text(st.characters(codec="utf-8", exclude_characters="\x00"), max_size=60), skip=st.booleans())
 @example(text="书生·浦语 🙂🇨🇳 naïve — 3 × 4\t\n\n  ende", skip=True)
 @example(text="the the the 天天天 " * 12, skip=True)
@@ -195,7 +195,7 @@ def test_a_character_comes_at_once_and_complete(plain, text, skip):
     assert out + stream.flush() == plain.decode(ids, skip_special_tokens=skip)
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(data=st.data())
 def test_bytes_that_cannot_become_a_character_do_not_stay_pending(tokenizer, data):
     byte = data.draw(st.sampled_from([0x80, 0xBF, 0xC0, 0xC1, 0xF5, 0xFF, 0x41]))
@@ -226,7 +226,7 @@ def cut_at(text, stops, include):
     return text, None
 
 
-@settings(max_examples=250)
+@settings(max_examples=50)
 @given(data=st.data(), include=st.booleans())
 def test_stop_strings(tokenizer, data, include):
     """Random stop strings, most of them taken from the text: the text ends where brute force ends it."""
@@ -345,7 +345,7 @@ def library(request, tmp_path_factory):
     return InternLM3Tokenizer(path, bos_token=None, eos_token=None, unk_token=None), library
 
 
-@settings(max_examples=250)
+@settings(max_examples=80)
 @given(data=st.data(), skip=st.booleans())
 def test_the_parts_are_what_the_library_decodes(library, data, skip):
     tokenizer, oracle = library
