@@ -23,7 +23,7 @@ EIGHT_B = InternLM3Config(
     rope_scaling={"rope_type": "dynamic", "factor": 6.0},
 )  # fmt: skip
 TOY = InternLM3Config(
-    vocab_size=160, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+    vocab_size=320, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
     num_key_value_heads=2, head_dim=16, max_position_embeddings=32,
     rope_scaling={"rope_type": "dynamic", "factor": 6.0},
 )  # fmt: skip

@@ -2,8 +2,8 @@
 
     python -m tests.support.faulty_kernels TARGET...
 
-prints as JSON what the audit finds for each fault on each target. Faults that are found without reading machine code are
-planted on sm_90 only, and faults of dependent launch on targets that have it.
+prints as JSON what the audit finds for each fault on each target. Faults that are found without reading machine code
+are planted on sm_90 only, and faults of dependent launch on targets that have it.
 """
 
 import json
