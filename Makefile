@@ -1,12 +1,12 @@
-# Every target does its own set-up: a fresh clone, Python >= 3.10, make and a package registry are all it takes.
+# Every target creates the environment that it needs. It takes a clone, Python >= 3.10, make and a package registry.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
 .PHONY: demo test lint fuzz audit bench clean
 
-# The stamp is newer than setup.py and the pins, or the environment is brought up to date.
-# torch comes first and alone: a resolver that sees it installed leaves its accelerator packages alone.
+# The environment is updated whenever setup.py or constraints.txt is newer than this stamp.
+# torch is installed first and alone: pip then has no reason to touch the CUDA packages that it depends on.
 $(VENV)/.ready: setup.py constraints.txt
 	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 10) else f"internlm3 needs Python 3.10 or newer; this is {v.major}.{v.minor}. Name another: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
@@ -25,9 +25,10 @@ lint: $(VENV)/.ready
 	$(BIN)/ruff format --check .
 	MYPYPATH=$(VENV)/checkout $(BIN)/mypy -p internlm3 -p bench
 
-# All of it; with ARGS the tests that they choose, and nothing else: make test ARGS="-k rope"
-# With TRITON the kernels' part on that version, which lies in .triton/, in front of the environment's own:
-# make test TRITON=3.6.0
+# make test                    lint, all tests, and the audit of machine code
+# make test ARGS="-k rope"     only the tests that pytest selects by these arguments
+# make test TRITON=3.6.0       only the tests of the kernels and the audit, on another version of Triton, which is
+#                              installed in .triton/ and precedes the environment's own on the path
 ifdef TRITON
 export PYTHONPATH := $(CURDIR)/.triton/$(TRITON)$(addprefix :,$(PYTHONPATH))
 test: .triton/$(TRITON)
@@ -49,12 +50,13 @@ endif
 fuzz: $(VENV)/.ready
 	$(BIN)/python -m tests.fuzz $(ARGS)
 
-# Compiles every kernel for six GPUs and audits the machine code; needs none of them. `make test` audits four.
+# Compiles every kernel for six GPUs and checks the machine code. Needs none of them. `make test` checks four.
 audit: $(VENV)/.ready
 	$(BIN)/python -m bench.audit $(ARGS)
 
-# The demo model next to transformers, and every op next to its peers; the records go to .benchmarks/.
-# With ARGS only the ops: make bench ARGS="--quick --op linear"
+# make bench                               the demo model next to transformers, and all ops next to their peers;
+#                                          records go to .benchmarks/
+# make bench ARGS="--quick --op linear"    only the ops, with these arguments
 ifdef ARGS
 bench: $(VENV)/.ready
 	$(BIN)/python -m bench.ops $(ARGS)

@@ -1,6 +1,6 @@
-"""InternLM3 at the lowest latency one GPU allows: hand-written Triton kernels under a thin runtime.
+"""A runtime for InternLM3-8B at the lowest latency on one GPU, with hand-written Triton kernels.
 
-Names are imported on first use, so that `import internlm3` and `internlm3 --help` answer at once.
+Names are imported on first use, so that `import internlm3` and `internlm3 --help` are fast.
 """
 
 import importlib

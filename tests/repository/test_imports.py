@@ -1,11 +1,11 @@
-"""The house's arrows: every import of the tree is read, those for types and those inside functions too."""
+"""Who may import whom. Every import of the tree is read, also those for type checkers and those inside functions."""
 
 import ast
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 FLOORS = {"kernels": set(), "runtime": {"kernels"}, "tests": {"kernels", "runtime"}, "bench": {"kernels", "runtime"}}
-# The rooms of the runtime, each with those that it may import.
+# The folders of the runtime, each with those that it may import from.
 ROOMS = {
     "common": set(),
     "sampling": {"common"},
@@ -18,13 +18,13 @@ ROOMS = {
     "api": {"common", "sampling", "model", "checkpoint", "chat_template", "tokenization", "engine"},
     "cli": {"common", "sampling", "model", "checkpoint", "api"},
 }
-# Where the runtime meets the kernels: the model runs them, hooks penalise and filter on the host, the
-# state asks how many tokens of a top-k are few, and the warm-up which launches compile.
+# The only files of the runtime that import kernels: the model runs them, hooks penalise and filter on the host, the
+# state needs the limit of a small top-k, and the warm-up the list of launches to compile.
 MEETS_KERNELS = {"engine/hooks", "engine/state", "engine/warm_up", "model/model"}
 
 
 def modules(path: Path) -> set[tuple[str, ...]]:
-    """The modules that a file imports, in full."""
+    """The full names of the modules that a file imports."""
     package = ("internlm3", *path.relative_to(ROOT).with_suffix("").parts[:-1])
     found: set[tuple[str, ...]] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -33,14 +33,14 @@ def modules(path: Path) -> set[tuple[str, ...]]:
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else ()
             base += tuple(node.module.split(".")) if node.module else ()
-            # `from . import x` names a module or what a module holds.
+            # The x of `from . import x` may be a module or something in one.
             inside = {(*base, alias.name) for alias in node.names}
             found |= {name for name in inside if is_module(name)} or {base}
     return found
 
 
 def imports(path: Path) -> set[str]:
-    """Those of this package, as names under its root: "kernels.rope", "" for the root itself."""
+    """The modules of this package that a file imports, by names below its root: "kernels.rope"; "" for the root."""
     return {".".join(name[1:]) for name in modules(path) if name[0] == "internlm3"}
 
 
@@ -66,7 +66,7 @@ def test_no_room_imports_upwards():
 
 
 def test_no_floor_imports_upwards():
-    """kernels knows nothing of the rest, runtime only kernels; nobody imports tests or bench. Nor the root's face."""
+    """kernels imports nothing else, runtime only kernels. Only tests and bench import tests, bench or the root."""
     for floor, below in FLOORS.items():
         for path in sorted((ROOT / floor).rglob("*.py")):
             reached = {name.partition(".")[0] for name in imports(path)}
@@ -81,7 +81,7 @@ def test_only_these_rooms_meet_the_kernels():
 
 
 def test_no_circle():
-    """A file that imports what imports it, by any way round."""
+    """No file imports one that imports it, directly or through others."""
     graph = {
         dotted(path.with_suffix("")): {name for name in imports(path) if name.startswith(f"{floor}.")}
         for floor in ("kernels", "runtime")
