@@ -18,8 +18,8 @@ ROOMS = {
     "api": {"common", "sampling", "model", "checkpoint", "chat_template", "tokenization", "engine"},
     "cli": {"common", "sampling", "model", "checkpoint", "api"},
 }
-# The only files of the runtime that import kernels: the model runs them, hooks penalise and filter on the host, the state
-# needs the limit of a small top-k, and the warm-up the list of launches to compile.
+# The only files of the runtime that import kernels: the model runs them, hooks penalise and filter on the host, the
+# state needs the limit of a small top-k, and the warm-up the list of launches to compile.
 MEETS_KERNELS = {"engine/hooks", "engine/state", "engine/warm_up", "model/model"}
 
 
@@ -40,7 +40,7 @@ def modules(path: Path) -> set[tuple[str, ...]]:
 
 
 def imports(path: Path) -> set[str]:
-    """The modules of this package that a file imports, by names below its root: "kernels.rope"; "" for the root itself."""
+    """The modules of this package that a file imports, named from its root: "kernels.cpu"; "" for the root itself."""
     return {".".join(name[1:]) for name in modules(path) if name[0] == "internlm3"}
 
 
@@ -66,7 +66,7 @@ def test_no_room_imports_upwards():
 
 
 def test_no_floor_imports_upwards():
-    """kernels imports nothing else, runtime only kernels. Only tests and bench import tests, bench or the root itself."""
+    """kernels imports nothing else, runtime only kernels. Only tests and bench import tests, bench or the root."""
     for floor, below in FLOORS.items():
         for path in sorted((ROOT / floor).rglob("*.py")):
             reached = {name.partition(".")[0] for name in imports(path)}
