@@ -59,7 +59,7 @@ def rope_and_cache(
 class _RopeTables(NamedTuple):
     """The tables of a launch, and copies of the arguments that they were computed from."""
 
-    key: tuple[int, bool, torch.dtype]
+    key: tuple[int, bool, torch.dtype, torch.dtype]
     positions: Tensor
     inv_freq: Tensor
     cos: Tensor
@@ -76,7 +76,7 @@ def _cos_sin(
     takes 2 us, to compute them 22 us for one row: 3% of a decode step of the demo model.
     """
     given = seq_lens if positions is None else positions
-    key = tokens, positions is None, dtype
+    key = tokens, positions is None, given.dtype, dtype
     kept: _RopeTables | None = getattr(seq_lens, "rope_tables", None)
     if kept and kept.key == key and torch.equal(kept.positions, given) and torch.equal(kept.inv_freq, inv_freq):
         return kept.cos, kept.sin
@@ -95,7 +95,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _contexts(block_table: Tensor, seq_lens: Tensor, page_size: int) -> list[tuple[int, list[int]]]:
-    """For each sequence its context length and the pages that hold it."""
+    """For each sequence its context length and its pages."""
     lengths = seq_lens.tolist()
     table = block_table[:, : -(-max(lengths) // page_size)].tolist()
     return [(length, pages[: -(-length // page_size)]) for length, pages in zip(lengths, table, strict=True)]

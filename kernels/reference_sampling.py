@@ -275,7 +275,7 @@ def _share_of_total(weights: Tensor, fraction: Tensor) -> Tensor:
 
 
 def log_probability(logits: Tensor, token: Tensor) -> Tensor:
-    """Natural log-softmax of the chosen tokens, [B] float32; NaN where a row holds NaN or +inf."""
+    """Natural log-softmax of the chosen tokens, [B] float32; NaN where a row has NaN or +inf."""
     x = logits.to(torch.float32, copy=True)
     best, chosen = x.amax(-1), x.gather(1, token[:, None])[:, 0]
     # Integers again: a float sum would depend on how the row is split over threads. In place, since allocating memory

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from ...kernels.reference_sampling import FILTERS, PENALTIES, filter_logits, log_probability, penalize
 from ..sampling.logits_processors import LogitsProcessor
-from ..sampling.params import top_logprobs
 from .request import Request
 from .state import DecodeState, Tier
 
@@ -129,3 +128,9 @@ def _filtered(x: Tensor, stages: Mapping[str, Any]) -> Tensor:
         return x
     kept = filter_logits(x, **{name: stage for name, stage in stages.items() if name in ("temperature", *FILTERS)})
     return torch.where(temperature[:, None] == 0, x, kept)
+
+
+def top_logprobs(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` likeliest tokens of each row of logits [B, V]: ids, int64, and log-probabilities, float32."""
+    logprobs, token_ids = logits.float().log_softmax(-1).topk(min(count, logits.shape[-1]))
+    return token_ids, logprobs

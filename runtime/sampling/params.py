@@ -4,8 +4,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from torch import Tensor
-
 from ..common.checks import check_bool, check_ids
 from ..common.field_docs import document_fields
 from ..common.keywords import reject_unknown
@@ -204,9 +202,3 @@ class SamplingParams:
 # What InternLM3's README recommends for chat, and for deep-thinking mode.
 RECOMMENDED = SamplingParams(temperature=1.0, top_p=0.8, top_k=40, repetition_penalty=1.005, max_tokens=1024)
 RECOMMENDED_THINKING = replace(RECOMMENDED, max_tokens=8192)
-
-
-def top_logprobs(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` likeliest tokens of each row of `logits` [B, V]: ids, int64, and log-probabilities, float32."""
-    logprobs, token_ids = logits.float().log_softmax(-1).topk(min(count, logits.shape[-1]))
-    return token_ids, logprobs

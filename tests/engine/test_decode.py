@@ -15,6 +15,7 @@ from internlm3.kernels.reference import FEW_ROWS
 from internlm3.kernels.reference_sampling import FEW_TOKENS
 from internlm3.runtime.engine import decode, prefill
 from internlm3.runtime.engine.engine import Engine
+from internlm3.runtime.engine.hooks import top_logprobs
 from internlm3.runtime.engine.request import Request
 from internlm3.runtime.engine.state import DecodeState, Slot, Tier, tier_of
 from internlm3.runtime.model.kv_cache import PAGE, pages_of
@@ -201,6 +202,15 @@ def test_the_device_counts_tokens_against_the_limit():
         [[3, 2], [-1, 2]],
         [[-1, 2], [-1, 2]],
     ]
+
+
+def test_top_logprobs():
+    logits = torch.randn(2, 50, generator=torch.Generator().manual_seed(35)) * 3
+    token_ids, logprobs = top_logprobs(logits, 3)
+    expected = logits.double().log_softmax(-1).topk(3)
+    assert torch.equal(token_ids, expected.indices)
+    torch.testing.assert_close(logprobs.double(), expected.values, rtol=1e-6, atol=1e-6)
+    assert top_logprobs(logits, 99)[0].shape == (2, 50)
 
 
 # -------------------------------------------------------------------- the step in a graph

@@ -12,7 +12,7 @@ import torch
 from internlm3.runtime.cli.sampling_switches import add_switches
 from internlm3.runtime.engine.state import DecodeState
 from internlm3.runtime.sampling.keywords import SamplingKeywords
-from internlm3.runtime.sampling.params import RECOMMENDED, RECOMMENDED_THINKING, SamplingParams, top_logprobs
+from internlm3.runtime.sampling.params import RECOMMENDED, RECOMMENDED_THINKING, SamplingParams
 from internlm3.runtime.sampling.settings import ALIASES, SETTINGS, STATE
 
 
@@ -35,15 +35,6 @@ def test_switches_are_those_of_the_table():
         assert (switch in shown.replace("\n", " ").replace("]", " ")) == (setting.help is not None), setting.name
     given = vars(parser.parse_args(["--temp", "0.5", "-n", "7"]))
     assert (given["temperature"], given["max_tokens"]) == (0.5, 7)
-
-
-def test_top_logprobs():
-    logits = torch.randn(2, 50, generator=torch.Generator().manual_seed(35)) * 3
-    token_ids, logprobs = top_logprobs(logits, 3)
-    expected = logits.double().log_softmax(-1).topk(3)
-    assert torch.equal(token_ids, expected.indices)
-    torch.testing.assert_close(logprobs.double(), expected.values, rtol=1e-6, atol=1e-6)
-    assert top_logprobs(logits, 99)[0].shape == (2, 50)
 
 
 @pytest.mark.parametrize(

@@ -36,8 +36,8 @@ RICH_TEMPLATE = """\
 TOOLS = [{"type": "function", "function": {"name": "天气", "parameters": {"q": {"type": "string", "x": "<&'>"}}}}]
 
 
-def by_transformers(template: str, messages: list, **options) -> str:
+def by_transformers(template, messages, **options):
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    (text,), _ = render_jinja_template(conversations=[messages], chat_template=template, **options)
-    return text
+    texts, _ = render_jinja_template(conversations=[messages], chat_template=template, **options)
+    return texts[0]

@@ -1,0 +1,125 @@
+"""Every command of bench/README.md is accepted and runs; the programs that compare whole models, with fake workers."""
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from bench import ROOT, batching, demo_model, gpu, ops, peers, record, report, roofline
+from bench.roofline import Roofline
+
+README = (ROOT / "bench" / "README.md").read_text("utf-8")
+COMMANDS = [
+    shlex.split(line, comments=True)[2:]
+    for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    for line in block.splitlines()
+    if line.startswith("python -m bench.")
+]
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests of what happens on a CPU")
+
+
+@pytest.mark.parametrize("command", [each for each in COMMANDS if each[0] == "bench.ops"], ids=" ".join)
+def test_commands_of_ops(command, tmp_path, monkeypatch, capsys):
+    """At tiny shapes, one round, our engine only; the kernel is the README's."""
+    ceilings = Roofline(1e9, 1e9, {"bfloat16": 1e12, "float16": 1e12})
+    monkeypatch.setattr(roofline, "measure", lambda *_: ceilings)
+    monkeypatch.setattr(peers, "PEERS", {"cuBLAS": peers.PEERS["cuBLAS"]})
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "PATH").write_text(
+        '{"hidden_size": 32, "intermediate_size": 48, "vocab_size": 70, "num_attention_heads": 4, "head_dim": 16}'
+    )
+    (mine,) = re.findall(r"```python\n(# mine.py.*?)```", README, re.DOTALL)
+    (tmp_path / "mine.py").write_text(mine)
+    arguments = [{"triton": "cpu"}.get(word, word) for word in command[1:]]  # our engine on a CPU
+    if "--config" not in arguments:
+        arguments += ["--config", "PATH"]
+    assert ops.main([*arguments, "--rounds", "1"]) == 0
+    out = capsys.readouterr().out
+    assert ("mine.py" in out) == ("mine.py" in command) and "WRONG" not in out
+    assert (tmp_path / "run.json").exists() == ("run.json" in command)
+
+
+@pytest.mark.parametrize("command", [each for each in COMMANDS if each[0] == "bench.report"], ids=" ".join)
+def test_commands_of_report(command, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib", reason="the plots are an extra")
+    monkeypatch.chdir(tmp_path)
+    results = ROOT / "bench" / "results"
+    (tmp_path / "OUT").mkdir()
+    shutil.copy(results / "2026-11-27-h200.json", "OUT/gpu.json")
+    for name in ("before.json", "run.json"):
+        shutil.copy(results / "2026-11-25-ops-cpu.json", name)
+    assert report.main(command[1:]) == 0 and capsys.readouterr().out
+    for name in {"run.csv", "plots", "gpu.md"} & {*command}:
+        assert (tmp_path / name).exists()
+
+
+@pytest.mark.parametrize("command", [each for each in COMMANDS if each[0] == "bench.gpu"], ids=" ".join)
+def test_commands_of_gpu(command):
+    """They are accepted; test_gpu.py runs the parts."""
+    assert gpu.parser().parse_args(command[1:]).out
+
+
+def test_every_program_is_in_the_table():
+    programs = {path.stem for path in (ROOT / "bench").glob("*.py") if '__name__ == "__main__"' in path.read_text()}
+    assert {*re.findall(r"^\| `python -m bench\.(\w+)", README, re.MULTILINE)} == programs
+    assert {each[0].partition(".")[2] for each in COMMANDS} <= programs
+
+
+def test_launch_overhead():
+    command = [sys.executable, "-m", "bench.launch_overhead", "--calls", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert {line.split()[0] for line in done.stdout.splitlines()[1:]} == {*ops.kernels.__all__}
+
+
+class Worker:
+    """Answers start-up with 2 s (transformers: 4 s), and n new tokens with n / 10 s (transformers: n / 5 s)."""
+
+    def __init__(self, module, flag, engine, *arguments, checkout=None):
+        self.seconds = 0.2 if engine == "transformers" else 0.1
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def ask(self, question):
+        return 20 * self.seconds if question is None else question[2] * self.seconds
+
+
+def test_demo_model(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo_model, "Worker", Worker)
+    monkeypatch.setattr("internlm3.runtime.checkpoint.demo_model.demo_model_checkpoint", lambda: tmp_path)
+    path = tmp_path / "run.json"
+    demo_model.main(["--dtype", "float32", "--batch", "4", "--rounds", "2", "--json", str(path)])
+    rows = {row.name: row for row in record.load(path).rows}
+    assert rows["float32, start to first token, transformers"].rounds == [4.0, 4.0]
+    assert rows["float32, decode, 4 x 512, internlm3"].value == pytest.approx(40)  # 4 x 64 tokens in 6.4 s
+    assert rows["float32, prefill, 4 x 512, internlm3"].value == pytest.approx(4 * 512 / 0.1)
+    lines = capsys.readouterr().out.splitlines()[-3:]
+    assert all("transformers" in line and "2.00 times as fast (2.00 to 2.00)" in line for line in lines)
+
+
+def test_demo_model_refuses_a_folder_that_is_not_a_checkout(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        demo_model.main(["--before", str(tmp_path)])
+    assert "is not a checkout of this project: name its folder" in capsys.readouterr().err
+
+
+def test_batching(tmp_path, monkeypatch, capsys):
+    lengths = [1, 9, 3, 5]
+    seconds = {"continuous": 1.0, "static": 2.0}
+    monkeypatch.setattr(
+        batching, "run", lambda kind, mode, batch, _: {"seconds": seconds[mode], "lengths": lengths, "cut": 0}
+    )
+    path = tmp_path / "run.json"
+    batching.main(["--batch", "2", "--rounds", "1", "--json", str(path)])
+    rows = {row.name: row for row in record.load(path).rows}
+    # Two slots: 0, 2 and 4 steps in one, 8 in the other. Two batches: 8 and 4 steps.
+    assert rows["questions, continuous"].about["steps"] == 8 and rows["questions, static"].about["steps"] == 12
+    assert "2.00 times as fast as static (2.00 to 2.00); the ratio of steps is 1.50" in capsys.readouterr().out
