@@ -4,7 +4,6 @@ import os
 import shutil
 import subprocess
 import sys
-import sysconfig
 import zipfile
 from pathlib import Path
 
@@ -14,12 +13,12 @@ from bench import ROOT
 
 PACKAGED = ("__init__.py", "__main__.py", "py.typed", "kernels", "runtime")  # of the root
 NEEDED = (*PACKAGED, "setup.py", "pyproject.toml", "README.md", "LICENSE")  # to build a wheel
-SITE_PACKAGES = sysconfig.get_path("purelib")
 
 
 def run(*command, cwd, expect=0, **variables):
-    """The standard output of a command that has no variable of this test's, such as PYTHONPATH."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "INTERNLM3"))}
+    """The standard output of a command, without this process's PYTHONPATH and its like."""
+    ours = ("PYTHON", "PYTEST", "INTERNLM3")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
     done = subprocess.run(command, cwd=cwd, env=environment | variables, capture_output=True, text=True)
     assert done.returncode == expect, done.stdout + done.stderr
     return done.stdout
@@ -74,7 +73,7 @@ def test_the_installed_wheel_answers_without_the_checkout(wheel, demo_model, tmp
     run(sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "env"), cwd=tmp_path)
     python = str(tmp_path / "env" / "bin" / "python")
     site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path).strip())
-    (site / "dependencies.pth").write_text(f"{SITE_PACKAGES}\n")
+    (site / "dependencies.pth").write_text("\n".join(path for path in sys.path if path.endswith("-packages")))
     pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--disable-pip-version-check"]
     run(*pip, "--no-deps", "--no-index", "--ignore-installed", str(wheel), cwd=tmp_path)
     where = run(python, "-c", "import internlm3; print(internlm3.__file__)", cwd=tmp_path).strip()
