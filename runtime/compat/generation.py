@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -22,6 +23,8 @@ from .generate_options import GenerateOptions, read_options
 from .model_outputs import GenerateOutput
 from .pretrained import Pretrained
 
+# Two threads may call `generate` of a new model at the same time.
+_FIRST_CALL = threading.Lock()
 MAX_BATCH_SIZE = 64  # more requests wait
 MIN_WINDOW = 1024  # an engine's least max_seq_len, so that a few calls of growing length don't make one each
 
@@ -182,9 +185,9 @@ class Generation(Pretrained):
         One that is too small, or whose model was moved to another device, is replaced as soon as it is idle. Raises as
         Engine.
         """
-        if self._shared is None:
-            self._shared = SharedEngine(self)
-        return self._shared.get(max_batch_size, max_seq_len)
+        with _FIRST_CALL:
+            shared = self._shared = self._shared or SharedEngine(self)
+        return shared.get(max_batch_size, max_seq_len)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy of a model begins without an engine."""
