@@ -18,6 +18,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from multiprocessing import get_context
 from typing import NamedTuple
 
@@ -263,8 +264,11 @@ def audit(work: Sequence[tuple[Case, str]]) -> list[Finding]:
             new.setdefault((case.op, target), {})[name] = case
     if new:
         order = sorted(new, key=lambda key: key[0] != "sample")  # the longest first
-        with ProcessPoolExecutor(min(os.cpu_count() or 1, len(new)), get_context("spawn")) as pool:
-            found = pool.map(audit_cases, [[*new[key].values()] for key in order], [target for _, target in order])
+        few = len(order) < 4  # starting processes would take longer
+        with nullcontext() if few else ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
+            found = (pool.map if pool else map)(
+                audit_cases, [[*new[key].values()] for key in order], [target for _, target in order]
+            )
             for key, findings in zip(order, found, strict=True):
                 known.update(zip(new[key], findings, strict=True))
         # Violations are not cached: the machine may have been at fault.

@@ -44,7 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 for _ in range(calls):
                     op(**inputs)
                 rounds.append((time.process_time() - begun) / calls * 1e6)
-            print(f"{case.op:25}{case.shape:24}{min(rounds):10.1f}{each:10}{min(rounds) / each:13.1f}")
+            least = min(rounds)
+            print(f"{case.op:25}{case.shape:24}{least:10.1f}{each:10}{least / each if each else 0:13.1f}")
 
 
 if __name__ == "__main__":

@@ -48,8 +48,11 @@ def random_model(small: bool, layers: int | None = None, dtype: torch.dtype | No
 
 @contextlib.contextmanager
 def on_ops(ops: ModuleType) -> Iterator[None]:
-    """Makes models run on these ops, whatever their device."""
-    with mock.patch.object(runtime_model, "for_device", lambda device: ops):
+    """Makes models run on these ops, whatever their device, and never batch prompts."""
+    with (
+        mock.patch.object(runtime_model, "for_device", lambda device: ops),
+        mock.patch.object(ops, "ROW_COUNT_CHANGES_BITS", True, create=True),
+    ):
         yield
 
 

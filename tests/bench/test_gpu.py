@@ -137,15 +137,16 @@ def test_a_dry_run(tmp_path, part, capfd):
 def test_the_correctness_part_finds_a_wrong_kernel():
     """An op that is off by a hundredth, and a graph whose third replay does something else."""
     program = """
+from types import SimpleNamespace
 from bench.parts import correctness
-from internlm3 import kernels
+from internlm3.kernels import triton
 
 class Wrong:
     def __getattr__(self, name):
-        op = getattr(kernels, name)
+        op = getattr(triton, name)
         return (lambda *a, **k: op(*a, **k) * 1.01) if name == "linear_add" else op
 
-correctness.kernels = Wrong()
+correctness.kernels = SimpleNamespace(for_device=lambda device: Wrong())
 print(correctness._logits(True, 1, 8))
 
 model = correctness.random_model(True, 2)

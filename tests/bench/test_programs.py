@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests of what
 
 @pytest.mark.parametrize("command", [each for each in COMMANDS if each[0] == "bench.ops"], ids=" ".join)
 def test_commands_of_ops(command, tmp_path, monkeypatch, capsys):
-    """At tiny shapes, one round, our engine only; the kernel is the README's."""
+    """At tiny shapes, one round, without most peers; the kernel is the README's."""
     ceilings = Roofline(1e9, 1e9, {"bfloat16": 1e12, "float16": 1e12})
     monkeypatch.setattr(roofline, "measure", lambda *_: ceilings)
     monkeypatch.setattr(peers, "PEERS", {"cuBLAS": peers.PEERS["cuBLAS"]})
@@ -34,7 +34,7 @@ def test_commands_of_ops(command, tmp_path, monkeypatch, capsys):
     )
     (mine,) = re.findall(r"```python\n(# mine.py.*?)```", README, re.DOTALL)
     (tmp_path / "mine.py").write_text(mine)
-    arguments = [{"triton": "cpu"}.get(word, word) for word in command[1:]]  # our engine on a CPU
+    arguments = [{"triton": "cpu", "32768": "300"}.get(word, word) for word in command[1:]]  # our engine on a CPU
     if "--config" not in arguments:
         arguments += ["--config", "PATH"]
     assert ops.main([*arguments, "--rounds", "1"]) == 0

@@ -70,6 +70,12 @@ def check_case(q, cache: PagedCache, scale, programs=64):
     with shared_by(programs):
         results = {backend: run(backend, "paged_attention", q, *cache, scale) for backend in MODULES}
     expected, size = exact(q, cache, scale)
+    # A CPU joins the attention to the context and that to the block by a float32 share near 1 or 0: an error of two
+    # float32 ulp of the larger value, even where its weight is small.
+    finite = cache.v_cache[cache.v_cache.isfinite()].double().abs()
+    largest = finite.amax() if finite.numel() else 0.0
+    joined = size + 2 / ULPS[q.dtype] * largest * torch.finfo(torch.float32).eps / torch.finfo(q.dtype).eps
+    assert_near(expected, ULPS[q.dtype], joined, cpu=results.pop("cpu"))
     assert_near(expected, ULPS[q.dtype], size, **results)
     return results["triton"]
 

@@ -62,7 +62,7 @@ def warm(device):
 def serve(device):
     """Prompts of any length, in any slot; batches of any size, from any slot on; any window and number of pages."""
     rng = random.Random(1)
-    for _ in range(20):
+    for _ in range(10):  # all that 20 find is found by 8
         rows = rng.randint(1, 40)
         server = Server(device, rows, rng.choice([1, 7, 512, rng.randint(1, 3000)]), rng.choice([1, 17, 4096]))
         prompt = torch.empty(9000, dtype=torch.int64, device=device)

@@ -2,7 +2,8 @@
 
     python -m tests.support.faulty_kernels TARGET...
 
-prints as JSON what the audit finds for each fault on each target.
+prints as JSON what the audit finds for each fault on each target. Faults that are found without reading machine code
+are planted on sm_90 only, and faults of dependent launch on targets that have it.
 """
 
 import json
@@ -41,6 +42,11 @@ FAULTS: dict[str, dict[str, Any]] = {  # name -> launch options
     "slow": {},
     "serial": {},
     "idle": {},
+}
+
+OF_DEPENDENT_LAUNCH = {
+    *("late trigger", "no trigger", "early activation", "early store", "no wait", "wait on one path"),
+    *("exit before the wait", "late weight", "serial", "launched without"),
 }
 
 
@@ -116,10 +122,18 @@ def launch(x: torch.Tensor, w: torch.Tensor, fault: str) -> None:
         dot_product[(1 if fault == "idle" else ROWS,)](x, w, y, 2**40, stride, COLUMNS, fault, **options)
 
 
+def targets_of(fault: str) -> set[str]:
+    if fault in ("launched without", "too much shared memory", "may contract", "idle"):
+        return {"sm_90"}
+    if fault in OF_DEPENDENT_LAUNCH:
+        return {name for name, target in TARGETS.items() if target.is_cuda and target.capability >= (9, 0)}
+    return {*TARGETS}
+
+
 def main(targets: Iterable[str]) -> None:
     found = {}
     for name in targets:
-        for fault in FAULTS:
+        for fault in [fault for fault in FAULTS if name in targets_of(fault)]:
             facts = Facts(
                 ["w_ptr"], ["w_ptr"], ["w_ptr"], tensor_cores=fault == "no tensor core",
                 bulk=["w_ptr"], most_slots=2.5, most_trips=3, least_programs=2,
