@@ -40,7 +40,7 @@ def modules(path: Path) -> set[tuple[str, ...]]:
 
 
 def imports(path: Path) -> set[str]:
-    """The modules of this package that a file imports, by names below its root: "kernels.rope"; "" for the root."""
+    """The modules of this package that a file imports, by names below its root: "kernels.cpu"; "" for the root."""
     return {".".join(name[1:]) for name in modules(path) if name[0] == "internlm3"}
 
 

@@ -80,6 +80,13 @@ def test_links_lead_somewhere(page):
             assert not anchor or anchor in anchors(target), link
 
 
+@pytest.mark.parametrize("page", [*PAGES, LANGUAGES[1]])
+def test_files_named_in_the_text_exist(page):
+    """In the root or beside the page. Names with capital letters stand for others."""
+    for name in re.findall(r"`([a-z_./]+/[a-z_]+\.(?:py|md|json))`", prose(read(page))):
+        assert (ROOT / name).exists() or (ROOT / page).parent.joinpath(name).exists(), name
+
+
 def test_every_sampling_parameter_is_in_the_table():
     text = read("runtime/README.md")
     table = text[text.index("## Sampling settings") : text.index("## Arguments of transformers")]
@@ -131,7 +138,7 @@ def test_the_memory_table_is_what_info_computes(tmp_path, capsys):
 
 def python_blocks():
     for page in PAGES:
-        for code in blocks(read(page) if (ROOT / page).exists() else "", "python"):
+        for code in blocks(read(page), "python"):
             yield page, code
 
 
@@ -200,16 +207,18 @@ for module, arguments in json.load(sys.stdin):
 
 
 def commands():
-    """Every line of the pages' bash blocks, and each side of a pipe by itself."""
-    found = {}
+    """Every line of the pages' bash blocks, each side of a pipe by itself; and the commands in the text."""
+    found = set()
     for page in PAGES:
-        for line in "".join(blocks(read(page) if (ROOT / page).exists() else "", "bash")).splitlines():
+        in_text = re.findall(r"`((?:make|pip|python -m|pytest) [^`]+)`", prose(read(page)))
+        lines = [line for line in in_text if not re.search(r"NAME|\.\.\.", line)]
+        for line in [*lines, *"".join(blocks(read(page), "bash")).splitlines()]:
             words = shlex.split(line, comments=True)
             while "|" in words:
-                found[tuple(words[: words.index("|")])] = page
+                found.add(tuple(words[: words.index("|")]))
                 words = words[words.index("|") + 1 :]
             if words:
-                found[tuple(words)] = page
+                found.add(tuple(words))
     return sorted(found)
 
 
@@ -242,9 +251,14 @@ def test_commands_are_accepted():
                 assert (ROOT / f"{module.replace('.', '/')}.py").is_file(), command
                 if not torch.cuda.is_available():  # where our engine has another name
                     arguments = ["cpu" if word == "triton" else word for word in arguments]
-                parsers.append((module, arguments))
-            case ["pytest", *arguments]:
+                if arguments:  # the name alone stands for the program
+                    parsers.append((module, arguments))
+            case ["mypy", *_]:
+                pass
+            case ["pytest", *arguments] if any(Path(ROOT, word.partition("::")[0]).exists() for word in arguments):
                 collections.append(arguments)
+            case ["pytest", "-k", _]:  # of all tests, whose collection takes long
+                pass
             case ["pip", "install", "."]:
                 pass
             case ["pip", "install", what]:
