@@ -43,14 +43,14 @@ test: $(VENV)/.ready
 else
 test: lint
 	$(BIN)/pytest -n 2 --dist worksteal
-	$(BIN)/python -m bench.audit $(addprefix --target ,sm_80 sm_86 sm_90 sm_100)
+	$(BIN)/python -m bench.audit $(addprefix --target ,sm_80 sm_90 sm_100)
 endif
 
 # New random cases: make fuzz ARGS="--op linear --dtype bfloat16 --minutes 5"
 fuzz: $(VENV)/.ready
 	$(BIN)/python -m tests.fuzz $(ARGS)
 
-# Compiles every kernel for six GPUs and checks the machine code. Needs none of them. `make test` checks four.
+# Compiles every kernel for six GPUs and checks the machine code. Needs none of them. `make test` checks three.
 audit: $(VENV)/.ready
 	$(BIN)/python -m bench.audit $(ARGS)
 

@@ -63,10 +63,10 @@ def test_logits_are_those_of_transformers(real):
 
 
 def test_greedy_tokens_are_those_of_transformers(real, greedy_answers):
-    """Alone: chats in English and Chinese, code, maths, a Chinese text. The batches below have all 50 prompts."""
+    """Alone: a chat in Chinese, code, a Chinese text. The batches below have all 50 prompts."""
     prompts = real_prompts(real.tokenizer)
     answers = {}
-    for index in (0, 3, 30, 40, 46):
+    for index in (3, 30, 46):
         out = real.ours.generate(torch.tensor([prompts[index]]), **GREEDY)
         answers[index] = answer_of(out[0], len(prompts[index]))
     check_greedy(real, greedy_answers, prompts, answers)

@@ -362,13 +362,13 @@ def test_as_few_steps_as_the_lengths_allow(model, monkeypatch, rows):
     assert len(queued) == max(ends) and waves == batching.steps(lengths, rows, batching.STATIC)
 
 
-def test_a_soak_of_two_thousand(model):
+def test_a_soak_of_a_thousand(model):
     """Random prompts, lengths, prefixes and cancels: every request ends once, and every page is free at the end."""
     dice = random.Random(1)
     engine = Engine(model, max_batch_size=8, max_seq_len=512, cache_tokens=1500, depth=2)
     requests = [
         ask(ids(dice.choice([1, 20, 64, 100, 200]), dice.randrange(4)), dice.randrange(1, 9), ends=range(0, 320, 5))
-        for _ in range(2000)
+        for _ in range(1000)
     ]
     waiting = list(requests)
     cancelled = 0
@@ -381,7 +381,7 @@ def test_a_soak_of_two_thousand(model):
             cancelled += victim.finish_reason is None
             engine.cancel([victim])
     reasons = [request.finish_reason for request in requests]
-    assert reasons.count("abort") == cancelled > 20 and reasons.count("stop") > 500 and None not in reasons
+    assert reasons.count("abort") == cancelled > 20 and reasons.count("stop") > 250 and None not in reasons
     assert engine.pages.free == len(engine.pages)
     for request in dice.sample([r for r in requests if r.finish_reason != "abort"], 20):
         assert result(request) == alone(model, request)

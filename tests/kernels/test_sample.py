@@ -124,7 +124,7 @@ def compare(logits, arguments):
 
 
 @pytest.mark.op(name="sample")
-@settings(max_examples=50)
+@settings(max_examples=30)
 @given(st.data(), seeds, dtypes, st.integers(1, 3), blocks_and_vocabs, shapes, st.sampled_from([0, 5]))
 def test_sample(data, seed, dtype, rows, sizes_and_vocab, shape, padding):
     rng, (sizes, vocab) = generator(seed), sizes_and_vocab
