@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 import operator
+import struct
 from collections.abc import Iterable, Mapping
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -38,9 +40,13 @@ def as_ints(values: Iterable[Any]) -> list[int] | None:
 
 
 def as_number(value: Any) -> int | float | None:
-    """`value` as an int or float; None if it is no finite number. A bool is none."""
+    """`value` as an int or float; None if it is no finite number. A bool is none; a Decimal is a float."""
     plain = value.item() if hasattr(value, "item") and getattr(value, "ndim", 1) == 0 else value
-    return plain if is_number(plain) and math.isfinite(plain) else None
+    plain = float(plain) if isinstance(plain, Decimal) else plain
+    try:
+        return plain if is_number(plain) and math.isfinite(plain) else None
+    except OverflowError:  # an int beyond any float
+        return None
 
 
 def is_int(value: object) -> bool:
@@ -71,6 +77,18 @@ def check_number(name: str, value: object, interval: str) -> int | float:
     )
     if number is None or not inside:
         raise ValueError(f"{name} must be a number in {interval}; got {value!r}")
+    return number
+
+
+def check_float32(name: str, value: object, interval: str) -> float:
+    """`value` as a float in `interval` that float32, the dtype of the device's tensors, does not make infinite or 0."""
+    number = float(check_number(name, value, interval))
+    try:
+        (stored,) = struct.unpack("f", struct.pack("f", number))
+    except OverflowError:
+        stored = math.inf
+    if math.isinf(stored) or (stored == 0) != (number == 0):
+        raise ValueError(f"{name} must be a number that float32 can hold; got {value!r}")
     return number
 
 

@@ -246,10 +246,10 @@ def _output(
     """What `generate` returns once all requests have ended. given: [N, T] the prompts."""
     longest = max(len(request.token_ids) for request in requests)
     generated = torch.full((len(requests), longest), options.pad_token_id, dtype=torch.int64)
-    logprobs = torch.zeros(generated.shape)
+    logprobs = torch.zeros(generated.shape, dtype=torch.float32)
     for row, request in enumerate(requests):
         generated[row, : len(request.token_ids)] = torch.tensor(request.token_ids)
-        logprobs[row, : len(request.logprobs)] = torch.tensor(request.logprobs)
+        logprobs[row, : len(request.logprobs)] = torch.tensor(request.logprobs, dtype=torch.float32)
     sequences = torch.cat([given, generated.to(given)], dim=1)
     if not options.return_dict:
         return sequences
@@ -270,7 +270,7 @@ def _by_step(
     """For each step [N, V] float32 of what was kept of every request; -inf for those that had ended."""
     rows = [[*kept.get(request, ())] for request in requests]
     steps = max(map(len, rows))
-    ended = torch.full((vocab_size,), -torch.inf)
+    ended = torch.full((vocab_size,), -torch.inf, dtype=torch.float32)
     return tuple(
         torch.stack([row[step] if step < len(row) else ended.to(rows[0][0].device) for row in rows])
         for step in range(steps)

@@ -15,6 +15,8 @@ from ..model.kv_cache import BatchMetadata
 from ..sampling.settings import STATE
 from .request import Request
 
+_INT32_MAX = 2**31 - 1
+
 
 class Tier(IntEnum):
     """Which stages of sampling a step runs.
@@ -149,18 +151,20 @@ class DecodeState:
         if p.min_tokens:
             self.allowed[index] &= ~end_mask.to(self.allowed.device)
         self.max_len[index] = length + request.max_tokens
-        self.min_len[index] = length + p.min_tokens
+        self.min_len[index] = min(length + p.min_tokens, _INT32_MAX)  # never, beyond any context
         self.seed[index], self.stream[index] = request.seed, request.answer
         for name in STATE:
-            getattr(self, name)[index] = getattr(p, name)
-        self.top_k[index] = max(p.top_k, 0)
+            value = getattr(p, name)
+            # A top_k of -1 is off; one beyond the vocabulary may be any number.
+            getattr(self, name)[index] = min(max(value, 0), _INT32_MAX) if name == "top_k" else value
         self.output_counts[index] = 0
         self.prompt_counts[index] = 0
         self.prompt_counts[index].index_add_(0, prompt, torch.ones_like(prompt, dtype=torch.int32))
         self.logit_bias[index] = 0
         if p.logit_bias:
             tokens = torch.tensor(list(p.logit_bias), device=self.token.device)
-            self.logit_bias[index, tokens] = torch.tensor(list(p.logit_bias.values()), device=self.token.device)
+            biases = torch.tensor(list(p.logit_bias.values()), dtype=torch.float32, device=self.token.device)
+            self.logit_bias[index, tokens] = biases
         self.batch.block_table[index, : len(pages)] = torch.tensor(pages, dtype=torch.int32)
         self.batch.inv_freq[index] = inv_freq
 

@@ -60,7 +60,7 @@ def sequence_bias(biases: Iterable[tuple[Sequence[int], float]]) -> LogitsProces
     for sequence, bias in biases:
         by_length[len(sequence)].append((sequence, bias))
     groups = [
-        (torch.tensor([sequence for sequence, _ in group]), torch.tensor([bias for _, bias in group]))
+        (torch.tensor([ids for ids, _ in group]), torch.tensor([bias for _, bias in group], dtype=torch.float32))
         for group in by_length.values()
     ]
 

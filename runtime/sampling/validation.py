@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ..common.checks import check_bool, check_int, check_number, check_sequence
+from ..common.checks import check_bool, check_float32, check_int, check_sequence
 from .settings import Setting
 
 TokenIds = tuple[int, ...]
@@ -48,7 +48,7 @@ def _token_biases(setting: Setting, value: Any) -> dict[int, float]:
     if not isinstance(value, Mapping):
         raise ValueError(f"{setting.name} must be a mapping from token id to bias; got {value!r}")
     return {
-        check_int(f"{setting.name}: a token id", token, 0): check_number(
+        check_int(f"{setting.name}: a token id", token, 0): check_float32(
             f"{setting.name}[{token}]", bias, "(-inf, inf)"
         )
         for token, bias in value.items()
@@ -73,7 +73,7 @@ def _sequence_biases(setting: Setting, value: Any) -> dict[TokenIds, float]:
         raise ValueError(f"{name} must be a mapping from sequences to biases, or a list of pairs; got {value!r}")
     for sequence, bias in pairs:
         if bias != -math.inf:  # which forbids the token
-            check_number(f"{name}[{sequence}]", bias, "[-inf, inf)")
+            check_float32(f"{name}[{sequence}]", bias, "[-inf, inf)")
     return {_sequence(name, sequence): float(bias) for sequence, bias in pairs}
 
 
@@ -82,13 +82,13 @@ def _start_and_factor(setting: Setting, value: Any) -> tuple[float, float]:
     pair = check_sequence(name, value)
     if len(pair) != 2:
         raise ValueError(f"{name} must be (start, factor); got {value!r}")
-    start = check_number(f"{name}: start", pair[0], "[0, inf)")
-    return start, check_number(f"{name}: factor", pair[1], "(0, inf)")
+    start = check_float32(f"{name}: start", pair[0], "[0, inf)")
+    return start, check_float32(f"{name}: factor", pair[1], "(0, inf)")
 
 
 _CHECKS: dict[str, Callable[[Setting, Any], Any]] = {
     "integer": _integer,
-    "number": lambda setting, value: check_number(setting.name, value, setting.range),
+    "number": lambda setting, value: check_float32(setting.name, value, setting.range),
     "bool": lambda setting, value: check_bool(setting.name, value),
     "strings": _strings,
     "token ids": _token_ids_or_one,

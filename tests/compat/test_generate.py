@@ -235,3 +235,18 @@ def test_several_answers_are_refused_by_transformers_own_streamer(tiny, demo_mod
     for model in (tiny.ours, tiny.theirs):
         with pytest.raises(ValueError, match="batch size 1"):
             model.generate(prompts, streamer=transformers.TextStreamer(tokenizer), max_new_tokens=2, **several)
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64], ids=str)
+def test_torchs_default_dtype_changes_nothing(tiny, default):
+    flags = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True, "max_new_tokens": 6}
+    flags |= {"logit_bias": {3: -2, 9: 1.5}, "sequence_bias": {(4, 5): 3}, "no_repeat_ngram_size": 2, "seed": 1}
+    expected = tiny.ours.generate(PROMPTS, do_sample=True, **flags)
+    try:
+        torch.set_default_dtype(default)
+        found = tiny.ours.generate(PROMPTS, do_sample=True, **flags)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.sequences.equal(expected.sequences) and found.logprobs.equal(expected.logprobs)
+    for ours, theirs in ((found.scores, expected.scores), (found.logits, expected.logits)):
+        assert all(a.dtype == b.dtype == torch.float32 and a.equal(b) for a, b in zip(ours, theirs, strict=True))

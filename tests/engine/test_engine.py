@@ -237,6 +237,22 @@ def test_a_request_that_can_never_fit_is_refused_at_once(model):
     assert not engine.busy
 
 
+@pytest.mark.parametrize(
+    ("huge", "plain"),
+    [({"top_k": 2**63}, {"top_k": 0}), ({"min_tokens": 2**31}, {"min_tokens": 8}), ({"top_k": 10**99}, {"top_k": 0})],
+    ids=["top_k", "min_tokens", "a top_k of 99 digits"],
+)
+def test_a_huge_setting_means_what_a_large_one_means(model, huge, plain):
+    """Whatever the device's integers hold; and the caller beside it gets its own answer."""
+    engine = Engine(model, max_batch_size=2, max_seq_len=64)
+    settings, neighbour = {"temperature": 1.0, "seed": 3}, ask(ids(9, 2))
+    (one, _), (other,) = (
+        run(engine, ask(ids(5), **settings, **huge), neighbour),
+        run(engine, ask(ids(5), **settings, **plain)),
+    )
+    assert one.token_ids == other.token_ids and result(neighbour) == alone(model, neighbour)
+
+
 def test_the_page_budget_and_its_errors(model, monkeypatch):
     with pytest.raises(ValueError, match="cache_tokens is 100, less than one window: max_seq_len is 512"):
         Engine(model, max_seq_len=512, cache_tokens=100)

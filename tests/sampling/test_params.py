@@ -3,6 +3,7 @@
 import argparse
 import math
 from dataclasses import fields
+from decimal import Decimal
 from typing import Any, get_type_hints
 
 import numpy as np
@@ -24,6 +25,30 @@ def test_the_table_has_a_row_for_every_field_and_every_field_is_documented():
         assert setting.none == (defaults[setting.name] is None)
     assert {*defaults, *ALIASES, "do_sample"} == get_type_hints(SamplingKeywords).keys()
     assert STATE.keys() <= {field.name for field in fields(DecodeState)}
+
+
+@pytest.mark.parametrize("one", [1, True + 0, np.float64(1), np.float32(1), np.int64(1), torch.tensor(1), Decimal(1)])
+def test_a_number_of_any_kind_is_the_float(one):
+    for setting in SETTINGS:
+        if setting.type == "number":
+            given = getattr(SamplingParams(**{setting.name: one}), setting.name)
+            assert given == 1.0 and type(given) is float, setting.name
+    params = SamplingParams(
+        logit_bias={5: one}, sequence_bias={(5, 6): one}, exponential_decay_length_penalty=(one, one)
+    )
+    assert params.logit_bias == {5: 1.0} and type(params.logit_bias[5]) is float
+    assert params.sequence_bias == {(5, 6): 1.0} and type(params.sequence_bias[5, 6]) is float
+    assert params.exponential_decay_length_penalty == (1.0, 1.0)
+
+
+@pytest.mark.parametrize("beyond", [1e39, 1e-50, 10**400, Decimal("1e400"), np.float64(1e300)], ids=str)
+def test_a_number_that_the_device_cannot_hold_is_refused(beyond):
+    """Else it would fail, or mean infinity or zero, in a step that other callers share."""
+    for name in ("temperature", "repetition_penalty"):
+        with pytest.raises(ValueError, match=f"{name} must be a number"):
+            SamplingParams(**{name: beyond})
+    with pytest.raises(ValueError, match=r"logit_bias\[5\] must be a number"):
+        SamplingParams(logit_bias={5: beyond})
 
 
 def test_switches_are_those_of_the_table():
