@@ -180,7 +180,7 @@ class Generation(Pretrained):
             yield tokens
 
     def engine(self, max_batch_size: int, max_seq_len: int) -> Engine:
-        """The engine that every call of `generate` runs through, for so many requests and so long sequences at least.
+        """The engine of all calls of `generate`, for at least `max_batch_size` requests at a time.
 
         One that is too small, or whose model was moved to another device, is replaced as soon as it is idle. Raises as
         Engine.

@@ -277,7 +277,7 @@ class Engine:
         return slots if self._eager else min(1 << (slots - 1).bit_length(), self.max_batch_size)
 
     def _abort(self) -> None:
-        """Ends every request, and begins anew."""
+        """Ends every request, and starts again with all slots and pages free."""
         for request in self._scheduler.clear():
             if request.finish_reason is None:
                 request.finish("abort")

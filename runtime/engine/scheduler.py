@@ -19,7 +19,7 @@ class Scheduler:
     """First come, first served: a request waits until a slot and enough pages for its longest answer are free.
 
     Args:
-        padded: the batch size that a step of so many slots runs with.
+        padded: (number of slots in use) -> the batch size that a step runs with.
 
     Attributes:
         waiting: requests without a slot, in the order of arrival.

@@ -22,7 +22,7 @@ class SharedEngine:
         self._engine: Engine | None = None
 
     def get(self, max_batch_size: int, max_seq_len: int) -> Engine:
-        """An engine for so many requests and so long sequences at least.
+        """An engine for at least `max_batch_size` requests at a time, of `max_seq_len` tokens each.
 
         One that does not serve is replaced as soon as it is idle. Raises as Engine.
         """
