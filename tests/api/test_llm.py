@@ -74,13 +74,11 @@ def test_several_prompts_may_be_token_ids(tiny, give):
     assert same(tiny.generate(give(ids), max_tokens=4), [expected, expected])
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_a_batch_of_real_prompts_gives_what_each_gives_alone(llm, demo_model, dtype):
-    model = llm if dtype == "bfloat16" else LLM(demo_model, dtype=dtype, progress=False)
+def test_a_batch_of_real_prompts_gives_what_each_gives_alone(llm):
     settings = {"temperature": 0.9, "top_p": 0.95, "seed": 7, "max_tokens": 6}
-    together = model.generate(PROMPTS, **settings)
-    assert same(together, [model.generate(prompt, **settings) for prompt in PROMPTS])
-    assert [*model.stream(PROMPTS[1], **settings)][-1].finish_reason == "length"
+    together = llm.generate(PROMPTS, **settings)
+    assert same(together, [llm.generate(prompt, **settings) for prompt in PROMPTS])
+    assert [*llm.stream(PROMPTS[1], **settings)][-1].finish_reason == "length"
 
 
 def test_a_list_gives_a_list_in_order(tiny):

@@ -89,7 +89,7 @@ def run_all(op, *args, **options):
 
 
 @pytest.mark.op(name="linear")
-@settings(max_examples=60)
+@settings(max_examples=40)
 @draw(st.booleans())
 def test_linear(seed, dtype, shape, scale, padding, biased, batch_invariant):
     case = Case(seed, dtype, *shape, scale, padding, biased)
@@ -116,7 +116,7 @@ def test_the_products_of_any_cpu(monkeypatch, transposed, leading, dtype, biased
 
 
 @pytest.mark.op(name="linear_add")
-@settings(max_examples=60)
+@settings(max_examples=40)
 @draw(st.booleans())
 def test_linear_add(seed, dtype, shape, scale, padding, biased, batch_invariant):
     case = Case(seed, dtype, *shape, scale, padding, biased)
@@ -126,7 +126,7 @@ def test_linear_add(seed, dtype, shape, scale, padding, biased, batch_invariant)
 
 
 @pytest.mark.op(name="rms_norm_linear")
-@settings(max_examples=60)
+@settings(max_examples=40)
 @draw(st.booleans())
 def test_rms_norm_linear(seed, dtype, shape, scale, padding, biased, batch_invariant):
     case = Case(seed, dtype, *shape, scale, padding, biased)
@@ -138,7 +138,7 @@ def test_rms_norm_linear(seed, dtype, shape, scale, padding, biased, batch_invar
 
 
 @pytest.mark.op(name="rms_norm_swiglu")
-@settings(max_examples=60)
+@settings(max_examples=40)
 @draw(st.booleans())
 def test_rms_norm_swiglu(seed, dtype, shape, scale, padding, biased, batch_invariant):
     rows, width, outputs = shape

@@ -32,7 +32,7 @@ def exact_norm(x, weight, eps):
 
 
 @pytest.mark.op(name="rms_norm")
-@settings(max_examples=150)
+@settings(max_examples=90)
 @given(
     seeds,
     dtypes,

@@ -157,7 +157,7 @@ lengths_near_pages = st.sampled_from([0, 1, 2, 15, 16, 17, 31, 32, 33, 131072, 1
 
 
 @pytest.mark.op(name="rope_and_cache")
-@settings(max_examples=90)
+@settings(max_examples=60)
 @given(
     seeds,
     dtypes,
