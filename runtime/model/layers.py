@@ -38,8 +38,8 @@ class StackedLinear(Linear):
 class PartNames(nn.Module):
     """A module whose StackedLinears have a checkpoint's names in its state dict.
 
-    `state_dict` returns every part under its own name, as a view of the stack (writing into it writes the weights), and
-    `load_state_dict` takes the parts.
+    `state_dict` returns every part under its own name, as a view of the stack (writing into it writes the weights).
+    `load_state_dict` takes any of the parts: those that are not given keep their weights, and are reported as missing.
     """
 
     def __init__(self) -> None:
@@ -49,20 +49,43 @@ class PartNames(nn.Module):
 
 
 def _split(module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
-    for stack, parts in _stacks(module, prefix):
+    for stack, _, parts in _stacks(module, prefix):
         if stack in state:
             state.update(zip(parts, state.pop(stack).split(list(parts.values())), strict=True))
 
 
-def _stack(module: nn.Module, state: dict[str, Any], prefix: str, *_unused: Any) -> None:
-    for stack, parts in _stacks(module, prefix):
-        if all(part in state for part in parts):
-            state[stack] = torch.cat([state.pop(part) for part in parts])
+def _stack(
+    module: nn.Module,
+    state: dict[str, Any],
+    prefix: str,
+    _metadata: Any,
+    _strict: bool,
+    missing: list[str],
+    _unexpected: list[str],
+    errors: list[str],
+) -> None:
+    for stack, own, parts in _stacks(module, prefix):
+        given = {part: state.pop(part) for part in parts if part in state}
+        missing += [part for part in parts if part not in given]
+        if not given:
+            state[stack] = own
+            continue
+        some = next(iter(given.values()))
+        rows = dict(zip(parts, own.detach().split(list(parts.values())), strict=True))
+        for part, weight in given.items():
+            if weight.shape == rows[part].shape:
+                rows[part] = weight
+            else:
+                errors.append(f"{part} has shape {list(weight.shape)}, and the model's has {list(rows[part].shape)}")
+        if own.is_meta and any(weight.is_meta for weight in rows.values()):
+            continue  # there are no weights to keep
+        state[stack] = torch.cat([weight.to(some) for weight in rows.values()])
 
 
-def _stacks(module: nn.Module, prefix: str) -> Iterator[tuple[str, dict[str, int]]]:
-    """The full name of each stack, and its parts' full names with their sizes."""
+def _stacks(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Parameter, dict[str, int]]]:
+    """The full name of each stack, its parameter, and its parts' full names with their sizes."""
     for name, child in module.named_children():
         if isinstance(child, StackedLinear):
-            for kind in ("weight", "bias"):
-                yield f"{prefix}{name}.{kind}", {f"{prefix}{part}.{kind}": size for part, size in child.parts.items()}
+            for kind, own in child.named_parameters():
+                parts = {f"{prefix}{part}.{kind}": size for part, size in child.parts.items()}
+                yield f"{prefix}{name}.{kind}", own, parts

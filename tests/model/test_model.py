@@ -327,6 +327,30 @@ def test_weights_are_named_as_in_transformers():
         assert (model.lm_head.weight is model.model.embed_tokens.weight) == bool(shape.get("tie_word_embeddings"))
 
 
+@pytest.mark.parametrize("names", [["q_proj", "v_proj"], ["gate_proj"], ["k_proj", "up_proj", "down_proj"]], ids=str)
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_state_dict_of_some_projections_changes_these_only(names, assign):
+    """As a merged LoRA is loaded: the others keep their weights, and both libraries report them as missing."""
+    model, other = random_model(13, qkv_bias=True, bias=True), random_model(14, qkv_bias=True, bias=True)
+    twin = by_transformers(model)
+    some = {name: weight for name, weight in other.state_dict().items() if name.split(".")[-2] in names}
+    assert some
+    ours, theirs = (each.load_state_dict(some, strict=False, assign=assign) for each in (model, twin))
+    assert sorted(ours.missing_keys) == sorted(theirs.missing_keys) and not ours.unexpected_keys
+    assert all(weight.equal(model.state_dict()[name]) for name, weight in twin.state_dict().items())
+    torch.testing.assert_close(model(random_ids(1, 6)).logits, twin(random_ids(1, 6)).logits)
+    with pytest.raises(RuntimeError, match=r'Missing key.*"model\.layers\.0\.self_attn\.o_proj\.weight"'):
+        model.load_state_dict(some)
+
+
+def test_a_projection_of_another_shape_is_named():
+    model = random_model(13)
+    name = "model.layers.1.self_attn.k_proj.weight"
+    state = {**model.state_dict(), name: torch.zeros(7, SMALL["hidden_size"])}
+    with pytest.raises(RuntimeError, match=rf"{name} has shape \[7, {SMALL['hidden_size']}\], and the model's has"):
+        model.load_state_dict(state)
+
+
 # -------------------------------------------------------------------- dynamic NTK
 
 
