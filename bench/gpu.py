@@ -85,7 +85,7 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--out", type=Path, required=True, help="the folder for all results")
     made.add_argument("--part", nargs="+", type=one_of("part", PARTS), help=f"default: {' '.join(PARTS)}")
-    made.add_argument("--minutes", type=float, default=8.5, help="for all parts together; default: 8.5")
+    made.add_argument("--minutes", type=float, help="for all parts together; default: 8.5, in a dry run no limit")
     made.add_argument("--small", action="store_true", help="a dry run on a CPU, at a toy model's shapes")
     made.add_argument("--worker", choices=PARTS, help=argparse.SUPPRESS)
     return made
@@ -98,8 +98,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.worker:
         work(options.worker, out, small)
         return 0
-    if options.minutes <= 0:
-        parse.error(f"--minutes {options.minutes:g} must be positive")
+    minutes = options.minutes if options.minutes is not None else math.inf if small else 8.5
+    if minutes <= 0:
+        parse.error(f"--minutes {minutes:g} must be positive")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -111,9 +112,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("no GPU found: run this on a machine with one, or as a dry run with --small")
         return 3
     print(f"{device_name()}; PyTorch {torch.__version__}{'; a DRY RUN: its figures mean nothing' * small}")
-    deadline = time.monotonic() + 60 * options.minutes
+    deadline = time.monotonic() + 60 * minutes
     for part in options.part or PARTS:
-        left = math.inf if small else deadline - time.monotonic()  # a dry run takes as long as it takes
+        left = deadline - time.monotonic()
         limit = None if small else min(PARTS[part].seconds, left)
         reason = run(part, out, small, limit) if left > 0 else "no time was left for it"
         if reason:
