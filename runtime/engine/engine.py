@@ -116,7 +116,8 @@ class Engine:
     def _read(self, answers: Iterable[Answer]) -> list[Update]:
         """Reads each answer, and frees the slots of those that a stop string ended."""
         updates = [update for answer in answers if (update := answer.read()) is not None]
-        self.cancel([update.answer.request for update in updates if update.finished])
+        if finished := [update.answer.request for update in updates if update.finished]:
+            self.cancel(finished)
         return updates
 
     def finish(self, answer: Answer) -> None:

@@ -416,7 +416,7 @@ def test_threads_do_not_disturb_each_other(tiny):
 def test_logits_that_are_not_numbers_end_an_answer(tiny, value, at, settings):
     """That answer only: its earlier tokens stay; the rest of the batch, and the next user of its pages, do not change.
 
-    One token's embedding is broken, which stands in one of the texts alone.
+    The embedding of one token, which occurs in one of the texts only, is broken.
     """
     settings = {"max_tokens": 8, **settings}
     rest = [*PROMPTS[:1], *PROMPTS[2:]]
