@@ -215,13 +215,15 @@ def advance(
         allowed        [B, W] int32    tokens that may be sampled now; becomes `permitted` at min_len
 
     Why a row ended: 0 it did not, 1 a token of `end_mask`, 2 `max_len`, 3 its log-probability is NaN: no token can be
-    sampled from such logits. For an idle row only the reported token changes, to -1.
+    sampled from such logits, 4 `sampled` is -1: no token was left to choose; 0 is written in its place. For an idle row
+    only the reported token changes, to -1.
     """
-    live = seq_lens > 0
+    live, nothing_left = seq_lens > 0, sampled < 0
+    sampled = sampled.clamp(min=0)
     words = end_mask.gather(1, (sampled // 32)[:, None])[:, 0]
     length = seq_lens + 1
     end = torch.where((words >> (sampled % 32) & 1).bool(), 1, 2 * (length >= max_len))
-    end = end.masked_fill(logprob.isnan(), 3)
+    end = end.masked_fill(nothing_left, 4).masked_fill(logprob.isnan(), 3)
     fresh = torch.stack((sampled.int(), end.int(), logprob.view(torch.int32)), 1)
     report.copy_(torch.where(live[:, None], fresh, report))
     report[:, 0].masked_fill_(~live, -1)

@@ -81,7 +81,8 @@ def sample(
     then searches in fewer launches. The tokens are the same even where the hint is wrong.
 
     Returns the tokens, int64 [B], and their log-probabilities, float32 [B], under the softmax of the given `logits`
-    (before bias, penalties and temperature, as vLLM reports them). Raises ValueError where a penalty lacks its counts.
+    (before bias, penalties and temperature, as vLLM reports them). Where bias, penalties and mask leave every token at
+    -inf or NaN, the token is -1. Raises ValueError where a penalty lacks its counts.
     """
     x = penalize(
         logits,
@@ -103,6 +104,7 @@ def sample(
         point = _share(total, random)
         sampled = torch.searchsorted(mass, point[:, None], right=True)[:, 0]
         token = torch.where((total == 0) | (temperature == 0), token, sampled)
+    token = token.masked_fill(x.amax(-1) == -math.inf, -1)
     return token, log_probability(logits, token)
 
 
@@ -275,9 +277,10 @@ def _share_of_total(weights: Tensor, fraction: Tensor) -> Tensor:
 
 
 def log_probability(logits: Tensor, token: Tensor) -> Tensor:
-    """Natural log-softmax of the chosen tokens, [B] float32; NaN where a row has NaN or +inf."""
+    """Natural log-softmax of the chosen tokens, [B] float32: -inf for token -1; NaN where a row has NaN or +inf."""
     x = logits.to(torch.float32, copy=True)
-    best, chosen = x.amax(-1), x.gather(1, token[:, None])[:, 0]
+    best, chosen = x.amax(-1), x.gather(1, token.clamp(min=0)[:, None])[:, 0]
+    chosen = chosen.masked_fill(token < 0, -math.inf)
     # Integers again: a float sum would depend on how the row is split over threads. In place, since allocating memory
     # takes a CPU longer than the arithmetic, 4 times as long for 128512 tokens.
     total = x.sub_(best[:, None]).exp_().mul_(2**UNIT_BITS).long().sum(-1)

@@ -31,12 +31,14 @@ def _advance(
         tl.extra.cuda.gdc_wait()
     length = tl.load(lens_ptr + row)
     if length > 0:
-        token = tl.load(sampled_ptr + row)
+        sampled = tl.load(sampled_ptr + row)
+        token = tl.maximum(sampled, 0)
         logprob = tl.load(logprob_ptr + row)
         word = tl.load(end_mask_ptr + row * end_mask_stride + token // 32)
         stopped = (word >> (token % 32).to(tl.int32)) & 1
         full = (length + 1 >= tl.load(max_len_ptr + row)).to(tl.int32)
-        end = tl.where(logprob != logprob, 3, tl.where(stopped != 0, 1, 2 * full))
+        end = tl.where(stopped != 0, 1, 2 * full)
+        end = tl.where(logprob != logprob, 3, tl.where(sampled < 0, 4, end))
         count_ptr = counts_ptr + row * counts_stride + token
         count = tl.load(count_ptr)
         opens = length + 1 == tl.load(min_len_ptr + row)

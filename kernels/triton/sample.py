@@ -181,7 +181,8 @@ def _pick(
     token = tl.sum(tl.where(at == best_block, firsts, 0), axis=0)
     if temperature_ptr is not None:
         token = tl.where(greedy, token, sampled)
-    logit = tl.load(logits_ptr + row * logits_stride + token).to(tl.float32)
+    token = tl.where(tl.max(maxima, axis=0) == -INF, -1, token)
+    logit = tl.load(logits_ptr + row * logits_stride + token, mask=token >= 0, other=-INF).to(tl.float32)
     tl.store(token_ptr + row, token.to(tl.int64))
     peak = tl.max(peaks, axis=0)
     log_total = tl.log(_sum_of(spread * tl.exp(peaks - peak)))

@@ -16,6 +16,10 @@ NOT_NUMBERS = (
     "the model's logits are not numbers (NaN or infinity), so no token can follow: load it as bfloat16 or float32 if "
     "this is float16, whose range is small; else its weights are damaged"
 )
+NOTHING_LEFT = (
+    "no token is left to choose: bans, allowed tokens, biases and logits processors together put every token at -inf "
+    "or NaN; allow at least one at every step"
+)
 
 
 @dataclass(eq=False)
@@ -78,10 +82,10 @@ class Request:
         return self.hooks is not None or bool(self.params.logprobs)
 
     def append(self, token_id: int, logprob: float, end: int) -> None:
-        """Adds a token. `end` is 0 if the answer goes on, 1 after an end token, 2 at max_tokens, 3 for NaN logits."""
-        if end == 3:
+        """Adds a token. `end` says why it is the last, or that none came; see the op `advance`."""
+        if end in (3, 4):
             self.truncate(len(self.token_ids))  # alternatives of the token that did not come
-            self.finish("error", NOT_NUMBERS)
+            self.finish("error", NOT_NUMBERS if end == 3 else NOTHING_LEFT)
             return
         self.token_ids.append(token_id)
         self.logprobs.append(logprob)

@@ -1,6 +1,7 @@
 """How LLM decodes: batches, ends of answers, streams, cancels and errors, with eager and with captured steps."""
 
 import itertools
+import math
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -440,6 +441,38 @@ def test_logits_that_are_not_numbers_end_an_answer(tiny, value, at, settings):
     assert [chunk.finish_reason for chunk in chunks] == [None] * at
     assert (end.finish_reason, end.stop_reason, end.token_ids) == ("error", answer.stop_reason, [])
     assert text_of([*chunks, end]) == answer.text
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+@pytest.mark.parametrize(
+    ("settings", "at"),
+    [
+        ({"allowed_token_ids": [9], "no_repeat_ngram_size": 1}, 1),
+        ({"allowed_token_ids": [9], "bad_words_ids": [[9]]}, 0),
+        ({"allowed_token_ids": [9, 11], "bad_words_ids": [[9, 9], [9, 11], [11, 9], [11, 11]]}, 1),
+        ({"allowed_token_ids": [9], "begin_suppress_tokens": [9]}, 0),
+        ({"allowed_token_ids": [9], "sequence_bias": {(9,): -math.inf}}, 0),
+        ({"suppress_tokens": range(1, 10**9), "no_repeat_ngram_size": 1}, 1),
+        ({"suppress_tokens": range(10**9)}, 0),
+        ({"suppress_tokens": range(1, 10**9), "stop_token_ids": [0], "min_tokens": 2}, 0),
+    ],
+    ids=str,
+)
+def test_an_answer_with_no_token_left_ends_with_an_error(tiny, settings, at, temperature):
+    """It does not get token 0. Whoever runs beside it is untouched. 10**9 stands for the size of the vocabulary."""
+    vocab = tiny.config.vocab_size
+    settings = {
+        name: range(value.start, vocab) if isinstance(value, range) else value for name, value in settings.items()
+    }
+    settings = SamplingParams(**settings, temperature=temperature, max_tokens=4, seed=1)
+    expected = tiny.generate(PROMPTS[1], max_tokens=4)
+    output, other = tiny.generate(PROMPTS[:2], [settings, SamplingParams(temperature=0, max_tokens=4)])
+    [answer] = output.outputs
+    assert (answer.finish_reason, len(answer.token_ids), len(answer.logprobs)) == ("error", at, at)
+    assert set(answer.token_ids) <= {0, 9, 11} and "no token is left to choose" in answer.stop_reason
+    assert same([other], [expected])
+    *chunks, end = tiny.stream(PROMPTS[0], settings)
+    assert (len(chunks), end.finish_reason, end.stop_reason) == (at, "error", answer.stop_reason)
 
 
 def test_streams_can_be_read_in_turns(tiny):

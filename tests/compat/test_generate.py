@@ -204,6 +204,21 @@ def test_logits_that_are_no_numbers_are_an_error(tiny, hooks):
 
 
 @pytest.mark.usefixtures("steps")
+@pytest.mark.parametrize("value", [float("nan"), -float("inf")])
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_a_processor_that_leaves_no_token_is_an_error(tiny, value, do_sample):
+    """Of one row at its third token."""
+
+    def forbid(ids, scores):
+        return scores.masked_fill((torch.arange(len(ids)) == 1)[:, None], value) if len(ids[0]) == length + 2 else scores
+
+    length = PROMPTS.shape[1]
+    with pytest.raises(RuntimeError, match="row 1: no token is left to choose"):
+        tiny.ours.generate(PROMPTS, logits_processor=[forbid], max_new_tokens=5, do_sample=do_sample)
+    assert tiny.ours.generate(PROMPTS, logits_processor=[forbid], max_new_tokens=2).shape[1] == length + 2
+
+
+@pytest.mark.usefixtures("steps")
 def test_streamer(tiny):
     """put(prompt), put(each step's tokens), end(): what transformers' streamers are given."""
     calls: dict[str, list] = {"ours": [], "theirs": []}

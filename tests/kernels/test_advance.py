@@ -37,6 +37,7 @@ def make_state(seed, rows, vocab, padding=0):
     }
     sampled = integers(0, vocab, rows, dtype=torch.int64)
     sampled[0], sampled[-1] = 0, vocab - 1
+    sampled[torch.rand(rows, generator=rng).to(DEVICE) < 0.2] = -1
     logprob = -torch.rand(rows, generator=rng) * 20
     logprob[torch.rand(rows, generator=rng) < 0.2] = float("nan")
     return sampled, logprob.to(DEVICE), state
@@ -45,7 +46,8 @@ def make_state(seed, rows, vocab, padding=0):
 def advanced(sampled, logprob, state):
     """The next state, row by row."""
     state = {name: state[name].tolist() for name in NAMES}
-    for row, token in enumerate(sampled.tolist()):
+    for row, sampled_token in enumerate(sampled.tolist()):
+        token = max(sampled_token, 0)
         length = state["seq_lens"][row]
         if length == 0:
             state["report"][row][0] = -1
@@ -53,6 +55,7 @@ def advanced(sampled, logprob, state):
         length += 1
         end = 2 if length >= state["max_len"][row] else 0
         end = 1 if state["end_mask"][row][token // 32] >> token % 32 & 1 else end
+        end = 4 if sampled_token < 0 else end
         end = 3 if math.isnan(logprob[row]) else end
         bits = struct.unpack("<i", struct.pack("<f", logprob[row].item()))[0]
         state["report"][row] = [token, end, bits]

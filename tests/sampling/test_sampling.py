@@ -293,7 +293,8 @@ BIG = torch.finfo(torch.float32).max
         ([math.nan, 1e-40, math.nan], {1}),
         ([-0.0, 0.0, -math.inf], {0, 1}),
         ([7.0], {0}),
-        ([-math.inf] * 3, {0}),
+        ([-math.inf] * 3, {-1}),
+        ([math.nan] * 3, {-1}),
     ],
 )
 def test_extreme_rows(row, possible):
@@ -311,8 +312,9 @@ def test_extreme_rows(row, possible):
     "row, best",
     [
         ([1.0, 9.0, 9.0], 1),
-        ([-math.inf] * 3, 0),
+        ([-math.inf] * 3, -1),
         ([math.nan, -5.0, math.nan], 1),
+        ([math.nan] * 3, -1),
         ([1.0, math.inf, math.inf], 1),
         ([-0.0, 0.0], 0),
     ],
