@@ -82,7 +82,7 @@ class Steps:
     def prefill(self, ids: Sequence[int], row: int = 0) -> Tensor:
         """Prefills slot `row` with a prompt. Returns the logits [1, V] of its last token."""
         prompt = torch.tensor(ids, device=self.model.device)
-        last = prefill.run_chunks(self.model, self.kv_cache, self.state.slots(row, row + 1).batch, [prompt])
+        last = prefill.run_chunks(self.model, self.kv_cache, self.state.slots(row, row + 1).batch, [prompt], [0])
         self.state.batch.seq_lens[row] = len(ids)
         return self.model.head(last)
 

@@ -64,7 +64,7 @@ class Engine:
         self._depth = depth or (1 if device.type == "cpu" and self._eager else DEPTH)
         capture = capture or (eager if self._eager else cuda_graphs())
         self.pages = PageAllocator(count)
-        self._scheduler = Scheduler(config, max_batch_size, self.pages, self._padded)
+        self._scheduler = Scheduler(config, max_batch_size, self.pages, model.model.batch_invariant, self._padded)
         with self._on_device():
             self.kv_cache = PagedKVCache(config, count, model.dtype, device)
             self._state = DecodeState.idle(

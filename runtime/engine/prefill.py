@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -13,8 +14,8 @@ from ..model.model import LanguageModel
 from .graphs import Capture
 from .state import DecodeState, Slot
 
-# Tokens of a chunk. Prompts are cut at multiples of it, whatever is cached: rounding depends on where they are cut. A
-# multiple of PAGE, and of the query blocks of the CPU's attention.
+# Tokens of a chunk. Prompts are cut into chunks from the first token that is not cached; rounding depends on where they
+# are cut. A multiple of PAGE, and of the query blocks of the CPU's attention.
 CHUNK = 512
 # The most tokens of one launch, padding included, where batching does not change rounding: for short prompts, and for
 # several chunks of a long one on a CPU. It bounds the memory of activations. Chosen by measurement on a CPU, where
@@ -42,15 +43,16 @@ class Prefill:
     def run(self, slots: Sequence[Slot]) -> dict[Slot, Tensor]:
         """Prefills the prompts of these slots: the last token's hidden state [1, C] of each, before the last norm.
 
-        Long prompts run first, one by one in order, since one may share a prefix that another writes. Short prompts of
-        similar length are batched.
+        Long prompts run one by one. Short ones of similar length, without what is cached, are batched.
         """
-        last = {slot: self._run_alone(slot) for slot in slots if not self._can_batch(slot)}
-        for group in _groups([slot for slot in slots if self._can_batch(slot)]):
-            if len(group) == 1:
-                last[group[0]] = self._run_alone(group[0])
-            else:
-                last.update(zip(group, self._run_together(group).split(1), strict=True))
+        last: dict[Slot, Tensor] = {}
+        for ready in _waves(slots):
+            last.update({slot: self._run_alone(slot) for slot in ready if not self._can_batch(slot)})
+            for group in _groups([slot for slot in ready if self._can_batch(slot)]):
+                if len(group) == 1:
+                    last[group[0]] = self._run_alone(group[0])
+                else:
+                    last.update(zip(group, self._run_together(group).split(1), strict=True))
         return last
 
     def warm_up(self, longest: int) -> None:
@@ -59,44 +61,52 @@ class Prefill:
             self._captured.warm_up(longest)
 
     def _can_batch(self, slot: Slot) -> bool:
-        tokens = len(slot.prompt)
+        tokens = _remaining(slot)
         return tokens < CHUNK and self._model.model.can_batch_prompts(tokens)
 
     def _run_alone(self, slot: Slot) -> Tensor:
         batch = self._state.slots(slot.index, slot.index + 1).batch
         if self._captured is not None:
             return self._captured.run(batch, slot.prompt, slot.request.cached_tokens)
-        return run_chunks(self._model, self._kv_cache, batch, [slot.prompt], slot.request.cached_tokens)
+        return run_chunks(self._model, self._kv_cache, batch, [slot.prompt], [slot.request.cached_tokens])
 
     def _run_together(self, slots: Sequence[Slot]) -> Tensor:
         index, batch = [slot.index for slot in slots], self._state.batch
-        batch = BatchMetadata(batch.block_table[index], batch.seq_lens[index], batch.inv_freq[index])
-        return run_chunks(self._model, self._kv_cache, batch, [slot.prompt for slot in slots])
+        block_table = batch.block_table[index]
+        write_table, cached = block_table.clone(), [slot.request.cached_tokens for slot in slots]
+        for row, tokens in enumerate(cached):
+            write_table[row, : tokens // PAGE] = self._kv_cache.spare
+        batch = BatchMetadata(block_table, batch.seq_lens[index], batch.inv_freq[index], write_table=write_table)
+        return run_chunks(self._model, self._kv_cache, batch, [slot.prompt for slot in slots], cached)
 
 
 def run_chunks(
-    model: LanguageModel, kv_cache: PagedKVCache, batch: BatchMetadata, prompts: Sequence[Tensor], begin: int = 0
+    model: LanguageModel,
+    kv_cache: PagedKVCache,
+    batch: BatchMetadata,
+    prompts: Sequence[Tensor],
+    cached: Sequence[int],
 ) -> Tensor:
     """Runs prompts chunk by chunk, eagerly.
 
     Args:
         batch: block tables and rotary frequencies of the prompts; its `seq_lens` are ignored.
-        prompts: [T] int64 each. One may have any length; several have up to CHUNK tokens each, begin at 0, and share
-            launches, padded on the left to the longest.
-        begin: the first token to run, a multiple of CHUNK; those before it are cached.
+        prompts: [T] int64 each. One may have any length; several have up to CHUNK tokens to run each, and share one
+            launch, padded on the left to the longest. Where padding coincides with cached tokens, the write table of
+            `batch` must lead elsewhere.
+        cached: how many of each prompt's tokens are cached, and don't run.
 
     Returns:
         [B, C] the last token's hidden state of each, before the last norm.
     """
-    start, longest = begin, max(map(len, prompts))
-    while start < longest:
-        width = _launch_width(model, longest - start)
-        chunks = [prompt[start : start + width] for prompt in prompts]
+    starts = list(cached)
+    while left := max(len(prompt) - start for prompt, start in zip(prompts, starts, strict=True)):
+        width = _launch_width(model, left)
+        chunks = [prompt[start : start + width] for prompt, start in zip(prompts, starts, strict=True)]
+        starts = [start + len(chunk) for start, chunk in zip(starts, chunks, strict=True)]
         tokens = torch.cat([F.pad(chunk, (width - len(chunk), 0)) for chunk in chunks])
-        seq_lens = batch.seq_lens.new_tensor([start + len(chunk) for chunk in chunks])
         x = model.model.ops.embed(tokens, model.model.embed_tokens.weight)
-        x = model.model.run(x, BatchMetadata(batch.block_table, seq_lens, batch.inv_freq), kv_cache, last_rows=True)
-        start += width
+        x = model.model.run(x, replace(batch, seq_lens=batch.seq_lens.new_tensor(starts)), kv_cache, last_rows=True)
     return x
 
 
@@ -111,12 +121,31 @@ def _launch_width(model: LanguageModel, tokens: int) -> int:
     return min(LAUNCH_TOKENS, tokens if model.model.can_batch_prompts(end) else tokens - end) or end
 
 
+def _remaining(slot: Slot) -> int:
+    """The number of tokens that a prompt has to run."""
+    return len(slot.prompt) - slot.request.cached_tokens
+
+
+def _waves(slots: Sequence[Slot]) -> Iterator[list[Slot]]:
+    """The slots that can run next, again and again: a prompt waits for those whose pages it shares."""
+    waiting = list(slots)
+    while waiting:
+        unwritten: set[int] = set()
+        ready, later = [], []
+        for slot in waiting:
+            cached = slot.request.cached_tokens // PAGE
+            (later if unwritten.intersection(slot.pages[:cached]) else ready).append(slot)
+            unwritten.update(slot.pages[cached:])
+        yield ready
+        waiting = later
+
+
 def _groups(slots: list[Slot]) -> Iterator[list[Slot]]:
     """Groups that share a launch: padded to one length at most LAUNCH_TOKENS together, at most a quarter padding."""
     group: list[Slot] = []
-    for slot in sorted(slots, key=lambda slot: len(slot.prompt), reverse=True):
-        longest = len(group[0].prompt) if group else 0
-        if (len(group) + 1) * longest > LAUNCH_TOKENS or 4 * len(slot.prompt) < 3 * longest:
+    for slot in sorted(slots, key=_remaining, reverse=True):
+        longest = _remaining(group[0]) if group else 0
+        if (len(group) + 1) * longest > LAUNCH_TOKENS or 4 * _remaining(slot) < 3 * longest:
             yield group
             group = []
         group.append(slot)
@@ -127,7 +156,7 @@ def _groups(slots: list[Slot]) -> Iterator[list[Slot]]:
 class CapturedChunks:
     """Runs one prompt at a time by captured launches, each chunk padded on the left to one of a few widths.
 
-    After the first chunk the padding coincides with cached tokens: what it would write goes to the spare page.
+    Where the padding coincides with cached tokens, what it would write goes to the spare page.
     """
 
     def __init__(self, model: LanguageModel, kv_cache: PagedKVCache, state: DecodeState, capture: Capture):

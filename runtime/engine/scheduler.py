@@ -18,7 +18,11 @@ from .state import Slot, tier_of
 class Scheduler:
     """First come, first served: a request waits until a slot and enough pages for its longest answer are free.
 
+    Every whole page of a sequence, prompt and answer, can be reused by later prompts with the same prefix.
+
     Args:
+        batch_invariant: reuse only what is bit-identical to a fresh prefill: whole chunks of prompts, since rounding
+            depends on where a prompt is cut, and an answer's pages were written by launches of one token.
         padded: (number of slots in use) -> the batch size that a step runs with.
 
     Attributes:
@@ -27,11 +31,17 @@ class Scheduler:
     """
 
     def __init__(
-        self, config: InternLM3Config, max_batch_size: int, pages: PageAllocator, padded: Callable[[int], int]
+        self,
+        config: InternLM3Config,
+        max_batch_size: int,
+        pages: PageAllocator,
+        batch_invariant: bool,
+        padded: Callable[[int], int],
     ):
         self.waiting: deque[Request] = deque()
         self.slots: list[Slot | None] = [None] * max_batch_size
         self._config, self._pages, self._padded = config, pages, padded
+        self.batch_invariant = batch_invariant
 
     @property
     def active(self) -> list[Slot]:
@@ -55,29 +65,37 @@ class Scheduler:
     def _place(self, request: Request, twin: Slot | None) -> Slot | None:
         """A slot and pages for a request, None if too few pages are free.
 
-        Pages that hold its prompt already are shared: all whole pages of `twin`, which has the same prompt, or those of
-        whole chunks that an earlier prompt registered. The last token always runs, so its chunk is not shared.
+        Pages that hold its prompt already are shared: all whole pages of `twin`, which has the same prompt, or those
+        that an earlier sequence registered. The last token always runs, so its page (or chunk) is not shared.
         """
         ids, root = request.prompt_ids, self._prefix_root(request)
         if twin is not None:
             shared = twin.pages[: len(ids) // PAGE]
             self._pages.retain(shared)
         else:
-            shared = self._pages.match_prefix(ids[: len(ids) - 1], root, max(prefill.CHUNK // PAGE, 1))
+            shared = self._pages.match_prefix(ids[: len(ids) - 1], root, self._reused_pages)
         missing = pages_of(len(ids) + request.max_tokens) - len(shared)
         if missing > self._pages.free:
             self._pages.release(shared)
             return None
         pages = shared + self._pages.allocate(missing, after=shared[-1] if shared else None)
         if twin is None:
-            # Whole chunks only: a prompt that continues from there is cut into chunks at the same places.
-            whole = len(ids) // prefill.CHUNK * prefill.CHUNK // PAGE
-            self._pages.register_prefix(pages[:whole], ids[: whole * PAGE], root)
+            self._register(pages, request, ids)
         slot = Slot(request, self.slots.index(None), pages, tier_of(request), twin)
         self.slots[slot.index] = slot
         request.began = time.perf_counter()
         request.cached_tokens = len(ids) if twin is not None else len(shared) * PAGE
         return slot
+
+    @property
+    def _reused_pages(self) -> int:
+        """Prefixes are reused in multiples of this many pages."""
+        return max(prefill.CHUNK // PAGE, 1) if self.batch_invariant else 1
+
+    def _register(self, pages: list[int], request: Request, ids: list[int]) -> None:
+        """Lets later prompts find the pages that hold these tokens, as far as they are whole."""
+        whole = len(ids) // (PAGE * self._reused_pages) * self._reused_pages
+        self._pages.register_prefix(pages[:whole], ids[: whole * PAGE], self._prefix_root(request))
 
     def _prefix_root(self, request: Request) -> bytes:
         """What keys and values depend on besides the tokens: the rotary base."""
@@ -96,8 +114,15 @@ class Scheduler:
         return removed
 
     def free(self, slot: Slot) -> None:
-        """Frees a slot and its pages. Steps in flight on them run before whatever uses them next."""
+        """Frees a slot and its pages, which keep the answer for later prompts.
+
+        Steps in flight on them run before whatever uses them next; they write after the tokens that are known here.
+        """
+        request = slot.request
         self.slots[slot.index] = None
+        if not self.batch_invariant and request.finish_reason != "error":
+            # The last token has not been through the model.
+            self._register(slot.pages, request, request.prompt_ids + request.token_ids[:-1])
         self._pages.release(slot.pages)
 
     def compact(self) -> list[tuple[int, int]]:

@@ -28,7 +28,7 @@ def compile_kernels(
         slot.batch.block_table[0, : len(allocated)] = torch.tensor(allocated, dtype=torch.int32)
         group = config.num_attention_heads // config.num_key_value_heads
         for tokens in token_counts(longest, group, config.head_dim, model.dtype, model.device):
-            x = prefill.run_chunks(model, kv_cache, slot.batch, [slot.token.repeat(tokens)])
+            x = prefill.run_chunks(model, kv_cache, slot.batch, [slot.token.repeat(tokens)], [0])
         logits = model.head(x)
         for tier in Tier:
             ops.sample(logits.float(), **stages_after_penalties(slot, tier))

@@ -209,10 +209,13 @@ def test_logits_that_are_no_numbers_are_an_error(tiny, hooks):
 def test_a_processor_that_leaves_no_token_is_an_error(tiny, value, do_sample):
     """Of one row at its third token."""
 
-    def forbid(ids, scores):
-        return scores.masked_fill((torch.arange(len(ids)) == 1)[:, None], value) if len(ids[0]) == length + 2 else scores
-
     length = PROMPTS.shape[1]
+
+    def forbid(ids, scores):
+        if ids.shape[1] == length + 2:
+            scores[1] = value
+        return scores
+
     with pytest.raises(RuntimeError, match="row 1: no token is left to choose"):
         tiny.ours.generate(PROMPTS, logits_processor=[forbid], max_new_tokens=5, do_sample=do_sample)
     assert tiny.ours.generate(PROMPTS, logits_processor=[forbid], max_new_tokens=2).shape[1] == length + 2

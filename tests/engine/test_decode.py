@@ -418,9 +418,9 @@ def test_several_chunks_in_one_launch(monkeypatch, threads, dtype):
         for kv in engine.kv_cache.layers:
             kv.fill_(7)
         if begin:
-            prefill.run_chunks(model, engine.kv_cache, batch, [prompt[:begin]])
+            prefill.run_chunks(model, engine.kv_cache, batch, [prompt[:begin]], [0])
         launches.clear()
-        last = prefill.run_chunks(model, engine.kv_cache, batch, [prompt], begin)
+        last = prefill.run_chunks(model, engine.kv_cache, batch, [prompt], [begin])
         return list(launches), last, torch.stack(engine.kv_cache.layers)
 
     before = torch.get_num_threads()

@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bench import batching
-from internlm3 import InternLM3Config, InternLM3ForCausalLM
 from internlm3.kernels import triton
 from internlm3.kernels.cpu import ROW_COUNT_CHANGES_BITS
 from internlm3.kernels.reference import FEW_ROWS
@@ -19,25 +18,16 @@ from internlm3.runtime.engine.answer import Answer
 from internlm3.runtime.engine.engine import Engine
 from internlm3.runtime.engine.graphs import StepQueue, cuda_graphs
 from internlm3.runtime.engine.pages import page_budget
-from internlm3.runtime.engine.request import Request
 from internlm3.runtime.model import model as runtime_model
 from internlm3.runtime.model.kv_cache import PAGE, page_bytes, pages_of
 from internlm3.runtime.model.model import Decoder
-from internlm3.runtime.sampling.params import SamplingParams
 from internlm3.tests.support.capture import Recorder
-
-SHAPE = {
-    "vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 512, "initializer_range": 0.3,
-    "tie_word_embeddings": False,
-}  # fmt: skip
+from internlm3.tests.support.engine import alone, ask, count_tokens, ids, random_model, result, run
 
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(1)
-    # bfloat16: on a CPU a row's bits do not depend on its batch there.
-    return InternLM3ForCausalLM(InternLM3Config(**SHAPE), dtype=torch.bfloat16)
+    return random_model()
 
 
 @pytest.fixture(autouse=True)
@@ -47,94 +37,7 @@ def short_chunks(monkeypatch):
     monkeypatch.setattr(prefill, "LAUNCH_TOKENS", PAGE)
 
 
-def ids(length, seed=0):
-    return torch.randint(320, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
-
-
-def ask(prompt, max_tokens=8, answer=0, ends=(), **params):
-    return Request(prompt, SamplingParams(**{"temperature": 0, **params}), max_tokens, frozenset(ends), answer)
-
-
-def run(engine, *requests):
-    engine.add(requests)
-    while any(request.finish_reason is None for request in requests):
-        engine.step()
-    return requests
-
-
-def result(request):
-    """All of an answer, log-probabilities included."""
-    return request.token_ids, request.logprobs, request.top_logprobs, request.finish_reason, request.stop_reason
-
-
-def alone(model, request):
-    """The result of the same request in an engine of its own."""
-    twin = Request(
-        request.prompt_ids, request.params, request.max_tokens, request.eos_token_ids, request.answer, request.hooks
-    )
-    twin.seed = request.seed
-    return result(*run(Engine(model, max_batch_size=1, max_seq_len=512), twin))
-
-
-def count_tokens(monkeypatch, model):
-    """A list of the number of tokens of each pass through the blocks."""
-    tokens, through = [], model.model.run
-
-    def counting(x, *args, **options):
-        tokens.append(len(x))
-        return through(x, *args, **options)
-
-    monkeypatch.setattr(model.model, "run", counting)
-    return tokens
-
-
-# -------------------------------------------------------------------- prefix reuse
-
-
-def test_the_next_turn_of_a_conversation_prefills_only_new_tokens(model, monkeypatch):
-    engine, first = Engine(model, max_batch_size=2, max_seq_len=512), ids(150)
-    (one,) = run(engine, ask(first))
-    turn = first + one.token_ids + ids(40, 1)
-    tokens = count_tokens(monkeypatch, model)
-    (two,) = run(engine, ask(turn))
-    assert (one.cached_tokens, two.cached_tokens) == (0, 128)
-    assert sum(tokens) == len(turn) - 128 + 7  # and seven steps after the first token
-    assert result(two) == alone(model, two)
-
-
-@pytest.mark.parametrize("length", [1, 63, 64, 65, 128, 200])
-def test_the_same_prompt_again(model, length):
-    """All chunks are reused but that of the last token, which must run."""
-    engine = Engine(model, max_batch_size=2, max_seq_len=512)
-    (one,), (two,) = run(engine, ask(ids(length))), run(engine, ask(ids(length)))
-    assert two.cached_tokens == (length - 1) // PAGE * PAGE
-    assert result(one) == result(two) == alone(model, two)
-
-
-@pytest.mark.parametrize("place", [0, 63, 64, 100, 170])
-def test_an_edited_prompt_reuses_the_chunks_before_the_edit(model, place):
-    engine, first = Engine(model, max_batch_size=2, max_seq_len=512), ids(200)
-    run(engine, ask(first))
-    edited = [*first[:place], (first[place] + 1) % 320, *first[place + 1 :]]
-    (request,) = run(engine, ask(edited))
-    assert request.cached_tokens == place // PAGE * PAGE
-    assert result(request) == alone(model, request)
-
-
-def test_answers_to_one_prompt_prefill_it_once(model, monkeypatch):
-    engine, prompt = Engine(model, max_batch_size=4, max_seq_len=512), ids(150)
-    tokens = count_tokens(monkeypatch, model)
-    requests = [ask(prompt, answer=answer, temperature=1.0, seed=5) for answer in range(4)]
-    engine.add(requests)
-    engine.step()
-    assert tokens == [64, 64, 22]
-    # Two whole pages are shared; each answer has a page of its own to write.
-    assert len(engine.pages) - engine.pages.free == 2 + 4
-    run(engine)
-    while engine.busy:
-        engine.step()
-    assert len({tuple(request.token_ids) for request in requests}) == 4
-    assert [result(request) for request in requests] == [alone(model, request) for request in requests]
+# -------------------------------------------------------------------- prefill
 
 
 @pytest.mark.skipif(ROW_COUNT_CHANGES_BITS, reason="on this CPU the number of rows may change rounding")
@@ -190,17 +93,6 @@ def test_which_prompts_can_be_batched(model, monkeypatch):
     assert on_a_gpu.can_batch_prompts(FEW_ROWS + 1) and not on_a_gpu.can_batch_prompts(FEW_ROWS)
     on_a_gpu.batch_invariant = True
     assert not on_a_gpu.can_batch_prompts(FEW_ROWS + 1)
-
-
-def test_prompts_with_different_rotary_bases_share_no_pages():
-    shape = {**SHAPE, "max_position_embeddings": 64, "rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}
-    torch.manual_seed(1)
-    model = InternLM3ForCausalLM(InternLM3Config(**shape), dtype=torch.bfloat16)
-    engine, prompt = Engine(model, max_batch_size=2, max_seq_len=512), ids(200)
-    for length, cached in ((200, 0), (199, 0), (200, 192), (150, 0), (199, 192)):
-        (request,) = run(engine, ask(prompt[:length]))
-        assert request.cached_tokens == cached
-        assert result(request) == alone(model, request)
 
 
 # -------------------------------------------------------------------- waiting

@@ -113,7 +113,7 @@ def test_a_prompt_in_padded_chunks(monkeypatch, backend):
         return prefill.CapturedChunks(model, kv_cache, state, lambda launch: launch).run
 
     def plain(kv_cache):
-        return lambda batch, prompt, begin: prefill.run_chunks(model, kv_cache, batch, [prompt], begin)
+        return lambda batch, prompt, begin: prefill.run_chunks(model, kv_cache, batch, [prompt], [begin])
 
     lengths = (
         (PAGE + 20,) if backend == "triton" else (PAGE + 1, 2 * PAGE + 20, 2 * PAGE + 50, 3 * PAGE)

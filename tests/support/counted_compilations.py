@@ -45,7 +45,7 @@ class Server:
 
     def prefill(self, first, *prompts):
         batch = self.state.slots(first, first + len(prompts)).batch
-        self.model.head(prefill.run_chunks(self.model, self.kv_cache, batch, prompts))
+        self.model.head(prefill.run_chunks(self.model, self.kv_cache, batch, prompts, [0] * len(prompts)))
 
     def step(self, first, last):
         for tier in Tier:
