@@ -26,7 +26,7 @@ class Chunk:
         prompt_tps: prompt tokens per second, from the call to the first token.
         decode_tps: tokens per second after the first token; 0.0 while there are none.
         peak_memory: the most memory so far, in gigabytes, of the GPU or of the process.
-        cached_tokens: prompt tokens whose keys and values were cached already.
+        cached_tokens: as in RequestOutput.
     """
 
     text: str
@@ -96,7 +96,8 @@ class RequestOutput:
         prompt_token_ids: the prompt's tokens.
         outputs: `n` answers.
         sampling_params: the parameters that were used.
-        cached_tokens: prompt tokens whose keys and values were cached already.
+        cached_tokens: prompt tokens whose keys and values an earlier prompt or answer left in the cache: whole
+            pages of 64, or with batch_invariant whole chunks of 512; all of them if the same prompt ran beside it.
         timings: how long it took.
     """
 

@@ -74,7 +74,7 @@ class Pretrained(LanguageModel):
             device: the same as device_map.
             use_safetensors: True refuses pickled weights, which otherwise are read if there is nothing else.
             batch_invariant: on a GPU, an answer is bit-identical whatever else is decoded with it; decoding a single
-                request is slower.
+                request is slower, and prefixes are reused in whole chunks of 512 tokens instead of pages of 64.
             progress: show progress bars of download and loading.
 
         Raises:

@@ -49,6 +49,28 @@ def test_chat_knows_the_capital_of_france(llm, question):
     assert answer.outputs[0].cumulative_logprob == sum(answer.outputs[0].logprobs)
 
 
+def test_a_chat_computes_only_what_is_new(llm):
+    """Real text, five turns with the thinking prompt switched on and off: a turn reuses every whole page of the two
+    conversations so far, and the answers are those of a model that has seen nothing before.
+    """
+    known: dict[bool, list[int]] = {False: [], True: []}
+    messages: list[dict[str, str]] = [{"role": "system", "content": SYSTEM_PROMPT}]
+    words = ["bread", "cheese", "apples", "tea", "salt"]
+    for turn, word in enumerate(words):
+        messages.append({"role": "user", "content": f"Tell me one short fact about {word}."})
+        thinking = turn in (1, 3)
+        answer = llm.chat(messages, thinking=thinking, temperature=0, max_tokens=8)
+        ids, past = answer.prompt_token_ids, known[thinking]
+        common = next((n for n, (one, other) in enumerate(zip(ids, past, strict=False)) if one != other), len(past))
+        least = min(common, len(ids) - 1, len(past) - 1) // 64 * 64 if past else 0
+        assert answer.cached_tokens >= least
+        known[thinking] = ids + answer.outputs[0].token_ids
+        messages.append({"role": "assistant", "content": answer.text})
+    assert common == len(past) > 200, "an answer's tokens are those of its text, so they are reused as well"
+    fresh = causal_lm(llm).generate(torch.tensor([ids]), max_new_tokens=8, eos_token_id=llm.eos_token_ids)
+    assert fresh[0, len(ids) :].tolist() == answer.outputs[0].token_ids
+
+
 @pytest.mark.parametrize(
     "give",
     [list, tuple, torch.tensor, np.array, lambda ids: np.array(ids, np.int32), lambda ids: [np.int64(i) for i in ids]],
