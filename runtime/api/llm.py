@@ -55,8 +55,8 @@ class LLM:
         cache_tokens: the size of the KV cache in tokens; by default max_seq_len for every answer of a batch, but at
             most half of the free memory.
         cuda_graphs: on a GPU, run decode steps from CUDA graphs; False launches the same kernels one by one.
-        batch_invariant: on a GPU, make answers bit-identical alone and in any batch; a single answer is slower. Prefixes
-            are then reused in whole chunks of 512 prompt tokens, else in pages of 64 tokens, answers included.
+        batch_invariant: on a GPU, make answers bit-identical alone and in any batch; a single answer is slower, and
+            prefixes are reused in whole chunks of 512 prompt tokens instead of pages of 64 of prompts and answers.
         revision, token, cache_dir, local_files_only: as in huggingface_hub.
         progress: show progress bars for download, loading, and several prompts on a terminal.
 
