@@ -165,7 +165,8 @@ class LLM:
             **kwargs: fields of SamplingParams, or their aliases, which override either.
 
         Returns:
-            A RequestOutput, or for several prompts a list of them in order.
+            A RequestOutput, or for several prompts a list of them in order. Prompt and answer joined are one text: an
+            answer that begins with a new word begins with its space.
 
         Raises:
             ValueError: an empty or too long prompt, or a bad setting.
@@ -173,7 +174,7 @@ class LLM:
         """
         several, single = prompt_list(prompts)
         params = self._params(sampling_params, kwargs, None if single else len(several))
-        outputs = self._answer([self._encode(prompt) for prompt in several], params)
+        outputs = self._answer([self._encode(prompt) for prompt in several], params, chat=False)
         return outputs[0] if single else outputs
 
     @overload
@@ -229,7 +230,7 @@ class LLM:
                 raise ValueError(f"stream answers one conversation; there are {len(conversations)}")
             return self.stream(conversations[0], given, **kwargs)
         params = self._params(given, kwargs, None if single else len(conversations))
-        outputs = self._answer([self._render(conversation) for conversation in conversations], params)
+        outputs = self._answer([self._render(conversation) for conversation in conversations], params, chat=True)
         return outputs[0] if single else outputs
 
     def stream(
@@ -251,14 +252,15 @@ class LLM:
         [params] = self._params(sampling_params or (RECOMMENDED_THINKING if thinking else None), kwargs, None)
         if params.n != 1:
             raise ValueError(f"stream gives one answer; n is {params.n}")
-        if thinking or (isinstance(prompt, (list, tuple)) and prompt and isinstance(prompt[0], Mapping)):
+        chat = thinking or (isinstance(prompt, (list, tuple)) and bool(prompt) and isinstance(prompt[0], Mapping))
+        if chat:
             _, ids = self._render(conversation_of(prompt, thinking))
         else:
             several, _ = prompt_list(prompt)
             if len(several) != 1:
                 raise ValueError(f"stream answers one prompt; there are {len(several)}")
             _, ids = self._encode(several[0])
-        return self._chunks(self._requests([ids], [params])[0])
+        return self._chunks(self._requests([ids], [params])[0], chat=chat)
 
     # ---------------------------------------------------------------- prompts and settings
 
@@ -322,10 +324,11 @@ class LLM:
     # ---------------------------------------------------------------- running requests
 
     def _answer(
-        self, prompts: Sequence[tuple[str | None, list[int]]], params: Sequence[SamplingParams]
+        self, prompts: Sequence[tuple[str | None, list[int]]], params: Sequence[SamplingParams], *, chat: bool
     ) -> list[RequestOutput]:
         called = time.perf_counter()
-        answers = [self._new_answer(request) for request in self._requests([ids for _, ids in prompts], params)]
+        requests = self._requests([ids for _, ids in prompts], params)
+        answers = [self._new_answer(request, chat) for request in requests]
         bar = tqdm(total=len(answers), unit="answer", disable=None if self._progress and len(prompts) > 1 else True)
         with bar:
             for updates in self.engine.run(answers):
@@ -345,20 +348,26 @@ class LLM:
             )
         return outputs
 
-    def _chunks(self, request: Request) -> Iterator[Chunk]:
+    def _chunks(self, request: Request, *, chat: bool) -> Iterator[Chunk]:
         device = self.model.device
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        answer = self._new_answer(request)
+        answer = self._new_answer(request, chat)
         called = time.perf_counter()
         for updates in self.engine.run([answer]):
             for update in updates:
                 yield chunk_of(update, called, device)
 
-    def _new_answer(self, request: Request) -> Answer:
+    def _new_answer(self, request: Request, chat: bool) -> Answer:
+        """A text continues its prompt's, so that both joined are the whole; a chat answer is a text of its own."""
         p = request.params
         stream = TextStream(
-            self.tokenizer, p.stops, p.include_stop_str_in_output, p.skip_special_tokens, min_tokens=p.min_tokens
+            self.tokenizer,
+            p.stops,
+            p.include_stop_str_in_output,
+            p.skip_special_tokens,
+            min_tokens=p.min_tokens,
+            prompt_ids=() if chat else request.prompt_ids,
         )
         return Answer(request, stream)
 

@@ -77,7 +77,8 @@ class Generation(Pretrained):
             stopping_criteria: a callable or a list of them, (ids [N, L], None) -> bool or bool [N]. They run after
                 every step; a row for which one is true ends.
             streamer: an object with put(ids) and end(); gets the prompts first, then every step's tokens.
-            tokenizer: needed by stop_strings, which are searched in the decoded text.
+            tokenizer: needed by stop_strings, which are searched in the decoded text of prompt and answer; one that
+                ends in the prompt counts for nothing.
             return_dict_in_generate: return a GenerateOutput.
             output_scores, output_logits: keep every step's scores or logits in it.
             renormalize_logits: the scores are log-probabilities.
@@ -141,10 +142,19 @@ class Generation(Pretrained):
         ]
         if streamer is not None:
             streamer.put(given.cpu())  # a row for each answer, as in transformers
-        answers = [
-            Answer(request, TextStream(tokenizer, params.stops, skip_special_tokens=False) if params.stops else None)
+        streams = [
+            TextStream(
+                tokenizer,
+                params.stops,
+                skip_special_tokens=False,
+                prompt_ids=request.prompt_ids,
+                stops_begin_in_prompt=True,
+            )
+            if params.stops
+            else None
             for request in requests
         ]
+        answers = [*map(Answer, requests, streams)]
         for tokens in self._run(answers, hooks, criteria):
             if streamer is not None:
                 streamer.put(torch.tensor([options.pad_token_id if token is None else token for token in tokens]))

@@ -18,6 +18,10 @@ class Detokenizer:
         self._speller = speller
         self._clean_up = CleanUp() if clean_up else None
 
+    def follow(self, tokens: Iterable[str]) -> str:
+        """Reads the tokens before the text, and returns what is final of their own text, which is not cleaned up."""
+        return "".join(map(self._speller.push, tokens))
+
     def text(self, tokens: Iterable[str]) -> str:
         """The text of all tokens."""
         return self._clean("".join(map(self._speller.push, tokens))) + self.flush()

@@ -13,8 +13,11 @@ class TextStream:
     """Detokenizes one answer. The texts that `push` and `flush` return are, joined, what `decode` returns.
 
     Args:
+        prompt_ids: the tokens that the answer continues: its text is then what decoding both together adds to the
+            prompt's text, a first space included. Without them the answer is a text of its own.
         stops: strings that end the text. The first one to be complete wins, and the longest of several that are
             complete at the same character; token boundaries play no role.
+        stops_begin_in_prompt: a stop string may begin in the prompt, if it ends in the answer.
         include_stop: keep the stop string in the text.
         min_tokens: a stop string that is complete with an earlier token does not end the text.
 
@@ -29,6 +32,8 @@ class TextStream:
         include_stop: bool = False,
         skip_special_tokens: bool = True,
         min_tokens: int = 0,
+        prompt_ids: Sequence[int] = (),
+        stops_begin_in_prompt: bool = False,
     ):
         self.stopped: str | None = None
         self._count, self._min_tokens = 0, min_tokens
@@ -36,8 +41,28 @@ class TextStream:
         self._stops = tuple(stops)
         self._include_stop = include_stop
         self._skipped = frozenset(tokenizer.all_special_ids if skip_special_tokens else ())
-        self._detokenizer = tokenizer.detokenizer()
-        self._pending = ""
+        longest = max(map(len, stops), default=0) if stops_begin_in_prompt else 0
+        before = self._read_prompt(prompt_ids, max(longest, 1))
+        # Text that is not returned yet. Its first `_prompt_length` characters are the prompt's, and never are.
+        self._pending = before[max(0, len(before) - longest + 1) :]
+        self._prompt_length = len(self._pending)
+
+    def _read_prompt(self, prompt_ids: Sequence[int], length: int) -> str:
+        """Brings the detokenizer to the end of the prompt, and returns at least `length` last characters of its text.
+
+        Only as many of the last tokens are read as that takes: what comes before them changes nothing after them.
+        """
+        count = 0
+        while True:
+            count = min(2 * count or 8, len(prompt_ids))
+            last = [id for id in prompt_ids[len(prompt_ids) - count :] if id not in self._skipped]
+            tokens = self._tokenizer.convert_ids_to_tokens(last)
+            self._detokenizer = self._tokenizer.detokenizer()
+            text = self._detokenizer.follow(tokens)
+            if len(text) >= length or count == len(prompt_ids):
+                # The prompt's text may end in a character of which the answer has the rest.
+                self._unfinished = self._tokenizer.convert_tokens_to_string(tokens)[len(text) :]
+                return text
 
     def push(self, token_id: int) -> str:
         """The text that this token completes; "" while a character or a possible stop string is incomplete."""
@@ -52,7 +77,7 @@ class TextStream:
         if self.stopped is not None:
             return ""
         text = self._release(self._detokenizer.flush())
-        rest, self._pending = ("", "") if self.stopped is not None else (self._pending, "")
+        rest, self._pending = ("", "") if self.stopped is not None else (self._pending[self._prompt_length :], "")
         return text + rest
 
     def stop_string(self, token_id: int) -> int | str:
@@ -62,17 +87,31 @@ class TextStream:
 
     def _release(self, new: str, may_stop: bool = True) -> str:
         """Pending text and `new`, up to a stop string or to the possible beginning of one, which stays pending."""
+        if new and self._unfinished:
+            new, self._unfinished = new[_common(self._unfinished, new) :], ""
         text = self._pending + new
         stops = self._stops if may_stop else ()
-        found = [(text.find(stop) + len(stop), -len(stop), stop) for stop in stops if stop in text]
-        if found:
+        ends = [(self._end(text, stop), -len(stop), stop) for stop in stops]
+        if found := [end for end in ends if end[0] >= 0]:
             end, _, self.stopped = min(found)
-            return text[:end] if self._include_stop else text[: end - len(self.stopped)]
+            return text[self._prompt_length : end if self._include_stop else end - len(self.stopped)]
         pending = max((_overlap(text, stop) for stop in self._stops), default=0)
-        self._pending = text[len(text) - pending :]
-        return text[: len(text) - pending]
+        released = len(text) - pending
+        begin, self._prompt_length = self._prompt_length, max(0, self._prompt_length - released)
+        self._pending = text[released:]
+        return text[begin:released]
+
+    def _end(self, text: str, stop: str) -> int:
+        """Where the first `stop` in `text` ends that does not end in the prompt; -1 if there is none."""
+        begin = text.find(stop, max(0, self._prompt_length - len(stop) + 1))
+        return begin if begin < 0 else begin + len(stop)
 
 
 def _overlap(text: str, stop: str) -> int:
     """Length of the longest suffix of `text` that is a proper prefix of `stop`."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+def _common(one: str, other: str) -> int:
+    """Length of the longest common prefix."""
+    return next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))

@@ -81,7 +81,7 @@ def processor_of(model: bytes) -> sentencepiece.SentencePieceProcessor:
 
 def write_checkpoint(directory: Path, model: bytes, **config) -> Path:
     """A tokenizer's folder. Two added tokens come after the pieces, and after a gap of three unused ids."""
-    directory.mkdir(parents=True)
+    directory.mkdir(parents=True, exist_ok=True)
     (directory / "tokenizer.model").write_bytes(model)
     size = sentencepiece.SentencePieceProcessor(model_proto=model).get_piece_size()
     flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}

@@ -6,12 +6,16 @@ import json
 
 import pytest
 import sentencepiece
+import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import StopStringCriteria
 
 from internlm3 import InternLM3Tokenizer
+from internlm3.runtime.tokenization.detokenizer import Detokenizer
 from internlm3.runtime.tokenization.text_stream import TextStream
+from internlm3.tests.support.tokenizers import TRAINED, loaded, train, write_checkpoint
 
 CORPUS = [
     "The quick brown fox jumps over the lazy dog, and the dog does not mind at all.",
@@ -302,6 +306,68 @@ def test_a_special_token_as_a_stop_string(tokenizer):
     assert "".join(parts) == "fox" and stream.stopped == "<|im_end|>"
 
 
+# -------------------------------------------------------------------- text after a prompt
+
+
+@settings(max_examples=60)
+@given(data=st.data(), skip=st.booleans())
+def test_an_answer_continues_its_prompt(plain, data, skip):
+    """Its text is what SentencePiece's text of both together has after the prompt's."""
+    ids = data.draw(tokens_of(plain))
+    cut = data.draw(st.integers(0, len(ids)))
+    parts, _ = streamed(plain, ids[cut:], prompt_ids=ids[:cut], skip_special_tokens=skip)
+    prompt, whole = (sentencepiece_text(plain, part, skip) for part in (ids[:cut], ids))
+    assert "".join(parts) == whole[len(common([prompt, whole])) :]
+
+
+@settings(max_examples=60)
+@given(data=st.data(), include=st.booleans())
+def test_a_stop_string_may_begin_in_the_prompt(plain, data, include):
+    """Brute force: the first stop string of the whole text that ends in the answer."""
+    text = data.draw(st.text("ab c天", min_size=1, max_size=30))
+    ids = plain.encode("x" + text, add_special_tokens=False)
+    cut = data.draw(st.integers(0, len(ids)))
+    prompt, whole = common([plain.decode(ids[:cut]), plain.decode(ids)]), plain.decode(ids)
+    begin = data.draw(st.integers(max(0, len(prompt) - 4), max(0, len(whole) - 1)))
+    stop = whole[begin : begin + data.draw(st.integers(1, 8))]
+    stops = data.draw(st.permutations([stop, "ab", "a b a"]))
+    options = {"include_stop": include, "prompt_ids": ids[:cut]}
+    parts, stream = streamed(plain, ids[cut:], stops=stops, stops_begin_in_prompt=True, **options)
+    ends = [end for end in range(len(prompt) + 1, len(whole) + 1) if whole[:end].endswith(tuple(stops))]
+    met = max((stop for stop in stops if whole[: ends[0]].endswith(stop)), key=len) if ends else None
+    end = len(whole) if met is None else ends[0] - (0 if include else len(met))
+    assert ("".join(parts), stream.stopped) == (whole[len(prompt) : end], met)
+    # By default only the answer's own text is searched.
+    parts, stream = streamed(plain, ids[cut:], stops=stops, **options)
+    assert ("".join(parts), stream.stopped) == cut_at(whole[len(prompt) :], stops, include)
+
+
+def test_stop_strings_end_where_transformers_ends(tmp_path):
+    """StopStringCriteria, which sees the tokens of the prompt too, is true first of the same token."""
+    folder = write_checkpoint(tmp_path / "checkpoint", train(TRAINED["dummy"]))
+    tokenizer, theirs = loaded(folder)
+    ids = tokenizer.encode("The quick brown fox jumps over the lazy dog, and the dog does not even look up.")
+    ids = [id for id in ids if tokenizer.convert_ids_to_tokens(id) != "▁"]  # which for StopStringCriteria is no text
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    for begin, length, cut in itertools.product(range(4, 40, 5), (1, 3, 9), (6, 11)):
+        stop = text[begin : begin + length]
+        criterion = StopStringCriteria(theirs, [stop])
+        counts = range(cut + 1, len(ids) + 1)
+        expected = next((count for count in counts if criterion(torch.tensor([ids[:count]]), None)), None)
+        stream = TextStream(
+            tokenizer, [stop], skip_special_tokens=False, prompt_ids=ids[:cut], stops_begin_in_prompt=True
+        )
+        met = [count for count in counts if stream.push(ids[count - 1]) is not None and stream.stopped]
+        assert expected == next(iter(met), None)
+
+
+def test_a_long_prompt_is_read_from_its_end(plain, monkeypatch):
+    read = []
+    monkeypatch.setattr(Detokenizer, "follow", lambda self, tokens: read.extend(tokens) or "".join(tokens))
+    TextStream(plain, ["a stop string"], prompt_ids=plain.encode("word " * 5000), stops_begin_in_prompt=True)
+    assert len(read) < 100
+
+
 # A vocabulary of a tokenizer.json: the tokenizers library is the oracle
 
 
@@ -369,3 +435,15 @@ def test_a_character_of_a_library_comes_at_once_and_complete(library):
         assert "\ufffd" not in parts[end]
         if oracle.id_to_token(ids[end - 1])[:3] != "<0x":
             assert "".join(parts[:end]) == so_far.rstrip("\ufffd")
+
+
+@settings(max_examples=60)
+@given(data=st.data())
+def test_an_answer_continues_its_prompt_as_the_library_decodes_both(library, data):
+    tokenizer, oracle = library
+    texts = st.sampled_from(["書🙂é", " the", "the", "  ", "天", *SPECIAL]).map(lambda text: tokenizer.encode(text))
+    ids = [*itertools.chain(*data.draw(st.lists(texts, max_size=20)))]
+    cut = data.draw(st.integers(0, len(ids)))
+    parts, _ = streamed(tokenizer, ids[cut:], prompt_ids=ids[:cut], skip_special_tokens=False)
+    prompt, whole = (oracle.decode(part, skip_special_tokens=False) for part in (ids[:cut], ids))
+    assert "".join(parts) == whole[len(common([prompt, whole])) :]
