@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from .stop_strings import StopStrings
+
 if TYPE_CHECKING:
     from .tokenizer import InternLM3Tokenizer
 
@@ -34,6 +36,7 @@ class TextStream:
         self._count, self._min_tokens = 0, min_tokens
         self._tokenizer = tokenizer
         self._stops = tuple(stops)
+        self._matcher = StopStrings(stops)
         self._include_stop = include_stop
         self._skipped = frozenset(tokenizer.all_special_ids if skip_special_tokens else ())
         self._detokenizer = tokenizer.detokenizer()
@@ -63,16 +66,9 @@ class TextStream:
     def _release(self, new: str, may_stop: bool = True) -> str:
         """Pending text and `new`, up to a stop string or to the possible beginning of one, which stays pending."""
         text = self._pending + new
-        stops = self._stops if may_stop else ()
-        found = [(text.find(stop) + len(stop), -len(stop), stop) for stop in stops if stop in text]
-        if found:
-            end, _, self.stopped = min(found)
+        if found := self._matcher.push(new, may_stop):
+            end, self.stopped = len(self._pending) + found[0], found[1]
             return text[:end] if self._include_stop else text[: end - len(self.stopped)]
-        pending = max((_overlap(text, stop) for stop in self._stops), default=0)
-        self._pending = text[len(text) - pending :]
-        return text[: len(text) - pending]
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest suffix of `text` that is a proper prefix of `stop`."""
-    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+        end = len(text) - self._matcher.pending
+        self._pending = text[end:]
+        return text[:end]
