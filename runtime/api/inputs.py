@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..chat_template.render import check_messages, joined_text
+from ..chat_template.messages import check_messages, joined_text
 from ..common.checks import as_ints, as_list, check_ids, check_int
 from ..model.config import InternLM3Config
 from ..sampling.generation_config import GENERATION_CONFIG, read_generation_config, refuse_unsupported

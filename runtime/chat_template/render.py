@@ -1,22 +1,18 @@
 """Renders messages to a prompt with a checkpoint's Jinja chat template.
 
-A template sees only plain JSON data and runs in the sandbox of sandbox.py. Any error in it becomes a ValueError that
-names the template's line.
+A template sees only plain JSON data and runs in the sandbox of sandbox.py: the published one in this process, any other
+in a child process that limits its time and memory. Any error in it becomes a ValueError that names the template's line.
 """
 
 import json
 import re
-import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-import jinja2
-import jinja2.meta
-import jinja2.nodes
-
-from .messages import check_messages, joined_text, plain_json
-from .sandbox import GENERATION_BEGIN, GENERATION_END, Environment, limits
+from .isolation import isolated
+from .messages import check_messages, plain_json
+from .sandbox import GENERATION_BEGIN, GENERATION_END, describe, expand
 
 # InternLM3-8B-Instruct's published template; for checkpoints without one.
 PUBLISHED_TEMPLATE = (
@@ -28,42 +24,27 @@ PUBLISHED_TEMPLATE = (
 # Marks the end of the final message. If its trailing space is missing in the output, the template trims what it prints.
 _CONTINUE_TAG = "[[the final message continues here]] "
 
-_environment = Environment()
 
-
-@lru_cache
-def _compile(template: str) -> jinja2.Template:
+def _run(task: Callable[..., Any], template: str, *arguments: Any) -> Any:
     if not isinstance(template, str):
         raise TypeError(f"chat_template must be a string of Jinja, not {type(template).__name__}")
-    try:
-        return _environment.from_string(template)
-    except jinja2.TemplateSyntaxError as error:
-        raise ValueError(f"chat template, line {error.lineno}: syntax error: {error.message}") from error
-    except Exception as error:  # Python's compiler has limits too
-        raise ValueError(f"chat template, line ?: {error}") from error
+    return task(template, *arguments) if template == PUBLISHED_TEMPLATE else isolated(task, template, *arguments)
 
 
-@lru_cache
+@lru_cache(maxsize=8)
+def _description(template: str) -> tuple[frozenset[str], str]:
+    variables, literals = _run(describe, template)
+    return frozenset(variables), "\0".join(literals)
+
+
 def template_variables(template: str) -> frozenset[str]:
     """The variables that a template reads and does not set itself."""
-    _compile(template)
-    return frozenset(jinja2.meta.find_undeclared_variables(_environment.parse(template)))
+    return _description(template)[0]
 
 
-@lru_cache
 def literals(template: str) -> str:
     """The literal text of a template, outside of blocks and in quotes, joined by NUL characters."""
-    _compile(template)
-    tree = _environment.parse(template)
-    texts = {node.data for node in tree.find_all(jinja2.nodes.TemplateData)}
-    texts |= {node.value for node in tree.find_all(jinja2.nodes.Const) if isinstance(node.value, str)}
-    return "\0".join(sorted(texts))
-
-
-def _line(error: Exception) -> int | str:
-    """The line of the template that raised. Jinja gives the frames of a template the file name <template>."""
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == "<template>"]
-    return lines[-1] or "?" if lines else "?"
+    return _description(template)[1]
 
 
 def render(
@@ -89,6 +70,7 @@ def render(
     Raises:
         ValueError: an invalid message; a template that fails, exceeds its limits or tries to leave its sandbox (with
             its line); both switches at once; or a template that does not print the message to continue.
+        OSError: the template is not the published one, and no process can be started to run it.
     """
     return _render(template, messages, add_generation_prompt, continue_final_message, variables)
 
@@ -132,30 +114,11 @@ def _render(
         raise ValueError("add_generation_prompt starts a new message and continue_final_message goes on with the last "
                          "one: give one of them")  # fmt: skip
     checked = check_messages(messages)
-    compiled = _compile(template)
     plain = {name: plain_json(value, name) for name, value in variables.items()}
-    if any(isinstance(message["content"], list) for message in checked) and not _reads_parts(compiled, plain):
-        checked = [{**message, "content": joined_text(message["content"])} for message in checked]
     if continue_final_message:
         _tag(checked[-1], "content" if continue_final_message is True else continue_final_message)
-    try:
-        with limits(marking):
-            prompt = compiled.render(messages=checked, add_generation_prompt=add_generation_prompt, **plain)
-    except Exception as error:  # the template is foreign code, which can raise anything
-        raise ValueError(f"chat template, line {_line(error)}: {error}") from error
+    prompt = _run(expand, template, checked, {**plain, "add_generation_prompt": add_generation_prompt}, marking)
     return _cut_at_tag(prompt) if continue_final_message else prompt
-
-
-def _reads_parts(compiled: jinja2.Template, variables: Mapping[str, Any]) -> bool:
-    """Whether the template prints the text of a content part, rather than the part's repr or JSON."""
-    probe = "a text that no template has"
-    message = {"role": "user", "content": [{"type": "text", "text": probe}]}
-    try:
-        with limits(False):
-            prompt = compiled.render(messages=[message], add_generation_prompt=False, **variables)
-    except Exception:  # it needs a string, or fails on any message: then rendering reports it
-        return False
-    return probe in prompt and f"'{probe}'" not in prompt and f'"{probe}"' not in prompt
 
 
 def _tag(message: dict[str, Any], field: str) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from .stop_strings import StopStrings
+
 if TYPE_CHECKING:
     from .tokenizer import InternLM3Tokenizer
 
@@ -39,6 +41,7 @@ class TextStream:
         self._count, self._min_tokens = 0, min_tokens
         self._tokenizer = tokenizer
         self._stops = tuple(stops)
+        self._matcher = StopStrings(stops)
         self._include_stop = include_stop
         self._skipped = frozenset(tokenizer.all_special_ids if skip_special_tokens else ())
         longest = max(map(len, stops), default=0) if stops_begin_in_prompt else 0
@@ -46,6 +49,7 @@ class TextStream:
         # Text that is not returned yet. Its first `_prompt_length` characters are the prompt's, and never are.
         self._pending = before[max(0, len(before) - longest + 1) :]
         self._prompt_length = len(self._pending)
+        self._matcher.push(self._pending, may_stop=False)
 
     def _read_prompt(self, prompt_ids: Sequence[int], length: int) -> str:
         """Brings the detokenizer to the end of the prompt, and returns at least `length` last characters of its text.
@@ -90,26 +94,13 @@ class TextStream:
         if new and self._unfinished:
             new, self._unfinished = new[_common(self._unfinished, new) :], ""
         text = self._pending + new
-        stops = self._stops if may_stop else ()
-        ends = [(self._end(text, stop), -len(stop), stop) for stop in stops]
-        if found := [end for end in ends if end[0] >= 0]:
-            end, _, self.stopped = min(found)
+        if found := self._matcher.push(new, may_stop):
+            end, self.stopped = len(self._pending) + found[0], found[1]
             return text[self._prompt_length : end if self._include_stop else end - len(self.stopped)]
-        pending = max((_overlap(text, stop) for stop in self._stops), default=0)
-        released = len(text) - pending
+        released = len(text) - self._matcher.pending
         begin, self._prompt_length = self._prompt_length, max(0, self._prompt_length - released)
         self._pending = text[released:]
         return text[begin:released]
-
-    def _end(self, text: str, stop: str) -> int:
-        """Where the first `stop` in `text` ends that does not end in the prompt; -1 if there is none."""
-        begin = text.find(stop, max(0, self._prompt_length - len(stop) + 1))
-        return begin if begin < 0 else begin + len(stop)
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest suffix of `text` that is a proper prefix of `stop`."""
-    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
 
 
 def _common(one: str, other: str) -> int:
