@@ -277,12 +277,16 @@ def _share_of_total(weights: Tensor, fraction: Tensor) -> Tensor:
 
 
 def log_probability(logits: Tensor, token: Tensor) -> Tensor:
-    """Natural log-softmax of the chosen tokens, [B] float32: -inf for token -1; NaN where a row has NaN or +inf."""
+    """Natural log-softmax [B, V] at one token or several of each row: -inf for token -1; NaN where a row has NaN or +inf.
+
+    `token`: int64 [B] or [B, K]. Returns float32 of that shape; a token's value does not depend on the others.
+    """
     x = logits.to(torch.float32, copy=True)
-    best, chosen = x.amax(-1), x.gather(1, token.clamp(min=0)[:, None])[:, 0]
-    chosen = chosen.masked_fill(token < 0, -math.inf)
+    best = x.amax(-1, keepdim=True)
+    wanted = token.view(len(token), -1)
+    chosen = x.gather(1, wanted.clamp(min=0)).masked_fill(wanted < 0, -math.inf)
     # Integers again: a float sum would depend on how the row is split over threads. In place, since allocating memory
     # takes a CPU longer than the arithmetic, 4 times as long for 128512 tokens.
-    total = x.sub_(best[:, None]).exp_().mul_(2**UNIT_BITS).long().sum(-1)
+    total = x.sub_(best).exp_().mul_(2**UNIT_BITS).long().sum(-1, keepdim=True)
     log_total = (total.double() / 2**UNIT_BITS).log()
-    return (chosen - best - log_total).float()
+    return (chosen - best - log_total).float().view_as(token)

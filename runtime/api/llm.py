@@ -14,9 +14,11 @@ import torch
 from tqdm import tqdm
 
 from ..checkpoint.load import load_model
-from ..common.checks import check_int
+from ..common.checks import check_bool, check_int
 from ..common.hub import locate
-from ..common.neutral import LOAD, without_neutral
+from ..common.neutral import without_neutral
+from ..common.other_libraries import LLM as LLM_NEUTRAL
+from ..common.other_libraries import LLM_COUNTERPARTS
 from ..engine.answer import Answer
 from ..engine.engine import Engine
 from ..engine.graphs import eager
@@ -90,7 +92,9 @@ class LLM:
         progress: bool = True,
         **unknown: Any,
     ):
-        without_neutral("LLM", unknown, LOAD, known=LLM.__init__.__kwdefaults__ or ())
+        neutral = {**LLM_NEUTRAL, "tokenizer": (model,)}
+        known = LLM.__init__.__kwdefaults__ or ()
+        without_neutral("LLM", unknown, neutral, known=known, counterparts=LLM_COUNTERPARTS)
         batch_size = check_int("max_batch_size", max_batch_size, 1)
         if batch_invariant and batch_size > INVARIANT_ROWS:
             raise ValueError(
@@ -121,6 +125,7 @@ class LLM:
         self.eos_token_ids = sorted({*ends, *self.config.eos_token_ids, *self.tokenizer.eos_ids})
         self._ends = frozenset(self.eos_token_ids)
         self._progress = progress
+        self._name = os.fspath(model)
         self.model = load_model(
             LanguageModel,
             folder,
@@ -132,6 +137,12 @@ class LLM:
         )
         self._shared = SharedEngine(self.model, cache_tokens, None if cuda_graphs else eager)
         self._shared.get(self.max_batch_size, self.max_seq_len)  # too little memory is an error here
+
+    def __repr__(self) -> str:
+        return (
+            f"LLM({self._name!r}, dtype={str(self.model.dtype).removeprefix('torch.')!r}, "
+            f"device={str(self.model.device)!r}, max_seq_len={self.max_seq_len}, max_batch_size={self.max_batch_size})"
+        )
 
     # ---------------------------------------------------------------- generate, chat, stream
 
@@ -162,7 +173,7 @@ class LLM:
         Args:
             prompts: a text, a sequence of token ids ([T] as a list, tensor or array), or several of either ([B, T]).
             sampling_params: used in place of the checkpoint's defaults; one for all prompts, or a list of one for each.
-            **kwargs: fields of SamplingParams, or their aliases, which override either.
+            **kwargs: keywords of SamplingParams, which override either. use_tqdm=False shows no progress bar.
 
         Returns:
             A RequestOutput, or for several prompts a list of them in order. Prompt and answer joined are one text: an
@@ -172,9 +183,10 @@ class LLM:
             ValueError: an empty or too long prompt, or a bad setting.
             TypeError: an unknown keyword, or something that is not a prompt.
         """
+        progress = check_bool("use_tqdm", kwargs.pop("use_tqdm", True))
         several, single = prompt_list(prompts)
         params = self._params(sampling_params, kwargs, None if single else len(several))
-        outputs = self._answer([self._encode(prompt) for prompt in several], params, chat=False)
+        outputs = self._answer([self._encode(prompt) for prompt in several], params, progress, chat=False)
         return outputs[0] if single else outputs
 
     @overload
@@ -221,6 +233,7 @@ class LLM:
 
         Returns and raises as `generate`.
         """
+        progress = check_bool("use_tqdm", kwargs.pop("use_tqdm", True))
         several = isinstance(messages, Sequence) and bool(messages) and isinstance(messages[0], (str, list, tuple))
         single = isinstance(messages, str) or not several
         conversations = [conversation_of(each, thinking) for each in ([messages] if single else messages)]
@@ -230,7 +243,7 @@ class LLM:
                 raise ValueError(f"stream answers one conversation; there are {len(conversations)}")
             return self.stream(conversations[0], given, **kwargs)
         params = self._params(given, kwargs, None if single else len(conversations))
-        outputs = self._answer([self._render(conversation) for conversation in conversations], params, chat=True)
+        outputs = self._answer([self._render(each) for each in conversations], params, progress, chat=True)
         return outputs[0] if single else outputs
 
     def stream(
@@ -324,12 +337,18 @@ class LLM:
     # ---------------------------------------------------------------- running requests
 
     def _answer(
-        self, prompts: Sequence[tuple[str | None, list[int]]], params: Sequence[SamplingParams], *, chat: bool
+        self,
+        prompts: Sequence[tuple[str | None, list[int]]],
+        params: Sequence[SamplingParams],
+        progress: bool,
+        *,
+        chat: bool,
     ) -> list[RequestOutput]:
         called = time.perf_counter()
         requests = self._requests([ids for _, ids in prompts], params)
         answers = [self._new_answer(request, chat) for request in requests]
-        bar = tqdm(total=len(answers), unit="answer", disable=None if self._progress and len(prompts) > 1 else True)
+        shown = progress and self._progress and len(prompts) > 1
+        bar = tqdm(total=len(answers), unit="answer", disable=None if shown else True)  # None: only on a terminal
         with bar:
             for updates in self.engine.run(answers):
                 bar.update(sum(update.finished for update in updates))

@@ -11,6 +11,7 @@ import operator
 import struct
 from collections.abc import Iterable, Mapping
 from decimal import Decimal
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -40,13 +41,18 @@ def as_ints(values: Iterable[Any]) -> list[int] | None:
 
 
 def as_number(value: Any) -> int | float | None:
-    """`value` as an int or float; None if it is no finite number. A bool is none; a Decimal is a float."""
-    plain = value.item() if hasattr(value, "item") and getattr(value, "ndim", 1) == 0 else value
-    plain = float(plain) if isinstance(plain, Decimal) else plain
+    """`value` as an int or float; None if it is no finite number. A bool is none; a Decimal or Fraction is a float."""
+    plain = _plain(value)
     try:
+        plain = float(plain) if isinstance(plain, (Decimal, Fraction)) else plain
         return plain if is_number(plain) and math.isfinite(plain) else None
-    except OverflowError:  # an int beyond any float
+    except (OverflowError, ValueError):  # beyond any float; a signalling NaN
         return None
+
+
+def _plain(value: Any) -> Any:
+    """A scalar of NumPy or torch, or an array or tensor [], as Python's own; anything else as it is."""
+    return value.item() if hasattr(value, "item") and getattr(value, "ndim", 1) == 0 else value
 
 
 def is_int(value: object) -> bool:
@@ -93,14 +99,17 @@ def check_float32(name: str, value: object, interval: str) -> float:
 
 
 def check_bool(name: str, value: object, wanted: str = "True or False") -> bool:
-    if not isinstance(value, bool):
+    """`value` as a bool; a number is none."""
+    plain = _plain(value)
+    if not isinstance(plain, bool):
         raise ValueError(f"{name} must be {wanted}; got {value!r}")
-    return value
+    return plain
 
 
 def check_sequence(name: str, values: object) -> tuple[Any, ...]:
     """The elements of a list, an array, a set, ...; a string is no sequence here."""
-    if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable):
+    scalar = getattr(values, "ndim", 1) == 0  # a tensor [] counts as Iterable
+    if scalar or isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable):
         raise ValueError(f"{name} must be a sequence; got {values!r}")
     return tuple(values.tolist() if hasattr(values, "tolist") else values)
 

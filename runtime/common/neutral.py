@@ -7,6 +7,7 @@ values; None is neutral for every one of them. `without_neutral` drops them from
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from .checks import as_number
 from .keywords import reject_unknown
 
 Neutral = Mapping[str, tuple[Any, ...]]
@@ -96,16 +97,16 @@ DETOKENIZE: Neutral = {"spaces_between_special_tokens": (False,)}
 GENERATE_CHANGING: Neutral = {
     "num_beams": (1,),
     "encoder_no_repeat_ngram_size": (0,),
-    "encoder_repetition_penalty": (1, 1.0),
+    "encoder_repetition_penalty": (1,),
     "forced_bos_token_id": (),
     "top_h": (),
-    "epsilon_cutoff": (0, 0.0),
-    "eta_cutoff": (0, 0.0),
-    "guidance_scale": (1, 1.0),
+    "epsilon_cutoff": (0,),
+    "eta_cutoff": (0,),
+    "guidance_scale": (1,),
     "watermarking_config": (),
-    "penalty_alpha": (0, 0.0),
+    "penalty_alpha": (0,),
     "dola_layers": (),
-    "diversity_penalty": (0, 0.0),
+    "diversity_penalty": (0,),
     "constraints": ([],),
     "force_words_ids": ([],),
     "token_healing": (False,),
@@ -124,7 +125,7 @@ GENERATE_IDLE: Neutral = {
     "use_cache": (True,),
     "early_stopping": (False,),
     "num_beam_groups": (1,),
-    "length_penalty": (1, 1.0),
+    "length_penalty": (1,),
     "low_memory": (False,),
     "remove_invalid_values": (False,),
     "cache_implementation": ("dynamic",),
@@ -160,24 +161,42 @@ GENERATE_NOTES = ("bos_token_id", "transformers_version")
 def check_neutral(where: str, given: Mapping[str, Any], neutral: Neutral) -> None:
     """Raises ValueError for the first keyword of `neutral` that is given at another value than its neutral ones."""
     for name in given.keys() & neutral.keys():
-        value, allowed = given[name], neutral[name]
-        if value is not None and not any(type(value) is type(other) and value == other for other in allowed):
-            only = " or ".join(map(repr, allowed)) or "None"
-            shown = " ".join(repr(value).split())  # a model's repr fills a page
+        if not _is_neutral(given[name], neutral[name]):
+            only = " or ".join(map(repr, neutral[name])) or "None"
+            shown = " ".join(repr(given[name]).split())  # a model's repr fills a page
             shown = shown if len(shown) < 80 else f"{shown[:76]} ..."
             raise ValueError(f"{where}: {name}={shown} is not supported; it can only be {only} here")
 
 
 def without_neutral(
-    where: str, given: Mapping[str, Any], neutral: Neutral, *, known: Iterable[str] = ()
+    where: str,
+    given: Mapping[str, Any],
+    neutral: Neutral,
+    *,
+    known: Iterable[str] = (),
+    counterparts: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """`given` without the keywords of `neutral`: those that are left are all in `known`.
 
     Raises:
         ValueError: a keyword of `neutral` at a value that would mean something.
-        TypeError: a keyword that is neither neutral nor known; the message names the nearest known one.
+        TypeError: a keyword that is neither neutral nor known, or at such a value one with a counterpart; the message
+            names that, or the nearest known one.
     """
-    check_neutral(where, given, neutral)
-    left = {name: value for name, value in given.items() if name not in neutral}
-    reject_unknown(where, left, known)
+    left = {name: value for name, value in given.items() if not _is_neutral(value, neutral.get(name))}
+    check_neutral(where, {name: value for name, value in left.items() if name not in (counterparts or {})}, neutral)
+    reject_unknown(where, left, known, counterparts)
     return left
+
+
+def _is_neutral(value: Any, allowed: tuple[Any, ...] | None) -> bool:
+    """Whether a keyword with these neutral values, or none as it is not in a table, may have this value.
+
+    A number may be of any type; 1 and True are different values.
+    """
+    if allowed is None or value is None:
+        return allowed is not None
+    number = as_number(value)
+    if number is not None:
+        return any(number == other and not isinstance(other, bool) for other in allowed)
+    return any(type(value) is type(other) and value == other for other in allowed)

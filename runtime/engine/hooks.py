@@ -131,6 +131,9 @@ def _filtered(x: Tensor, stages: Mapping[str, Any]) -> Tensor:
 
 
 def top_logprobs(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` likeliest tokens of each row of logits [B, V]: ids, int64, and log-probabilities, float32."""
-    logprobs, token_ids = logits.float().log_softmax(-1).topk(min(count, logits.shape[-1]))
-    return token_ids, logprobs
+    """The `count` likeliest tokens of each row of logits [B, V]: ids, int64, and log-probabilities, float32.
+
+    The log-probabilities are those that the sampled token gets, to the last bit.
+    """
+    token_ids = logits.float().topk(min(count, logits.shape[-1])).indices
+    return token_ids, log_probability(logits, token_ids)

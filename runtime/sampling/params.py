@@ -1,16 +1,33 @@
 """SamplingParams: what a user asks for when the next token is chosen."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from ..common.checks import check_bool, check_ids
 from ..common.field_docs import document_fields
-from ..common.keywords import reject_unknown
+from ..common.neutral import without_neutral
+from ..common.other_libraries import SAMPLING, SAMPLING_COUNTERPARTS
 from .settings import ALIASES, SETTINGS
 from .validation import check
 
+Class = TypeVar("Class")
 
+
+def _takes_other_names(cls: type[Class]) -> type[Class]:
+    """Class decorator: the constructor of a dataclass of settings takes the keywords of `_translated`, too."""
+    construct = cls.__init__
+
+    @functools.wraps(construct)
+    def __init__(self: Class, *args: Any, **kwargs: Any) -> None:
+        construct(self, *args, **_translated(kwargs, greedy=False))
+
+    cls.__init__ = __init__  # type: ignore[assignment, method-assign]
+    return cls
+
+
+@_takes_other_names
 @document_fields
 @dataclass(frozen=True)
 class SamplingParams:
@@ -19,6 +36,11 @@ class SamplingParams:
     The stages of sampling, in order: logit_bias, the penalties, allowed_token_ids and suppress_tokens, temperature,
     top_k, top_p, min_p, typical_p. Values are checked on construction: a bad one raises ValueError with the setting's
     name. Integers and floats of NumPy and torch are accepted and stored as Python's own.
+
+    A setting may be given under the names of other libraries (`ALIASES`): max_new_tokens=5 is max_tokens=5.
+    do_sample=False means temperature 0, and overrides `temperature`. None for a setting that cannot be None means its
+    default. What vLLM and llama.cpp have and this runtime has not is accepted at its neutral value, such as best_of=1.
+    An unknown keyword raises TypeError; the message names the nearest one.
 
         >>> SamplingParams(temperature=0.7, top_p=0.9, max_tokens=256, stop="\\n\\n")
     """
@@ -139,41 +161,15 @@ class SamplingParams:
 
     @classmethod
     def from_kwargs(cls, base: "SamplingParams | None" = None, **kwargs: Any) -> "SamplingParams":
-        """`base` (default: all defaults) with `kwargs` on top.
+        """`base` (default: all defaults) with `kwargs` on top, which are keywords of the constructor.
 
-        Args:
-            base: what a setting is that `kwargs` does not name.
-            kwargs: settings, also under the names of other libraries (`ALIASES`). None for a setting that cannot be
-                None means its default. do_sample=False means temperature 0, and overrides `temperature`; do_sample=True
-                on top of a greedy base means temperature 1.
+        do_sample=True on top of a greedy base means temperature 1.
 
         Raises:
             TypeError: an unknown keyword.
             ValueError: a bad value; a name and its alias that differ; do_sample=True with temperature=0.
         """
-        defaults = {field.name: field.default for field in fields(cls)}
-        reject_unknown("sampling parameters", kwargs, [*defaults, *ALIASES, "do_sample"])
-        do_sample = kwargs.pop("do_sample", None)
-        given: dict[str, Any] = {}
-        origin: dict[str, str] = {}
-        for key, value in kwargs.items():
-            name = ALIASES.get(key, key)
-            if name in given and given[name] != value:
-                raise ValueError(
-                    f"{origin[name]}={given[name]!r} and {key}={value!r} name the same setting; give one of them"
-                )
-            given[name], origin[name] = value, key
-        given = {name: defaults[name] if value is None else value for name, value in given.items()}
-        base = base or cls()
-        if do_sample is not None:
-            check_bool("do_sample", do_sample, "True, False or None")
-            if not do_sample:
-                given["temperature"] = 0.0
-            elif given.get("temperature") == 0:
-                raise ValueError("do_sample=True contradicts temperature=0, which is greedy; give one of them")
-            elif base.greedy:
-                given.setdefault("temperature", defaults["temperature"])
-        return replace(base, **given)
+        return cls(**kwargs) if base is None else replace(base, **_translated(kwargs, greedy=base.greedy))
 
     @classmethod
     def from_generation_config(cls, config: Mapping[str, Any]) -> "SamplingParams":
@@ -197,6 +193,38 @@ class SamplingParams:
             elif setting.type in ("sequences", "sequence biases"):
                 for sequence in value:
                     check_ids(setting.name, sequence, vocab_size)
+
+
+def _translated(kwargs: Mapping[str, Any], *, greedy: bool) -> dict[str, Any]:
+    """Keywords that SamplingParams takes as its fields; `greedy`: whether these settings change greedy ones.
+
+    Raises TypeError and ValueError as `SamplingParams.from_kwargs`.
+    """
+    defaults = {field.name: field.default for field in fields(SamplingParams)}
+    known = [*defaults, *ALIASES, "do_sample"]
+    kwargs = without_neutral("sampling parameters", kwargs, SAMPLING, known=known, counterparts=SAMPLING_COUNTERPARTS)
+    do_sample = kwargs.pop("do_sample", None)
+    given: dict[str, Any] = {}
+    origin: dict[str, str] = {}
+    for key, value in kwargs.items():
+        name = ALIASES.get(key, key)
+        if value is None and name in given:
+            continue
+        if given.get(name) is not None and given[name] != value:
+            raise ValueError(
+                f"{origin[name]}={given[name]!r} and {key}={value!r} name the same setting; give one of them"
+            )
+        given[name], origin[name] = value, key
+    given = {name: defaults[name] if value is None else value for name, value in given.items()}
+    if do_sample is not None:
+        check_bool("do_sample", do_sample, "True, False or None")
+        if not do_sample:
+            given["temperature"] = 0.0
+        elif given.get("temperature") == 0:
+            raise ValueError("do_sample=True contradicts temperature=0, which is greedy; give one of them")
+        elif greedy:
+            given.setdefault("temperature", defaults["temperature"])
+    return given
 
 
 # What InternLM3's README recommends for chat, and for deep-thinking mode.

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ..common.checks import check_bool, check_float32, check_int, check_sequence
+from ..common.checks import as_int, check_bool, check_float32, check_int, check_sequence
 from .settings import Setting
 
 TokenIds = tuple[int, ...]
@@ -37,7 +37,7 @@ def _token_ids(name: str, value: Any) -> TokenIds:
 
 
 def _token_ids_or_one(setting: Setting, value: Any) -> TokenIds:
-    one = setting.name == "forced_eos_token_id" and isinstance(value, int)
+    one = setting.name == "forced_eos_token_id" and as_int(value) is not None
     ids = _token_ids(setting.name, (value,) if one else value)
     if setting.name == "allowed_token_ids" and not ids:
         raise ValueError("allowed_token_ids must name at least one token, or be None for all; got none")

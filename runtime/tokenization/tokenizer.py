@@ -103,6 +103,10 @@ class InternLM3Tokenizer(Conversations):
         self._vocabulary.add(token)
         return token.content
 
+    def __repr__(self) -> str:
+        special = ", ".join(f"{name}={getattr(self, name)!r}" for name in NAMED_TOKENS)
+        return f"InternLM3Tokenizer({self._vocabulary.file_name!r}, vocab_size={self.vocab_size}, {special})"
+
     # Files
 
     @classmethod

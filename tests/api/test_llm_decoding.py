@@ -271,6 +271,13 @@ def test_logprobs_are_the_models_own(tiny, settings):
         values, ids = row.topk(5)
         assert list(found) == ids.tolist()
         torch.testing.assert_close(torch.tensor(list(found.values())).double(), values, atol=1e-4, rtol=0)
+    # One number for one token, to the last bit: of every token of the vocabulary, and of five.
+    every = tiny.generate(PROMPTS[0], max_tokens=8, logprobs=tiny.config.vocab_size, **settings).outputs[0]
+    for token, number, found, all_found in zip(
+        answer.token_ids, answer.logprobs, answer.top_logprobs, every.top_logprobs, strict=True
+    ):
+        assert number == found.get(token, number) == all_found[token]
+        assert found.items() <= all_found.items()
     chunks = list(tiny.stream(PROMPTS[0], max_tokens=8, logprobs=5, **settings))
     assert [chunk.top_logprobs for chunk in chunks] == [[found] for found in answer.top_logprobs]
 

@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from tqdm import tqdm
 
-from internlm3 import (
-    LLM,
-    SamplingParams,
-)
+from internlm3 import LLM, SamplingParams
+from internlm3.runtime.api import llm as llm_module
+from internlm3.runtime.common import other_libraries
 from internlm3.runtime.engine import shared
 from internlm3.runtime.engine.graphs import eager
+from internlm3.tests.support.llm import TINY_WINDOW, same
 
 
 def counted(monkeypatch: pytest.MonkeyPatch, llm: LLM) -> list[int]:
@@ -127,6 +128,83 @@ def test_a_templates_own_error_is_shown(tiny, monkeypatch):
 def test_a_mistake_in_loading_is_named(tiny_folder, arguments, error, message):
     with pytest.raises(error, match=message):
         LLM(tiny_folder, progress=False, **arguments)
+
+
+# What scripts for vLLM and llama.cpp pass, at the values that change nothing.
+SCRIPTS = [
+    {"tensor_parallel_size": 1, "gpu_memory_utilization": 0.9, "trust_remote_code": True, "enforce_eager": False,
+     "swap_space": 4, "seed": 0, "max_num_seqs": 256, "quantization": None, "max_model_len": None},
+    {"tokenizer_mode": "auto", "cpu_offload_gb": 0.0, "enable_prefix_caching": True, "load_format": "auto",
+     "kv_cache_dtype": "auto", "disable_log_stats": True, "max_seq_len_to_capture": 8192, "download_dir": None},
+    {"n_ctx": 0, "n_gpu_layers": -1, "n_batch": 512, "seed": -1, "verbose": True, "use_mmap": True, "n_threads": None},
+    {"torch_dtype": "auto", "device_map": "auto", "low_cpu_mem_usage": True, "attn_implementation": "sdpa"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("words", SCRIPTS, ids=lambda words: next(iter(words)))
+def test_neutral_words_of_other_libraries(tiny, tiny_folder, words):
+    llm = LLM(tiny_folder, progress=False, tokenizer=tiny_folder, **words)
+    assert repr(llm) == repr(tiny)
+
+
+@pytest.mark.parametrize(
+    ("words", "error", "says"),
+    [
+        ({"tensor_parallel_size": 2}, ValueError, "tensor_parallel_size=2 is not supported; it can only be 1"),
+        ({"tensor_parallel_size": True}, ValueError, "tensor_parallel_size=True is not supported"),
+        ({"quantization": "awq"}, ValueError, "quantization='awq' is not supported; it can only be None"),
+        ({"tokenizer": "owner/other"}, ValueError, "tokenizer='owner/other' is not supported; it can only be"),
+        ({"swap_space": 16}, ValueError, "swap_space=16 is not supported"),
+        ({"logits_all": True}, ValueError, "logits_all=True is not supported"),
+        ({"enforce_eager": True}, TypeError, "'enforce_eager'; did you mean 'cuda_graphs=False'"),
+        ({"gpu_memory_utilization": 0.5}, TypeError, "'gpu_memory_utilization'; did you mean 'cache_tokens'"),
+        ({"max_num_seqs": 8}, TypeError, "'max_num_seqs'; did you mean 'max_batch_size'"),
+        ({"n_ctx": 2048}, TypeError, "'n_ctx'; did you mean 'max_seq_len'"),
+        ({"n_gpu_layers": 0}, TypeError, "'n_gpu_layers'; did you mean 'device'"),
+        ({"seed": 42}, TypeError, r"'seed'; did you mean 'SamplingParams\(seed="),
+        ({"verbose": False}, TypeError, "'verbose'; did you mean 'progress=False'"),
+        ({"torch_dtype": torch.float16}, TypeError, "'torch_dtype'; did you mean 'dtype'"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_words_of_other_libraries_that_would_mean_something(tiny_folder, words, error, says):
+    with pytest.raises(error, match=f"LLM: .*{says}"):
+        LLM(tiny_folder, progress=False, **words)
+
+
+def test_counterparts_of_llm_are_its_arguments():
+    known = {*(LLM.__init__.__kwdefaults__ or ())}
+    assert not known & {*other_libraries.LLM, *other_libraries.LLM_COUNTERPARTS}
+    for name in other_libraries.LLM_COUNTERPARTS.values():
+        assert name.partition("=")[0] in known or "." in name, name
+
+
+def test_a_calls_words_of_vllm(tiny, monkeypatch):
+    """use_tqdm is obeyed; the others are neutral or name ours."""
+    plain = tiny.generate(["hi", "you"], temperature=0, max_tokens=2)
+    shown = []
+    monkeypatch.setattr(tiny, "_progress", True)
+    monkeypatch.setattr(llm_module, "tqdm", lambda *a, disable, **k: shown.append(disable) or tqdm(disable=True))
+    for bar in (True, False):
+        call = {"use_tqdm": bar, "lora_request": None, "priority": 0, "temperature": 0, "max_tokens": 2}
+        assert same(tiny.generate(["hi", "you"], **call), plain)
+        assert tiny.chat("hi", **call, tools=None, chat_template=None, add_generation_prompt=True).text
+    assert shown == [None, True, True, True]
+    for call, error, says in (
+        ({"use_tqdm": 1}, ValueError, "use_tqdm must be True or False; got 1"),
+        ({"lora_request": "adapter"}, ValueError, "lora_request='adapter' is not supported"),
+        ({"max_model_len": 20}, TypeError, "did you mean 'max_seq_len of LLM'"),
+        ({"chat_template_kwargs": {"enable_thinking": True}}, TypeError, "did you mean 'thinking=True"),
+    ):
+        with pytest.raises(error, match=says):
+            tiny.chat("hi", **call)
+
+
+def test_a_loaded_model_says_what_it_is(tiny, tiny_folder):
+    assert repr(tiny) == (
+        f"LLM({str(tiny_folder)!r}, dtype='float32', device='cpu', max_seq_len={TINY_WINDOW}, max_batch_size=16)"
+    )
+    assert repr(tiny.tokenizer).startswith("InternLM3Tokenizer('tokenizer.model', vocab_size=49080, bos_token=")
 
 
 @pytest.mark.parametrize(("options", "capture"), [({}, None), ({"cuda_graphs": False}, eager)], ids=["on", "off"])

@@ -2,6 +2,8 @@
 
 import inspect
 import re
+from decimal import Decimal
+from fractions import Fraction
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +12,8 @@ import pytest
 import torch
 import transformers
 
+from internlm3.runtime.compat.generate_options import read_options
+from internlm3.runtime.sampling.settings import SETTINGS
 from internlm3.tests.support.prompts import PROMPTS
 
 
@@ -26,6 +30,30 @@ def test_numbers_of_numpy_and_torch_are_numbers(tiny):
         )
         one = tiny.ours.generate(PROMPTS, eos_token_id=number(30), max_length=number(13))
         assert one.equal(tiny.ours.generate(PROMPTS, eos_token_id=30, max_length=13))
+
+
+@pytest.mark.parametrize("kind", [np.float64, np.float32, np.int64, torch.tensor, np.array, Decimal, Fraction])
+def test_every_option_that_is_a_number_takes_any_kind(tiny, kind):
+    """As the same option with Python's own number; a kind that is no integer is refused where one is meant."""
+    integral = kind in (np.int64, torch.tensor, np.array)
+    names = {setting.generate: setting for setting in SETTINGS if setting.generate}
+    numbers = [name for name, setting in names.items() if setting.type in ("integer", "number")]
+
+    def options(**given):
+        return read_options(tiny.ours.config, {}, None, {"do_sample": True, **given}, 1)
+
+    for name in (*numbers, "max_new_tokens", "min_new_tokens", "max_length", "min_length"):
+        one = 2 if name.endswith("length") else 1
+        if integral or (name in names and names[name].type == "number"):
+            assert repr(options(**{name: kind(one)})) == repr(options(**{name: one})), name
+        else:
+            with pytest.raises(ValueError, match="must be an integer"):
+                options(**{name: kind(one)})
+    for neutral in ({"length_penalty": 1}, {"num_beams": 1}, {"guidance_scale": 1}, {"epsilon_cutoff": 0}):
+        [(name, value)] = neutral.items()
+        assert options(**{name: kind(value)}) == options()
+        with pytest.raises(ValueError, match=f"{name}=.* is not supported"):
+            options(**{name: kind(2)})
 
 
 def test_generation_config_objects(tiny):

@@ -15,7 +15,7 @@ from internlm3.kernels.reference import FEW_ROWS
 from internlm3.kernels.reference_sampling import FEW_TOKENS
 from internlm3.runtime.engine import decode, prefill
 from internlm3.runtime.engine.engine import Engine
-from internlm3.runtime.engine.hooks import top_logprobs
+from internlm3.runtime.engine.hooks import log_probability, top_logprobs
 from internlm3.runtime.engine.request import Request
 from internlm3.runtime.engine.state import DecodeState, Slot, Tier, tier_of
 from internlm3.runtime.model.kv_cache import PAGE, pages_of
@@ -210,7 +210,10 @@ def test_top_logprobs():
     expected = logits.double().log_softmax(-1).topk(3)
     assert torch.equal(token_ids, expected.indices)
     torch.testing.assert_close(logprobs.double(), expected.values, rtol=1e-6, atol=1e-6)
-    assert top_logprobs(logits, 99)[0].shape == (2, 50)
+    token_ids, logprobs = top_logprobs(logits, 99)
+    assert token_ids.shape == (2, 50)
+    for ids, values in zip(token_ids.T, logprobs.T, strict=True):
+        assert torch.equal(log_probability(logits, ids), values)  # what a sampled token gets
 
 
 # -------------------------------------------------------------------- the step in a graph

@@ -1,9 +1,13 @@
 """SamplingParams: values, aliases, errors, documentation; and the table of settings with all that is made from it."""
 
 import argparse
+import copy
+import inspect
 import math
-from dataclasses import fields
+import pickle
+from dataclasses import fields, replace
 from decimal import Decimal
+from fractions import Fraction
 from typing import Any, get_type_hints
 
 import numpy as np
@@ -11,6 +15,7 @@ import pytest
 import torch
 
 from internlm3.runtime.cli.sampling_switches import add_switches
+from internlm3.runtime.common.other_libraries import SAMPLING, SAMPLING_COUNTERPARTS
 from internlm3.runtime.engine.state import DecodeState
 from internlm3.runtime.sampling.keywords import SamplingKeywords
 from internlm3.runtime.sampling.params import RECOMMENDED, RECOMMENDED_THINKING, SamplingParams
@@ -27,18 +32,54 @@ def test_the_table_has_a_row_for_every_field_and_every_field_is_documented():
     assert STATE.keys() <= {field.name for field in fields(DecodeState)}
 
 
-@pytest.mark.parametrize("one", [1, True + 0, np.float64(1), np.float32(1), np.int64(1), torch.tensor(1), Decimal(1)])
-def test_a_number_of_any_kind_is_the_float(one):
+# Every kind of number that 1 may be; those that are no integer are refused where one is meant.
+INTEGERS = [1, np.int64(1), np.uint8(1), np.array(1), torch.tensor(1), torch.tensor(1, dtype=torch.int8)]
+FLOATS = [1.0, np.float64(1), np.float32(1), np.float16(1), torch.tensor(1.0), torch.tensor(1, dtype=torch.bfloat16),
+          np.array(1.0), Decimal(1), Fraction(1)]  # fmt: skip
+TRUES = [True, np.True_, torch.tensor(True)]
+
+
+def forms(setting, one):
+    """Values of a setting that hold the number 1 in this form, and what is stored: the same with Python's own."""
+    return {
+        "integer": (one, 1),
+        "number": (one, 1.0),
+        "bool": (one, True),
+        "token ids": ([one, 3], (1, 3)),
+        "token biases": ({5: one}, {5: 1.0}),
+        "sequences": ([[one, 3], [one]], ((1, 3), (1,))),
+        "sequence biases": ({(5, 6): one}, {(5, 6): 1.0}),
+        "start and factor": ((one, one), (1.0, 1.0)),
+    }[setting.type]
+
+
+@pytest.mark.parametrize("one", [*INTEGERS, *FLOATS, *TRUES], ids=lambda one: f"{type(one).__name__} {one!r}")
+def test_a_number_of_any_kind_is_pythons_own(one):
+    """Else an integer bias fails in a step that other callers share, and a NumPy scalar compares and prints apart."""
+    accepted = {"integer": INTEGERS, "token ids": INTEGERS, "sequences": INTEGERS, "bool": TRUES}
     for setting in SETTINGS:
-        if setting.type == "number":
-            given = getattr(SamplingParams(**{setting.name: one}), setting.name)
-            assert given == 1.0 and type(given) is float, setting.name
-    params = SamplingParams(
-        logit_bias={5: one}, sequence_bias={(5, 6): one}, exponential_decay_length_penalty=(one, one)
-    )
-    assert params.logit_bias == {5: 1.0} and type(params.logit_bias[5]) is float
-    assert params.sequence_bias == {(5, 6): 1.0} and type(params.sequence_bias[5, 6]) is float
-    assert params.exponential_decay_length_penalty == (1.0, 1.0)
+        if setting.type == "strings":
+            continue
+        given, stored = forms(setting, one)
+        if any(one is other for other in accepted.get(setting.type, [*INTEGERS, *FLOATS])):
+            found = getattr(SamplingParams(**{setting.name: given}), setting.name)
+            assert repr(found) == repr(stored), setting.name
+        else:
+            with pytest.raises(ValueError, match=f"{setting.name}.* must be"):
+                SamplingParams(**{setting.name: given})
+
+
+def test_ids_of_arrays_and_single_ids():
+    for name in ("suppress_tokens", "stop_token_ids", "forced_eos_token_id"):
+        for ids in (np.array([3, 4]), torch.tensor([3, 4]), {3: 0, 4: 0}.keys(), (np.int32(3), torch.tensor(4))):
+            assert repr(getattr(SamplingParams(**{name: ids}), name)) == "(3, 4)"
+    for one in (3, np.int32(3), np.array(3), torch.tensor(3)):
+        assert SamplingParams(forced_eos_token_id=one).forced_eos_token_id == (3,)
+        with pytest.raises(ValueError, match="stop_token_ids must be a sequence; got"):
+            SamplingParams(stop_token_ids=one)
+    biases = SamplingParams(sequence_bias={(np.int64(5),): torch.tensor(-math.inf), (6,): Decimal("-Infinity")})
+    assert repr(biases.sequence_bias) == "{(5,): -inf, (6,): -inf}"
+    assert repr(SamplingParams(logit_bias={np.int64(5): -100}).logit_bias) == "{5: -100.0}"
 
 
 @pytest.mark.parametrize("beyond", [1e39, 1e-50, 10**400, Decimal("1e400"), np.float64(1e300)], ids=str)
@@ -117,6 +158,62 @@ def test_an_unknown_keyword_names_its_neighbour(wrong, near):
     given: Any = {wrong: 1}
     with pytest.raises(TypeError, match=f"unknown keyword '{wrong}'; did you mean '{near}'"):
         SamplingParams.from_kwargs(**given)
+
+
+WAYS = [SamplingParams, SamplingParams.from_kwargs, lambda **given: SamplingParams.from_kwargs(RECOMMENDED, **given)]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_constructor_takes_what_a_call_takes(way):
+    """Aliases, do_sample, None and neutral keywords; and the same errors."""
+    assert way(max_new_tokens=5, temp=0.5) == way(max_tokens=5, temperature=0.5)
+    assert way(do_sample=False).greedy and way(do_sample=True, top_p=None).top_p == 1.0
+    assert way(max_tokens=None, max_new_tokens=5).max_tokens == way(max_new_tokens=5, max_tokens=None).max_tokens == 5
+    assert way(best_of=1, use_beam_search=False, prompt_logprobs=None, length_penalty=1) == way()
+    for wrong, near in (("temprature", "temperature"), ("max_token", "max_tokens"), ("repitition_penalty", "rep")):
+        with pytest.raises(TypeError, match=f"unknown keyword '{wrong}'; did you mean '{near}"):
+            way(**{wrong: 1})
+    with pytest.raises(ValueError, match="max_tokens=5 and max_new_tokens=6 name the same setting"):
+        way(max_tokens=5, max_new_tokens=6)
+
+
+def test_a_dataclass_with_other_names_is_still_one():
+    params = SamplingParams(2, 0.5, max_new_tokens=5)
+    assert (params.n, params.temperature, params.max_tokens) == (2, 0.5, 5)
+    assert replace(params, temperature=0.7) == SamplingParams(n=2, temperature=0.7, max_tokens=5)
+    assert pickle.loads(pickle.dumps(params)) == copy.deepcopy(params) == params
+    assert [*inspect.signature(SamplingParams).parameters] == [field.name for field in fields(SamplingParams)]
+    with pytest.raises(TypeError, match="multiple values"):
+        SamplingParams(2, n=3)
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "says"),
+    [
+        ({"best_of": 4}, TypeError, "did you mean 'n'"),
+        ({"bad_words": ["no"]}, TypeError, "did you mean 'bad_words_ids'"),
+        ({"max_length": 20}, TypeError, "did you mean 'max_tokens'"),
+        ({"n_predict": 20}, TypeError, "did you mean 'max_tokens'"),
+        ({"max_completion_tokens": 20}, TypeError, "did you mean 'max_tokens'"),
+        ({"eos_token_id": 2}, TypeError, "did you mean 'stop_token_ids'"),
+        ({"logits_processors": [print]}, TypeError, "logits_processor of InternLM3ForCausalLM.generate"),
+        ({"stream": True}, TypeError, "did you mean 'llm.stream'"),
+        ({"use_beam_search": True}, ValueError, "use_beam_search=True is not supported; it can only be False"),
+        ({"num_beams": 4}, ValueError, "num_beams=4 is not supported; it can only be 1"),
+        ({"mirostat_mode": 2}, ValueError, "mirostat_mode=2 is not supported; it can only be 0"),
+        ({"prompt_logprobs": 1}, ValueError, "prompt_logprobs=1 is not supported; it can only be None"),
+        ({"structured_outputs": object()}, ValueError, "structured_outputs=<object .* is not supported"),
+    ],
+)
+def test_words_of_other_libraries_that_would_mean_something(given, error, says):
+    with pytest.raises(error, match=says):
+        SamplingParams(**given)
+
+
+def test_a_counterpart_is_no_word_that_is_taken():
+    taken = {field.name for field in fields(SamplingParams)} | {*ALIASES}
+    assert not taken & {*SAMPLING, *SAMPLING_COUNTERPARTS}
+    assert taken >= {name for name in SAMPLING_COUNTERPARTS.values() if name.endswith(("_tokens", "_ids"))}
 
 
 @pytest.mark.parametrize("name", ["logit_bias", "allowed_token_ids", "stop_token_ids"])
