@@ -277,9 +277,10 @@ def _share_of_total(weights: Tensor, fraction: Tensor) -> Tensor:
 
 
 def log_probability(logits: Tensor, token: Tensor) -> Tensor:
-    """Natural log-softmax [B, V] at one token or several of each row: -inf for token -1; NaN where a row has NaN or +inf.
+    """Natural log-softmax [B, V] at one token or several of each row.
 
-    `token`: int64 [B] or [B, K]. Returns float32 of that shape; a token's value does not depend on the others.
+    `token`: int64 [B] or [B, K]. Returns float32 of that shape: -inf for token -1, NaN where a row has NaN or +inf. A
+    token's value does not depend on the others.
     """
     x = logits.to(torch.float32, copy=True)
     best = x.amax(-1, keepdim=True)

@@ -7,6 +7,7 @@ import os
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -135,8 +136,8 @@ class LLM:
             batch_invariant=batch_invariant,
             progress=progress,
         )
-        self._shared = SharedEngine(self.model, cache_tokens, None if cuda_graphs else eager)
-        self._shared.get(self.max_batch_size, self.max_seq_len)  # too little memory is an error here
+        self._shared = SharedEngine(cache_tokens, None if cuda_graphs else eager)
+        self._shared.get(self.model, self.max_batch_size, self.max_seq_len)  # too little memory is an error here
 
     def __repr__(self) -> str:
         return (
@@ -349,8 +350,8 @@ class LLM:
         answers = [self._new_answer(request, chat) for request in requests]
         shown = progress and self._progress and len(prompts) > 1
         bar = tqdm(total=len(answers), unit="answer", disable=None if shown else True)  # None: only on a terminal
-        with bar:
-            for updates in self.engine.run(answers):
+        with bar, closing(self.engine.run(answers)) as run:
+            for updates in run:
                 bar.update(sum(update.finished for update in updates))
         outputs, done = [], iter(answers)
         for (text, ids), wanted in zip(prompts, params, strict=True):
@@ -373,9 +374,10 @@ class LLM:
             torch.cuda.reset_peak_memory_stats(device)
         answer = self._new_answer(request, chat)
         called = time.perf_counter()
-        for updates in self.engine.run([answer]):
-            for update in updates:
-                yield chunk_of(update, called, device)
+        with closing(self.engine.run([answer])) as run:
+            for updates in run:
+                for update in updates:
+                    yield chunk_of(update, called, device)
 
     def _new_answer(self, request: Request, chat: bool) -> Answer:
         """A text continues its prompt's, so that both joined are the whole; a chat answer is a text of its own."""
@@ -393,7 +395,7 @@ class LLM:
     @property
     def engine(self) -> Engine:
         """The engine that all calls run through."""
-        return self._shared.get(self.max_batch_size, self.max_seq_len)
+        return self._shared.get(self.model, self.max_batch_size, self.max_seq_len)
 
     def warm_up(self) -> None:
         """Compiles every kernel and captures every step that a request can need, so that no request waits for that.

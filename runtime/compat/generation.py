@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -23,8 +23,6 @@ from .generate_options import GenerateOptions, read_options
 from .model_outputs import GenerateOutput
 from .pretrained import Pretrained
 
-# Two threads may call `generate` of a new model at the same time.
-_FIRST_CALL = threading.Lock()
 MAX_BATCH_SIZE = 64  # more requests wait
 MIN_WINDOW = 1024  # an engine's least max_seq_len, so that a few calls of growing length don't make one each
 
@@ -37,7 +35,7 @@ class Generation(Pretrained):
 
     def __init__(self, config: InternLM3Config, **factory: Any):
         super().__init__(config, **factory)
-        self._shared: SharedEngine | None = None
+        self._shared = SharedEngine()
 
     def generate(
         self,
@@ -155,16 +153,17 @@ class Generation(Pretrained):
             for request in requests
         ]
         answers = [*map(Answer, requests, streams)]
-        for tokens in self._run(answers, hooks, criteria):
-            if streamer is not None:
-                streamer.put(torch.tensor([options.pad_token_id if token is None else token for token in tokens]))
+        with closing(self._run(answers, hooks, criteria)) as run:
+            for tokens in run:
+                if streamer is not None:
+                    streamer.put(torch.tensor([options.pad_token_id if token is None else token for token in tokens]))
         if streamer is not None:
             streamer.end()
         return _output(given, requests, hooks, options, self.config.vocab_size)
 
     def _run(
         self, answers: Sequence[Answer], hooks: LogitsHooks, criteria: Sequence[StoppingCriterion]
-    ) -> Iterator[list[int | None]]:
+    ) -> Generator[list[int | None], None, None]:
         """Runs answers, and yields each step's tokens: None for an answer that has ended or waits for a slot.
 
         A stopping criterion that is true of an answer ends it.
@@ -173,21 +172,22 @@ class Generation(Pretrained):
         most = INVARIANT_ROWS if self.model.batch_invariant else MAX_BATCH_SIZE
         engine = self.engine(min(_power_of_2(len(answers)), most), max(_power_of_2(longest), MIN_WINDOW))
         index = {answer: number for number, answer in enumerate(answers)}
-        for updates in engine.run(answers):
-            tokens: list[int | None] = [None] * len(answers)
-            for update in updates:
-                if update.answer.request.finish_reason == "error" and update.finished:
-                    raise RuntimeError(f"row {index[update.answer]}: {update.answer.request.stop_reason}")
-                tokens[index[update.answer]] = update.token_id
-            if all(token is None for token in tokens):
-                continue
-            for criterion in criteria:
-                ids = hooks.ids([answer.read_tokens for answer in answers])
-                ended = torch.as_tensor(criterion(ids, None)).expand(len(answers)).tolist()
-                for answer, token, end in zip(answers, tokens, ended, strict=True):
-                    if end and token is not None:
-                        engine.finish(answer)
-            yield tokens
+        with closing(engine.run(answers)) as run:
+            for updates in run:
+                tokens: list[int | None] = [None] * len(answers)
+                for update in updates:
+                    if update.answer.request.finish_reason == "error" and update.finished:
+                        raise RuntimeError(f"row {index[update.answer]}: {update.answer.request.stop_reason}")
+                    tokens[index[update.answer]] = update.token_id
+                if all(token is None for token in tokens):
+                    continue
+                for criterion in criteria:
+                    ids = hooks.ids([answer.read_tokens for answer in answers])
+                    ended = torch.as_tensor(criterion(ids, None)).expand(len(answers)).tolist()
+                    for answer, token, end in zip(answers, tokens, ended, strict=True):
+                        if end and token is not None:
+                            engine.finish(answer)
+                yield tokens
 
     def engine(self, max_batch_size: int, max_seq_len: int) -> Engine:
         """The engine of all calls of `generate`, for at least `max_batch_size` requests at a time.
@@ -195,13 +195,15 @@ class Generation(Pretrained):
         One that is too small, or whose model was moved to another device, is replaced as soon as it is idle. Raises as
         Engine.
         """
-        with _FIRST_CALL:
-            shared = self._shared = self._shared or SharedEngine(self)
-        return shared.get(max_batch_size, max_seq_len)
+        return self._shared.get(self, max_batch_size, max_seq_len)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy of a model begins without an engine."""
-        return {**self.__dict__, "_shared": None}
+        return {name: value for name, value in self.__dict__.items() if name != "_shared"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._shared = SharedEngine()
 
 
 def _input_ids(input_ids: Tensor | None, inputs: Tensor | None) -> Tensor:

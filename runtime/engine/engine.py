@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import threading
-from collections.abc import Iterable, Iterator, Sequence
+import weakref
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,8 +14,10 @@ from torch import Tensor
 from ..model.kv_cache import PAGE, PagedKVCache, pages_of
 from ..model.model import LanguageModel
 from ..model.rope import inverse_frequencies
+from ..model.weights import WeightsState
 from . import decode
 from .answer import Answer, Update
+from .exclusive import Exclusive, Reentered, held_back_interrupts
 from .graphs import Capture, StepQueue, cuda_graphs, eager
 from .hooks import sample_with_hooks
 from .pages import PageAllocator, page_budget
@@ -28,11 +31,24 @@ from .warm_up import compile_kernels
 # so two hide it; each more would delay the next prompt, and run for nothing after an answer has ended.
 DEPTH = 2
 
+WEIGHTS_CHANGED = "the model's weights changed while this answer waited or was under way: ask again"
+CUDA_AFTER_FORK = (
+    "this process was forked from one that uses the GPU, and CUDA does not survive a fork: start it with the "
+    'multiprocessing method "spawn" or "forkserver", and load the model there'
+)
 
-class Engine:
+
+class Engine(Exclusive):
     """Runs requests together, as they come. What a request gets does not depend on the others.
 
-    The loop is `run`, or, for callers whose requests come one by one, `submit` and `updates`.
+    The loop is `run`, or, for callers whose requests come one by one, `submit` and `updates`. An engine does not keep
+    its model alive.
+
+    An error in a step that requests share, or Ctrl-C a second time while a step waits for its end, ends all of them
+    with "abort" and leaves the engine as new. An error in a logits processor ends the requests of its call only.
+
+    The KV cache and captured steps belong to one state of the weights (see `WeightsState`). When a request comes or
+    ends and they have changed, both are dropped, and whatever waits or runs ends with "error".
 
     Args:
         max_batch_size: how many requests are decoded together; more wait.
@@ -55,14 +71,15 @@ class Engine:
         capture: Capture | None = None,
         depth: int | None = None,
     ):
+        super().__init__()
         config, device = model.config, model.device
         self.max_batch_size, self.max_seq_len = max_batch_size, max_seq_len
-        self._model = model
-        self._lock = threading.RLock()
+        self._model: LanguageModel = weakref.proxy(model)
         count = page_budget(config, model.dtype, device, max_batch_size, max_seq_len, cache_tokens)
         self._eager = capture is eager or (capture is None and device.type == "cpu")
         self._depth = depth or (1 if device.type == "cpu" and self._eager else DEPTH)
-        capture = capture or (eager if self._eager else cuda_graphs())
+        self._capture = capture or (eager if self._eager else cuda_graphs())
+        self._padded = partial(_padded, limit=None if self._eager else max_batch_size)
         self.pages = PageAllocator(count)
         self._scheduler = Scheduler(config, max_batch_size, self.pages, model.model.batch_invariant, self._padded)
         with self._on_device():
@@ -70,27 +87,36 @@ class Engine:
             self._state = DecodeState.idle(
                 max_batch_size, pages_of(max_seq_len), config.vocab_size, config.head_dim, device
             )
-            self._steps = StepQueue(self._decode_step, self._state.report, capture)
-            self._prefill = Prefill(model, self.kv_cache, self._state, None if self._eager else capture)
+            self._capture_anew()
+
+    def _capture_anew(self) -> None:
+        """Begins with no captured step, for the weights as they are."""
+        step = partial(_decode_step, self._model, self.kv_cache, self._state)
+        self._steps = StepQueue(step, self._state.report, self._capture)
+        capture = None if self._eager else self._capture
+        self._prefill = Prefill(self._model, self.kv_cache, self._state, capture)
+        self._weights = WeightsState(self._model)
 
     # ---------------------------------------------------------------- the loop
 
-    def run(self, answers: Sequence[Answer]) -> Iterator[list[Update]]:
+    def run(self, answers: Sequence[Answer]) -> Generator[list[Update], None, None]:
         """Runs answers to their end; yields what is new, at most one update of each answer at a time.
 
         Closing the iterator cancels what has not finished, and frees its slots and pages at once.
 
-        Raises RuntimeError if an error in a step shared with other callers ended an answer.
+        Raises:
+            whatever a logits processor of these answers' call raised.
+            RuntimeError: an error in a step shared with other callers ended an answer; or a logits processor of the
+                same model calls this.
         """
         unfinished = list(answers)
-        self.submit(unfinished)
         try:
+            self.submit(unfinished)
             while unfinished:
                 updates = self.updates(unfinished)
-                if any(update.answer.request.finish_reason == "abort" for update in updates if update.finished):
-                    raise RuntimeError(
-                        "the answer was broken off by an error in a step shared with other calls: try again"
-                    )
+                finished = [update.answer.request for update in updates if update.finished]
+                if aborted := [request for request in finished if request.finish_reason == "abort"]:
+                    raise _why(aborted)
                 if updates:
                     yield updates
                     unfinished = [answer for answer in unfinished if not answer.finished]
@@ -98,7 +124,13 @@ class Engine:
             self.cancel([answer.request for answer in answers])
 
     def submit(self, answers: Iterable[Answer]) -> None:
-        """Queues answers. Raises ValueError, and queues none, if one can never fit."""
+        """Queues answers. Raises ValueError, and queues none, if one can never fit.
+
+        An answer that is no longer referenced ends at the next step, with "abort".
+        """
+        answers = list(answers)
+        for answer in answers:
+            answer.request.reader = weakref.ref(answer)
         self.add([answer.request for answer in answers])
 
     def updates(self, answers: Iterable[Answer]) -> list[Update]:
@@ -117,7 +149,11 @@ class Engine:
         """Reads each answer, and frees the slots of those that a stop string ended."""
         updates = [update for answer in answers if (update := answer.read()) is not None]
         if finished := [update.answer.request for update in updates if update.finished]:
-            self.cancel(finished)
+            with self.exclusively():
+                if self._weights_changed():
+                    for request in finished:
+                        request.finish("error", WEIGHTS_CHANGED)
+                self._free_ended()
         return updates
 
     def finish(self, answer: Answer) -> None:
@@ -138,18 +174,39 @@ class Engine:
                     f"a prompt of {len(request.prompt_ids)} tokens and {request.max_tokens} more are {needed}, and the "
                     f"window is {self.max_seq_len}: shorten the prompt, ask for less, or widen the window"
                 )
-        with self._lock:
+        with self.exclusively():
+            self._weights_changed()
             self._scheduler.waiting.extend(requests)
 
     def cancel(self, requests: Iterable[Request]) -> None:
         """Takes requests out and frees their slots and pages; those that have not finished end with "abort"."""
-        with self._lock, torch.inference_mode(), self._on_device():
-            requests = list(requests)
+        requests = set(requests)
+        with held_back_interrupts():
             for request in requests:
                 if request.finish_reason is None:
                     request.finish("abort")
-            for slot in self._scheduler.remove(requests):
-                self._state.clear(slot.index)
+            # Inside a step the garbage collector may close a stream: then the next step frees what it had.
+            with contextlib.suppress(Reentered), self.exclusively():
+                self._scheduler.forget(requests)
+                self._free_ended()
+
+    def _free_ended(self) -> None:
+        """Frees the slots of requests that have ended, and of those whose readers are gone."""
+        for slot in self._scheduler.free_ended():
+            self._state.clear(slot.index)
+
+    def drop_if_stale(self) -> None:
+        """If the weights have changed, ends all requests, and drops what was computed with those of before."""
+        with self.exclusively():
+            self._weights_changed()
+
+    def _weights_changed(self) -> bool:
+        """Whether they have; see `drop_if_stale`."""
+        if not self._weights.changed(self._model):
+            return False
+        self._end_all("error", WEIGHTS_CHANGED)
+        self._capture_anew()
+        return True
 
     @property
     def busy(self) -> bool:
@@ -157,9 +214,10 @@ class Engine:
         return bool(self._scheduler.waiting or self._scheduler.active)
 
     def serves(self, model: LanguageModel, max_batch_size: int, max_seq_len: int) -> bool:
-        """Whether this engine is large enough, and has its KV cache on the model's device and in its dtype."""
+        """Whether this engine is large enough, and is what the model's device, dtype and promises need."""
         return (
             (self.kv_cache.device, self.kv_cache.dtype) == (model.device, model.dtype)
+            and self._scheduler.batch_invariant == model.model.batch_invariant
             and self.max_batch_size >= max_batch_size
             and self.max_seq_len >= max_seq_len
         )
@@ -167,22 +225,16 @@ class Engine:
     # ---------------------------------------------------------------- one step
 
     def step(self) -> list[Request]:
-        """Schedule, prefill, decode, collect: returns the requests that have a new token.
-
-        An exception on the way, Ctrl-C's included, ends every request with "abort" and leaves the engine as new.
-        """
-        with self._lock, torch.inference_mode(), self._on_device():
-            try:
-                scheduled = self._scheduler.schedule()
-                if scheduled:
-                    self._run_prompts(scheduled)
-                if any(slot.request.needs_host for slot in self._scheduler.active):
-                    return self._step_on_host()
-                self._launch_ahead()
-                return self._collect() if len(self._steps) else []
-            except BaseException:
-                self._abort()
-                raise
+        """Schedule, prefill, decode, collect: returns the requests that have a new token."""
+        with self.exclusively():
+            self._free_ended()
+            scheduled = self._scheduler.schedule()
+            if scheduled:
+                self._run_prompts(scheduled)
+            if any(slot.request.needs_host for slot in self._scheduler.active):
+                return self._step_on_host()
+            self._launch_ahead()
+            return self._collect() if len(self._steps) else []
 
     def _run_prompts(self, scheduled: list[Slot]) -> None:
         """Prefills the prompts of newly scheduled requests, and samples their first tokens."""
@@ -222,10 +274,8 @@ class Engine:
             of_all[[slot.index for slot in scheduled]] = logits
             tier = max(slot.tier for slot in scheduled)
             sample_with_hooks(ops, of_all, self._state.slots(0, batch_size), tier, on_host)
+            self._free_ended()
         self._steps.copy_report(readers)
-
-    def _decode_step(self, batch_size: int, tier: Tier) -> None:
-        decode.step(self._model, self.kv_cache, self._state.slots(0, batch_size), tier)
 
     def _launch_ahead(self) -> None:
         """Launches steps until `depth` are in flight, but none after the last token that any slot may have."""
@@ -249,6 +299,7 @@ class Engine:
         logits = decode.forward(self._model, self.kv_cache, state)
         requests = [None if slot is None else slot.request for slot in slots]
         sample_with_hooks(self._model.model.ops, logits, state, tier, requests)
+        self._free_ended()
         for slot in active:
             slot.launched += 1
         self._steps.copy_report(slots)
@@ -273,17 +324,29 @@ class Engine:
             self._state.move(source, target)
         return self._scheduler.batch_size
 
-    def _padded(self, slots: int) -> int:
-        """Captured steps have a few batch sizes only: powers of two."""
-        return slots if self._eager else min(1 << (slots - 1).bit_length(), self.max_batch_size)
-
-    def _abort(self) -> None:
+    def _end_all(self, reason: str, message: str | None = None) -> None:
         """Ends every request, and starts again with all slots and pages free."""
         for request in self._scheduler.clear():
             if request.finish_reason is None:
-                request.finish("abort")
+                request.finish(reason, message)
         self._steps.drain()
         self._state.batch.seq_lens.zero_()
+
+    def repair(self) -> None:
+        """Ends every request with "abort"."""
+        if self.forked:
+            # The threads that OpenMP's pool had are not in the child, which would wait for them.
+            torch.set_num_threads(1)
+        with torch.inference_mode(), self._on_device():
+            self._end_all("abort")
+
+    @contextlib.contextmanager
+    def exclusively(self) -> Iterator[None]:
+        """As in Exclusive; on the device's stream. Raises RuntimeError on a GPU after a fork."""
+        if self.forked and self.kv_cache.device.type == "cuda":
+            raise RuntimeError(CUDA_AFTER_FORK)
+        with super().exclusively(), torch.inference_mode(), self._on_device():
+            yield
 
     def _on_device(self) -> contextlib.AbstractContextManager[object]:
         """One stream orders all work, whatever thread asks for it."""
@@ -299,9 +362,9 @@ class Engine:
 
         Raises RuntimeError while requests wait or run: their slots would advance.
         """
-        with self._lock, torch.inference_mode(), self._on_device():
-            if self.busy:
-                raise RuntimeError("warm up before requests come, or when all have ended: some are under way")
+        if self.busy:
+            raise RuntimeError("warm up before requests come, or when all have ended: some are under way")
+        with self.exclusively():
             if self._model.device.type != "cpu":
                 compile_kernels(self._model, self.kv_cache, self._state.slots(0, 1), self.pages, self.max_seq_len)
             # Without graphs a step only needs to be compiled, and kernels differ for one sequence and several only.
@@ -310,6 +373,26 @@ class Engine:
                 for tier in Tier:
                     self._steps.capture(batch_size, tier)
             self._prefill.warm_up(self.max_seq_len)
+
+
+def _decode_step(model: LanguageModel, kv_cache: PagedKVCache, state: DecodeState, batch_size: int, tier: Tier) -> None:
+    """A decode step of the first slots."""
+    decode.step(model, kv_cache, state.slots(0, batch_size), tier)
+
+
+def _padded(slots: int, limit: int | None) -> int:
+    """The batch size of a step. Captured steps, which have a limit, have a few only: powers of two."""
+    return slots if limit is None else min(1 << (slots - 1).bit_length(), limit)
+
+
+def _why(aborted: Sequence[Request]) -> BaseException:
+    """The exception for a caller whose requests were aborted: their own processor's, if there is one."""
+    for request in aborted:
+        if request.error is not None:
+            # Not kept: its traceback leads to the engine and the model.
+            error, request.error = request.error, None
+            return error
+    return RuntimeError("the answer was broken off by an error in a step shared with other calls: try again")
 
 
 def _neighbours(scheduled: list[Slot]) -> Iterator[tuple[int, int]]:

@@ -6,6 +6,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -89,7 +90,7 @@ class StepQueue:
         """Captures the step for (batch size, tier) if it is new. Returns True if that executed it."""
         if (batch_size, tier) in self._captured:
             return False
-        self._captured[batch_size, tier] = self._capture(lambda: self._step(batch_size, tier))
+        self._captured[batch_size, tier] = self._capture(partial(self._step, batch_size, tier))
         return True
 
     def copy_report(self, readers: Sequence[Any]) -> None:

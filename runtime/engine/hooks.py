@@ -71,9 +71,24 @@ class LogitsHooks:
             rows = torch.stack([now.get(request, torch.zeros_like(some)) for request in self.requests])
             ids = self.ids([min(len(request.token_ids), step) for request in self.requests])
             for processor in processors:
-                rows = processor(ids.to(rows.device), rows)
+                rows = _checked(processor, processor(ids.to(rows.device), rows), rows)
             processed |= {request: row for request, row in zip(self.requests, rows, strict=True) if request in now}
         return processed
+
+    def fail(self, error: BaseException) -> None:
+        """Ends the requests of this call, whose reader gets the error."""
+        for request in self.requests:
+            if request.finish_reason is None:
+                request.error = error
+                request.finish("abort")
+
+
+def _checked(processor: LogitsProcessor, scores: Any, given: Tensor) -> Tensor:
+    """What a processor returned, if it has the shape of what it was given; as float32 on its device."""
+    if not isinstance(scores, Tensor) or scores.shape != given.shape:
+        what = f"a tensor {list(scores.shape)}" if isinstance(scores, Tensor) else f"{scores!r:.60}"
+        raise ValueError(f"{processor!r:.80} must return scores of shape {list(given.shape)}; it returned {what}")
+    return scores.to(given)
 
 
 def sample_with_hooks(
@@ -83,16 +98,21 @@ def sample_with_hooks(
 
     Processors run where transformers runs them: after bias, penalties and masks (sequence_bias before them), before
     temperature and filters. Log-probabilities stay the model's own. Slots without a request are left alone.
+
+    An exception of a processor ends the requests of its call.
     """
     slots = {request: slot for slot, request in enumerate(requests) if request is not None}
     calls = {request.hooks: None for request in slots if request.hooks is not None}
 
     def process(x: Tensor, *, early: bool) -> dict[Request, Tensor]:
-        scores = {request: x[slot] for request, slot in slots.items()}
+        scores = {request: x[slot] for request, slot in slots.items() if not request.ended}
         for call in calls:
-            own = {request: scores[request] for request in slots if request.hooks is call}
-            scores |= call.process(call.early if early else call.processors, own)
-        return scores
+            own = {request: x for request, x in scores.items() if request.hooks is call}
+            try:
+                scores |= call.process(call.early if early else call.processors, own)
+            except BaseException as error:
+                call.fail(error)
+        return {request: x for request, x in scores.items() if not request.ended}
 
     biased = logits.float()
     if any(call.early for call in calls):
@@ -101,8 +121,9 @@ def sample_with_hooks(
             biased[slots[request]] = changed
     penalties = {name: x for name, x in state.stages(tier).items() if name in PENALTIES}
     scores = process(penalize(biased, **penalties), early=False)
-    for request, slot in slots.items():
-        own, mine, x = state.slots(slot, slot + 1), logits[slot : slot + 1], scores[request][None]
+    for request, x in scores.items():
+        slot, x = slots[request], x[None]
+        own, mine = state.slots(slot, slot + 1), logits[slot : slot + 1]
         stages = stages_after_penalties(own, tier)
         sampled, _ = ops.sample(x, **stages)
         hooks = request.hooks

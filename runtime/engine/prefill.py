@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -197,14 +198,20 @@ class CapturedChunks:
         self._tokens[width - len(chunk) : width].copy_(chunk)
         self._batch.seq_lens.fill_(length)
         if width not in self._captured:
-            self._captured[width] = self._capture(lambda: self._run(width))
+            # What is captured does not lead back to this object, which else lives until the garbage collector comes.
+            tokens = self._tokens[:width]
+            run = partial(_run_chunk, self._model, self._kv_cache, self._batch, tokens, self._last)
+            self._captured[width] = self._capture(run)
         self._captured[width]()
         return self._last[width]
 
-    def _run(self, width: int) -> None:
-        model = self._model.model
-        x = model.ops.embed(self._tokens[:width], model.embed_tokens.weight)
-        self._last[width] = model.run(x, self._batch, self._kv_cache, last_rows=True)
+
+def _run_chunk(
+    model: LanguageModel, kv_cache: PagedKVCache, batch: BatchMetadata, tokens: Tensor, last: dict[int, Tensor]
+) -> None:
+    """Runs tokens [T] of one sequence, and stores the last one's hidden state [1, C] as last[T]."""
+    x = model.model.ops.embed(tokens, model.model.embed_tokens.weight)
+    last[len(tokens)] = model.model.run(x, batch, kv_cache, last_rows=True)
 
 
 def _padded_width(tokens: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,6 +37,8 @@ class Request:
             the time.perf_counter() at which the host received it.
         cached_tokens: prompt tokens whose keys and values were in the cache already.
         began: the time.perf_counter() at which the request got a slot.
+        reader: whoever reads the answer. When it is gone, the request ends with "abort"; None: nobody need be there.
+        error: what a logits processor of its call raised; the request has ended with "abort" then.
         finish_reason: None while it runs, then "stop" (an end token or stop string), "length", "error" or "abort".
         stop_reason: the stop token or stop string that ended it, None for the model's own end tokens; for "error" the
             message.
@@ -55,6 +58,8 @@ class Request:
     times: list[float] = field(default_factory=list)
     cached_tokens: int = 0
     began: float = 0.0
+    reader: weakref.ref[Any] | None = None
+    error: BaseException | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
 
@@ -80,6 +85,13 @@ class Request:
     def needs_host(self) -> bool:
         """Whether the host must see the logits of every step."""
         return self.hooks is not None or bool(self.params.logprobs)
+
+    @property
+    def ended(self) -> bool:
+        """Whether no token comes any more. Ends the request if its reader is gone."""
+        if self.finish_reason is None and self.reader is not None and self.reader() is None:
+            self.finish("abort")
+        return self.finish_reason is not None
 
     def append(self, token_id: int, logprob: float, end: int) -> None:
         """Adds a token. `end` says why it is the last, or that none came; see the op `advance`."""

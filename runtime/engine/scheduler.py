@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Set
 
 from ..model.config import InternLM3Config
 from ..model.kv_cache import PAGE, pages_of
@@ -53,6 +53,9 @@ class Scheduler:
         scheduled: list[Slot] = []
         first_of: dict[tuple[int, ...], Slot] = {}
         while self.waiting and None in self.slots:
+            if self.waiting[0].ended:
+                self.waiting.popleft()
+                continue
             prompt = tuple(self.waiting[0].prompt_ids)
             slot = self._place(self.waiting[0], first_of.get(prompt))
             if slot is None:
@@ -101,17 +104,17 @@ class Scheduler:
         """What keys and values depend on besides the tokens: the rotary base."""
         return repr(rope_base(self._config, len(request.prompt_ids))).encode()
 
-    def remove(self, requests: Iterable[Request]) -> list[Slot]:
-        """Takes requests out, waiting or active. Returns the slots that they had."""
-        removed = []
-        for request in requests:
-            if request in self.waiting:
-                self.waiting.remove(request)
-            for slot in self.active:
-                if slot.request is request:
-                    self.free(slot)
-                    removed.append(slot)
-        return removed
+    def forget(self, requests: Set[Request]) -> None:
+        """Takes requests out of those that wait."""
+        if not requests.isdisjoint(self.waiting):
+            self.waiting = deque(request for request in self.waiting if request not in requests)
+
+    def free_ended(self) -> list[Slot]:
+        """Frees the slots of requests that have ended, and returns them."""
+        ended = [slot for slot in self.active if slot.request.ended]
+        for slot in ended:
+            self.free(slot)
+        return ended
 
     def free(self, slot: Slot) -> None:
         """Frees a slot and its pages, which keep the answer for later prompts.

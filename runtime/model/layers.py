@@ -4,23 +4,46 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
-class Embedding(nn.Module):
+class Weight(nn.Parameter):
+    """A parameter whose version counts uses of `.data` too, since they may write: see `WeightsState`."""
+
+    @property
+    def data(self) -> Tensor:
+        if not self.is_inference():
+            torch.autograd.graph.increment_version(self)
+        return Tensor.data.__get__(self)
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        Tensor.data.__set__(self, value)
+
+
+class Layer(nn.Module):
+    """A module whose parameters are Weights, those that replace others included."""
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if type(param) is nn.Parameter:
+            param.__class__ = Weight
+        super().register_parameter(name, param)
+
+
+class Embedding(Layer):
     def __init__(self, rows: int, size: int, **factory: Any):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(rows, size, **factory), requires_grad=False)
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(Layer):
     def __init__(self, size: int, eps: float, **factory: Any):
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(size, **factory), requires_grad=False)
 
 
-class Linear(nn.Module):
+class Linear(Layer):
     def __init__(self, inputs: int, outputs: int, bias: bool, **factory: Any):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(outputs, inputs, **factory), requires_grad=False)

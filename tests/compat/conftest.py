@@ -7,6 +7,7 @@ import torch
 import transformers
 
 from internlm3 import InternLM3Config, InternLM3ForCausalLM, InternLM3Tokenizer
+from internlm3.runtime.engine.shared import SharedEngine
 from internlm3.tests.support.capture import CapturedEngines
 
 
@@ -59,7 +60,7 @@ def steps(request, monkeypatch):
     models = [request.getfixturevalue(name).ours for name in ("tiny", "real") if name in request.fixturenames]
     CapturedEngines(monkeypatch, depth=1 + len(request.node.name) % 4)
     for model in models:
-        model._shared = None  # its engine, which captures nothing
+        model._shared = SharedEngine()  # its engine, which captures nothing
     yield request.param
     for model in models:
-        model._shared = None
+        model._shared = SharedEngine()

@@ -8,6 +8,7 @@ import torch
 import transformers
 
 from internlm3.runtime.compat import generation
+from internlm3.runtime.engine.shared import SharedEngine
 from internlm3.tests.support.prompts import PROMPTS, padded
 
 REPEATS = {(13,): 9.0, (20,): 9.0, (30,): 8.0}
@@ -183,9 +184,9 @@ def test_rows_that_waited_see_their_own_step(tiny, monkeypatch):
     settings = {"no_repeat_ngram_size": 2, "exponential_decay_length_penalty": (3, 1.2), "forced_eos_token_id": 30}
     together = tiny.ours.generate(PROMPTS, **options, **settings)
     monkeypatch.setattr(generation, "MAX_BATCH_SIZE", 2)
-    tiny.ours._shared = None
+    tiny.ours._shared = SharedEngine()
     few = tiny.ours.generate(PROMPTS, **options, **settings)
-    tiny.ours._shared = None
+    tiny.ours._shared = SharedEngine()
     assert few.equal(together)
 
 

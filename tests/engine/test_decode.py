@@ -321,7 +321,7 @@ def test_late_steps_write_no_page(model):
     _, engine = answers(model, 3)
     before = [kv.clone() for kv in engine.kv_cache.layers]
     with torch.inference_mode():
-        engine._decode_step(4, Tier.FULL)
+        engine._steps._step(4, Tier.FULL)
     for kv, old in zip(engine.kv_cache.layers, before, strict=True):
         assert torch.equal(kv.nan_to_num(), old.nan_to_num())
     assert (engine._state.report[:, 0] == -1).all()
