@@ -172,22 +172,26 @@ class Generation(Pretrained):
         most = INVARIANT_ROWS if self.model.batch_invariant else MAX_BATCH_SIZE
         engine = self.engine(min(_power_of_2(len(answers)), most), max(_power_of_2(longest), MIN_WINDOW))
         index = {answer: number for number, answer in enumerate(answers)}
-        with closing(engine.run(answers)) as run:
-            for updates in run:
-                tokens: list[int | None] = [None] * len(answers)
-                for update in updates:
-                    if update.answer.request.finish_reason == "error" and update.finished:
-                        raise RuntimeError(f"row {index[update.answer]}: {update.answer.request.stop_reason}")
-                    tokens[index[update.answer]] = update.token_id
-                if all(token is None for token in tokens):
-                    continue
-                for criterion in criteria:
-                    ids = hooks.ids([answer.read_tokens for answer in answers])
-                    ended = torch.as_tensor(criterion(ids, None)).expand(len(answers)).tolist()
-                    for answer, token, end in zip(answers, tokens, ended, strict=True):
-                        if end and token is not None:
-                            engine.finish(answer)
-                yield tokens
+        try:
+            with closing(engine.run(answers)) as run:
+                for updates in run:
+                    tokens: list[int | None] = [None] * len(answers)
+                    for update in updates:
+                        if update.answer.request.finish_reason == "error" and update.finished:
+                            raise RuntimeError(f"row {index[update.answer]}: {update.answer.request.stop_reason}")
+                        tokens[index[update.answer]] = update.token_id
+                    if all(token is None for token in tokens):
+                        continue
+                    for criterion in criteria:
+                        ids = hooks.ids([answer.read_tokens for answer in answers])
+                        ended = torch.as_tensor(criterion(ids, None)).expand(len(answers)).tolist()
+                        for answer, token, end in zip(answers, tokens, ended, strict=True):
+                            if end and token is not None:
+                                engine.finish(answer)
+                    yield tokens
+        finally:
+            for answer in answers:
+                answer.request.hooks = None  # which lead back to it: what they kept is freed with the call
 
     def engine(self, max_batch_size: int, max_seq_len: int) -> Engine:
         """The engine of all calls of `generate`, for at least `max_batch_size` requests at a time.

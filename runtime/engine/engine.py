@@ -387,10 +387,9 @@ def _padded(slots: int, limit: int | None) -> int:
 
 def _why(aborted: Sequence[Request]) -> BaseException:
     """The exception for a caller whose requests were aborted: their own processor's, if there is one."""
-    for request in aborted:
-        if request.error is not None:
-            # Not kept: its traceback leads to the engine and the model.
-            error, request.error = request.error, None
+    for hooks in [request.hooks for request in aborted if request.hooks is not None]:
+        error, hooks.error = hooks.error, None  # not kept, since its traceback leads to the engine and the model
+        if error is not None:
             return error
     return RuntimeError("the answer was broken off by an error in a step shared with other calls: try again")
 

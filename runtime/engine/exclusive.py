@@ -36,8 +36,7 @@ class Exclusive:
 
     def __init__(self) -> None:
         self.forked = False
-        self._lock = threading.RLock()
-        self._changing = False
+        self._lock, self._changing = threading.RLock(), threading.Lock()
         self._broken = False
         _alive.add(self)
 
@@ -54,10 +53,9 @@ class Exclusive:
         Raises Reentered inside a change of the same thread, where a callback or the garbage collector may call.
         """
         with self._lock, held_back_interrupts():
-            if self._changing:
+            if self._changing.locked():  # by this thread: others wait above
                 raise Reentered
-            self._changing = True
-            try:
+            with self._changing:
                 if self._broken:
                     self._repair()
                 self._broken = True
@@ -67,8 +65,6 @@ class Exclusive:
                     self._repair()
                     raise
                 self._broken = False
-            finally:
-                self._changing = False
 
     def _repair(self) -> None:
         self.repair()
@@ -76,8 +72,7 @@ class Exclusive:
 
     def _after_fork(self) -> None:
         self.forked = True
-        self._lock = threading.RLock()
-        self._changing = False
+        self._lock, self._changing = threading.RLock(), threading.Lock()
         self._broken = True
 
 

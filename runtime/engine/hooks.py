@@ -32,6 +32,7 @@ class LogitsHooks:
         requests: the call's requests, one for each row of `prompts`.
         keep_logits, keep_scores: whether to keep the model's logits, and the scores that are sampled from.
         logits, scores: what was kept: for each request a float32 [V] for every token.
+        error: what a processor raised. The requests have ended with "abort" then.
     """
 
     prompts: Tensor
@@ -43,6 +44,7 @@ class LogitsHooks:
     keep_scores: bool = False
     logits: dict[Request, list[Tensor]] = field(default_factory=dict)
     scores: dict[Request, list[Tensor]] = field(default_factory=dict)
+    error: BaseException | None = None
 
     @property
     def needed(self) -> bool:
@@ -77,9 +79,9 @@ class LogitsHooks:
 
     def fail(self, error: BaseException) -> None:
         """Ends the requests of this call, whose reader gets the error."""
+        self.error = error
         for request in self.requests:
             if request.finish_reason is None:
-                request.error = error
                 request.finish("abort")
 
 

@@ -38,7 +38,6 @@ class Request:
         cached_tokens: prompt tokens whose keys and values were in the cache already.
         began: the time.perf_counter() at which the request got a slot.
         reader: whoever reads the answer. When it is gone, the request ends with "abort"; None: nobody need be there.
-        error: what a logits processor of its call raised; the request has ended with "abort" then.
         finish_reason: None while it runs, then "stop" (an end token or stop string), "length", "error" or "abort".
         stop_reason: the stop token or stop string that ended it, None for the model's own end tokens; for "error" the
             message.
@@ -59,7 +58,6 @@ class Request:
     cached_tokens: int = 0
     began: float = 0.0
     reader: weakref.ref[Any] | None = None
-    error: BaseException | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
 
