@@ -155,7 +155,11 @@ def test_outputs_are_read_as_transformers_are(tiny):
         for index, name in enumerate(theirs.keys()):
             assert ours[name] is ours[index] is ours.to_tuple()[index] is getattr(ours, name)
         assert torch.allclose(ours[0], theirs[0], atol=1e-4)
-        assert [name for name, _ in ours.items()] == list(dict(**ours)) == list(ours)
+        assert [name for name, _ in ours.items()] == list(dict(**ours)) == list(ours) == list(ours.keys())
+        for name in (*theirs.keys(), "loss", "attentions", "hidden_states", 0):
+            assert (name in ours) == (name in theirs) == (ours.get(name) is not None)
+            assert ours.get(name, "none") is (ours[name] if name in theirs else "none")
+        assert [*ours.values()] == [*ours.to_tuple()] and ours == ours and ours.keys() & {"loss", "x"} <= {"loss"}
     with pytest.raises(KeyError, match="CausalLMOutput has logits, past_key_values, and no 'loss'"):
         tiny.ours(PROMPTS)["loss"]
     wants = {"return_dict_in_generate": True, "output_scores": True, "max_new_tokens": 2, "do_sample": False}
