@@ -1,10 +1,11 @@
 """SamplingParams: what a user asks for when the next token is chosen."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from ..common.checks import check_bool, check_ids
+from ..common.checks import as_int, check_bool, check_ids
 from ..common.field_docs import document_fields
 from ..common.keywords import reject_unknown
 from .settings import ALIASES, SETTINGS
@@ -145,7 +146,8 @@ class SamplingParams:
             base: what a setting is that `kwargs` does not name.
             kwargs: settings, also under the names of other libraries (`ALIASES`). None for a setting that cannot be
                 None means its default. do_sample=False means temperature 0, and overrides `temperature`; do_sample=True
-                on top of a greedy base means temperature 1.
+                on top of a greedy base means temperature 1. A max_tokens below the base's min_tokens wins, with a
+                warning.
 
         Raises:
             TypeError: an unknown keyword.
@@ -173,6 +175,10 @@ class SamplingParams:
                 raise ValueError("do_sample=True contradicts temperature=0, which is greedy; give one of them")
             elif base.greedy:
                 given.setdefault("temperature", defaults["temperature"])
+        most = as_int(given.get("max_tokens"))
+        if "min_tokens" not in given and most is not None and 1 <= most < base.min_tokens:
+            warnings.warn(f"min_tokens={base.min_tokens} gives way to max_tokens={most}", stacklevel=3)
+            given["min_tokens"] = most
         return replace(base, **given)
 
     @classmethod
