@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,6 +18,8 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 _ALIASES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
 # Buffers that some tools save although they are computed from the configuration.
 _DERIVED = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
+_PREFIX = "model."  # of every name but that of the head
+_HEAD = "lm_head.weight"  # which a module without a head leaves unread
 
 Model = TypeVar("Model", bound=LanguageModel)
 
@@ -78,14 +80,16 @@ def load_weights(
         ValueError: files that are damaged, or whose tensors are not those of the module; the message names them.
         MemoryError: the weights don't fit into the free memory of the device.
     """
-    tied = tied_names(module)
-    shapes = {name: tuple(weight.shape) for name, weight in module.state_dict().items() if name not in tied}
+    stored = _names_in(files)
+    tied = {stored(name): stored(first) for name, first in tied_names(module).items()}
+    shapes = {stored(name): tuple(weight.shape) for name, weight in module.state_dict().items()}
+    shapes = {name: shape for name, shape in shapes.items() if name not in tied}
     _check(files, shapes, tied)
     dtype = dtype or _stored_dtype(files)
     _check_memory(module, dtype, device)
 
     _allocate(module, dtype, device)
-    weights = module.state_dict()
+    weights = {stored(name): weight for name, weight in module.state_dict().items()}
     bar = tqdm(total=len(shapes), desc="Loading weights", unit="tensor", disable=None if progress else True)
     with bar:
         for path in files.headers:
@@ -131,10 +135,17 @@ def resolve_dtype(wanted: str | torch.dtype | None) -> torch.dtype | None:
     return DTYPES[name]
 
 
+def _names_in(files: WeightFiles) -> Callable[[str], str]:
+    """Maps the name of a parameter to its name in the files: the checkpoint of a base model has no prefix "model."."""
+    if any(name.startswith(_PREFIX) for name in files.file_of):
+        return str
+    return lambda name: name.removeprefix(_PREFIX)
+
+
 def _check(files: WeightFiles, shapes: Mapping[str, tuple[int, ...]], tied: Mapping[str, str]) -> None:
     """Compares headers with the module's parameters. Only tied tensors that are stored twice are read, to compare."""
     file_of, expected = files.file_of, set(shapes)
-    extra = {name for name in file_of if not name.endswith(_DERIVED)} - expected - tied.keys()
+    extra = {name for name in file_of if not name.endswith(_DERIVED)} - expected - tied.keys() - {_HEAD}
     if missing := sorted(expected - set(file_of)):
         raise ValueError(f"{files.folder}: {_listed(missing)} missing from the weights that config.json describes")
     if extra:
@@ -182,6 +193,7 @@ def _check_memory(module: nn.Module, dtype: torch.dtype, device: torch.device) -
         )
 
 
+@torch.inference_mode(False)
 def _allocate(module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
     """Gives a module on the meta device uninitialised memory, keeping tied parameters tied.
 

@@ -44,6 +44,7 @@ class KVCache:
         """Columns of input so far, as transformers counts them."""
         return self.columns
 
+    @torch.inference_mode(False)
     def reserve(self, tokens: int) -> None:
         """Makes room for `tokens` more in every sequence; grows by half at least, so that appending stays cheap."""
         needed, capacity = pages_of(max(self.lengths) + tokens), min(map(len, self.pages))

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..common.checks import check_batch_ids
+from ..common.checks import as_int, check_batch_ids
 from ..common.neutral import FORWARD, without_neutral
 from .cache import KVCache
-from .decoder import InternLM3Model
+from .decoder import InternLM3Model, check_tensors
 from .generation import Generation
 from .model_outputs import CausalLMOutput
 
@@ -53,6 +53,10 @@ class InternLM3ForCausalLM(Generation):
         if unknown:
             known = inspect.signature(InternLM3ForCausalLM.forward).parameters
             without_neutral("forward", unknown, FORWARD, known=known)
+        check_tensors(labels=labels)
+        count = as_int(logits_to_keep)
+        if count is None:
+            check_tensors(logits_to_keep=logits_to_keep)
         out = self.model(
             input_ids,
             attention_mask,
@@ -63,7 +67,7 @@ class InternLM3ForCausalLM(Generation):
             output_hidden_states,
         )
         x = out.last_hidden_state
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        kept = logits_to_keep if count is None else slice(-count, None)
         logits = self.model.ops.linear(x[:, kept], self.lm_head.weight)
         loss = None
         if labels is not None:

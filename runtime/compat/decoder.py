@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..common.checks import check_batch_ids
 from ..common.neutral import FORWARD, without_neutral
+from ..model.config import InternLM3Config
 from ..model.kv_cache import PagedKVCache, pages_of
 from ..model.model import Decoder
 from ..model.rope import inverse_frequencies
@@ -31,9 +32,13 @@ class InternLM3Model(Decoder):
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> InternLM3Model:
         """The decoder of a checkpoint. Arguments and errors as InternLM3ForCausalLM.from_pretrained."""
 
-        class Checkpoint(Pretrained):  # with the head, which every checkpoint contains
+        class Checkpoint(Pretrained):
             decoder_class = cls
             model: InternLM3Model
+
+            def __init__(self, config: InternLM3Config, **factory: Any):
+                super().__init__(config, **factory)
+                del self.lm_head  # a base model's checkpoint need not contain one
 
         return Checkpoint.from_pretrained(pretrained_model_name_or_path, **kwargs).model
 
@@ -67,15 +72,16 @@ class InternLM3Model(Decoder):
         Raises:
             ValueError: arguments that contradict each other, a wrong shape, an id outside the vocabulary, a cache of
                 other sequences or of a model that was moved since, a mask that contradicts the cached columns.
-            TypeError: an unknown keyword.
+            TypeError: an unknown keyword, or an argument that is no tensor.
         """
         if unknown:
             known = inspect.signature(InternLM3Model.forward).parameters
             without_neutral("forward", unknown, FORWARD, known=known)
+        check_tensors(attention_mask=attention_mask, position_ids=position_ids)
         x = self._embed(input_ids, inputs_embeds)
         batch, tokens, _ = x.shape
         keep = past_key_values is not None or (self.config.use_cache if use_cache is None else use_cache)
-        cache = past_key_values or self._new_cache(batch, tokens, scratch=not keep)
+        cache = self._new_cache(batch, tokens, scratch=not keep) if past_key_values is None else past_key_values
         _check_cache(cache, x)
         real = _real(attention_mask, batch, tokens, cache.real)
         real_columns = [None if row.all() else row.nonzero()[:, 0].to(x.device) for row in real]
@@ -132,6 +138,7 @@ class InternLM3Model(Decoder):
         return out
 
     def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        check_tensors(input_ids=input_ids, inputs_embeds=inputs_embeds)
         if inputs_embeds is not None and input_ids is None:
             size = self.config.hidden_size
             if inputs_embeds.dim() != 3 or inputs_embeds.shape[2] != size or inputs_embeds.numel() == 0:
@@ -145,14 +152,27 @@ class InternLM3Model(Decoder):
         ids = input_ids.to(self.device)
         return self.ops.embed(ids.flatten().contiguous(), self.embed_tokens.weight).view(*ids.shape, -1)
 
+    @torch.inference_mode(False)
     def _new_cache(self, batch: int, tokens: int, *, scratch: bool) -> KVCache:
+        """An empty cache, of tensors that later calls can write to in any mode, whatever this call's is."""
         each = pages_of(tokens)
         kv_cache = PagedKVCache(self.config, batch * each, self.dtype, self.device, scratch=scratch)
         return KVCache(kv_cache, [list(range(first, first + each)) for first in range(0, batch * each, each)])
 
 
+def check_tensors(**arguments: Any) -> None:
+    """Raises TypeError for an argument of `forward` that is given and no tensor."""
+    for name, value in arguments.items():
+        if value is not None and not isinstance(value, Tensor):
+            kind = type(value).__name__
+            raise TypeError(f"forward: {name} must be a tensor, and it is a {kind}: torch.as_tensor makes one")
+
+
 def _check_cache(cache: KVCache, x: Tensor) -> None:
-    """Raises ValueError unless the cache can be continued by x [B, T, C]."""
+    """Raises ValueError unless the cache can be continued by x [B, T, C], TypeError if it is none."""
+    if not isinstance(cache, KVCache):
+        kind = type(cache).__name__
+        raise TypeError(f"forward: past_key_values must be what an earlier call returned, and it is a {kind}")
     if len(cache.pages) != len(x):
         raise ValueError(f"past_key_values has {len(cache.pages)} sequences, and the input {len(x)}")
     kv = cache.kv_cache

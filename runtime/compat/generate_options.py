@@ -22,6 +22,7 @@ DEFAULT_TOP_K = 50  # with do_sample
 _LENGTHS = ("max_length", "max_new_tokens", "min_length", "min_new_tokens")
 _FLAGS = ("return_dict_in_generate", "output_scores", "output_logits", "renormalize_logits")
 _KNOWN = (*_LENGTHS, *GENERATE, "eos_token_id", "pad_token_id", *_FLAGS, "do_sample")
+_ACCEPTED = (*_KNOWN, *GENERATE_CHANGING, *GENERATE_IDLE, *GENERATE_NOTES)
 _SAMPLED_ONLY = ("temperature", *FILTERS, "seed")
 
 
@@ -63,13 +64,13 @@ def read_options(
         columns: length T of the prompts, which max_length and min_length count.
 
     Raises:
-        TypeError: an unknown keyword, or a generation_config that is none.
+        TypeError: an unknown keyword, an unknown key in a dictionary, or a generation_config that is none.
         ValueError: a setting that is bad, unsupported, or contradicts another one.
     """
-    reject_unknown("generate", keywords, (*_KNOWN, *GENERATE_CHANGING, *GENERATE_IDLE, *GENERATE_NOTES))
+    reject_unknown("generate", keywords, _ACCEPTED)
     refuse_unsupported(keywords, keywords=True)
     options: dict[str, Any] = {}
-    for source in (defaults, GenerationSettings.of(given), keywords):
+    for source in (defaults, settings_of(given), keywords):
         refuse_unsupported(source)
         options |= {name: value for name, value in source.items() if value is not None and name in _KNOWN}
     if options.get("pad_token_id") == -1:  # some checkpoints' form of None
@@ -78,7 +79,7 @@ def read_options(
     vocab_size = config.vocab_size
     eos = _token_ids("eos_token_id", options.get("eos_token_id", config.eos_token_ids), vocab_size)
     pads = _token_ids("pad_token_id", options.get("pad_token_id", config.pad_token_id), vocab_size)
-    most, least = _lengths(options, columns)
+    most, least = _lengths(options, keywords, columns)
     params = SamplingParams.from_kwargs(_params(options, keywords), min_tokens=least)
     params.check_vocab(vocab_size)
     return GenerateOptions(
@@ -94,6 +95,16 @@ def read_options(
     )
 
 
+def settings_of(given: Any) -> GenerationSettings:
+    """A caller's generation_config. Raises TypeError for one that is none, or a dictionary with a misspelt key.
+
+    An object's attributes are not checked: a GenerationConfig has some of its own, and of other models.
+    """
+    if isinstance(given, Mapping) and not isinstance(given, GenerationSettings):
+        reject_unknown("generation_config", [name for name in given if not str(name).startswith("_")], _ACCEPTED)
+    return GenerationSettings.of(given)
+
+
 def _token_ids(name: str, value: Any, vocab_size: int) -> list[int]:
     """One id, several, or none, as a list. Raises ValueError for an id outside the vocabulary."""
     ids = as_list(value)
@@ -101,8 +112,12 @@ def _token_ids(name: str, value: Any, vocab_size: int) -> list[int]:
     return ids
 
 
-def _lengths(options: Mapping[str, Any], columns: int) -> tuple[int, int]:
-    """The largest and the smallest number of new tokens."""
+def _lengths(options: Mapping[str, Any], keywords: Mapping[str, Any], columns: int) -> tuple[int, int]:
+    """The largest and the smallest number of new tokens.
+
+    Raises ValueError for a call that gives both and contradicts itself. A smallest number that only another source
+    contradicts gives way to the largest, with a warning: a short call may not meet a checkpoint's min_length.
+    """
     lengths = {
         name: check_int(name, options[name], int(name.startswith("max"))) for name in _LENGTHS if name in options
     }
@@ -114,7 +129,12 @@ def _lengths(options: Mapping[str, Any], columns: int) -> tuple[int, int]:
         )
     least = lengths.get("min_new_tokens", max(0, lengths.get("min_length", 0) - columns))
     if least > most:
-        raise ValueError(f"min_new_tokens (or min_length) asks for {least} new tokens, and the maximum is {most}")
+        given = {name[:3] for name in _LENGTHS if keywords.get(name) is not None}
+        problem = f"min_new_tokens (or min_length) asks for {least} new tokens, and the maximum is {most}"
+        if given == {"min", "max"}:
+            raise ValueError(problem)
+        warnings.warn(f"{problem}: none of them will be an end of text", stacklevel=4)  # the line that calls generate
+        least = most
     return most, least
 
 

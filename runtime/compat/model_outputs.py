@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -12,38 +12,38 @@ if TYPE_CHECKING:
     from .cache import KVCache
 
 
-class Output:
-    """Base of a dataclass whose fields that are None count as missing: in keys, indices and tuples."""
+class Output(Mapping[str, Any]):
+    """Base of a dataclass that is a mapping from the names of its fields; a field that is None is missing.
+
+    Also read by an index or a slice, as the tuple of what is there.
+    """
 
     order: ClassVar[tuple[str, ...]]  # the fields in transformers' order
 
-    def keys(self) -> list[str]:
-        return [name for name in self.order if getattr(self, name) is not None]
-
     def __iter__(self) -> Iterator[str]:
-        return iter(self.keys())
+        return (name for name in self.order if getattr(self, name) is not None)
 
     def __len__(self) -> int:
-        return len(self.keys())
+        return len(self.to_tuple())
 
-    def values(self) -> list[Any]:
-        return [getattr(self, name) for name in self.keys()]
-
-    def items(self) -> list[tuple[str, Any]]:
-        return list(zip(self.keys(), self.values(), strict=True))
-
-    def to_tuple(self) -> tuple[Any, ...]:
-        return tuple(self.values())
+    def __contains__(self, name: object) -> bool:
+        return name in tuple(self)
 
     def __getitem__(self, key: str | int | slice) -> Any:
         if not isinstance(key, str):
             return self.to_tuple()[key]
-        if key not in self.keys():
-            raise KeyError(f"{type(self).__name__} has {', '.join(self.keys())}, and no {key!r}")
+        if key not in self:
+            raise KeyError(f"{type(self).__name__} has {', '.join(self)}, and no {key!r}")
         return getattr(self, key)
 
+    def get(self, name: Any, default: Any = None) -> Any:
+        return dict(self).get(name, default)
 
-@dataclass
+    def to_tuple(self) -> tuple[Any, ...]:
+        return tuple(getattr(self, name) for name in self)
+
+
+@dataclass(eq=False)
 class ModelOutput(Output):
     """What InternLM3Model returns.
 
@@ -60,7 +60,7 @@ class ModelOutput(Output):
     hidden_states: tuple[Tensor, ...] | None = None
 
 
-@dataclass
+@dataclass(eq=False)
 class CausalLMOutput(Output):
     """What InternLM3ForCausalLM returns.
 
@@ -77,7 +77,7 @@ class CausalLMOutput(Output):
     hidden_states: tuple[Tensor, ...] | None = None
 
 
-@dataclass
+@dataclass(eq=False)
 class GenerateOutput(Output):
     """What `generate` returns with return_dict_in_generate. N = B * num_return_sequences.
 

@@ -16,6 +16,7 @@ from ..common.neutral import LOAD_MODEL, SAVE, without_neutral
 from ..model.config import InternLM3Config
 from ..model.model import LanguageModel
 from ..sampling.generation_config import GENERATION_CONFIG, GenerationSettings, read_generation_config
+from .generate_options import settings_of
 
 Model = TypeVar("Model", bound="Pretrained")
 
@@ -38,14 +39,14 @@ class Pretrained(LanguageModel):
 
     @generation_config.setter
     def generation_config(self, given: Any) -> None:
-        self._generation_config = GenerationSettings.of(given)
+        self._generation_config = settings_of(given)
 
     @classmethod
     def from_pretrained(
         cls: type[Model],
         pretrained_model_name_or_path: str | os.PathLike[str],
         *,
-        config: InternLM3Config | None = None,
+        config: InternLM3Config | str | os.PathLike[str] | Any = None,
         revision: str | None = None,
         token: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
@@ -67,7 +68,8 @@ class Pretrained(LanguageModel):
 
         Args:
             pretrained_model_name_or_path: a folder with config.json and weights, or a hub repository "owner/name".
-            config: use this configuration instead of the checkpoint's.
+            config: use this configuration instead of the checkpoint's: an InternLM3Config or transformers' own, a
+                folder or repository with a config.json, or the path of such a file.
             revision, token, cache_dir, local_files_only: as in huggingface_hub.
             dtype (or torch_dtype): "auto" (the default: as the checkpoint says), "bfloat16", "float16" or "float32".
             device_map: "auto" (the default: the GPU if there is one), or a device; this runtime runs on one device.
@@ -80,7 +82,7 @@ class Pretrained(LanguageModel):
         Raises:
             FileNotFoundError: a file of the checkpoint is missing.
             ValueError: files that are damaged, or contradict each other or config.json; the message names them.
-            TypeError: an unknown keyword.
+            TypeError: an unknown keyword, or a config that is none.
             MemoryError: the weights don't fit into the free memory of the device.
         """
         known = Pretrained.from_pretrained.__kwdefaults__ or ()
@@ -89,19 +91,19 @@ class Pretrained(LanguageModel):
             raise ValueError(f"use_safetensors={use_safetensors!r} is not supported; it can only be True here")
         target = resolve_device(_one_of(device=device, device_map=device_map))
         wanted = _one_of(dtype=resolve_dtype(dtype), torch_dtype=resolve_dtype(torch_dtype))
-        folder = locate(
-            pretrained_model_name_or_path,
-            revision=revision,
-            token=token,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-            progress=progress,
-        )
-        generation_config = read_generation_config(folder)  # before the weights: small files with errors come first
+        hub: dict[str, Any] = {
+            "revision": revision,
+            "token": token,
+            "cache_dir": cache_dir,
+            "local_files_only": local_files_only,
+        }
+        folder = locate(pretrained_model_name_or_path, progress=progress, **hub)
+        # Before the weights: small files with errors come first.
+        generation_config = GenerationSettings.of(read_generation_config(folder))
         model = load_model(
             cls,
             folder,
-            config=config,
+            config=_configuration(config, hub),
             dtype=wanted,
             device=target,
             batch_invariant=batch_invariant,
@@ -130,6 +132,17 @@ class Pretrained(LanguageModel):
         if self.generation_config or (folder / GENERATION_CONFIG).is_file():
             json_files[GENERATION_CONFIG] = self.generation_config
         save_weights(self, folder, json_files, max_shard_size=max_shard_size)
+
+
+def _configuration(given: Any, hub: Mapping[str, Any]) -> InternLM3Config | None:
+    """What `config` of from_pretrained names. Raises TypeError for anything that names none."""
+    if given is None or isinstance(given, InternLM3Config):
+        return given
+    if isinstance(given, str | os.PathLike):
+        return InternLM3Config.from_pretrained(given, **hub)
+    if hasattr(given, "to_dict"):
+        return InternLM3Config.from_dict(given.to_dict())
+    raise TypeError(f"config must be an InternLM3Config, or a path or repository with one; it is {given!r:.60}")
 
 
 def _one_of(**names: Any) -> Any:

@@ -125,24 +125,29 @@ class InternLM3Config:
         local_files_only: bool = False,
         **overrides: Any,
     ) -> "InternLM3Config":
-        """Reads the config.json of a local folder or a hub repository. `overrides` replace single keys.
+        """Reads the config.json of a local folder or a hub repository, or a file of that form by its path.
+
+        `overrides` replace single keys.
 
         Raises:
             FileNotFoundError: there is no such folder or repository, or it has no config.json.
             ValueError: config.json is not valid JSON, describes another architecture, or has an impossible value.
             TypeError: an override is no configuration key.
         """
-        folder = locate(
-            pretrained_model_name_or_path,
-            revision=revision,
-            token=token,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-            weights=False,
-        )
+        path = Path(pretrained_model_name_or_path).expanduser()
+        if not path.is_file():
+            folder = locate(
+                pretrained_model_name_or_path,
+                revision=revision,
+                token=token,
+                cache_dir=cache_dir,
+                local_files_only=local_files_only,
+                weights=False,
+            )
+            path = folder / "config.json"
         known = {**cls().to_dict(), **_NEWER}
         overrides = without_neutral("InternLM3Config.from_pretrained", overrides, LOAD, known=known)
-        return cls.from_file(folder / "config.json", **overrides)
+        return cls.from_file(path, **overrides)
 
     @classmethod
     def from_file(cls, path: Path, **overrides: Any) -> "InternLM3Config":

@@ -98,6 +98,7 @@ class Decoder(nn.Module):
 
     batch_invariant = False
 
+    @torch.inference_mode(False)  # weights are ordinary tensors, which can be loaded and changed later in any mode
     def __init__(self, config: InternLM3Config, **factory: Any):
         super().__init__()
         self.config = config
@@ -157,6 +158,7 @@ class LanguageModel(nn.Module):
 
     decoder_class: type[Decoder] = Decoder
 
+    @torch.inference_mode(False)
     def __init__(self, config: InternLM3Config, **factory: Any):
         super().__init__()
         self.config = config

@@ -25,7 +25,9 @@ class GenerationSettings(dict[str, Any]):
 
         Entries that are None are dropped.
         """
-        values = given.to_dict() if hasattr(given, "to_dict") else given or {}
+        values = given or {}
+        if not isinstance(values, Mapping) and hasattr(values, "to_dict"):
+            values = values.to_dict()
         if not isinstance(values, Mapping):
             raise TypeError(f"generation_config must be a dictionary or an object with to_dict; it is {given!r}")
         return cls({name: value for name, value in values.items() if value is not None})

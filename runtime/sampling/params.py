@@ -1,11 +1,12 @@
 """SamplingParams: what a user asks for when the next token is chosen."""
 
 import functools
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
-from ..common.checks import check_bool, check_ids
+from ..common.checks import as_int, check_bool, check_ids
 from ..common.field_docs import document_fields
 from ..common.neutral import without_neutral
 from ..common.other_libraries import SAMPLING, SAMPLING_COUNTERPARTS
@@ -163,13 +164,21 @@ class SamplingParams:
     def from_kwargs(cls, base: "SamplingParams | None" = None, **kwargs: Any) -> "SamplingParams":
         """`base` (default: all defaults) with `kwargs` on top, which are keywords of the constructor.
 
-        do_sample=True on top of a greedy base means temperature 1.
+        do_sample=True on top of a greedy base means temperature 1. A max_tokens below the base's min_tokens wins, with a
+        warning.
 
         Raises:
             TypeError: an unknown keyword.
             ValueError: a bad value; a name and its alias that differ; do_sample=True with temperature=0.
         """
-        return cls(**kwargs) if base is None else replace(base, **_translated(kwargs, greedy=base.greedy))
+        if base is None:
+            return cls(**kwargs)
+        given = _translated(kwargs, greedy=base.greedy)
+        most = as_int(given.get("max_tokens"))
+        if "min_tokens" not in given and most is not None and 1 <= most < base.min_tokens:
+            warnings.warn(f"min_tokens={base.min_tokens} gives way to max_tokens={most}", stacklevel=3)
+            given["min_tokens"] = most
+        return replace(base, **given)
 
     @classmethod
     def from_generation_config(cls, config: Mapping[str, Any]) -> "SamplingParams":

@@ -29,10 +29,15 @@ class AddedToken:
 
     @classmethod
     def parse(cls, value: Any, where: str) -> "AddedToken":
-        """A token from a string, or from a dict with `content` and flags. Raises ValueError, naming `where`."""
+        """A token from a string, a dict with `content` and flags, or an AddedToken of another library with these.
+
+        Raises ValueError, naming `where`.
+        """
         if isinstance(value, cls):
             return value
         fields = {"content": value} if isinstance(value, str) else value
+        if hasattr(value, "content"):
+            fields = {name: getattr(value, name) for name in cls.__dataclass_fields__ if hasattr(value, name)}
         if not isinstance(fields, dict) or not isinstance(fields.get("content"), str) or not fields["content"]:
             raise ValueError(f"{where}: a token is a non-empty string or a dict with its 'content', not {value!r}")
         flags = {name: fields[name] for name in cls.__dataclass_fields__ if name != "content" and name in fields}

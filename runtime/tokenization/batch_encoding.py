@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..common.checks import as_ints
+from ..common.checks import as_ints, check_int
 
 NO_LIMIT = int(1e30)  # the model_max_length that a checkpoint writes for "no maximum length"
 
@@ -74,10 +74,7 @@ class Batcher:
         cuts = _choose("truncation", truncation, "do_not_truncate", "longest_first", "only_first", "only_second")
         limit = self._limit(pads, cuts, max_length)
         side = check_side("padding_side", self.padding_side if padding_side is None else padding_side)
-        pad_token_id = self.pad_token_id() if pads else None
-        if pads and pad_token_id is None:
-            raise ValueError("padding needs a pad token and this tokenizer has none: set tokenizer.pad_token first")
-
+        fill = self._fill() if pads else {}
         rows = [_row(*texts, self.bos, self.eos, limit, cuts, self.truncation_side) for texts in encoded]
         output = {"input_ids": [ids for ids, _ in rows]}
         if return_token_type_ids:
@@ -88,11 +85,63 @@ class Batcher:
             output[name] = [_row(row, None, [], [], limit, cuts, self.truncation_side)[0] for row in column]
         if pads:
             length = limit if pads == "max_length" else None
-            values = {"input_ids": pad_token_id}
-            output = {name: _pad(column, length, values.get(name) or 0, side) for name, column in output.items()}
-        if return_tensors == "pt":
-            return BatchEncoding({name: _to_tensor(column) for name, column in output.items()})
+            output = {name: _pad(column, length, fill.get(name, 0), side) for name, column in output.items()}
+        if return_tensors is not None:
+            return BatchEncoding({name: _to_tensor(column, return_tensors) for name, column in output.items()})
         return BatchEncoding({name: column[0] for name, column in output.items()} if single else output)
+
+    def pad(
+        self,
+        encoded: Any,
+        *,
+        padding: bool | str,
+        max_length: int | None,
+        multiple: int | None,
+        padding_side: str | None,
+        return_attention_mask: bool | None,
+        return_tensors: str | None,
+    ) -> BatchEncoding:
+        """Pads rows that are encoded already. Options as in InternLM3Tokenizer.pad."""
+        if isinstance(encoded, (list, tuple)) and encoded and isinstance(encoded[0], Mapping):
+            encoded = {name: [row[name] for row in encoded] for name in encoded[0]}
+        if not isinstance(encoded, Mapping) or "input_ids" not in encoded:
+            raise ValueError("pad takes an encoding, or a list of them, with input_ids")
+        if return_tensors not in (None, "pt", "np"):
+            raise ValueError(f"return_tensors must be 'pt', 'np' or None, not {return_tensors!r}")
+        pads = _choose("padding", padding, "do_not_pad", "longest", "max_length")
+        side = check_side("padding_side", self.padding_side if padding_side is None else padding_side)
+        multiple = 1 if multiple is None else check_int("pad_to_multiple_of", multiple, 1)
+        limit = self._limit(pads, None, max_length) if pads == "max_length" else 0
+        return_tensors = return_tensors or _library(encoded["input_ids"])
+        columns = {name: _as_lists(column) for name, column in encoded.items()}
+        if not columns["input_ids"]:
+            return BatchEncoding({**columns, **({"attention_mask": []} if return_attention_mask else {})})
+        single = not isinstance(columns["input_ids"][0], list)
+        if single:
+            columns = {name: [column] for name, column in columns.items()}
+        ids = columns["input_ids"]
+        with_mask = return_attention_mask in (None, True)
+        if with_mask:
+            columns.setdefault("attention_mask", [[1] * len(row) for row in ids])
+        if pads:
+            length = -(-(limit or max(map(len, ids))) // multiple) * multiple
+            fill = self._fill()
+            if not with_mask:
+                del fill["attention_mask"]
+            for name in columns.keys() & fill.keys():
+                columns[name] = _pad(columns[name], length, fill[name], side)
+        if single:
+            columns = {name: column[0] for name, column in columns.items()}
+        if return_tensors is not None:
+            columns = {name: _to_tensor(column, return_tensors) for name, column in columns.items()}
+        return BatchEncoding(columns)
+
+    def _fill(self) -> dict[str, int]:
+        """What pads each column. Raises ValueError if the tokenizer has no pad token."""
+        pad_token_id = self.pad_token_id()
+        if pad_token_id is None:
+            raise ValueError("padding needs a pad token and this tokenizer has none: set tokenizer.pad_token first")
+        return {"input_ids": pad_token_id, "attention_mask": 0, "token_type_ids": 0, "special_tokens_mask": 1}
 
     def _limit(self, padding: str | None, truncation: str | None, max_length: int | None) -> int:
         if max_length is None:
@@ -215,10 +264,34 @@ def _pad(rows: Sequence[list[int]], length: int | None, value: int, side: str) -
     return [fill + row if side == "left" else row + fill for row, fill in zip(rows, padding, strict=True)]
 
 
-def _to_tensor(rows: Sequence[list[int]]) -> Any:
-    """int64 [rows, length]. Raises ValueError for rows of different lengths."""
+def _library(column: Any) -> str | None:
+    """ "pt" for a tensor or a list of them, "np" for arrays, None for lists."""
+    some = column if hasattr(column, "tolist") or len(column) == 0 else column[0]
+    return None if not hasattr(some, "tolist") else "pt" if hasattr(some, "detach") else "np"
+
+
+def _as_lists(column: Any) -> Any:
+    """A tensor, an array or a list of them as (nested) lists; anything else as it is."""
+    if hasattr(column, "tolist"):
+        return column.tolist()
+    return [_as_lists(row) for row in column] if isinstance(column, (list, tuple)) else column
+
+
+def _to_tensor(column: Sequence[Any], library: str) -> Any:
+    """A tensor ("pt") or an array ("np"): int64 of integers, float32 of floats.
+
+    Raises ValueError for rows of different lengths.
+    """
+    import numpy as np  # here, as a tokenizer alone needs neither of the two
+
+    lengths = {len(row) for row in column if isinstance(row, (list, tuple))}
+    if len(lengths) > 1:
+        raise ValueError(f"return_tensors={library!r} needs rows of one length: pass padding=True")
+    array = np.array(column)
+    array = array.astype(np.int64) if not array.size else array
+    array = array.astype(np.float32) if array.dtype.kind == "f" else array
+    if library == "np":
+        return array
     import torch
 
-    if len({len(row) for row in rows}) > 1:
-        raise ValueError("return_tensors='pt' needs rows of one length: pass padding=True")
-    return torch.tensor(rows, dtype=torch.long)
+    return torch.from_numpy(array)

@@ -14,6 +14,7 @@ from .added_tokens import AddedToken, parse_added_tokens
 from .batch_encoding import BatchEncoding, Batcher, id_list, text_pairs
 from .conversations import Conversations
 from .detokenizer import Detokenizer
+from .special_tokens import SpecialTokens
 from .tokenizer_files import (
     ADDED_TOKENS_FILE,
     CONFIG_FILE,
@@ -29,7 +30,7 @@ from .tokenizer_files import (
 )
 
 
-class InternLM3Tokenizer(Conversations):
+class InternLM3Tokenizer(SpecialTokens, Conversations):
     """Text to ids and back, with the methods of transformers' tokenizers.
 
     Example:
@@ -39,10 +40,10 @@ class InternLM3Tokenizer(Conversations):
 
     Args:
         vocab_file: the SentencePiece model, `tokenizer.model`, or a `tokenizer.json`.
-        settings: keys of tokenizer_config.json: bos_token, eos_token, unk_token, pad_token, additional_special_tokens
-            (or extra_special_tokens), added_tokens_decoder, add_bos_token, add_eos_token, add_prefix_space (affects
-            only decoding), clean_up_tokenization_spaces, padding_side, truncation_side, model_max_length,
-            chat_template (Jinja, or several of them by name), chat_control_tokens.
+        settings: keys of tokenizer_config.json: bos_token, eos_token, unk_token, pad_token, sep_token, cls_token,
+            mask_token, additional_special_tokens (or extra_special_tokens), added_tokens_decoder, add_bos_token,
+            add_eos_token, add_prefix_space (affects only decoding), clean_up_tokenization_spaces, padding_side,
+            truncation_side, model_max_length, chat_template (Jinja, or several of them by name), chat_control_tokens.
 
     Raises:
         FileNotFoundError: no such vocab_file.
@@ -73,9 +74,8 @@ class InternLM3Tokenizer(Conversations):
         self.chat_control_tokens = settings["chat_control_tokens"]
         self._extra_config: dict[str, Any] = {}
 
-        self.bos_token, self.eos_token, self.unk_token, self.pad_token = (
-            None if settings[name] is None else self._known(settings[name], name) for name in NAMED_TOKENS
-        )
+        for name in NAMED_TOKENS:
+            setattr(self, name, None if settings[name] is None else self._known(settings[name], name))
         self.additional_special_tokens = [
             self._known(token, "additional_special_tokens") for token in settings["additional_special_tokens"]
         ]
@@ -195,60 +195,6 @@ class InternLM3Tokenizer(Conversations):
         """All tokens: token -> id."""
         return self._vocabulary.ids()
 
-    @property
-    def added_tokens_decoder(self) -> dict[int, AddedToken]:
-        return dict(sorted(self._vocabulary.added.by_id.items()))
-
-    @property
-    def added_tokens_encoder(self) -> dict[str, int]:
-        return dict(self._vocabulary.added.ids)
-
-    def add_tokens(self, tokens: str | AddedToken | Sequence[str | AddedToken], special_tokens: bool = False) -> int:
-        """Adds tokens after the last id; known ones keep their ids. Returns the number of new tokens."""
-        before = len(self)
-        for token in [tokens] if isinstance(tokens, (str, AddedToken)) else tokens:
-            self._vocabulary.add(AddedToken(token, special=special_tokens) if isinstance(token, str) else token)
-        return len(self) - before
-
-    bos_token_id = property(lambda self: self._named_id("bos_token"))
-    eos_token_id = property(lambda self: self._named_id("eos_token"))
-    unk_token_id = property(lambda self: self._named_id("unk_token"))
-    pad_token_id = property(lambda self: self._named_id("pad_token"))
-
-    def _named_id(self, name: str) -> int | None:
-        token = getattr(self, name)
-        return None if token is None else self._special_id(token, name)
-
-    def _special_id(self, token: str, name: str) -> int:
-        id = self._vocabulary.find(token)
-        if id is None:
-            raise ValueError(f"{name} is {token!r}, which has no id: add it first, with add_tokens({token!r})")
-        return id
-
-    @property
-    def eos_ids(self) -> list[int]:
-        """The ids that end an answer: those of eos_token and, if the checkpoint has it, `<|im_end|>`."""
-        return sorted({self.eos_token_id, self._vocabulary.added.ids.get("<|im_end|>")} - {None})
-
-    @property
-    def special_tokens_map(self) -> dict[str, str]:
-        return {name: getattr(self, name) for name in NAMED_TOKENS if getattr(self, name) is not None}
-
-    @property
-    def extra_special_tokens(self) -> list[str]:
-        """transformers 5's name for `additional_special_tokens`."""
-        return self.additional_special_tokens
-
-    @property
-    def all_special_ids(self) -> list[int]:
-        named = {self._special_id(token, name) for name, token in self.special_tokens_map.items()}
-        additional = {self._special_id(token, "additional_special_tokens") for token in self.additional_special_tokens}
-        return sorted(named | additional | {id for id, token in self._vocabulary.added.by_id.items() if token.special})
-
-    @property
-    def all_special_tokens(self) -> list[str]:
-        return self.convert_ids_to_tokens(self.all_special_ids)
-
     # Text to ids
 
     def tokenize(self, text: str) -> list[str]:
@@ -312,6 +258,42 @@ class InternLM3Tokenizer(Conversations):
             return_tensors=return_tensors,
             return_attention_mask=return_attention_mask,
             return_token_type_ids=return_token_type_ids,
+        )
+
+    def pad(
+        self,
+        encoded_inputs: Any,
+        padding: bool | str = True,
+        max_length: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        padding_side: str | None = None,
+        return_attention_mask: bool | None = None,
+        return_tensors: str | None = None,
+        verbose: bool = True,
+    ) -> BatchEncoding:
+        """Pads rows that are encoded already, as a collate function does.
+
+        Args:
+            encoded_inputs: a list of encodings, or one encoding with a list of rows, or with a single row: lists,
+                tensors or arrays by name, `input_ids` among them. Columns other than `input_ids`, `attention_mask`,
+                `token_type_ids` and `special_tokens_mask` stay as they are.
+            padding: True or "longest", "max_length", or False.
+            max_length: tokens of a row with "max_length"; None: the checkpoint's model_max_length, if it has one.
+            pad_to_multiple_of: round the length up to a multiple of this.
+            return_attention_mask: add `attention_mask` if there is none, and pad it; False leaves it as it is.
+            return_tensors: "pt", "np", or None: as the rows came in.
+            verbose: accepted for transformers' sake; there is nothing to print.
+
+        Raises ValueError for an encoding without `input_ids`, and as calling the tokenizer does.
+        """
+        return self._batcher(add_special_tokens=False).pad(
+            encoded_inputs,
+            padding=padding,
+            max_length=max_length,
+            multiple=pad_to_multiple_of,
+            padding_side=padding_side,
+            return_attention_mask=return_attention_mask,
+            return_tensors=return_tensors,
         )
 
     def _batcher(self, add_special_tokens: bool) -> Batcher:

@@ -17,13 +17,17 @@ SPECIAL_TOKENS_FILE = "special_tokens_map.json"
 ADDED_TOKENS_FILE = "added_tokens.json"
 TEMPLATE_FILE = "chat_template.jinja"
 
-NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
+NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+EXTRA_TOKENS = ("additional_special_tokens", "extra_special_tokens")  # transformers' older and newer key of one list
 # The settings of tokenizer_config.json that are used, with the defaults of InternLM3's published class.
 SETTINGS: dict[str, Any] = {
     "bos_token": "<s>",
     "eos_token": "</s>",
     "unk_token": "<unk>",
     "pad_token": None,
+    "sep_token": None,
+    "cls_token": None,
+    "mask_token": None,
     "additional_special_tokens": (),
     "extra_special_tokens": (),  # transformers 5's name of the same list; or a dict, name -> token
     "added_tokens_decoder": {},
@@ -136,9 +140,9 @@ def _templates(given: Any) -> str | dict[str, str] | None:
 
 
 def _special_tokens(settings: Mapping[str, Any]) -> list[Any]:
-    """The special tokens without a name of their own, from transformers' older and newer key."""
+    """The special tokens without a name of their own."""
     tokens: dict[str, AddedToken] = {}
-    for key in ("additional_special_tokens", "extra_special_tokens"):
+    for key in EXTRA_TOKENS:
         given = settings.get(key) or ()
         if isinstance(given, dict) and key == "extra_special_tokens":
             given = list(given.values())

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from internlm3 import InternLM3Config, InternLM3ForCausalLM, InternLM3Model
 from internlm3.runtime.checkpoint.load import load_model
@@ -127,9 +127,55 @@ def test_a_plain_language_model(tmp_path):
 
 
 def test_a_configuration_of_ones_own(tmp_path):
-    make().save_pretrained(tmp_path)
-    config = InternLM3Config.from_pretrained(tmp_path, rope_theta=500.0)
-    assert load(tmp_path, config=config).config.rope_theta == 500.0
+    """An object, transformers' own, or a path of a folder or a file."""
+    make().save_pretrained(tmp_path / "model")
+    config = InternLM3Config.from_pretrained(tmp_path / "model", rope_theta=500.0)
+    config.save_pretrained(tmp_path / "other")
+    (tmp_path / "other" / "config.json").rename(tmp_path / "other" / "mine.json")
+    config.save_pretrained(tmp_path / "other")
+    theirs = transformers.AutoConfig.from_pretrained(tmp_path / "other")
+    for given in (config, str(tmp_path / "other"), tmp_path / "other" / "mine.json", theirs):
+        model = load(tmp_path / "model", config=given)
+        assert model.config.rope_theta == 500.0 and same(model, make())
+    decoder = InternLM3Model.from_pretrained(tmp_path / "model", config=tmp_path / "other", progress=False)
+    assert decoder.config == config
+    assert InternLM3Config.from_pretrained(tmp_path / "other" / "mine.json") == config
+    refused(tmp_path / "model", FileNotFoundError, "nowhere", config=str(tmp_path / "nowhere"))
+    refused(tmp_path / "model", TypeError, "config must be an InternLM3Config", config={"rope_theta": 500.0})
+
+
+@pytest.mark.parametrize(("tied", "head"), [(True, False), (False, True), (True, True), (False, False)])
+def test_a_base_model_without_the_prefix(tmp_path, tied, head):
+    """transformers' InternLM3Model saves names without "model.", and no head; others add the head's weight."""
+    model = make(tie_word_embeddings=tied)
+    model.save_pretrained(tmp_path / "whole")
+    theirs = transformers.AutoModel.from_pretrained(tmp_path / "whole", dtype=torch.float32)
+    theirs.save_pretrained(tmp_path / "base", max_shard_size="20KB" if head else "5GB")
+    (tmp_path / "base" / "config.json").write_bytes((tmp_path / "whole" / "config.json").read_bytes())
+    if head:
+        path = next((tmp_path / "base").glob("model-00001*"))
+        change(path, lambda weights: weights.update({"lm_head.weight": model.lm_head.weight.clone()}))
+        add = {"lm_head.weight": path.name}
+        change(tmp_path / "base" / INDEX, lambda index: index["weight_map"].update(add))
+    decoder = InternLM3Model.from_pretrained(tmp_path / "base", device="cpu", progress=False)
+    assert same(decoder, model.model)
+    torch.testing.assert_close(decoder(IDS)[0], theirs(IDS)[0], rtol=1e-4, atol=1e-5)
+    if tied or head:
+        assert same(model, load(tmp_path / "base"))
+    else:
+        refused(tmp_path / "base", ValueError, "'lm_head.weight' is missing")
+
+
+def test_a_base_model_that_lacks_a_tensor(tmp_path):
+    model, file = make(tie_word_embeddings=True), tmp_path / "model.safetensors"
+    model.save_pretrained(tmp_path)
+    bare = {name.removeprefix("model."): weight for name, weight in load_file(file).items()}
+    save_file(bare, file)
+    assert same(model, load(tmp_path))
+    change(file, lambda weights: weights.pop("layers.1.mlp.up_proj.weight"))
+    refused(tmp_path, ValueError, "'layers.1.mlp.up_proj.weight' is missing")
+    change(file, lambda weights: weights.update({"layers.1.mlp.up_proj.weight": torch.ones(2)}))
+    refused(tmp_path, ValueError, "'layers.1.mlp.up_proj.weight' has shape [2]")
 
 
 def test_derived_buffers_are_ignored(tmp_path):
@@ -196,6 +242,17 @@ def test_pickled_weights_where_safe_ones_are_asked_for(tmp_path):
     torch.save(make().state_dict(), tmp_path / "pytorch_model.bin")
     assert same(make(), load(tmp_path))
     refused(tmp_path, FileNotFoundError, tmp_path, "use_safetensors=True", use_safetensors=True)
+
+
+def test_a_model_made_in_inference_mode(tmp_path):
+    """It can be changed outside of it, as any other."""
+    make(1).save_pretrained(tmp_path)
+    with torch.inference_mode():
+        models = make(), load(tmp_path)
+    for model in models:
+        model.load_state_dict(make(2).state_dict())
+        model.lm_head.weight.mul_(1)
+        assert same(model, make(2))
 
 
 # -------------------------------------------------------------------- memory

@@ -183,13 +183,96 @@ def test_outputs_are_read_as_transformers_are(tiny):
         for index, name in enumerate(theirs.keys()):
             assert ours[name] is ours[index] is ours.to_tuple()[index] is getattr(ours, name)
         assert torch.allclose(ours[0], theirs[0], atol=1e-4)
-        assert [name for name, _ in ours.items()] == list(dict(**ours)) == list(ours)
+        assert [name for name, _ in ours.items()] == list(dict(**ours)) == list(ours) == list(ours.keys())
+        for name in (*theirs.keys(), "loss", "attentions", "hidden_states", 0):
+            assert (name in ours) == (name in theirs) == (ours.get(name) is not None)
+            assert ours.get(name, "none") is (ours[name] if name in theirs else "none")
+        assert [*ours.values()] == [*ours.to_tuple()] and ours == ours and ours.keys() & {"loss", "x"} <= {"loss"}
     with pytest.raises(KeyError, match="CausalLMOutput has logits, past_key_values, and no 'loss'"):
         tiny.ours(PROMPTS)["loss"]
     wants = {"return_dict_in_generate": True, "output_scores": True, "max_new_tokens": 2, "do_sample": False}
     ours, theirs = tiny.ours.generate(PROMPTS, **wants), tiny.theirs.generate(PROMPTS, **wants)
     assert ours[0].equal(theirs[0]) and torch.allclose(ours[1][0], theirs[1][0], atol=1e-4)
     assert list(ours) == ["sequences", "scores", "logprobs"]
+
+
+@pytest.mark.parametrize("settings", [{"min_length": 30}, {"min_new_tokens": 12}], ids=str)
+def test_a_length_that_a_short_call_cannot_meet(tiny, settings):
+    """The checkpoint asks for more tokens than the call makes: transformers warns, and answers without an end."""
+    both = []
+    for model in (tiny.ours, tiny.theirs):
+        kept = model.generation_config
+        try:
+            model.generation_config = transformers.GenerationConfig(eos_token_id=[2, 5], pad_token_id=0, **settings)
+            with pytest.warns(UserWarning, match="min_new_tokens|min_length"):
+                both.append(model.generate(PROMPTS, attention_mask=torch.ones_like(PROMPTS), max_new_tokens=7))
+        finally:
+            model.generation_config = kept
+    assert both[0].equal(both[1])
+    with pytest.warns(UserWarning, match="min_new_tokens"):  # the maximum is the default, 20
+        assert tiny.ours.generate(PROMPTS, min_new_tokens=21).shape[1] == PROMPTS.shape[1] + 20
+
+
+def test_a_misspelt_key_in_a_dictionary(tiny):
+    message = "generation_config: unknown keyword 'max_new_token'; did you mean 'max_new_tokens'"
+    with pytest.raises(TypeError, match=message):
+        tiny.ours.generate(PROMPTS, {"max_new_token": 5})
+    with pytest.raises(TypeError, match=message):
+        tiny.ours.generation_config = {"max_new_token": 5}
+    full = transformers.GenerationConfig(max_new_tokens=3).to_dict()
+    assert tiny.ours.generate(PROMPTS, full).shape[1] == PROMPTS.shape[1] + 3
+    own = SimpleNamespace(to_dict=lambda: {"max_new_tokens": 3, "of_another_model": 5})
+    assert tiny.ours.generate(PROMPTS, own).shape[1] == PROMPTS.shape[1] + 3
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"input_ids": PROMPTS.tolist()},
+        {"input_ids": PROMPTS.numpy()},
+        {"inputs_embeds": np.zeros((1, 2, 64), dtype=np.float32)},
+        {"input_ids": PROMPTS, "attention_mask": np.ones(PROMPTS.shape, dtype=np.int64)},
+        {"input_ids": PROMPTS, "position_ids": [*range(6)]},
+        {"input_ids": PROMPTS, "past_key_values": ((PROMPTS, PROMPTS),)},
+        {"input_ids": PROMPTS, "labels": PROMPTS.tolist()},
+        {"input_ids": PROMPTS, "logits_to_keep": [0, 1]},
+        {"input_ids": PROMPTS, "logits_to_keep": True},
+    ],
+    ids=lambda arguments: [*arguments][-1],
+)
+def test_forward_takes_tensors(tiny, arguments):
+    """Anything else is a TypeError that names the argument, in both models that have it."""
+    name = [*arguments][-1]
+    for model in (tiny.ours, tiny.ours.model) if name not in ("labels", "logits_to_keep") else (tiny.ours,):
+        with pytest.raises(TypeError, match=f"forward: {name} must be"):
+            model(**arguments)
+    two = tiny.ours(PROMPTS, logits_to_keep=2).logits
+    for number in (np.int64(2), torch.tensor(2)):
+        assert tiny.ours(PROMPTS, logits_to_keep=number).logits.equal(two)
+
+
+MODES = {"inference": torch.inference_mode, "no_grad": torch.no_grad, "plain": torch.enable_grad}
+
+
+def continued(model, mask, more, first, then):
+    """The last logits of a prompt and what goes on after it, each in a mode of its own."""
+    mask = None if mask is None else torch.cat((mask, torch.ones_like(more)), 1)
+    with MODES[first]():
+        out = model(PROMPTS, None if mask is None else mask[:, : PROMPTS.shape[1]])
+    with MODES[then]():
+        out = model(more[:, :-1], None if mask is None else mask[:, :-1], past_key_values=out.past_key_values)
+    with MODES[first]():
+        return model(more[:, -1:], mask, past_key_values=out.past_key_values).logits
+
+
+@pytest.mark.parametrize("first", MODES)
+@pytest.mark.parametrize("then", MODES)
+def test_a_cache_goes_on_in_any_mode(tiny, first, then):
+    """Made in one, continued and made larger in another, with padding and without."""
+    more = torch.randint(50, (len(PROMPTS), 70))  # to another page
+    for mask in (None, torch.tensor([[0] * 2 + [1] * 4] + [[1] * 6] * (len(PROMPTS) - 1))):
+        expected = continued(tiny.ours, mask, more, "no_grad", "no_grad")
+        assert continued(tiny.ours, mask, more, first, then).equal(expected)
 
 
 @pytest.mark.parametrize(

@@ -243,6 +243,19 @@ def test_do_sample_and_none():
     )
 
 
+def test_a_short_call_on_top_of_a_longer_minimum():
+    """A checkpoint's min_new_tokens gives way, as in transformers; a call that contradicts itself is an error."""
+    base = SamplingParams.from_generation_config({"min_new_tokens": 10, "max_new_tokens": 90})
+    with pytest.warns(UserWarning, match="min_tokens=10 gives way to max_tokens=3"):
+        short = SamplingParams.from_kwargs(base, max_new_tokens=3)
+    assert (short.min_tokens, short.max_tokens) == (3, 3)
+    assert SamplingParams.from_kwargs(base, max_tokens=10).min_tokens == 10
+    with pytest.raises(ValueError, match="min_tokens must be at most max_tokens = 3; got 4"):
+        SamplingParams.from_kwargs(base, max_tokens=3, min_tokens=4)
+    with pytest.raises(ValueError, match="max_tokens must be an integer >= 1; got 0"):
+        SamplingParams.from_kwargs(base, max_tokens=0)
+
+
 def test_recommended_settings_of_the_model():
     for params, max_tokens in ((RECOMMENDED, 1024), (RECOMMENDED_THINKING, 8192)):
         assert (params.temperature, params.top_p, params.top_k, params.repetition_penalty) == (1.0, 0.8, 40, 1.005)

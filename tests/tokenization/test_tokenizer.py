@@ -8,6 +8,7 @@ truncation. It joins tokens differently, so decoded text is compared with M2M100
 `tokenizers` library's BPE is a third oracle, on real text.
 """
 
+import copy
 import json
 import random
 import re
@@ -15,8 +16,11 @@ import shutil
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import sentencepiece
+import tokenizers
+import torch
 from hypothesis import given, settings
 
 from internlm3 import InternLM3Tokenizer
@@ -27,6 +31,7 @@ from internlm3.tests.support.tokenizers import (
     SPECIAL,
     TEXTS,
     TRAINED,
+    edited,
     loaded,
     oracle,
     sentencepiece_ids,
@@ -393,3 +398,129 @@ def test_demo_model_chat(demo_pair):
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
     assert ids == expected.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     assert tokenizer.decode(ids) == prompt
+
+
+# Special tokens that are set later, and rows that are padded later: transformers is the oracle
+
+
+@pytest.fixture
+def pair(plain, tmp_path):
+    """A tokenizer, and transformers' of the same files: with no gap between ids, which it would fill."""
+    config = json.loads((plain / "tokenizer_config.json").read_text())
+    added = {id if int(id) < 9 else str(int(id) - 3): token for id, token in config["added_tokens_decoder"].items()}
+    folder = edited(plain, tmp_path / "pair", added_tokens_decoder=added)
+    return InternLM3Tokenizer.from_pretrained(folder), oracle(folder)
+
+
+NAMES = ("bos", "eos", "unk", "pad", "sep", "cls", "mask")
+
+
+def same_special_tokens(ours, theirs):
+    for name in (f"{name}_token{end}" for name in NAMES for end in ("", "_id")):
+        assert getattr(ours, name) == getattr(theirs, name), name
+    assert ours.special_tokens_map == theirs.special_tokens_map
+    assert ours.extra_special_tokens == theirs.extra_special_tokens
+    assert {*theirs.all_special_ids} <= {*ours.all_special_ids}
+    assert ours.get_added_vocab() == theirs.get_added_vocab() == ours.added_tokens_encoder
+    assert [*ours.get_added_vocab().values()] == sorted(theirs.get_added_vocab().values())
+    assert len(ours) == len(theirs)
+
+
+def test_ids_of_special_tokens_are_set_as_in_transformers(pair):
+    for tokenizer in pair:
+        tokenizer.pad_token = None
+        tokenizer.pad_token_id = tokenizer.eos_token_id
+    same_special_tokens(*pair)
+    assert pair[0](["a", "b c"], padding=True).input_ids == pair[1](["a", "b c"], padding=True).input_ids
+    added = pair[0].convert_tokens_to_ids("<|im_end|>")
+    for name, id in (("eos", added), ("bos", np.int64(2)), ("unk", 300), ("cls", torch.tensor(7)), ("pad", None)):
+        for tokenizer in pair:
+            setattr(tokenizer, f"{name}_token_id", id if id is None else int(id) if tokenizer is pair[1] else id)
+        same_special_tokens(*pair)
+    assert pair[0].encode("the dog") == pair[1].encode("the dog")
+    for wrong in (len(pair[0]), -1, "2", 1.0, True):
+        with pytest.raises(ValueError, match="pad_token_id must be the id of a token, or None; got"):
+            pair[0].pad_token_id = wrong
+    with pytest.raises(ValueError, match="pad_token: a token is a non-empty string"):
+        pair[0].pad_token = 2
+
+
+def test_special_tokens_are_added_as_in_transformers(pair, tmp_path):
+    tokens = tokenizers.AddedToken("<tool>", lstrip=True), "<|im_start|>"
+    for added in (
+        {"pad_token": "[PAD]"},
+        {"pad_token": "[PAD]", "cls_token": "<cls>", "eos_token": "<|im_end|>"},
+        {"additional_special_tokens": ["<think>", "</think>"]},
+        {"extra_special_tokens": tokens},
+        {"mask_token": "the"},  # a piece
+        {},
+    ):
+        ours, theirs = (tokenizer.add_special_tokens(added) for tokenizer in pair)
+        assert ours == theirs
+        same_special_tokens(*pair)
+    for tokenizer in pair:
+        tokenizer.add_special_tokens({"extra_special_tokens": ["<one more>"]}, replace_extra_special_tokens=False)
+    same_special_tokens(*pair)
+    text = "a <think>x [PAD]<cls> <tool>, the dog <one more>"
+    assert pair[0].encode(text) == pair[1].encode(text)
+    with pytest.raises(ValueError, match="'pda_token' is no special token: known are bos_token"):
+        pair[0].add_special_tokens({"pda_token": "<x>"})
+    pair[0].save_pretrained(tmp_path)
+    again = InternLM3Tokenizer.from_pretrained(tmp_path)
+    assert again.get_added_vocab() == pair[0].get_added_vocab()
+    assert again.special_tokens_map == pair[0].special_tokens_map
+    assert again.encode(text) == pair[0].encode(text)
+
+
+def plain_lists(encoding):
+    return {name: column.tolist() if hasattr(column, "tolist") else column for name, column in encoding.items()}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"padding": False},
+        {"padding": "max_length", "max_length": 9},
+        {"padding_side": "left", "pad_to_multiple_of": 8},
+        {"padding": "max_length", "max_length": 2, "pad_to_multiple_of": 4},
+        {"return_attention_mask": False},
+        {"return_tensors": "pt"},
+        {"return_tensors": "np", "padding_side": "left"},
+    ],
+    ids=str,
+)
+def test_pad_is_transformers(pair, options):
+    rows = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]
+    for rows_given in (
+        {"input_ids": rows},
+        {"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows], "labels": [0, 1, 1]},
+        [{"input_ids": row, "token_type_ids": [0] * len(row), "special_tokens_mask": [0] * len(row)} for row in rows],
+        [{"input_ids": torch.tensor(row)} for row in rows],
+        [{"input_ids": np.array(row)} for row in rows],
+        {"input_ids": rows[0]},
+        {"input_ids": []},
+    ):
+        try:
+            theirs = pair[1].pad(copy.deepcopy(rows_given), **options)
+            ragged = any(getattr(column, "dtype", None) == np.dtype(object) for column in theirs.values())
+        except ValueError:
+            ragged = True
+        if ragged:
+            with pytest.raises(ValueError, match="needs rows of one length"):
+                pair[0].pad(copy.deepcopy(rows_given), **options)
+            continue
+        ours = pair[0].pad(copy.deepcopy(rows_given), **options)
+        assert plain_lists(ours) == plain_lists(theirs)
+        assert {name: type(column) for name, column in ours.items()} == {n: type(c) for n, c in theirs.items()}
+
+
+def test_what_cannot_be_padded(plain):
+    tokenizer = InternLM3Tokenizer.from_pretrained(plain)
+    with pytest.raises(ValueError, match="input_ids"):
+        tokenizer.pad({"ids": [[1]]})
+    with pytest.raises(ValueError, match="padding=True"):
+        tokenizer.pad({"input_ids": [[1], [1, 2]]}, padding=False, return_tensors="pt")
+    tokenizer.pad_token = None
+    with pytest.raises(ValueError, match=r"tokenizer\.pad_token"):
+        tokenizer.pad({"input_ids": [[1], [1, 2]]})
