@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..common.files import read_json
+from ..common.files import has_file, read_json
 from ..common.neutral import GENERATE_CHANGING, GENERATE_IDLE, check_neutral
+from ..common.shown import shown
 
 GENERATION_CONFIG = "generation_config.json"
 
@@ -27,7 +28,7 @@ class GenerationSettings(dict[str, Any]):
         """
         values = given.to_dict() if hasattr(given, "to_dict") else given or {}
         if not isinstance(values, Mapping):
-            raise TypeError(f"generation_config must be a dictionary or an object with to_dict; it is {given!r}")
+            raise TypeError(f"generation_config must be a dictionary or an object with to_dict; it is {shown(given)}")
         return cls({name: value for name, value in values.items() if value is not None})
 
     def __getattr__(self, name: str) -> Any:
@@ -50,4 +51,4 @@ def refuse_unsupported(settings: Mapping[str, Any], *, keywords: bool = False) -
 def read_generation_config(folder: Path) -> dict[str, Any]:
     """A checkpoint's generation_config.json, {} if there is none. Raises ValueError for a damaged one."""
     path = folder / GENERATION_CONFIG
-    return read_json(path) if path.is_file() else {}
+    return read_json(path) if has_file(path) else {}

@@ -7,6 +7,7 @@ from typing import Any
 from ..common.checks import check_bool, check_ids
 from ..common.field_docs import document_fields
 from ..common.keywords import reject_unknown
+from ..common.shown import shown
 from .settings import ALIASES, SETTINGS
 from .validation import check
 
@@ -160,7 +161,8 @@ class SamplingParams:
             name = ALIASES.get(key, key)
             if name in given and given[name] != value:
                 raise ValueError(
-                    f"{origin[name]}={given[name]!r} and {key}={value!r} name the same setting; give one of them"
+                    f"{origin[name]}={shown(given[name])} and {key}={shown(value)} name the same setting; "
+                    "give one of them"
                 )
             given[name], origin[name] = value, key
         given = {name: defaults[name] if value is None else value for name, value in given.items()}
