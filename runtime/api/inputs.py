@@ -8,6 +8,7 @@ from typing import Any
 
 from ..chat_template.messages import check_messages, joined_text
 from ..common.checks import as_ints, as_list, check_ids, check_int
+from ..common.shown import one_line, shown
 from ..model.config import InternLM3Config
 from ..sampling.generation_config import GENERATION_CONFIG, read_generation_config, refuse_unsupported
 from ..sampling.params import SamplingParams
@@ -20,7 +21,7 @@ def prompt_list(given: Any) -> tuple[list[Any], bool]:
         return [given], True
     given = given.tolist() if hasattr(given, "tolist") else given
     if isinstance(given, (Mapping, bytes, bytearray)) or not isinstance(given, Iterable):
-        raise TypeError(f"prompts must be a string, token ids, or a list of them, not {given!r:.60}")
+        raise TypeError(f"prompts must be a string, token ids, or a list of them, not {shown(given)}")
     listed = [each.tolist() if hasattr(each, "tolist") else each for each in given]
     single = bool(listed) and isinstance(listed[0], int)
     return ([listed] if single else listed), single
@@ -32,7 +33,7 @@ def token_ids_of(prompt: Any) -> list[int]:
         ids = as_ints(prompt)
         if ids is not None:
             return ids
-    raise TypeError(f"a prompt must be a string or token ids (messages go to chat), not {prompt!r:.60}")
+    raise TypeError(f"a prompt must be a string or token ids (messages go to chat), not {shown(prompt)}")
 
 
 def conversation_of(messages: Any, thinking: bool) -> list[dict[str, Any]]:
@@ -55,24 +56,29 @@ def checkpoint_defaults(folder: Path, vocab_size: int) -> tuple[SamplingParams, 
         check_ids("eos_token_id", ends, vocab_size)
         refuse_unsupported(values)
         if values.get("min_length"):
-            raise ValueError(f"min_length={values['min_length']!r} counts the prompt too: write min_new_tokens for LLM")
+            raise ValueError(
+                f"min_length={shown(values['min_length'])} counts the prompt too: write min_new_tokens for LLM"
+            )
         params = SamplingParams.from_generation_config(values)
         params.check_vocab(vocab_size)
         return params, ends
     except ValueError as error:
-        raise ValueError(f"{folder / GENERATION_CONFIG}: {error}") from None
+        raise ValueError(f"{folder / GENERATION_CONFIG}: {one_line(str(error))}") from None
 
 
-def check_window(config: InternLM3Config, wanted: int | None) -> int:
-    """The context window to use, by default the trained one. Raises ValueError if the model does not support it."""
+def check_window(config: InternLM3Config, wanted: int | None, name: str = "max_seq_len") -> int:
+    """The context window to use, by default the trained one.
+
+    Raises ValueError, naming the argument, if the model does not support it.
+    """
     window = config.max_position_embeddings
     if wanted is None:
         return window
-    wanted = check_int("max_seq_len", wanted, 1)
+    wanted = check_int(name, wanted, 1)
     dynamic = config.rope_scaling is not None and config.rope_scaling["rope_type"] == "dynamic"
     if wanted > window and not dynamic:
         raise ValueError(
-            f"max_seq_len is {wanted}, and the model was trained for {window} (max_position_embeddings) "
+            f"{name} is {shown(wanted)}, and the model was trained for {window} (max_position_embeddings) "
             "with no dynamic NTK to go further"
         )
     return wanted

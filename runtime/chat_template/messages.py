@@ -5,6 +5,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..common.shown import shown
+
 ROLES = ("system", "developer", "user", "assistant", "tool", "environment", "function")
 # InternLM writes a plugin's name into the role ("environment name=<|plugin|>"), and its template prints the whole role.
 _ROLE = re.compile(rf"({'|'.join(ROLES)})( name=\S+)?")
@@ -17,15 +19,15 @@ def check_messages(messages: Any) -> list[dict[str, Any]]:
         ValueError: no messages, or a message that is not a dict with a known role and text. The error names its index.
     """
     if not isinstance(messages, Sequence) or isinstance(messages, (str, bytes)) or not messages:
-        raise ValueError(f"messages must be a non-empty list of {{'role', 'content'}} dicts, not {messages!r:.80}")
+        raise ValueError(f"messages must be a non-empty list of {{'role', 'content'}} dicts, not {shown(messages)}")
     checked = []
     for index, message in enumerate(messages):
         where = f"messages[{index}]"
         if not isinstance(message, Mapping):
-            raise ValueError(f"{where} must be a dict with 'role' and 'content', not {message!r:.80}")
+            raise ValueError(f"{where} must be a dict with 'role' and 'content', not {shown(message)}")
         role = message.get("role")
         if not isinstance(role, str) or not _ROLE.fullmatch(role):
-            raise ValueError(f"{where}: unknown role {role!r}; known roles are {', '.join(ROLES)}")
+            raise ValueError(f"{where}: unknown role {shown(role)}; known roles are {', '.join(ROLES)}")
         fields = {key: value for key, value in message.items() if value is not None}
         checked.append(plain_json({**fields, "content": _check_content(message, where)}, where))
     return checked
@@ -58,5 +60,5 @@ def _check_content(message: Mapping[str, Any], where: str) -> Any:
     for part in content:
         if not (isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)):
             raise ValueError(f"{where}: this model reads text only: a part of 'content' must look like "
-                             f"{{'type': 'text', 'text': '...'}}, but one is {part!r:.80}")  # fmt: skip
+                             f"{{'type': 'text', 'text': '...'}}, but one is {shown(part)}")  # fmt: skip
     return content

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..common.shown import shown
 from ..model.config import InternLM3Config
 from ..model.model import LanguageModel
 from .weight_files import FLOATS, WeightFiles, read_tensors, tied_names
@@ -131,7 +132,7 @@ def resolve_dtype(wanted: str | torch.dtype | None) -> torch.dtype | None:
     name = str(wanted).removeprefix("torch.")
     name = _ALIASES.get(name, name)
     if name not in DTYPES:
-        raise ValueError(f"dtype {wanted!r} is not supported; give 'auto', {', '.join(map(repr, DTYPES))}")
+        raise ValueError(f"dtype {shown(wanted)} is not supported; give 'auto', {', '.join(map(repr, DTYPES))}")
     return DTYPES[name]
 
 
@@ -158,15 +159,15 @@ def _check(files: WeightFiles, shapes: Mapping[str, tuple[int, ...]], tied: Mapp
         found, dtype = files.headers[file_of[name]][name]
         if found != shape:
             raise ValueError(
-                f"{file_of[name]}: {name!r} has shape {list(found)}, and config.json makes it {list(shape)}"
+                f"{file_of[name]}: {shown(name)} has shape {list(found)}, and config.json makes it {list(shape)}"
             )
         if dtype not in FLOATS:
-            raise ValueError(f"{file_of[name]}: {name!r} is {dtype}; weights must be bfloat16, float16 or float32")
+            raise ValueError(f"{file_of[name]}: {shown(name)} is {dtype}; weights must be bfloat16, float16 or float32")
     for name, first in tied.items():
         if name in file_of and not torch.equal(*(_tensor(file_of[each], each) for each in (name, first))):
             raise ValueError(
-                f"{file_of[name]}: {name!r} differs from {first!r}, and config.json says that they are the same "
-                "(tie_word_embeddings): set that to false, or remove the tensor"
+                f"{file_of[name]}: {shown(name)} differs from {shown(first)}, and config.json says that they are the "
+                "same (tie_word_embeddings): set that to false, or remove the tensor"
             )
 
 
@@ -210,7 +211,7 @@ def _allocate(module: nn.Module, dtype: torch.dtype, device: torch.device) -> No
 
 def _listed(names: list[str]) -> str:
     """Up to three names and their verb: "'a' is", "'a', 'b', 'c' and 2 more tensors are"."""
-    shown = ", ".join(map(repr, names[:3]))
+    first = ", ".join(map(shown, names[:3]))
     if len(names) > 3:
-        return f"{shown} and {len(names) - 3} more tensors are"
-    return f"{shown} {'is' if len(names) == 1 else 'are'}"
+        return f"{first} and {len(names) - 3} more tensors are"
+    return f"{first} {'is' if len(names) == 1 else 'are'}"

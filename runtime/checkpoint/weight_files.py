@@ -12,8 +12,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ..common.files import read_json
+from ..common.files import has_file, read_json
 from ..common.hub import WEIGHTS
+from ..common.shown import shown
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)  # what a weight may be stored as
 _SAFETENSORS_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -52,14 +53,14 @@ class WeightFiles:
             for name in header:
                 if name in file_of:
                     raise ValueError(
-                        f"{path} and {file_of[name]} both contain {name!r}: one of them is stale; remove it"
+                        f"{path} and {file_of[name]} both contain {shown(name)}: one of them is stale; remove it"
                     )
                 file_of[name] = path
         for name in {**weight_map, **file_of} if index else ():
             expected, found = weight_map.get(name, "no file"), file_of[name].name if name in file_of else "no file"
             if expected != found:
                 raise ValueError(
-                    f"{index} says that {name!r} is in {expected}, but {found} contains it; fetch both again"
+                    f"{index} says that {shown(name)} is in {expected}, but {found} contains it; fetch both again"
                 )
         return cls(folder, headers, file_of)
 
@@ -115,24 +116,32 @@ def _find(folder: Path) -> tuple[list[Path], dict[str, str], Path | None]:
     """The weight files; with an index also its map, tensor name -> file name, and its path."""
     for single, index_name in WEIGHTS:
         # As in transformers, a single file wins over an index, which may be left over from the base model.
-        if (folder / single).is_file():
+        if has_file(folder / single):
             return [folder / single], {}, None
         index = folder / index_name
-        if index.is_file():
+        if has_file(index):
             weight_map = read_json(index).get("weight_map")
             if not isinstance(weight_map, dict) or not weight_map:
                 raise ValueError(f"{index} has no weight_map of names to files; fetch it again")
-            for file in weight_map.values():
-                if not isinstance(file, str) or file in ("", "..") or Path(file).name != file:
-                    raise ValueError(f"{index} names {file!r}, which is no file of its own folder; fetch it again")
+            for name, file in weight_map.items():
+                if not isinstance(file, str) or not _is_file_name(file):
+                    raise ValueError(
+                        f"{index} names {shown(file)} for {shown(name)}, which is no file of its own folder; "
+                        "fetch it again"
+                    )
             paths = [folder / file for file in sorted(set(weight_map.values()))]
             for path in paths:
-                if not path.is_file():
+                if not has_file(path):
                     raise FileNotFoundError(f"{path} is missing, and {index} names it; fetch the checkpoint again")
             return paths, weight_map, index
     raise FileNotFoundError(
         f"{folder} contains no weights: it needs model.safetensors, or shards with model.safetensors.index.json"
     )
+
+
+def _is_file_name(text: str) -> bool:
+    """Whether a text names a file of a folder, and a file can have that name."""
+    return Path(text).name == text != ".." and text.isprintable() and 0 < len(text.encode()) <= 255
 
 
 def _unpickle(path: Path) -> dict[str, Tensor]:
@@ -147,9 +156,9 @@ def _unpickle(path: Path) -> dict[str, Tensor]:
     for name, tensor in state.items():
         if not isinstance(name, str):
             raise ValueError(
-                f"{path} must contain tensors by name, and one is called {name!r}, a {type(name).__name__}"
+                f"{path} must contain tensors by name, and one is called {shown(name)}, a {type(name).__name__}"
             )
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
             kind = "a quantised" if tensor.is_quantized else "an empty" if tensor.is_meta else "a sparse"
-            raise ValueError(f"{path}: {name!r} is {kind} tensor; weights must be dense tensors")
+            raise ValueError(f"{path}: {shown(name)} is {kind} tensor; weights must be dense tensors")
     return state

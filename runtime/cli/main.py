@@ -84,14 +84,13 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def _info(args: argparse.Namespace) -> None:
-    from ..api.inputs import check_window
+    from ..api.inputs import check_window, checkpoint_defaults
     from ..checkpoint.load import resolve_dtype
     from ..common.hub import locate
     from ..model.config import InternLM3Config
     from ..model.kv_cache import PAGE, page_bytes, pages_of
     from ..model.model import LanguageModel
     from ..sampling.generation_config import read_generation_config
-    from ..sampling.params import SamplingParams
 
     folder = locate(args.model, revision=args.revision, local_files_only=args.local_files_only, weights=False)
     config = InternLM3Config.from_file(folder / "config.json")
@@ -100,10 +99,10 @@ def _info(args: argparse.Namespace) -> None:
     size = dtype.itemsize
     parameters = sum(weight.numel() for weight in LanguageModel(config, device="meta").parameters())
     per_token = page_bytes(config, dtype) // PAGE
-    length = config.max_position_embeddings if args.length is None else args.length
-    check_window(config, length)
+    length = check_window(config, args.length, "--length")
     windows = 16 * pages_of(length) * page_bytes(config, dtype) / 1e9
     generation_config = read_generation_config(folder)
+    defaults, _ = checkpoint_defaults(folder, config.vocab_size)
     for key, value in config.to_dict().items():
         print(f"{key:24} {value}")
     print()
@@ -114,7 +113,7 @@ def _info(args: argparse.Namespace) -> None:
     page = f"{page_bytes(config, dtype) / 1e6:.2f} MB for {PAGE} tokens, {pages_of(length):,} of them for {length:,}"
     print(f"{'admission':24} a request starts once pages for its prompt and max_tokens are free: {page}")
     print(f"{'generation_config.json':24} {generation_config or 'none'}")
-    print(f"{'default settings':24} {SamplingParams.from_generation_config(generation_config)}")
+    print(f"{'default settings':24} {defaults}")
 
 
 # -------------------------------------------------------------------- shared by the commands

@@ -14,6 +14,8 @@ from decimal import Decimal
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
+from .shown import shown
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -65,12 +67,21 @@ def is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
+def is_unicode(text: str) -> bool:
+    """Whether a text has an encoding: a lone surrogate, which JSON can write as "\\ud800", has none."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def check_int(name: str, value: object, low: int, high: int | None = None) -> int:
     """`value` as an int in [low, high], both included; high None: without a limit."""
     number = as_int(value)
     if number is None or number < low or (high is not None and number > high):
         wanted = f"an integer >= {low}" if high is None else f"an integer in [{low}, {high}]"
-        raise ValueError(f"{name} must be {wanted}; got {value!r}")
+        raise ValueError(f"{name} must be {wanted}; got {shown(value)}")
     return number
 
 
@@ -82,7 +93,7 @@ def check_number(name: str, value: object, interval: str) -> int | float:
         low < number < high or (number == low and interval[0] == "[") or (number == high and interval[-1] == "]")
     )
     if number is None or not inside:
-        raise ValueError(f"{name} must be a number in {interval}; got {value!r}")
+        raise ValueError(f"{name} must be a number in {interval}; got {shown(value)}")
     return number
 
 
@@ -94,7 +105,7 @@ def check_float32(name: str, value: object, interval: str) -> float:
     except OverflowError:
         stored = math.inf
     if math.isinf(stored) or (stored == 0) != (number == 0):
-        raise ValueError(f"{name} must be a number that float32 can hold; got {value!r}")
+        raise ValueError(f"{name} must be a number that float32 can hold; got {shown(value)}")
     return number
 
 
@@ -102,7 +113,7 @@ def check_bool(name: str, value: object, wanted: str = "True or False") -> bool:
     """`value` as a bool; a number is none."""
     plain = _plain(value)
     if not isinstance(plain, bool):
-        raise ValueError(f"{name} must be {wanted}; got {value!r}")
+        raise ValueError(f"{name} must be {wanted}; got {shown(value)}")
     return plain
 
 
@@ -110,7 +121,7 @@ def check_sequence(name: str, values: object) -> tuple[Any, ...]:
     """The elements of a list, an array, a set, ...; a string is no sequence here."""
     scalar = getattr(values, "ndim", 1) == 0  # a tensor [] counts as Iterable
     if scalar or isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable):
-        raise ValueError(f"{name} must be a sequence; got {values!r}")
+        raise ValueError(f"{name} must be a sequence; got {shown(values)}")
     return tuple(values.tolist() if hasattr(values, "tolist") else values)
 
 
@@ -125,7 +136,7 @@ def check_ids(name: str, ids: Iterable[object], vocab_size: int) -> None:
     """Raises ValueError for the first of `ids` that is no int in [0, vocab_size)."""
     for token in ids:
         if not is_int(token) or not 0 <= token < vocab_size:  # type: ignore[operator]
-            raise ValueError(f"{name} holds {token!r}, which is outside the vocabulary of {vocab_size}")
+            raise ValueError(f"{name} holds {shown(token)}, which is outside the vocabulary of {vocab_size}")
 
 
 def check_batch(name: str, ids: Tensor) -> None:

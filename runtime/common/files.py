@@ -3,12 +3,32 @@
 import json
 import os
 import re
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 _DRAFT = re.compile(r"\..+\.(?:json|model|safetensors)\.(\d+)")
+
+
+def has_file(path: Path) -> bool:
+    """Whether there is a file of this name.
+
+    Raises OSError, naming it, for something of this name that is no file to read: a link that leads nowhere or in a
+    circle, a folder. Its settings would be missing without a word.
+    """
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        if not path.is_symlink():
+            return False
+        raise FileNotFoundError(f"{path} is a link to a missing file; fetch it again, or remove the link") from None
+    except OSError as error:
+        raise type(error)(f"{path} cannot be read ({error.strerror}); fetch it again, or remove it") from None
+    if not stat.S_ISREG(mode):
+        raise OSError(f"{path} is a {'folder' if stat.S_ISDIR(mode) else 'device or pipe'}, and should be a file")
+    return True
 
 
 def read_text(path: Path) -> str:

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from ..common.checks import as_list, check_ids, is_int, is_number
-from ..common.files import read_json, write_json
+from ..common.files import has_file, read_json, write_json
 from ..common.hub import locate
 from ..common.neutral import LOAD, SAVE, without_neutral
+from ..common.shown import one_line, shown
 
 ROPE_TYPES = ("default", "dynamic")
 
@@ -57,6 +58,7 @@ class InternLM3Config:
 
     def __init__(
         self,
+        /,  # so that a checkpoint may have a key of that name
         vocab_size: int = 128512,
         hidden_size: int = 4096,
         intermediate_size: int = 11008,
@@ -152,7 +154,7 @@ class InternLM3Config:
     @classmethod
     def from_file(cls, path: Path, **overrides: Any) -> "InternLM3Config":
         """Reads one config.json. Raises as `from_pretrained` does."""
-        if not path.is_file():
+        if not has_file(path):
             raise FileNotFoundError(f"{path} is missing: the folder of a checkpoint contains a config.json")
         values = read_json(path)
         # An override replaces its key under either name.
@@ -163,7 +165,7 @@ class InternLM3Config:
         try:
             return cls.from_dict({**{k: value for k, value in values.items() if k not in replaced}, **overrides})
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+            raise ValueError(f"{path}: {one_line(str(error))}") from None
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "InternLM3Config":
@@ -171,8 +173,8 @@ class InternLM3Config:
         model_type = values.get("model_type", cls.model_type)
         if model_type != cls.model_type:
             raise ValueError(
-                f"model_type is {model_type!r}, and this runtime runs {cls.model_type!r} checkpoints only "
-                f"(architectures: {values.get('architectures')})"
+                f"model_type is {shown(model_type)}, and this runtime runs {cls.model_type!r} checkpoints only "
+                f"(architectures: {shown(values.get('architectures'))})"
             )
         for key in ("qkv_bias", "bias"):
             if values.get(key, False) is None:
@@ -235,18 +237,18 @@ class InternLM3Config:
         for key in sizes:
             value = getattr(self, key)
             if not is_int(value) or not 1 <= value <= _MAX_SIZE:
-                raise ValueError(f"{key} must be a positive integer of at most {_MAX_SIZE}; it is {value!r}")
+                raise ValueError(f"{key} must be a positive integer of at most {_MAX_SIZE}; it is {shown(value)}")
         for key in ("rms_norm_eps", "rope_theta"):
             value = getattr(self, key)
             if not is_number(value) or not 0 < value < math.inf:
-                raise ValueError(f"{key} must be a positive number; it is {value!r}")
+                raise ValueError(f"{key} must be a positive number; it is {shown(value)}")
         for key in ("qkv_bias", "bias", "tie_word_embeddings"):
             if not isinstance(getattr(self, key), bool):
-                raise ValueError(f"{key} must be true or false; it is {getattr(self, key)!r}")
+                raise ValueError(f"{key} must be true or false; it is {shown(getattr(self, key))}")
         for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
             check_ids(key, as_list(getattr(self, key)), self.vocab_size)
         if self.hidden_act != "silu":
-            raise ValueError(f"hidden_act is {self.hidden_act!r}; InternLM3's MLP supports 'silu' only")
+            raise ValueError(f"hidden_act is {shown(self.hidden_act)}; InternLM3's MLP supports 'silu' only")
 
     def _check_heads(self, head_dim_given: bool) -> None:
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
@@ -258,7 +260,7 @@ class InternLM3Config:
         if heads % kv_heads:
             raise ValueError(f"num_attention_heads ({heads}) is not a multiple of num_key_value_heads ({kv_heads})")
         if not isinstance(self.head_dim, int) or self.head_dim < 4 or self.head_dim % 2:
-            raise ValueError(f"head_dim must be an even integer of at least 4; it is {self.head_dim!r}")
+            raise ValueError(f"head_dim must be an even integer of at least 4; it is {shown(self.head_dim)}")
         if heads * self.head_dim > _MAX_SIZE:
             raise ValueError(
                 f"num_attention_heads ({heads}) of head_dim {self.head_dim} are more than {_MAX_SIZE} wide"
@@ -270,17 +272,17 @@ class InternLM3Config:
         rope_type = self.rope_scaling["rope_type"]
         if rope_type not in ROPE_TYPES:
             raise ValueError(
-                f"rope_scaling has rope_type {rope_type!r}; known are {', '.join(ROPE_TYPES)}. "
+                f"rope_scaling has rope_type {shown(rope_type)}; known are {', '.join(ROPE_TYPES)}. "
                 "Running it as another type would give wrong text."
             )
         factor = self.rope_scaling.get("factor")
         if rope_type == "dynamic" and not (isinstance(factor, int | float) and 1 <= factor < math.inf):
-            raise ValueError(f"rope_scaling of type 'dynamic' needs a factor of at least 1; it is {factor!r}")
+            raise ValueError(f"rope_scaling of type 'dynamic' needs a factor of at least 1; it is {shown(factor)}")
 
     def _check_unsupported(self) -> None:
         for key in _UNSUPPORTED:
             if self.extra.get(key):
-                raise ValueError(f"{key} is {self.extra[key]!r}, which this runtime does not implement")
+                raise ValueError(f"{key} is {shown(self.extra[key])}, which this runtime does not implement")
 
 
 def _rotary(scaling: Any, parameters: Any, theta: float | None) -> tuple[dict[str, Any] | None, Any]:
@@ -296,7 +298,7 @@ def _rotary(scaling: Any, parameters: Any, theta: float | None) -> tuple[dict[st
     same = old == new or (new is None and old is not None and old["rope_type"] == "default")
     if old is not None and parameters is not None and not same:
         raise ValueError(
-            f"rope_scaling ({scaling!r}) and rope_parameters ({parameters!r}) disagree: remove one of them"
+            f"rope_scaling ({shown(scaling)}) and rope_parameters ({shown(parameters)}) disagree: remove one of them"
         )
     return (old if old is not None else new), theta
 
@@ -304,13 +306,17 @@ def _rotary(scaling: Any, parameters: Any, theta: float | None) -> tuple[dict[st
 def _one_of(name: str, value: Any, newer_name: str, newer: Any) -> Any:
     """The value of a switch with two names; False if neither is given."""
     if value is not None and newer is not None and value != newer:
-        raise ValueError(f"{name} is {value!r} and {newer_name}, its newer name, is {newer!r}: remove one of them")
+        raise ValueError(
+            f"{name} is {shown(value)} and {newer_name}, its newer name, is {shown(newer)}: remove one of them"
+        )
     return next((given for given in (value, newer) if given is not None), False)
 
 
 def _settings(key: str, value: Mapping[str, Any] | None) -> dict[str, Any] | None:
     if value is not None and not isinstance(value, Mapping):
-        raise ValueError(f"{key} must be an object such as {{'rope_type': 'dynamic', 'factor': 6.0}}; it is {value!r}")
+        raise ValueError(
+            f"{key} must be an object such as {{'rope_type': 'dynamic', 'factor': 6.0}}; it is {shown(value)}"
+        )
     return None if value is None else dict(value)
 
 

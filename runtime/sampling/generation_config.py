@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..common.files import read_json
+from ..common.files import has_file, read_json
 from ..common.neutral import GENERATE_CHANGING, GENERATE_IDLE, check_neutral
+from ..common.shown import shown
 
 GENERATION_CONFIG = "generation_config.json"
 
@@ -29,7 +30,7 @@ class GenerationSettings(dict[str, Any]):
         if not isinstance(values, Mapping) and hasattr(values, "to_dict"):
             values = values.to_dict()
         if not isinstance(values, Mapping):
-            raise TypeError(f"generation_config must be a dictionary or an object with to_dict; it is {given!r}")
+            raise TypeError(f"generation_config must be a dictionary or an object with to_dict; it is {shown(given)}")
         return cls({name: value for name, value in values.items() if value is not None})
 
     def __getattr__(self, name: str) -> Any:
@@ -52,4 +53,4 @@ def refuse_unsupported(settings: Mapping[str, Any], *, keywords: bool = False) -
 def read_generation_config(folder: Path) -> dict[str, Any]:
     """A checkpoint's generation_config.json, {} if there is none. Raises ValueError for a damaged one."""
     path = folder / GENERATION_CONFIG
-    return read_json(path) if path.is_file() else {}
+    return read_json(path) if has_file(path) else {}

@@ -10,6 +10,7 @@ from ..common.checks import as_int, check_bool, check_ids
 from ..common.field_docs import document_fields
 from ..common.neutral import without_neutral
 from ..common.other_libraries import SAMPLING, SAMPLING_COUNTERPARTS
+from ..common.shown import shown
 from .settings import ALIASES, SETTINGS
 from .validation import check
 
@@ -221,7 +222,7 @@ def _translated(kwargs: Mapping[str, Any], *, greedy: bool) -> dict[str, Any]:
             continue
         if given.get(name) is not None and given[name] != value:
             raise ValueError(
-                f"{origin[name]}={given[name]!r} and {key}={value!r} name the same setting; give one of them"
+                f"{origin[name]}={shown(given[name])} and {key}={shown(value)} name the same setting; give one of them"
             )
         given[name], origin[name] = value, key
     given = {name: defaults[name] if value is None else value for name, value in given.items()}

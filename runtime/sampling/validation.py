@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..common.checks import as_int, check_bool, check_float32, check_int, check_sequence
+from ..common.shown import shown
 from .settings import Setting
 
 TokenIds = tuple[int, ...]
@@ -28,7 +29,7 @@ def _strings(setting: Setting, value: Any) -> tuple[str, ...]:
     texts = (value,) if isinstance(value, str) else check_sequence(setting.name, value)
     for text in texts:
         if not isinstance(text, str) or not text:
-            raise ValueError(f"{setting.name} must be a string or strings of at least one character; got {text!r}")
+            raise ValueError(f"{setting.name} must be a string or strings of at least one character; got {shown(text)}")
     return texts
 
 
@@ -46,7 +47,7 @@ def _token_ids_or_one(setting: Setting, value: Any) -> TokenIds:
 
 def _token_biases(setting: Setting, value: Any) -> dict[int, float]:
     if not isinstance(value, Mapping):
-        raise ValueError(f"{setting.name} must be a mapping from token id to bias; got {value!r}")
+        raise ValueError(f"{setting.name} must be a mapping from token id to bias; got {shown(value)}")
     return {
         check_int(f"{setting.name}: a token id", token, 0): check_float32(
             f"{setting.name}[{token}]", bias, "(-inf, inf)"
@@ -57,7 +58,7 @@ def _token_biases(setting: Setting, value: Any) -> dict[int, float]:
 
 def _sequence(name: str, value: Any) -> TokenIds:
     if not (ids := _token_ids(name, value)):
-        raise ValueError(f"{name} must be sequences of at least one token id; got {value!r}")
+        raise ValueError(f"{name} must be sequences of at least one token id; got {shown(value)}")
     return ids
 
 
@@ -70,7 +71,7 @@ def _sequence_biases(setting: Setting, value: Any) -> dict[TokenIds, float]:
     name = setting.name
     pairs = [*value.items()] if isinstance(value, Mapping) else check_sequence(name, value)
     if not all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in pairs):
-        raise ValueError(f"{name} must be a mapping from sequences to biases, or a list of pairs; got {value!r}")
+        raise ValueError(f"{name} must be a mapping from sequences to biases, or a list of pairs; got {shown(value)}")
     for sequence, bias in pairs:
         if bias != -math.inf:  # which forbids the token
             check_float32(f"{name}[{sequence}]", bias, "[-inf, inf)")
@@ -81,7 +82,7 @@ def _start_and_factor(setting: Setting, value: Any) -> tuple[float, float]:
     name = setting.name
     pair = check_sequence(name, value)
     if len(pair) != 2:
-        raise ValueError(f"{name} must be (start, factor); got {value!r}")
+        raise ValueError(f"{name} must be (start, factor); got {shown(value)}")
     start = check_float32(f"{name}: start", pair[0], "[0, inf)")
     return start, check_float32(f"{name}: factor", pair[1], "(0, inf)")
 

@@ -1,9 +1,12 @@
 """Added tokens such as `<|im_start|>`: strings with ids of their own, besides the pieces of the vocabulary."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
+
+from ..common.checks import is_int, is_unicode
+from ..common.shown import shown
 
 MAX_ID = 2**31 - 1  # of an int32 row number
 
@@ -39,25 +42,35 @@ class AddedToken:
         if hasattr(value, "content"):
             fields = {name: getattr(value, name) for name in cls.__dataclass_fields__ if hasattr(value, name)}
         if not isinstance(fields, dict) or not isinstance(fields.get("content"), str) or not fields["content"]:
-            raise ValueError(f"{where}: a token is a non-empty string or a dict with its 'content', not {value!r}")
+            raise ValueError(f"{where}: a token is a non-empty string or a dict with its 'content', not {shown(value)}")
+        if not is_unicode(fields["content"]):
+            raise ValueError(f"{where}: the token {shown(fields['content'])} has a lone surrogate: not valid Unicode")
         flags = {name: fields[name] for name in cls.__dataclass_fields__ if name != "content" and name in fields}
         for name, flag in flags.items():
             if not isinstance(flag, bool):
-                raise ValueError(f"{where}: {name!r} must be true or false, not {flag!r}")
+                raise ValueError(f"{where}: {shown(name)} must be true or false, not {shown(flag)}")
         return cls(fields["content"], **flags)
 
 
 def parse_added_tokens(decoder: Any) -> dict[int, AddedToken]:
     """added_tokens_decoder with integer ids. Raises ValueError for an invalid id or token."""
     if not isinstance(decoder, Mapping):
-        raise ValueError(f"added_tokens_decoder must be a dict, not {decoder!r:.40}")
-    tokens = {}
-    for key, value in decoder.items():
-        where = f"added_tokens_decoder[{key!r:.40}]"
+        raise ValueError(f"added_tokens_decoder must be a dict, not {shown(decoder)}")
+    return parse_pairs(decoder.items(), "added_tokens_decoder")
+
+
+def parse_pairs(pairs: Iterable[tuple[Any, Any]], name: str) -> dict[int, AddedToken]:
+    """Added tokens by id, from (id, token) as files have them. Raises ValueError, naming `name`, for an invalid one."""
+    tokens: dict[int, AddedToken] = {}
+    for key, value in pairs:
+        where = f"{name}[{shown(key)}]"
         token = AddedToken.parse(value, where)
-        if not str(key).isdecimal() or len(str(key)) > len(str(MAX_ID)) or int(key) > MAX_ID:
-            raise ValueError(f"{where}, {token.content!r}: an id must be a whole number from 0 to {MAX_ID}")
-        tokens[int(key)] = token
+        digits = isinstance(key, str) and key.isdecimal() and len(key) <= len(str(MAX_ID))
+        id = int(key) if digits else key
+        if not is_int(id) or not 0 <= id <= MAX_ID:
+            raise ValueError(f"{where}, {shown(token.content)}: an id must be a whole number from 0 to {MAX_ID}")
+        if tokens.setdefault(id, token).content != token.content:
+            raise ValueError(f"{where}: {shown(tokens[id].content)} and {shown(token.content)} have the same id")
     return tokens
 
 

@@ -10,6 +10,7 @@ from ..common.files import write, write_json
 from ..common.hub import locate
 from ..common.keywords import reject_unknown
 from ..common.neutral import DETOKENIZE, LOAD_TOKENIZER, SAVE, TOKENIZE, without_neutral
+from ..common.shown import one_line, shown
 from .added_tokens import AddedToken, parse_added_tokens
 from .batch_encoding import BatchEncoding, Batcher, id_list, text_pairs
 from .conversations import Conversations
@@ -97,8 +98,9 @@ class InternLM3Tokenizer(SpecialTokens, Conversations):
         token = AddedToken.parse(given, name)
         if self._vocabulary.find(token.content) is None:
             raise ValueError(
-                f"{name} {token.content!r} has no id: neither {self._vocabulary.file_name} nor added_tokens_decoder "
-                "has it. Fetch the tokenizer's files again, or add it with add_tokens after loading without it"
+                f"{name} {shown(token.content)} has no id: neither {self._vocabulary.file_name} nor "
+                "added_tokens_decoder has it. Fetch the tokenizer's files again, or add it with add_tokens after "
+                "loading without it"
             )
         self._vocabulary.add(token)
         return token.content
@@ -146,7 +148,7 @@ class InternLM3Tokenizer(SpecialTokens, Conversations):
         try:
             tokenizer = cls(vocabulary_file(directory), **{**settings, **overrides})
         except ValueError as error:
-            raise ValueError(f"tokenizer of {directory}: {error}") from error
+            raise ValueError(f"tokenizer of {directory}: {one_line(str(error), 250)}") from error
         tokenizer._extra_config = config
         return tokenizer
 

@@ -8,6 +8,7 @@ from typing import Any
 import tokenizers
 from tokenizers import processors
 
+from ..common.shown import shown
 from .added_tokens import AddedToken, AddedTokens
 from .vocabulary import Speller, Vocabulary, check_text
 
@@ -47,7 +48,9 @@ class JsonVocabulary(Vocabulary):
         for id, token in sorted(added_tokens.items()):
             self._add(token)
             if (own := self.find(token.content)) != id:
-                raise ValueError(f"{path} gives {token.content!r} the id {own}, and added_tokens_decoder the id {id}")
+                raise ValueError(
+                    f"{path} gives {shown(token.content)} the id {own}, and added_tokens_decoder the id {id}"
+                )
         self._mirror()
 
     def _add(self, token: AddedToken) -> None:
