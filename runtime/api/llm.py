@@ -50,7 +50,8 @@ class LLM:
 
     Args:
         model: a local folder, or a hub repository "owner/name".
-        dtype: "auto" (as the checkpoint says), "bfloat16", "float16" or "float32".
+        dtype: "auto", "bfloat16", "float16" or "float32". "auto" is as the checkpoint says; on a CPU without products
+            of that dtype it is float32, if that takes at most two thirds of the free memory.
         device: "auto" (the GPU if there is one), "cpu", "cuda" or "cuda:N".
         max_seq_len: the context window, prompt and answer together, in tokens; by default the trained window. A larger
             one needs dynamic NTK in the checkpoint.
@@ -61,7 +62,8 @@ class LLM:
         batch_invariant: on a GPU, make answers bit-identical alone and in any batch; a single answer is slower, and
             prefixes are reused in whole chunks of 512 prompt tokens instead of pages of 64 of prompts and answers.
         revision, token, cache_dir, local_files_only: as in huggingface_hub.
-        progress: show progress bars for download, loading, and several prompts on a terminal.
+        progress: show progress bars for download, loading, and several prompts on a terminal; and say in a line on
+            stderr if "auto" is not the checkpoint's dtype.
 
     Attributes:
         config, tokenizer, model: of the checkpoint.
@@ -134,6 +136,7 @@ class LLM:
             dtype=dtype,
             device=device,
             batch_invariant=batch_invariant,
+            fast_on_cpu=True,
             progress=progress,
         )
         self._shared = SharedEngine(cache_tokens, None if cuda_graphs else eager)

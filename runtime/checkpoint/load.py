@@ -13,6 +13,7 @@ from tqdm import tqdm
 from ..common.shown import shown
 from ..model.config import InternLM3Config
 from ..model.model import LanguageModel
+from .cpu_dtype import cpu_dtype
 from .weight_files import FLOATS, WeightFiles, read_tensors, tied_names
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -34,6 +35,7 @@ def load_model(
     device: str | torch.device | None = None,
     batch_invariant: bool = False,
     use_safetensors: bool = False,
+    fast_on_cpu: bool = False,
     progress: bool = True,
 ) -> Model:
     """Loads a checkpoint from a local folder into a new `cls`, in evaluation mode.
@@ -48,7 +50,9 @@ def load_model(
         device: None or "auto" (the GPU if there is one), "cpu", "cuda" or "cuda:N".
         batch_invariant: see Decoder.
         use_safetensors: refuse pickled weights, which otherwise are read if there is nothing else.
-        progress: show a progress bar on a terminal.
+        fast_on_cpu: with dtype None or "auto", a CPU that has no products of the checkpoint's dtype loads it in float32
+            where memory allows.
+        progress: show a progress bar on a terminal, and say if fast_on_cpu changes the dtype.
 
     Raises:
         FileNotFoundError: a file of the checkpoint is missing.
@@ -64,15 +68,28 @@ def load_model(
         )
     files.check_layers(config.num_hidden_layers)
     model = cls(config, device="meta")
-    load_weights(model, files, dtype=wanted or DTYPES.get(config.dtype or ""), device=target, progress=progress)
+    load_weights(
+        model,
+        files,
+        dtype=wanted or DTYPES.get(config.dtype or ""),
+        device=target,
+        fast_on_cpu=fast_on_cpu and wanted is None,
+        progress=progress,
+    )
     model.model.batch_invariant = batch_invariant
     return model.eval()
 
 
 def load_weights(
-    module: nn.Module, files: WeightFiles, *, dtype: torch.dtype | None, device: torch.device, progress: bool
+    module: nn.Module,
+    files: WeightFiles,
+    *,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    fast_on_cpu: bool,
+    progress: bool,
 ) -> None:
-    """Gives a module on the meta device its weights, as `dtype` (None: as they are stored).
+    """Gives a module on the meta device its weights, as `dtype` (None: as they are stored), or as `cpu_dtype` has it.
 
     A parameter that the module has under two names is read under the first; if the second is stored too, both must be
     equal.
@@ -87,6 +104,8 @@ def load_weights(
     shapes = {name: shape for name, shape in shapes.items() if name not in tied}
     _check(files, shapes, tied)
     dtype = dtype or _stored_dtype(files)
+    if fast_on_cpu and device.type == "cpu":
+        dtype = cpu_dtype(dtype, sum(weight.numel() for weight in module.parameters()), report=progress)
     _check_memory(module, dtype, device)
 
     _allocate(module, dtype, device)

@@ -70,7 +70,7 @@ def _demo(args: argparse.Namespace) -> int:
     from ..checkpoint.demo_model import demo_model_checkpoint
 
     args.model = str(demo_model_checkpoint(progress=sys.stderr.isatty()))
-    llm = _load(args)
+    llm = _load(args, progress=True)
     question = args.prompt or DEMO_QUESTION
     print(f"> {question}")
     messages = [*_system(args), {"role": "user", "content": question}]
@@ -119,7 +119,8 @@ def _info(args: argparse.Namespace) -> None:
 # -------------------------------------------------------------------- shared by the commands
 
 
-def _load(args: argparse.Namespace) -> LLM:
+def _load(args: argparse.Namespace, *, progress: bool | None = None) -> LLM:
+    """progress: what LLM says on standard error while it loads; None: only if that is a terminal."""
     from ..api.llm import LLM
 
     return LLM(
@@ -129,7 +130,7 @@ def _load(args: argparse.Namespace) -> LLM:
         max_seq_len=args.max_seq_len,
         revision=args.revision,
         local_files_only=args.local_files_only,
-        progress=sys.stderr.isatty(),
+        progress=sys.stderr.isatty() if progress is None else progress,
     )
 
 

@@ -1,14 +1,13 @@
 """Which pages of the KV cache are in use, which hold a reusable prefix, and how many there are."""
 
 import hashlib
-import sys
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice
-from pathlib import Path
 
 import torch
 
+from ..common.memory import free_memory
 from ..model.config import InternLM3Config
 from ..model.kv_cache import PAGE, page_bytes, pages_of
 
@@ -44,17 +43,6 @@ def page_budget(
             f"lower {'max_seq_len' if cache_tokens is None else 'cache_tokens'}"
         )
     return min(wanted, room)
-
-
-def free_memory(device: torch.device) -> int:
-    """Free bytes of a device; on a CPU what Linux calls available, and no bound on other systems."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        known = Path("/proc/meminfo").read_text(encoding="ascii")
-    except OSError:
-        return sys.maxsize
-    return int(known.split("MemAvailable:")[1].split()[0]) * 1024
 
 
 _FREE, _EVICTABLE, _IN_USE = range(3)

@@ -1,0 +1,47 @@
+"""The dtype for a CPU that lacks products of a checkpoint's own: PyTorch emulates them, several times slower."""
+
+import platform
+import sys
+
+import torch
+
+from ..common.memory import free_memory
+
+# The rest is for the KV cache, activations, and whatever else runs.
+_MOST_OF_FREE_MEMORY = 2 / 3
+
+
+def multiplies(dtype: torch.dtype) -> bool:
+    """Whether this CPU has instructions for products of `dtype`. True for CPUs that are not x86: none was measured."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return True
+    if dtype == torch.bfloat16:
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    if dtype == torch.float16:
+        return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    return True
+
+
+def cpu_dtype(stored: torch.dtype, parameters: int, *, report: bool) -> torch.dtype:
+    """float32 in place of a `stored` dtype that this CPU does not multiply, if so many parameters fit into memory.
+
+    report: say in one line on stderr what was chosen, where the CPU lacks the stored dtype.
+    """
+    if multiplies(stored):
+        return stored
+    needed, free = parameters * torch.float32.itemsize, free_memory(torch.device("cpu"))
+    fits = needed <= free * _MOST_OF_FREE_MEMORY
+    if report and sys.stderr is not None:
+        name = str(stored).removeprefix("torch.")
+        print(
+            f"This CPU has no {name} products: "
+            + (
+                f"the weights are loaded in float32, {needed / 1e9:.2f} GB. dtype={name!r} keeps them as they are, "
+                "and a prompt then takes several times as long."
+                if fits
+                else f"a prompt takes several times as long as in float32, which needs {needed / 1e9:.2f} GB of "
+                f"{free / 1e9:.2f} GB of free memory."
+            ),
+            file=sys.stderr,
+        )
+    return torch.float32 if fits else stored
