@@ -165,8 +165,8 @@ class SamplingParams:
     def from_kwargs(cls, base: "SamplingParams | None" = None, **kwargs: Any) -> "SamplingParams":
         """`base` (default: all defaults) with `kwargs` on top, which are keywords of the constructor.
 
-        do_sample=True on top of a greedy base means temperature 1. A max_tokens below the base's min_tokens wins, with a
-        warning.
+        do_sample=True on top of a greedy base means temperature 1. A max_tokens below the base's min_tokens
+        wins, with a warning.
 
         Raises:
             TypeError: an unknown keyword.
