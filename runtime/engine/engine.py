@@ -74,7 +74,7 @@ class Engine(Exclusive):
         super().__init__()
         config, device = model.config, model.device
         self.max_batch_size, self.max_seq_len = max_batch_size, max_seq_len
-        self._model: LanguageModel = weakref.proxy(model)
+        self._model: LanguageModel = weakref.proxy(model)  # type: ignore[assignment]
         count = page_budget(config, model.dtype, device, max_batch_size, max_seq_len, cache_tokens)
         self._eager = capture is eager or (capture is None and device.type == "cpu")
         self._depth = depth or (1 if device.type == "cpu" and self._eager else DEPTH)

@@ -132,7 +132,8 @@ def _waves(slots: Sequence[Slot]) -> Iterator[list[Slot]]:
     waiting = list(slots)
     while waiting:
         unwritten: set[int] = set()
-        ready, later = [], []
+        ready: list[Slot] = []
+        later: list[Slot] = []
         for slot in waiting:
             cached = slot.request.cached_tokens // PAGE
             (later if unwritten.intersection(slot.pages[:cached]) else ready).append(slot)

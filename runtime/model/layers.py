@@ -14,11 +14,11 @@ class Weight(nn.Parameter):
     def data(self) -> Tensor:
         if not self.is_inference():
             torch.autograd.graph.increment_version(self)
-        return Tensor.data.__get__(self)
+        return super().data
 
     @data.setter
     def data(self, value: Tensor) -> None:
-        Tensor.data.__set__(self, value)
+        Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
 
 
 class Layer(nn.Module):
