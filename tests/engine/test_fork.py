@@ -39,7 +39,7 @@ def hold():
         over.wait()
 
 held = threading.Event()
-threads = [threading.Thread(target=generate), *([threading.Thread(target=hold)] if "hold" in sys.argv else [])]
+threads = [threading.Thread(target=generate, daemon=True), *([threading.Thread(target=hold, daemon=True)] if "hold" in sys.argv else [])]
 threads[0].start()
 begun.wait()
 if len(threads) == 2:
