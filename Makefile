@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test lint fuzz audit bench clean
+.PHONY: demo test lint fuzz soak audit bench clean
 
 # The environment is updated whenever setup.py or constraints.txt is newer than this stamp.
 # torch is installed first and alone: pip then has no reason to touch the CUDA packages that it depends on.
@@ -49,6 +49,10 @@ endif
 # New random cases: make fuzz ARGS="--op linear --dtype bfloat16 --minutes 5"
 fuzz: $(VENV)/.ready
 	$(BIN)/python -m tests.fuzz $(ARGS)
+
+# Eight threads that disturb one another: make soak ARGS="--generations 2000"
+soak: $(VENV)/.ready
+	$(BIN)/python -m tests.soak $(ARGS)
 
 # Compiles every kernel for six GPUs and checks the machine code. Needs none of them. `make test` checks three.
 audit: $(VENV)/.ready

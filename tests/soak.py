@@ -68,7 +68,7 @@ class Soak:
         """One generation: read to its end, closed in the middle, or with a callback that raises."""
         case, kind = dice.randrange(PROMPTS), dice.random()
         request = self.request(case)
-        most = dice.randrange(20) if kind < 0.2 else 1000
+        most = dice.randrange(1, 20) if kind < 0.2 else 1000
         if 0.2 <= kind < 0.25:
             return self.raise_in_a_processor()
         run = self.engine.run([Answer(request)])

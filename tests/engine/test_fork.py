@@ -39,7 +39,8 @@ def hold():
         over.wait()
 
 held = threading.Event()
-threads = [threading.Thread(target=generate, daemon=True), *([threading.Thread(target=hold, daemon=True)] if "hold" in sys.argv else [])]
+targets = [generate, hold] if "hold" in sys.argv else [generate]
+threads = [threading.Thread(target=target, daemon=True) for target in targets]
 threads[0].start()
 begun.wait()
 if len(threads) == 2:
@@ -74,5 +75,5 @@ def test_a_child_of_a_process_with_a_gpu_is_told_so(monkeypatch):
     engine.forked = True
     monkeypatch.setattr(type(engine.kv_cache), "device", torch.device("cuda"))
     engine._steps = SimpleNamespace()  # nothing of it is used
-    with pytest.raises(RuntimeError, match='CUDA does not survive a fork: start it with .* "spawn" or "forkserver"'):
+    with pytest.raises(RuntimeError, match=r'CUDA does not survive a fork: .* "spawn" or "forkserver"'):
         engine.add([ask(ids(3))])
