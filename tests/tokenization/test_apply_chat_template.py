@@ -61,8 +61,8 @@ def test_kinds_of_output(tokenizer):
 
 
 def test_tools_as_functions(tokenizer):
-    """The prompt is that of transformers, for functions, methods and schemas together."""
-    tools = [functions.weather, functions.Shop().buy, *TOOLS]
+    """The prompt is that of transformers, for functions and schemas together."""
+    tools = [functions.weather, *TOOLS]
     options = {"tokenize": False, "chat_template": RICH_TEMPLATE}
     prompt = tokenizer.apply_chat_template(MESSAGES, tools=tools, **options)
     assert prompt == by_transformers(RICH_TEMPLATE, MESSAGES, tools=tools, bos_token="<s>")
