@@ -91,15 +91,17 @@ def load_weights(
 ) -> None:
     """Gives a module on the meta device its weights, as `dtype` (None: as they are stored), or as `cpu_dtype` has it.
 
-    A parameter that the module has under two names is read under the first; if the second is stored too, both must be
-    equal.
+    A parameter that the module has under two names may be stored under either; under both, they must be equal.
 
     Raises:
         ValueError: files that are damaged, or whose tensors are not those of the module; the message names them.
         MemoryError: the weights don't fit into the free memory of the device.
     """
     stored = _names_in(files)
-    tied = {stored(name): stored(first) for name, first in tied_names(module).items()}
+    pairs = [(stored(name), stored(first)) for name, first in tied_names(module).items()]
+    # Under which name they are not read -> under which they are: safetensors' save_model keeps only the later one.
+    only_later = [name in files.file_of and first not in files.file_of for name, first in pairs]
+    tied = dict(pair[::-1] if swap else pair for pair, swap in zip(pairs, only_later, strict=True))
     shapes = {stored(name): tuple(weight.shape) for name, weight in module.state_dict().items()}
     shapes = {name: shape for name, shape in shapes.items() if name not in tied}
     _check(files, shapes, tied)

@@ -61,7 +61,7 @@ class StackedLinear(Linear):
 class PartNames(nn.Module):
     """A module whose StackedLinears have a checkpoint's names in its state dict.
 
-    `state_dict` returns every part under its own name, as a view of the stack (writing into it writes the weights).
+    `state_dict` returns every part under its own name, in the memory of the stack: writing into it writes the weights.
     `load_state_dict` takes any of the parts: those that are not given keep their weights, and are reported as missing.
     """
 
@@ -71,10 +71,16 @@ class PartNames(nn.Module):
         self.register_load_state_dict_pre_hook(_stack)
 
 
+@torch.inference_mode(False)  # so that writing into a part is counted in the version of the stack
 def _split(module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
     for stack, _, parts in _stacks(module, prefix):
         if stack in state:
-            state.update(zip(parts, state.pop(stack).split(list(parts.values())), strict=True))
+            weights = state.pop(stack).split(list(parts.values()))
+            for weight in weights if weights[0].device.type != "meta" else ():
+                # A storage of its own over the same memory: safetensors.torch.save_model, accelerate and others refuse
+                # tensors that do not cover their storage.
+                weight.data = torch.from_dlpack(weight.detach())
+            state.update(zip(parts, weights, strict=True))
 
 
 def _stack(

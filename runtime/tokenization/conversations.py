@@ -1,11 +1,12 @@
 """Conversations to prompts, as text or as ids, with the chat template of the checkpoint."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..chat_template.control_tokens import control_tokens, encode_marked, mark
 from ..chat_template.render import literals, render, render_generated, template_variables
+from ..chat_template.tools import function_schema
 from ..common.keywords import nearest, reject_unknown
 from .batch_encoding import Batcher, span_mask
 from .vocabulary import Vocabulary
@@ -47,7 +48,7 @@ class Conversations(ABC):
         self,
         conversation: Sequence[Any],
         *,
-        tools: list[dict[str, Any]] | None = None,
+        tools: Sequence[Mapping[str, Any] | Callable[..., Any]] | None = None,
         documents: list[dict[str, Any]] | None = None,
         chat_template: str | None = None,
         add_generation_prompt: bool = False,
@@ -66,7 +67,8 @@ class Conversations(ABC):
         """The prompt of a conversation (a list of messages), or the prompts of a list of conversations.
 
         Args:
-            tools, documents: JSON data for the template; InternLM3's published template reads neither.
+            tools, documents: JSON data for the template; InternLM3's published template reads neither. A tool may be a
+                Python function, whose type hints and docstring make its JSON schema: see chat_template.tools.
             chat_template: Jinja source to use instead of the checkpoint's, or the name of one of its templates.
             add_generation_prompt: end with the header of an assistant's message.
             continue_final_message: end inside the last message, so that the model continues it; a string names the
@@ -88,6 +90,8 @@ class Conversations(ABC):
             TypeError: a keyword that is neither an argument nor a variable that the template reads.
         """
         template = self.get_chat_template(chat_template, tools)
+        if isinstance(tools, (list, tuple)):
+            tools = [function_schema(tool) if callable(tool) else tool for tool in tools]
         for name in variables.keys() - template_variables(template):
             match = nearest(name, Conversations.apply_chat_template.__kwdefaults__ or ())
             hint = f"did you mean {match!r}?" if match else "the chat template does not read it"

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, load_model, save_file, save_model
 
 from internlm3 import InternLM3Config, InternLM3ForCausalLM, InternLM3Model
-from internlm3.runtime.checkpoint.load import load_model
+from internlm3.runtime.checkpoint import load as loading
 from internlm3.runtime.model.model import Decoder, LanguageModel
 from internlm3.tests.support.checkpoints import IDS, INDEX, change, load, make, refused, same, shards_to_bin
 
@@ -44,6 +44,27 @@ def test_transformers_loads_what_is_saved_and_the_reverse(tmp_path, limit, tied)
     torch.testing.assert_close(theirs(IDS).logits, model(IDS).logits, rtol=1e-4, atol=1e-5)
     theirs.save_pretrained(tmp_path / "theirs", max_shard_size=limit)
     assert same(model, load(tmp_path / "theirs"))
+
+
+@pytest.mark.parametrize("shape", [{}, {"tie_word_embeddings": True}, {"qkv_bias": True, "bias": True}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_safetensors_saves_a_model(tmp_path, shape, dtype):
+    """Its save_model writes what transformers and this runtime load, and its load_model reads it back."""
+    model, path = make(dtype=dtype, **shape), tmp_path / "model.safetensors"
+    model.config.save_pretrained(tmp_path)
+    save_model(model, str(path), metadata={"format": "pt"})
+    assert same(model, load(tmp_path))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+    assert all(theirs.state_dict()[name].equal(weight) for name, weight in model.state_dict().items())
+    other = make(1, dtype=dtype, **shape)
+    assert not same(model, other)
+    load_model(other, path)
+    assert same(model, other)
+    with torch.inference_mode():
+        save_model(model.model, str(tmp_path / "decoder.safetensors"))
+    assert {f"model.{name}" for name in load_file(tmp_path / "decoder.safetensors")} == model.state_dict().keys() - {
+        "lm_head.weight"
+    }
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -121,7 +142,7 @@ def test_a_plain_language_model(tmp_path):
     """load_model makes any LanguageModel, without transformers' interface."""
     model = make()
     model.save_pretrained(tmp_path)
-    plain = load_model(LanguageModel, tmp_path, device="cpu", batch_invariant=True, progress=False)
+    plain = loading.load_model(LanguageModel, tmp_path, device="cpu", batch_invariant=True, progress=False)
     assert type(plain) is LanguageModel and type(plain.model) is Decoder
     assert same(model, plain) and plain.model.batch_invariant and not plain.training
 

@@ -10,6 +10,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import torch
 
 from internlm3.runtime.checkpoint import save as saving
 from internlm3.tests.support.checkpoints import (
@@ -204,3 +205,23 @@ def test_an_invalid_shard_size(tmp_path, size):
     with pytest.raises(ValueError, match="max_shard_size"):
         make().save_pretrained(tmp_path, max_shard_size=size)
     assert not any(tmp_path.iterdir())
+
+
+# -------------------------------------------------------------------- what other savers get
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_state_dict_has_the_memory_of_the_model(mode):
+    """Every part covers its storage, and writing into it changes the model's weights and their version."""
+    model = make()
+    with mode():
+        state = model.state_dict()
+        for name, weight in state.items():
+            assert weight.untyped_storage().nbytes() == weight.nbytes
+            versions = [parameter._version for parameter in model.parameters()]
+            weight.fill_(2.0)
+            changed = [old != new._version for old, new in zip(versions, model.parameters(), strict=True)]
+            assert sum(changed) == 1, name
+    assert all(parameter.eq(2.0).all() for parameter in model.parameters())
+    empty = type(model)(model.config, device="meta").state_dict()
+    assert {name: weight.shape for name, weight in empty.items()} == {n: w.shape for n, w in state.items()}

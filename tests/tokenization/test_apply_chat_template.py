@@ -9,6 +9,7 @@ from tokenizers import AddedToken as HFAddedToken
 
 from internlm3 import InternLM3Tokenizer
 from internlm3.runtime.chat_template.render import PUBLISHED_TEMPLATE, render
+from internlm3.tests.support import functions
 from internlm3.tests.support.chat import MESSAGES, RICH_TEMPLATE, TOOLS, by_transformers
 
 
@@ -57,6 +58,18 @@ def test_kinds_of_output(tokenizer):
     )
     tools = tokenizer.apply_chat_template(MESSAGES, tokenize=False, chat_template=RICH_TEMPLATE, tools=TOOLS)
     assert tools == by_transformers(RICH_TEMPLATE, MESSAGES, tools=TOOLS, bos_token="<s>")
+
+
+def test_tools_as_functions(tokenizer):
+    """The prompt is that of transformers, for functions and schemas together."""
+    tools = [functions.weather, *TOOLS]
+    options = {"tokenize": False, "chat_template": RICH_TEMPLATE}
+    prompt = tokenizer.apply_chat_template(MESSAGES, tools=tools, **options)
+    assert prompt == by_transformers(RICH_TEMPLATE, MESSAGES, tools=tools, bos_token="<s>")
+    with pytest.raises(ValueError, match=r"tool 'undescribed': .* does not describe 'b'"):
+        tokenizer.apply_chat_template(MESSAGES, tools=[functions.undescribed], **options)
+    with pytest.raises(ValueError, match="tools: a chat template is given JSON data only"):
+        tokenizer.apply_chat_template(MESSAGES, tools=[object()], **options)
 
 
 def test_misspelt_keyword(tokenizer):
