@@ -12,6 +12,7 @@ from ..common.shown import one_line, shown
 from ..model.config import InternLM3Config
 from ..sampling.generation_config import GENERATION_CONFIG, read_generation_config, refuse_unsupported
 from ..sampling.params import SamplingParams
+from ..tokenization.tokenizer import InternLM3Tokenizer
 from .prompts import THINKING_SYSTEM_PROMPT
 
 
@@ -34,6 +35,30 @@ def token_ids_of(prompt: Any) -> list[int]:
         if ids is not None:
             return ids
     raise TypeError(f"a prompt must be a string or token ids (messages go to chat), not {shown(prompt)}")
+
+
+def encode_prompt(tokenizer: InternLM3Tokenizer, text: str, window: int, **options: Any) -> list[int]:
+    """A text's token ids.
+
+    A text that is far too long for the context window is refused after its beginning: all of it would take seconds and
+    a gigabyte for 10 MB. A beginning may have more tokens than the whole, as its end is cut, but not twice as many.
+
+    Args:
+        options: of `tokenizer.encode`.
+
+    Raises:
+        ValueError: the text has more than twice as many tokens as the window.
+    """
+    length = 16 * window
+    while length < len(text):
+        count = len(tokenizer.encode(text[:length], **options))
+        if count > 2 * window + 100:
+            raise ValueError(
+                f"a prompt of {len(text)} characters has more than {count // 2} tokens, and max_seq_len is {window}: "
+                "shorten it, or load the model with a larger max_seq_len"
+            )
+        length *= 2
+    return tokenizer.encode(text, **options)
 
 
 def conversation_of(messages: Any, thinking: bool) -> list[dict[str, Any]]:

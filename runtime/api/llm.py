@@ -20,6 +20,8 @@ from ..common.hub import locate
 from ..common.neutral import without_neutral
 from ..common.other_libraries import LLM as LLM_NEUTRAL
 from ..common.other_libraries import LLM_COUNTERPARTS
+from ..common.progress import hides_bar
+from ..common.shown import shown
 from ..engine.answer import Answer
 from ..engine.engine import Engine
 from ..engine.graphs import eager
@@ -34,7 +36,7 @@ from ..sampling.params import RECOMMENDED_THINKING, SamplingParams
 from ..sampling.settings import FILTERS
 from ..tokenization.text_stream import TextStream
 from ..tokenization.tokenizer import InternLM3Tokenizer
-from .inputs import check_window, checkpoint_defaults, conversation_of, prompt_list, token_ids_of
+from .inputs import check_window, checkpoint_defaults, conversation_of, encode_prompt, prompt_list, token_ids_of
 from .outputs import Chunk, RequestOutput, chunk_of, completion_of, timings_of
 
 if TYPE_CHECKING:
@@ -99,6 +101,7 @@ class LLM:
         known = LLM.__init__.__kwdefaults__ or ()
         without_neutral("LLM", unknown, neutral, known=known, counterparts=LLM_COUNTERPARTS)
         batch_size = check_int("max_batch_size", max_batch_size, 1)
+        cache_tokens = None if cache_tokens is None else check_int("cache_tokens", cache_tokens, 0)
         if batch_invariant and batch_size > INVARIANT_ROWS:
             raise ValueError(
                 f"batch_invariant holds for up to {INVARIANT_ROWS} answers decoded together, and max_batch_size is "
@@ -290,7 +293,7 @@ class LLM:
         for params in each:
             if params is not None and not isinstance(params, SamplingParams):
                 what = "one SamplingParams" if count is None else "a SamplingParams, or a list of them"
-                raise TypeError(f"sampling_params must be {what}, not {given!r:.60}; or give keywords")
+                raise TypeError(f"sampling_params must be {what}, not {shown(given)}; or give keywords")
         merged = [self._merged(self.default_params if params is None else params, kwargs) for params in each]
         idle = [name for name in FILTERS if kwargs.get(name) is not None]
         if idle and any(params.greedy for params in merged):
@@ -309,12 +312,12 @@ class LLM:
 
     def _encode(self, prompt: Any) -> tuple[str | None, list[int]]:
         if isinstance(prompt, str):
-            return prompt, self.tokenizer.encode(prompt) if prompt else []
+            return prompt, encode_prompt(self.tokenizer, prompt, self.max_seq_len) if prompt else []
         return None, token_ids_of(prompt)
 
     def _render(self, messages: list[dict[str, Any]]) -> tuple[str | None, list[int]]:
         text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return text, self.tokenizer.encode(text, add_special_tokens=False)
+        return text, encode_prompt(self.tokenizer, text, self.max_seq_len, add_special_tokens=False)
 
     def _requests(self, prompts: Sequence[list[int]], params: Sequence[SamplingParams]) -> list[Request]:
         requests = []
@@ -351,8 +354,8 @@ class LLM:
         called = time.perf_counter()
         requests = self._requests([ids for _, ids in prompts], params)
         answers = [self._new_answer(request, chat) for request in requests]
-        shown = progress and self._progress and len(prompts) > 1
-        bar = tqdm(total=len(answers), unit="answer", disable=None if shown else True)  # None: only on a terminal
+        visible = progress and self._progress and len(prompts) > 1
+        bar = tqdm(total=len(answers), unit="answer", disable=hides_bar(visible))
         with bar, closing(self.engine.run(answers)) as run:
             for updates in run:
                 bar.update(sum(update.finished for update in updates))

@@ -28,7 +28,10 @@ def control_tokens(added: Mapping[str, bool], listed: Collection[str] | None, li
 
 
 def mark(value: Any, tokens: Iterable[str]) -> Any:
-    """A copy of JSON data with markers around the tokens, in every string except the keys of objects."""
+    """A copy of JSON data with markers around the tokens, in every string except the keys of objects.
+
+    Raises ValueError for data that are nested too deeply.
+    """
     pattern = _any_of(tokens)
 
     def marked(value: Any) -> Any:
@@ -38,7 +41,10 @@ def mark(value: Any, tokens: Iterable[str]) -> Any:
             return {key: marked(item) for key, item in value.items()}
         return [marked(item) for item in value] if isinstance(value, (list, tuple)) else value
 
-    return marked(value)
+    try:
+        return marked(value)
+    except RecursionError:
+        raise ValueError("sanitize_control_tokens: messages or variables are nested too deeply") from None
 
 
 def encode_marked(

@@ -45,6 +45,8 @@ def plain_json(value: Any, name: str) -> Any:
     """
     try:
         return json.loads(json.dumps(value))
+    except RecursionError:
+        raise ValueError(f"{name} is nested too deeply for a chat template") from None
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name}: a chat template is given JSON data only: {error}") from error
 

@@ -84,7 +84,8 @@ def render_generated(
     """
     if not re.search(r"{%[-+]?\s*generation\s*[-+]?%}", template):
         raise ValueError("return_assistant_tokens_mask needs a chat template with {% generation %} blocks")
-    given = json.dumps([check_messages(messages), variables], ensure_ascii=False, default=str)
+    plain = {name: plain_json(value, name) for name, value in variables.items()}
+    given = json.dumps([check_messages(messages), plain], ensure_ascii=False)
     if GENERATION_BEGIN in given or GENERATION_END in given:
         raise ValueError(
             "return_assistant_tokens_mask uses the characters U+F0002 and U+F0003, and the messages do too"

@@ -23,7 +23,7 @@ from .messages import joined_text
 
 SECONDS = 10.0  # for one rendering, and compiling before it
 MEMORY = 512 * 2**20  # bytes of the child's address space; only Linux has this limit
-SIZE = 10_000_000  # characters of template and messages together as JSON, and of the text
+SIZE = 20_000_000  # characters of template and messages together as JSON, and of the text
 
 # Private-use characters around the text of a generation block, when its position is asked for.
 GENERATION_BEGIN, GENERATION_END = "\U000f0002", "\U000f0003"

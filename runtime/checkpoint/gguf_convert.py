@@ -15,6 +15,7 @@ from sentencepiece import sentencepiece_model_pb2
 from tqdm import tqdm
 
 from ..common.files import write_json
+from ..common.progress import hides_bar
 from ..model.config import InternLM3Config
 from ..model.model import LanguageModel
 from ..sampling.generation_config import GENERATION_CONFIG
@@ -231,7 +232,7 @@ def _model(config: dict[str, Any], tensors: Tensors, progress: bool) -> Language
     """A bfloat16 model with these tensors."""
     model = LanguageModel(InternLM3Config.from_dict(config), dtype=torch.bfloat16)
     weights = model.state_dict()
-    bar = tqdm(tensors.items(), desc="Converting weights", unit="tensor", disable=None if progress else True)
+    bar = tqdm(tensors.items(), desc="Converting weights", unit="tensor", disable=hides_bar(progress))
     for name, make in bar:
         weights[name].copy_(make())
     return model

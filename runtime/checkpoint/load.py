@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..common.progress import hides_bar
 from ..common.shown import shown
 from ..model.config import InternLM3Config
 from ..model.model import LanguageModel
@@ -112,7 +113,7 @@ def load_weights(
 
     _allocate(module, dtype, device)
     weights = {stored(name): weight for name, weight in module.state_dict().items()}
-    bar = tqdm(total=len(shapes), desc="Loading weights", unit="tensor", disable=None if progress else True)
+    bar = tqdm(total=len(shapes), desc="Loading weights", unit="tensor", disable=hides_bar(progress))
     with bar:
         for path in files.headers:
             for name, tensor in read_tensors(path, shapes.keys(), device):

@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from ..common.checks import is_unicode
 from ..common.files import has_file, read_json
 from ..common.hub import WEIGHTS
 from ..common.shown import shown
@@ -48,6 +49,8 @@ class WeightFiles:
         headers: dict[Path, Header] = {}
         file_of: dict[str, Path] = {}
         paths, weight_map, index = _find(folder)
+        if not is_unicode(str(folder)):
+            raise ValueError(f"{shown(str(folder))} is not UTF-8, and safetensors reads no such folder: rename it")
         for path in paths:
             headers[path] = header = read_header(path)
             for name in header:

@@ -77,10 +77,12 @@ def is_unicode(text: str) -> bool:
 
 
 def check_int(name: str, value: object, low: int, high: int | None = None) -> int:
-    """`value` as an int in [low, high], both included; high None: without a limit."""
+    """`value` as an int in [low, high], both included; high None: the largest of 64 bits."""
     number = as_int(value)
-    if number is None or number < low or (high is not None and number > high):
-        wanted = f"an integer >= {low}" if high is None else f"an integer in [{low}, {high}]"
+    most = 2**63 - 1 if high is None else high
+    if number is None or not low <= number <= most:
+        both = high is not None or (number or 0) > most
+        wanted = f"an integer in [{low}, {most}]" if both else f"an integer >= {low}"
         raise ValueError(f"{name} must be {wanted}; got {shown(value)}")
     return number
 

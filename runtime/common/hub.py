@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from .files import read_json
+from .progress import hides_bar
+from .shown import shown
 
 NOTES = ("config.json", "generation_config.json")
 TOKENIZER = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
@@ -48,9 +50,13 @@ def locate(
     if not name:
         raise FileNotFoundError("no checkpoint is named: give a folder, or a hub repository as owner/name")
     folder = Path(name).expanduser()
-    if folder.is_dir():
-        return folder
-    if folder.exists():
+    try:
+        if folder.is_dir():
+            return folder
+        exists = folder.exists()
+    except OSError as error:
+        raise type(error)(f"{shown(name)} cannot be read ({error.strerror})") from None
+    if exists:
         raise NotADirectoryError(f"{folder} is a file: give the folder that contains config.json and the weights")
     parts = name.split("/")
     if len(parts) != 2 or not all(part and part[0] not in "~." for part in parts) or os.path.isabs(name):
@@ -73,7 +79,7 @@ def _fetch(name: str, hub: dict[str, Any], weights: bool, progress: bool) -> Pat
 
     class Bar(tqdm):
         def __init__(self, *args: Any, **options: Any):
-            super().__init__(*args, **{**options, "disable": None if progress else True})
+            super().__init__(*args, **{**options, "disable": hides_bar(progress)})
 
     def snapshot(files: Iterable[str]) -> Path:
         patterns = [glob.escape(file) for file in files]

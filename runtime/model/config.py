@@ -1,13 +1,12 @@
 """InternLM3Config: a checkpoint's config.json, read, checked and written back."""
 
 import json
-import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..common.checks import as_list, check_ids, is_int, is_number
+from ..common.checks import as_list, as_number, check_ids, is_int, is_number
 from ..common.files import has_file, read_json, write_json
 from ..common.hub import locate
 from ..common.neutral import LOAD, SAVE, without_neutral
@@ -240,7 +239,7 @@ class InternLM3Config:
                 raise ValueError(f"{key} must be a positive integer of at most {_MAX_SIZE}; it is {shown(value)}")
         for key in ("rms_norm_eps", "rope_theta"):
             value = getattr(self, key)
-            if not is_number(value) or not 0 < value < math.inf:
+            if not is_number(value) or not (as_number(value) or 0) > 0:
                 raise ValueError(f"{key} must be a positive number; it is {shown(value)}")
         for key in ("qkv_bias", "bias", "tie_word_embeddings"):
             if not isinstance(getattr(self, key), bool):
@@ -276,7 +275,7 @@ class InternLM3Config:
                 "Running it as another type would give wrong text."
             )
         factor = self.rope_scaling.get("factor")
-        if rope_type == "dynamic" and not (isinstance(factor, int | float) and 1 <= factor < math.inf):
+        if rope_type == "dynamic" and not (is_number(factor) and (as_number(factor) or 0) >= 1):
             raise ValueError(f"rope_scaling of type 'dynamic' needs a factor of at least 1; it is {shown(factor)}")
 
     def _check_unsupported(self) -> None:

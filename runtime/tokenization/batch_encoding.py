@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..common.checks import as_ints, check_int
+from ..common.shown import shown
 
 NO_LIMIT = int(1e30)  # the model_max_length that a checkpoint writes for "no maximum length"
 
@@ -174,7 +175,7 @@ def id_list(ids: Any) -> list[int]:
     numbers = as_ints(ids if isinstance(ids, Iterable) else [ids])
     if numbers is None:
         raise TypeError(
-            f"ids must be whole numbers in one flat sequence (for several, use batch_decode), not {ids!r:.80}"
+            f"ids must be whole numbers in one flat sequence (for several, use batch_decode), not {shown(ids)}"
         )
     if numbers and min(numbers) < 0:
         raise ValueError(f"an id cannot be negative: {min(numbers)}")

@@ -1,5 +1,7 @@
 """LLM from a user's side: outputs, defaults and settings, and the context window."""
 
+import contextlib
+import gc
 import hashlib
 import io
 import json
@@ -7,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -397,3 +400,32 @@ def test_dynamic_ntk_goes_past_the_window(make, tiny):
     across = far.generate(prompt[: TINY_WINDOW - 10], max_tokens=30, **settings).outputs[0]
     assert across.token_ids[:10] == inside.outputs[0].token_ids and len(across.token_ids) == 30
     assert text_of(list(far.stream(prompt, **settings))) == past.text
+
+
+@pytest.mark.parametrize("used", ["never", "generate", "chat", "hooks", "a stream", "half a stream", "an error"])
+def test_a_deleted_llm_frees_its_weights_and_cache_at_once(tiny_folder, used):
+    """Without the garbage collector, so that the next model fits."""
+    gc.collect()
+    gc.disable()
+    try:
+        llm = LLM(tiny_folder, progress=False)
+        if used == "generate":
+            llm.generate(PROMPTS[:3], max_tokens=4, temperature=1.0, n=2)
+        elif used == "chat":
+            llm.chat("hi", max_tokens=4)
+        elif used == "hooks":
+            llm.generate("hi", max_tokens=4, no_repeat_ngram_size=2, logprobs=2)
+        elif used == "a stream":
+            list(llm.stream("hi", max_tokens=4))
+        elif used == "half a stream":
+            stream = llm.stream("hi", max_tokens=4)
+            next(stream)
+            del stream
+        elif used == "an error":
+            with contextlib.suppress(ValueError):
+                llm.generate("hi " * TINY_WINDOW)
+        left = [weakref.ref(x) for x in (llm.model.lm_head.weight, llm.engine.kv_cache.layers[0], llm)]
+        del llm
+        assert [ref() for ref in left] == [None] * 3
+    finally:
+        gc.enable()
