@@ -7,18 +7,26 @@ BIN    := $(VENV)/bin
 
 # The environment is updated whenever setup.py or constraints.txt is newer than this stamp.
 # torch is installed first and alone: pip then has no reason to touch the CUDA packages that it depends on.
+# mypy follows links: .venv/checkout/internlm3 is the package, without the cycle of a link to the root.
+# Of pip's report the screen shows files of a megabyte and more as they come, and when installation begins.
+SHELL := bash -o pipefail
+PIP   := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off
+SHOWN := awk '/Downloading .*[MG]B\)/ { print; fflush() } /^Installing coll/ { print "  Installing", NF - 3, "packages"; fflush() }'
+
 $(VENV)/.ready: setup.py constraints.txt
-	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 10) else f"internlm3 needs Python 3.10 or newer; this is {v.major}.{v.minor}. Name another: make PYTHON=python3.12 ...")'
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
-	# mypy follows links: this folder is the package internlm3, without the cycle of a link to the root.
-	mkdir -p $(VENV)/checkout/internlm3
-	ln -sfn $(addprefix $(CURDIR)/,__init__.py __main__.py py.typed kernels runtime tests) $(VENV)/checkout/internlm3
-	touch $@
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 10) else f"internlm3 needs Python 3.10 or newer; this is {v.major}.{v.minor}. Name another: make PYTHON=python3.12 ...")'
+	@echo "Creating $(VENV), once. It takes a few minutes. First PyTorch: 0.2 GB for a CPU, 2 to 4 GB with CUDA."
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) -c constraints.txt torch | $(SHOWN)
+	@echo "Then the other packages: 0.4 GB."
+	@$(PIP) -c constraints.txt -e '.[test]' | $(SHOWN)
+	@mkdir -p $(VENV)/checkout/internlm3
+	@ln -sfn $(addprefix $(CURDIR)/,__init__.py __main__.py py.typed kernels runtime tests) $(VENV)/checkout/internlm3
+	@echo "$(VENV) is ready."
+	@touch $@
 
 demo: $(VENV)/.ready
-	$(BIN)/internlm3 demo $(ARGS)
+	@$(BIN)/internlm3 demo $(ARGS)
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
@@ -36,7 +44,7 @@ test: .triton/$(TRITON)
 	$(if $(ARGS),,$(BIN)/python -m bench.audit)
 
 .triton/$(TRITON): | $(VENV)/.ready
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ triton==$(TRITON)
+	@$(PIP) --no-deps --target $@ triton==$(TRITON) | $(SHOWN)
 else ifdef ARGS
 test: $(VENV)/.ready
 	$(BIN)/pytest $(ARGS)

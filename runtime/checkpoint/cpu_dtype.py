@@ -32,16 +32,12 @@ def cpu_dtype(stored: torch.dtype, parameters: int, *, report: bool) -> torch.dt
     needed, free = parameters * torch.float32.itemsize, free_memory(torch.device("cpu"))
     fits = needed <= free * _MOST_OF_FREE_MEMORY
     if report and sys.stderr is not None:
-        name = str(stored).removeprefix("torch.")
+        name, size = str(stored).removeprefix("torch."), f"{needed / 1e9:.2f} GB"
         print(
-            f"This CPU has no {name} products: "
-            + (
-                f"the weights are loaded in float32, {needed / 1e9:.2f} GB. dtype={name!r} keeps them as they are, "
-                "and a prompt then takes several times as long."
-                if fits
-                else f"a prompt takes several times as long as in float32, which needs {needed / 1e9:.2f} GB of "
-                f"{free / 1e9:.2f} GB of free memory."
-            ),
+            f"This CPU has no {name} products: loading in float32, {size}. (dtype={name!r} keeps it small and is slow.)"
+            if fits
+            else f"This CPU has no {name} products, and float32 needs {size} of {free / 1e9:.2f} GB of free memory: "
+            "prompts will be slow",
             file=sys.stderr,
         )
     return torch.float32 if fits else stored

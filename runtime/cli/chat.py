@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from ..common.keywords import nearest
-from .terminal import command_of, reader
+from .terminal import Wrapped, command_of, reader, typing_discarded
 
 if TYPE_CHECKING:
     from ..api.outputs import Chunk
@@ -71,7 +71,8 @@ class Chat:
         """Answers a question. It is removed again if it fails, or is stopped before the answer begins."""
         asked = [*self.messages, {"role": "user", "content": question}]
         try:
-            text, stopped = show(self._answer(asked))
+            with typing_discarded():
+                text, stopped = show(self._answer(asked))
         except ValueError as error:
             _report(f"{error} (/undo removes a turn, /reset starts a new conversation)")
             return
@@ -107,21 +108,26 @@ class Chat:
 
 
 def show(chunks: Iterator[Chunk]) -> tuple[str, bool]:
-    """Prints an answer as it streams, then its statistics. Returns the text, and whether Ctrl-C stopped it.
+    """Prints an answer as it streams, then whether a limit cut it, and its statistics.
 
-    Raises ValueError with the reason if an error ended the answer.
+    Returns the text, and whether Ctrl-C stopped it. Raises ValueError with the reason if an error ended the answer.
     """
-    text, chunk, stopped = "", None, False
+    text, chunk, stopped, printed = "", None, False, Wrapped()
     try:
         for chunk in chunks:
             text += chunk.text
-            print(chunk.text, end="", flush=True)
+            printed.write(chunk.text)
     except KeyboardInterrupt:
         stopped = True
+    finally:
+        printed.finish()
     if chunk is not None:
         failed = chunk.finish_reason == "error"
         # A complete answer ends with a line break. After an incomplete one it only keeps the terminal tidy.
         print(file=sys.stderr if stopped or failed else sys.stdout, flush=True)
+        if chunk.finish_reason == "length":
+            limits = "the limit of --max-tokens or of the context (--max-seq-len)"
+            _report(f"[cut off after {chunk.decode_tokens} tokens, {limits}]")
         _report(
             f"[prompt {chunk.prompt_tokens} tokens, {chunk.prompt_tps:.1f} tokens/s; "
             f"answer {chunk.decode_tokens} tokens, {chunk.decode_tps:.1f} tokens/s; "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..version import VERSION
 from .chat import Chat, show
 from .sampling_switches import add_switches, given_settings
-from .terminal import tolerate_other_encodings
+from .terminal import tolerate_other_encodings, typing_discarded
 
 if TYPE_CHECKING:
     from ..api.llm import LLM
@@ -89,10 +90,12 @@ def _demo(args: argparse.Namespace) -> int:
     question = args.prompt or DEMO_QUESTION
     print(f"> {question}")
     messages = [*_system(args), {"role": "user", "content": question}]
-    text, stopped = show(_answer(llm, messages, args))
+    chats = sys.stdin.isatty() and args.prompt is None
+    with typing_discarded() if chats else contextlib.nullcontext():
+        text, stopped = show(_answer(llm, messages, args))
     if stopped:
         return 130
-    if sys.stdin.isatty() and args.prompt is None:
+    if chats:
         messages.append({"role": "assistant", "content": text})
         Chat(lambda messages: _answer(llm, messages, args), messages).run()
     return 0

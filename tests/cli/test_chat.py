@@ -55,6 +55,14 @@ def test_a_turn_shows_what_was_reused_and_how_fast(capsys):
         )
 
 
+def test_an_answer_that_a_limit_cuts_says_so(capsys):
+    for reason, cut in (("length", True), ("stop", False)):
+        show(iter([Chunk("half", [1], [0.0], None, reason, None, 9, 7, 1.0, 1.0, 1.0, 0)]))
+        printed = capsys.readouterr()
+        assert printed.out == "half\n" and FIGURES.search(printed.err)
+        assert ("[cut off after 7 tokens, the limit of --max-tokens" in printed.err) == cut
+
+
 def test_an_answer_that_an_error_ends(capsys):
     """It is an error of the command. (A chat reports it: `test_a_question_that_fails_is_removed`.)"""
     with pytest.raises(ValueError, match="not numbers"):
