@@ -176,7 +176,7 @@ def typing_discarded() -> Iterator[None]:
     silent = [*saved]
     silent[3] &= ~termios.ECHO
     main = threading.current_thread() is threading.main_thread()  # the only one that may set handlers
-    ends = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT) if main else ()
+    ends = [signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT] if main else []
     ends = [each for each in ends if signal.getsignal(each) is signal.SIG_DFL]
 
     def restore() -> None:
