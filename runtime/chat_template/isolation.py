@@ -140,8 +140,10 @@ def serve() -> None:
     if sys.platform == "linux":
         import resource
 
+        with open("/proc/self/statm") as file:  # an allocator may have reserved much more than it uses
+            most = int(file.read().split()[0]) * resource.getpagesize() + sandbox.MEMORY
         _, hard = resource.getrlimit(resource.RLIMIT_AS)
-        most = sandbox.MEMORY if hard == resource.RLIM_INFINITY else min(sandbox.MEMORY, hard)
+        most = most if hard == resource.RLIM_INFINITY else min(most, hard)
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
     sys.stdout.buffer.write(b"\n")  # it has started
     sys.stdout.buffer.flush()

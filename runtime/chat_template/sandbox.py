@@ -22,7 +22,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 from .messages import joined_text
 
 SECONDS = 10.0  # for one rendering, and compiling before it
-MEMORY = 512 * 2**20  # bytes of the child's address space; only Linux has this limit
+MEMORY = 512 * 2**20  # bytes that the child may allocate; only Linux has this limit
 SIZE = 20_000_000  # characters of template and messages together as JSON, and of the text
 
 # Private-use characters around the text of a generation block, when its position is asked for.

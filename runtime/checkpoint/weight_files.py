@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..common.checks import is_unicode
 from ..common.files import has_file, read_json
 from ..common.hub import WEIGHTS
-from ..common.shown import shown
+from ..common.shown import one_line, shown
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)  # what a weight may be stored as
 _SAFETENSORS_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -101,7 +101,7 @@ def read_header(path: Path) -> Header:
                 for name, part in slices.items()
             }
     except SafetensorError as error:
-        raise ValueError(f"{path} is truncated or damaged ({error}); fetch it again") from None
+        raise ValueError(f"{path} is truncated or damaged ({one_line(str(error))}); fetch it again") from None
 
 
 def read_tensors(path: Path, names: Collection[str], device: torch.device) -> Iterator[tuple[str, Tensor]]:

@@ -8,7 +8,7 @@ from typing import Any
 import tokenizers
 from tokenizers import processors
 
-from ..common.shown import shown
+from ..common.shown import one_line, shown
 from .added_tokens import AddedToken, AddedTokens
 from .vocabulary import Speller, Vocabulary, check_text
 
@@ -37,7 +37,9 @@ class JsonVocabulary(Vocabulary):
         except BaseException as error:  # the library raises plain Exception, and panics with a BaseException
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
-            raise ValueError(f"{path} is no tokenizer, or it is damaged; fetch it again ({error})") from None
+            raise ValueError(
+                f"{path} is no tokenizer, or it is damaged; fetch it again ({one_line(str(error))})"
+            ) from None
         start = next((i for i in range(len(framed) + 1) if framed[i : i + len(text)] == text), None)
         if start is None:
             raise ValueError(f"{path} has a post-processor that changes more than the two ends of a text")

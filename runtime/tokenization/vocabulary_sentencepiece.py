@@ -10,6 +10,7 @@ from pathlib import Path
 
 import sentencepiece
 
+from ..common.shown import one_line
 from .added_tokens import AddedToken, AddedTokens
 from .vocabulary import Speller, Vocabulary, check_text
 
@@ -171,5 +172,7 @@ def _load(path: Path) -> sentencepiece.SentencePieceProcessor:
     try:
         processor.LoadFromSerializedProto(path.read_bytes())
     except RuntimeError as error:
-        raise ValueError(f"{path} is damaged, or no SentencePiece model; fetch it again ({error})") from error
+        raise ValueError(
+            f"{path} is damaged, or no SentencePiece model; fetch it again ({one_line(str(error))})"
+        ) from error
     return processor
