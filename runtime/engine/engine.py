@@ -227,14 +227,22 @@ class Engine(Exclusive):
     def step(self) -> list[Request]:
         """Schedule, prefill, decode, collect: returns the requests that have a new token."""
         with self.exclusively():
-            self._free_ended()
-            scheduled = self._scheduler.schedule()
-            if scheduled:
-                self._run_prompts(scheduled)
-            if any(slot.request.needs_host for slot in self._scheduler.active):
-                return self._step_on_host()
-            self._launch_ahead()
-            return self._collect() if len(self._steps) else []
+            try:
+                return self._step()
+            except Exception:
+                if not self._weights_changed():  # to another dtype or device, say, which is why it failed
+                    raise
+                return []
+
+    def _step(self) -> list[Request]:
+        self._free_ended()
+        scheduled = self._scheduler.schedule()
+        if scheduled:
+            self._run_prompts(scheduled)
+        if any(slot.request.needs_host for slot in self._scheduler.active):
+            return self._step_on_host()
+        self._launch_ahead()
+        return self._collect() if len(self._steps) else []
 
     def _run_prompts(self, scheduled: list[Slot]) -> None:
         """Prefills the prompts of newly scheduled requests, and samples their first tokens."""

@@ -94,8 +94,6 @@ def test_what_was_under_way_is_an_error(change, seen_at):
     if seen_at == "the next request":
         (other,) = run(shared.get(model, 2, 512), ask(PROMPT, 5))
         assert other.token_ids == alone(model, other)[0]
-    elif change is change_the_dtype:
-        return  # a step of tensors of two dtypes fails by itself
     if seen_at == "a stop string":
         answers[0].finish("so")
         engine.cancel([answers[0].request])
