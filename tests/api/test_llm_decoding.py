@@ -35,7 +35,7 @@ def sampled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def ahead(llm: LLM) -> int:
     """The number of steps in flight beyond the one that is read."""
-    return llm.engine._depth - 1
+    return llm.engine._runner._depth - 1
 
 
 def test_steps_are_replayed(capture, tiny):

@@ -16,6 +16,7 @@ from internlm3.runtime.engine.answer import Answer
 from internlm3.runtime.engine.engine import Engine
 from internlm3.runtime.engine.exclusive import held_back_interrupts
 from internlm3.runtime.engine.pages import PageAllocator
+from internlm3.runtime.engine.runner import Runner
 from internlm3.runtime.engine.scheduler import Scheduler
 from internlm3.runtime.engine.shared import SharedEngine
 from internlm3.tests.support.engine import alone, ask, ids, random_model, result, run
@@ -36,7 +37,7 @@ def engine(model):
 
 
 def nothing_held(engine):
-    return not engine.busy and engine.pages.free == len(engine.pages) and not len(engine._steps)
+    return not engine.busy and engine.pages.free == len(engine.pages) and not len(engine._runner._steps)
 
 
 class Wrong(Exception):
@@ -322,7 +323,7 @@ def interrupting(code, after):
 # What `with self.exclusively()` runs is not among them: an interrupt hits no line between a lock and its release.
 CHANGING = {
     member.__code__.co_name
-    for owner in (Engine, Scheduler, PageAllocator)
+    for owner in (Engine, Runner, Scheduler, PageAllocator)
     for member in vars(owner).values()
     if hasattr(member, "__code__")
 } - {"exclusively"}

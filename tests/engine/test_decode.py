@@ -309,11 +309,11 @@ def test_a_step_runs_our_ops_and_nothing_else(model, recorder):
 
 def test_the_state_stays_at_its_addresses(model, recorder):
     engine = Engine(model, max_batch_size=2, max_seq_len=160, capture=recorder.capture)
-    places = [tensor.data_ptr() for tensor in engine._state.advance_arguments().values()]
+    places = [tensor.data_ptr() for tensor in engine._runner._state.advance_arguments().values()]
     engine.add([Request([1, 2], SamplingParams(temperature=0), 9)])
     while engine.busy:
         engine.step()
-    assert places == [tensor.data_ptr() for tensor in engine._state.advance_arguments().values()]
+    assert places == [tensor.data_ptr() for tensor in engine._runner._state.advance_arguments().values()]
 
 
 def test_late_steps_write_no_page(model):
@@ -321,10 +321,10 @@ def test_late_steps_write_no_page(model):
     _, engine = answers(model, 3)
     before = [kv.clone() for kv in engine.kv_cache.layers]
     with torch.inference_mode():
-        engine._steps._step(4, Tier.FULL)
+        engine._runner._steps._step(4, Tier.FULL)
     for kv, old in zip(engine.kv_cache.layers, before, strict=True):
         assert torch.equal(kv.nan_to_num(), old.nan_to_num())
-    assert (engine._state.report[:, 0] == -1).all()
+    assert (engine._runner._state.report[:, 0] == -1).all()
 
 
 def test_a_cancelled_slot_writes_no_page(model, recorder):
@@ -334,7 +334,7 @@ def test_a_cancelled_slot_writes_no_page(model, recorder):
     engine.add(requests)
     for _ in range(3):
         engine.step()
-    pages = engine._scheduler.slots[1].pages
+    pages = engine._runner.scheduler.slots[1].pages
     engine.cancel([requests[1]])
     before = [kv[:, pages].clone() for kv in engine.kv_cache.layers]
     while engine.busy:
@@ -407,7 +407,7 @@ def test_several_chunks_in_one_launch(monkeypatch, threads, dtype):
     )  # fmt: skip
     model = InternLM3ForCausalLM(config, dtype=dtype)
     engine = Engine(model, max_batch_size=1, max_seq_len=4 * most)
-    batch = engine._state.slots(0, 1).batch
+    batch = engine._runner._state.slots(0, 1).batch
     pages = engine.pages.allocate(pages_of(4 * most))
     batch.block_table[0, : len(pages)] = torch.tensor(pages)
     batch.inv_freq.copy_(inverse_frequencies(config, 1, CPU))

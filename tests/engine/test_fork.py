@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -70,10 +69,9 @@ def test_a_child_answers_while_a_thread_of_the_parent_generates(lock):
     assert (done.stdout, done.returncode) == ("as alone\n", 0), done.stderr[-2000:]
 
 
-def test_a_child_of_a_process_with_a_gpu_is_told_so(monkeypatch):
+def test_a_child_of_a_process_with_a_gpu_is_told_so():
     engine = Engine(random_model(), max_batch_size=1, max_seq_len=128)
     engine.forked = True
-    monkeypatch.setattr(type(engine.kv_cache), "device", torch.device("cuda"))
-    engine._steps = SimpleNamespace()  # nothing of it is used
+    engine._device = torch.device("cuda")
     with pytest.raises(RuntimeError, match=r'CUDA does not survive a fork: .* "spawn" or "forkserver"'):
         engine.add([ask(ids(3))])

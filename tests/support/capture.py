@@ -115,8 +115,8 @@ class CapturedEngines:
     def forget(self) -> None:
         """Drops all captured steps: what a test patches is captured anew."""
         for engine in self._made:
-            engine._steps._captured.clear()
-            engine._prefill._captured._captured.clear()
+            engine._runner._steps._captured.clear()
+            engine._runner._prefill._captured._captured.clear()
 
 
 @pytest.fixture(scope="module", params=[None, 1, 3], ids=["eager", "captured, depth 1", "captured, depth 3"])

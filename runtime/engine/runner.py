@@ -1,0 +1,229 @@
+"""Runs an engine's batch: prompts of newly scheduled requests, decode steps in flight, the tokens that come back."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ..model.kv_cache import PAGE, PagedKVCache, pages_of
+from ..model.model import LanguageModel
+from ..model.rope import inverse_frequencies
+from ..model.weights import WeightsState
+from . import decode
+from .graphs import Capture, StepQueue, cuda_graphs, eager
+from .hooks import sample_with_hooks
+from .pages import PageAllocator
+from .prefill import Prefill
+from .request import Request
+from .scheduler import Scheduler
+from .state import DecodeState, Slot, Tier
+from .warm_up import compile_kernels
+
+# Steps in flight while the host reads reports. The host needs tenths of a millisecond a step and a step takes several,
+# so two hide it; each more would delay the next prompt, and run for nothing after an answer has ended.
+DEPTH = 2
+
+
+class Runner:
+    """The slots of a batch, the KV cache, and the steps that run on them. Does not keep its model alive.
+
+    Args:
+        num_pages: of the KV cache.
+        max_batch_size, max_seq_len, capture, depth: as for Engine.
+
+    Attributes:
+        scheduler: which requests wait, and which have a slot.
+        pages, kv_cache: the pages and what is on them.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        num_pages: int,
+        max_batch_size: int,
+        max_seq_len: int,
+        capture: Capture | None,
+        depth: int | None,
+    ):
+        config, device = model.config, model.device
+        self._model: LanguageModel = weakref.proxy(model)  # type: ignore[assignment]
+        self._max_batch_size, self._max_seq_len = max_batch_size, max_seq_len
+        self._eager = capture is eager or (capture is None and device.type == "cpu")
+        self._depth = depth or (1 if device.type == "cpu" and self._eager else DEPTH)
+        self._capture = capture or (eager if self._eager else cuda_graphs())
+        self._padded = partial(_padded, limit=None if self._eager else max_batch_size)
+        self.pages = PageAllocator(num_pages)
+        self.scheduler = Scheduler(config, max_batch_size, self.pages, model.model.batch_invariant, self._padded)
+        self.kv_cache = PagedKVCache(config, num_pages, model.dtype, device)
+        self._state = DecodeState.idle(
+            max_batch_size, pages_of(max_seq_len), config.vocab_size, config.head_dim, device
+        )
+        self._begin()
+
+    def _begin(self) -> None:
+        """Without any captured step, for the weights as they are."""
+        step = partial(_decode_step, self._model, self.kv_cache, self._state)
+        self._steps = StepQueue(step, self._state.report, self._capture)
+        capture = None if self._eager else self._capture
+        self._prefill = Prefill(self._model, self.kv_cache, self._state, capture)
+        self._weights = WeightsState(self._model)
+
+    def drop_if_stale(self, message: str) -> bool:
+        """Whether the weights have changed. If so, ends all requests with "error" and this message, and begins anew."""
+        if not self._weights.changed(self._model):
+            return False
+        self.end_all("error", message)
+        self._begin()
+        return True
+
+    def end_all(self, reason: str, message: str | None = None) -> None:
+        """Ends every request; all slots and pages are free then, and no prefix is known."""
+        for request in self.scheduler.clear():
+            if request.finish_reason is None:
+                request.finish(reason, message)
+        self._steps.drain()
+        self._state.batch.seq_lens.zero_()
+
+    def free_ended(self) -> None:
+        """Frees the slots of requests that have ended, and of those whose readers are gone."""
+        for slot in self.scheduler.free_ended():
+            self._state.clear(slot.index)
+
+    # ---------------------------------------------------------------- one step
+
+    def step(self) -> list[Request]:
+        """Schedule, prefill, decode, collect: returns the requests that have a new token."""
+        self.free_ended()
+        scheduled = self.scheduler.schedule()
+        if scheduled:
+            self._run_prompts(scheduled)
+        if any(slot.request.needs_host for slot in self.scheduler.active):
+            return self._step_on_host()
+        self._launch_ahead()
+        return self._collect() if len(self._steps) else []
+
+    def _run_prompts(self, scheduled: list[Slot]) -> None:
+        """Prefills the prompts of newly scheduled requests, and samples their first tokens."""
+        for slot in scheduled:
+            ids = slot.request.prompt_ids
+            slot.prompt = torch.tensor(ids, device=self._model.device)
+            inv_freq = inverse_frequencies(self._model.config, len(ids), self._model.device)
+            self._state.load(slot, inv_freq)
+        last = self._prefill.run([slot for slot in scheduled if slot.twin is None])
+        for slot in scheduled:
+            if slot.twin is not None:
+                # Whole pages are shared; both will write into the last one.
+                whole = len(slot.prompt) // PAGE
+                end = pages_of(len(slot.prompt))
+                self.kv_cache.copy(slot.twin.pages[whole:end], slot.pages[whole:end])
+                last[slot] = last[slot.twin]
+                slot.twin = None
+            self._state.batch.seq_lens[slot.index] = len(slot.prompt)
+        self._sample_first_tokens(scheduled, last)
+
+    def _sample_first_tokens(self, scheduled: list[Slot], last: dict[Slot, Tensor]) -> None:
+        """Samples the token after each prompt, from its last token's hidden state [1, C]; one report for all."""
+        batch_size, ops = self._batch_size(), self._model.model.ops
+        scheduled = sorted(scheduled, key=lambda slot: slot.index)
+        logits = self._model.head(torch.cat([last[slot] for slot in scheduled]))
+        readers: list[Slot | None] = [None] * batch_size
+        on_host: list[Request | None] = [None] * batch_size
+        for slot in scheduled:
+            slot.launched, readers[slot.index] = 1, slot
+            if slot.request.needs_host:
+                on_host[slot.index] = slot.request
+        for begin, end in _neighbours(scheduled):
+            state = self._state.slots(scheduled[begin].index, scheduled[end - 1].index + 1)
+            decode.sample(ops, logits[begin:end], state, max(slot.tier for slot in scheduled[begin:end]))
+        if any(on_host):
+            of_all = logits.new_zeros(batch_size, logits.shape[1])
+            of_all[[slot.index for slot in scheduled]] = logits
+            tier = max(slot.tier for slot in scheduled)
+            sample_with_hooks(ops, of_all, self._state.slots(0, batch_size), tier, on_host)
+            self.free_ended()
+        self._steps.copy_report(readers)
+
+    def _launch_ahead(self) -> None:
+        """Launches steps until `depth` are in flight, but none after the last token that any slot may have."""
+        while len(self._steps) < self._depth:
+            unfinished = [slot for slot in self.scheduler.active if slot.launched < slot.request.max_tokens]
+            if not unfinished:
+                return
+            batch_size = self._batch_size()
+            for slot in unfinished:
+                slot.launched += 1
+            self._steps.launch(batch_size, max(slot.tier for slot in unfinished), self.scheduler.slots[:batch_size])
+
+    def _step_on_host(self) -> list[Request]:
+        """One step whose logits the host sees. No other is in flight: processors need all tokens before it."""
+        moved = [request for _ in range(len(self._steps)) for request in self._collect()]
+        active = self.scheduler.active
+        if not active or moved:
+            return moved
+        batch_size, tier = self._batch_size(), max(slot.tier for slot in active)
+        slots, state = self.scheduler.slots[:batch_size], self._state.slots(0, batch_size)
+        logits = decode.forward(self._model, self.kv_cache, state)
+        requests = [None if slot is None else slot.request for slot in slots]
+        sample_with_hooks(self._model.model.ops, logits, state, tier, requests)
+        self.free_ended()
+        for slot in active:
+            slot.launched += 1
+        self._steps.copy_report(slots)
+        return self._collect()
+
+    def _collect(self) -> list[Request]:
+        """Gives the tokens of the oldest step in flight to their requests; frees the slots of those that end."""
+        moved = []
+        for slot, report in self._steps.collect():
+            request = slot.request
+            if request.finish_reason is None:  # else it was cancelled meanwhile
+                request.append(report.token, report.logprob, report.end)
+                moved.append(request)
+                if request.finish_reason is not None:
+                    self.scheduler.free(slot)
+                    self._state.clear(slot.index)
+        return moved
+
+    def _batch_size(self) -> int:
+        """The batch size of the next step, after closing gaps between slots if that makes it smaller."""
+        for source, target in self.scheduler.compact():
+            self._state.move(source, target)
+        return self.scheduler.batch_size
+
+    # ---------------------------------------------------------------- warm-up
+
+    def warm_up(self) -> None:
+        """Compiles every kernel and captures every step that requests can need. No request may have a slot."""
+        if self._model.device.type != "cpu":
+            compile_kernels(self._model, self.kv_cache, self._state.slots(0, 1), self.pages, self._max_seq_len)
+        # Without graphs a step only needs to be compiled, and kernels differ for one sequence and several only.
+        most = min(self._max_batch_size, 2) if self._eager else self._max_batch_size
+        for batch_size in sorted({self._padded(slots) for slots in range(1, most + 1)}):
+            for tier in Tier:
+                self._steps.capture(batch_size, tier)
+        self._prefill.warm_up(self._max_seq_len)
+
+
+def _decode_step(model: LanguageModel, kv_cache: PagedKVCache, state: DecodeState, batch_size: int, tier: Tier) -> None:
+    """A decode step of the first slots."""
+    decode.step(model, kv_cache, state.slots(0, batch_size), tier)
+
+
+def _padded(slots: int, limit: int | None) -> int:
+    """The batch size of a step. Captured steps, which have a limit, have a few only: powers of two."""
+    return slots if limit is None else min(1 << (slots - 1).bit_length(), limit)
+
+
+def _neighbours(scheduled: list[Slot]) -> Iterator[tuple[int, int]]:
+    """Runs of consecutive slots, which can be sampled in one call: begin and end in `scheduled`. None on the host."""
+    runs = [(slot.index - position, slot.request.needs_host) for position, slot in enumerate(scheduled)]
+    end = 0
+    for (_, needs_host), run in itertools.groupby(runs):
+        begin, end = end, end + len(list(run))
+        if not needs_host:
+            yield begin, end
