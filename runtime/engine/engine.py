@@ -188,7 +188,7 @@ class Engine:
         """Prefills the prompts of newly scheduled requests, and samples their first tokens."""
         for slot in scheduled:
             ids = slot.request.prompt_ids
-            slot.prompt = torch.tensor(ids, device=self._model.device)
+            slot.prompt = torch.tensor(ids, dtype=torch.int64, device=self._model.device)
             inv_freq = inverse_frequencies(self._model.config, len(ids), self._model.device)
             self._state.load(slot, inv_freq)
         last = self._prefill.run([slot for slot in scheduled if slot.twin is None])
@@ -289,7 +289,7 @@ class Engine:
         """One stream orders all work, whatever thread asks for it."""
         device = self._model.device
         if device.type == "cpu":
-            return contextlib.nullcontext()
+            return torch.autocast("cpu", enabled=False)  # dtypes are the model's, whatever surrounds the call
         return torch.cuda.stream(torch.cuda.default_stream(device))
 
     # ---------------------------------------------------------------- warm-up
