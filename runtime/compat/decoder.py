@@ -21,7 +21,6 @@ from .cache import KVCache
 from .model_outputs import ModelOutput
 from .pretrained import Pretrained
 
-
 Call = TypeVar("Call", bound=Callable[..., Any])
 
 

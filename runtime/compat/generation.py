@@ -184,7 +184,8 @@ class Generation(Pretrained):
                 continue
             for criterion in criteria:
                 ids = hooks.ids([answer.read_tokens for answer in answers])
-                ended = torch.as_tensor(criterion(ids, None), dtype=torch.bool, device="cpu").expand(len(answers)).tolist()
+                met = torch.as_tensor(criterion(ids, None), dtype=torch.bool, device="cpu")
+                ended = met.expand(len(answers)).tolist()
                 for answer, token, end in zip(answers, tokens, ended, strict=True):
                     if end and token is not None:
                         engine.finish(answer)
