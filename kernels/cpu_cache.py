@@ -40,7 +40,7 @@ def rope_and_cache(
         if len(live) == 1:  # needs no tensor of indices
             b, page, slot = live[0]
         else:
-            b, page, slot = torch.tensor(live, dtype=torch.int64).view(-1, 3).T
+            b, page, slot = torch.tensor(live, dtype=torch.int64, device="cpu").view(-1, 3).T
         k_cache[page, :, slot], v_cache[page, :, slot] = k[b, 0], v[b, 0]
         if idle := [b for b, (length, _) in enumerate(contexts) if not length]:
             qk[idle] = 0
@@ -81,7 +81,7 @@ def _cos_sin(
     if kept and kept.key == key and torch.equal(kept.positions, given) and torch.equal(kept.inv_freq, inv_freq):
         return kept.cos, kept.sin
     if positions is None:
-        positions = seq_lens[:, None] + torch.arange(-tokens, 0, dtype=torch.int32)
+        positions = seq_lens[:, None] + torch.arange(-tokens, 0, dtype=torch.int32, device="cpu")
     frequencies = torch.cat((-inv_freq, inv_freq), dim=-1)[:, None]
     angles = positions.view(len(seq_lens), tokens, 1) * frequencies
     tables = _RopeTables(key, given.clone(), inv_freq.clone(), angles.cos().to(dtype), angles.sin().to(dtype))

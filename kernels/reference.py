@@ -122,7 +122,7 @@ def rope_and_cache(
     _, K, S, D = k_cache.shape
     T, H = qkv.shape[0] // B, qkv.shape[1] // D - 2 * K
     q, k, v = qkv.view(B, T, H + 2 * K, D).split((H, K, K), dim=2)
-    position = seq_lens[:, None] - T + torch.arange(T, device=qkv.device)
+    position = seq_lens[:, None] - T + torch.arange(T, dtype=torch.int64, device=qkv.device)
     angle = (position if positions is None else positions.view(B, T)).float()[:, :, None] * inv_freq[:, None, :]
     cos, sin = angle.cos().to(qkv.dtype), angle.sin().to(qkv.dtype)  # [B, T, D/2]
     q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)

@@ -167,8 +167,9 @@ def philox(seed: Tensor, stream: Tensor, position: Tensor) -> Tensor:
 
     Key: `seed`; counter: `position` in the low and `stream` in the high 64 bits; int64 [B] -> int64 [4, B].
     """
-    rounds = torch.arange(10, device=seed.device)[:, None, None]
-    multiplier, step = torch.tensor((PHILOX_MULTIPLIERS, PHILOX_KEY_STEPS), device=seed.device)[:, :, None]
+    rounds = torch.arange(10, dtype=torch.int64, device=seed.device)[:, None, None]
+    constants = torch.tensor((PHILOX_MULTIPLIERS, PHILOX_KEY_STEPS), dtype=torch.int64, device=seed.device)
+    multiplier, step = constants[:, :, None]
     keys = torch.stack((seed, seed >> 32)) + rounds * step & MASK32
     position = position.long()
     even = torch.stack((position, stream)) & MASK32  # words 0 and 2 of the counter

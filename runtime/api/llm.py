@@ -335,7 +335,8 @@ class LLM:
             early = early_processors(wanted)
             late = processors(wanted, begin=len(prompt), most=limit, ends=own[0].ends)
             if early or late:
-                hooks = LogitsHooks(torch.tensor([prompt] * len(own)), 0, early, late, own)
+                ids = torch.tensor([prompt] * len(own), dtype=torch.int64, device="cpu")
+                hooks = LogitsHooks(ids, 0, early, late, own)
                 for request in own:
                     request.hooks = hooks
             requests += own

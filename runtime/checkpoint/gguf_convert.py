@@ -196,7 +196,8 @@ def _tensors(reader: GGUFReader, config: dict[str, Any], rows: list[int | None])
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
 
     def dense(name: str) -> torch.Tensor:
-        return torch.tensor(gguf.dequantize(stored[name].data, stored[name].tensor_type))
+        values = gguf.dequantize(stored[name].data, stored[name].tensor_type)
+        return torch.tensor(values, dtype=torch.float32, device="cpu")
 
     def weight(name: str) -> torch.Tensor:
         value, part = dense(name), name.split(".")[-2]

@@ -33,7 +33,7 @@ class KVCache:
 
     def __post_init__(self) -> None:
         self.lengths = self.lengths or [0] * len(self.pages)
-        self.real = torch.ones(len(self.pages), 0, dtype=torch.bool)
+        self.real = torch.ones(len(self.pages), 0, dtype=torch.bool, device="cpu")
         self._table = self._block_table()
 
     @property

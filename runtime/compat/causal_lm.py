@@ -12,7 +12,7 @@ from torch import Tensor
 from ..common.checks import as_int, check_batch_ids
 from ..common.neutral import FORWARD, without_neutral
 from .cache import KVCache
-from .decoder import InternLM3Model, check_tensors
+from .decoder import InternLM3Model, check_tensors, own_dtypes
 from .generation import Generation
 from .model_outputs import CausalLMOutput
 
@@ -28,6 +28,7 @@ class InternLM3ForCausalLM(Generation):
     decoder_class = InternLM3Model
     model: InternLM3Model
 
+    @own_dtypes
     @torch.no_grad()
     def forward(
         self,

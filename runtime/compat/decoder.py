@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +20,19 @@ from ..model.rope import inverse_frequencies
 from .cache import KVCache
 from .model_outputs import ModelOutput
 from .pretrained import Pretrained
+
+Call = TypeVar("Call", bound=Callable[..., Any])
+
+
+def own_dtypes(forward: Call) -> Call:
+    """Makes `forward` compute in the model's own dtypes inside of torch.autocast too, which changes ops of a CPU."""
+
+    @functools.wraps(forward)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with torch.autocast("cpu", enabled=False):
+            return forward(*args, **kwargs)
+
+    return call  # type: ignore[return-value]
 
 
 class InternLM3Model(Decoder):
@@ -42,6 +57,7 @@ class InternLM3Model(Decoder):
 
         return Checkpoint.from_pretrained(pretrained_model_name_or_path, **kwargs).model
 
+    @own_dtypes
     @torch.no_grad()
     def forward(
         self,
@@ -88,7 +104,7 @@ class InternLM3Model(Decoder):
         # Without padding, now or before, a token's position is its index in the cache, which is the ops' default.
         default_positions = position_ids is None and all(length == cache.columns for length in cache.lengths)
         if position_ids is None:
-            position_ids = torch.arange(cache.columns, cache.columns + tokens)
+            position_ids = torch.arange(cache.columns, cache.columns + tokens, dtype=torch.int64, device="cpu")
         try:
             positions = position_ids.to(x.device).expand(batch, tokens)
         except RuntimeError:
@@ -124,7 +140,7 @@ class InternLM3Model(Decoder):
         out = torch.zeros_like(x)
         layer_outputs = [] if states is None else [torch.zeros_like(x) for _ in self.layers]
         for row, columns in enumerate(real_columns):
-            columns = torch.arange(x.shape[1], device=x.device) if columns is None else columns
+            columns = torch.arange(x.shape[1], dtype=torch.int64, device=x.device) if columns is None else columns
             if len(columns):
                 row_states: list[Tensor] = []
                 launch = cache.batch([row], len(columns), positions[row, columns])
@@ -190,7 +206,7 @@ def _real(mask: Tensor | None, batch: int, tokens: int, past: Tensor) -> Tensor:
     """
     columns = past.shape[1] + tokens
     if mask is None:
-        mask = torch.ones(batch, columns, dtype=torch.bool)
+        mask = torch.ones(batch, columns, dtype=torch.bool, device="cpu")
     elif mask.dim() != 2 or mask.shape != (batch, columns):
         raise ValueError(
             f"attention_mask has shape {list(mask.shape)}, must be [{batch}, {columns}], the past included"

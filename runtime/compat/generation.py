@@ -156,7 +156,8 @@ class Generation(Pretrained):
         with closing(self._run(answers, hooks, criteria)) as run:
             for tokens in run:
                 if streamer is not None:
-                    streamer.put(torch.tensor([options.pad_token_id if token is None else token for token in tokens]))
+                    padded = [options.pad_token_id if token is None else token for token in tokens]
+                    streamer.put(torch.tensor(padded, dtype=torch.int64, device="cpu"))
         if streamer is not None:
             streamer.end()
         return _output(given, requests, hooks, options, self.config.vocab_size)
@@ -184,7 +185,8 @@ class Generation(Pretrained):
                         continue
                     for criterion in criteria:
                         ids = hooks.ids([answer.read_tokens for answer in answers])
-                        ended = torch.as_tensor(criterion(ids, None)).expand(len(answers)).tolist()
+                        met = torch.as_tensor(criterion(ids, None), dtype=torch.bool, device="cpu")
+                        ended = met.expand(len(answers)).tolist()
                         for answer, token, end in zip(answers, tokens, ended, strict=True):
                             if end and token is not None:
                                 engine.finish(answer)
@@ -261,11 +263,11 @@ def _output(
 ) -> Tensor | GenerateOutput:
     """What `generate` returns once all requests have ended. given: [N, T] the prompts."""
     longest = max(len(request.token_ids) for request in requests)
-    generated = torch.full((len(requests), longest), options.pad_token_id, dtype=torch.int64)
-    logprobs = torch.zeros(generated.shape, dtype=torch.float32)
+    generated = torch.full((len(requests), longest), options.pad_token_id, dtype=torch.int64, device="cpu")
+    logprobs = torch.zeros(generated.shape, dtype=torch.float32, device="cpu")
     for row, request in enumerate(requests):
-        generated[row, : len(request.token_ids)] = torch.tensor(request.token_ids)
-        logprobs[row, : len(request.logprobs)] = torch.tensor(request.logprobs, dtype=torch.float32)
+        generated[row, : len(request.token_ids)] = torch.tensor(request.token_ids, dtype=torch.int64, device="cpu")
+        logprobs[row, : len(request.logprobs)] = torch.tensor(request.logprobs, dtype=torch.float32, device="cpu")
     sequences = torch.cat([given, generated.to(given)], dim=1)
     if not options.return_dict:
         return sequences
@@ -286,7 +288,7 @@ def _by_step(
     """For each step [N, V] float32 of what was kept of every request; -inf for those that had ended."""
     rows = [[*kept.get(request, ())] for request in requests]
     steps = max(map(len, rows))
-    ended = torch.full((vocab_size,), -torch.inf, dtype=torch.float32)
+    ended = torch.full((vocab_size,), -torch.inf, dtype=torch.float32, device="cpu")
     return tuple(
         torch.stack([row[step] if step < len(row) else ended.to(rows[0][0].device) for row in rows])
         for step in range(steps)

@@ -224,11 +224,13 @@ class Engine(Exclusive):
         with super().exclusively(), torch.inference_mode(), self._on_device():
             yield
 
-    def _on_device(self) -> contextlib.AbstractContextManager[object]:
-        """One stream orders all work, whatever thread asks for it."""
-        if self._device.type == "cpu":
-            return contextlib.nullcontext()
-        return torch.cuda.stream(torch.cuda.default_stream(self._device))
+    @contextlib.contextmanager
+    def _on_device(self) -> Iterator[None]:
+        """One stream orders all work, whatever thread asks for it; dtypes are the model's, whatever surrounds a call."""
+        on_gpu = self._device.type == "cuda"
+        stream = torch.cuda.stream(torch.cuda.default_stream(self._device)) if on_gpu else contextlib.nullcontext()
+        with torch.autocast(self._device.type, enabled=False), stream:
+            yield
 
 
 def _why(aborted: Sequence[Request]) -> BaseException:

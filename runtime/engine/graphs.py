@@ -122,5 +122,5 @@ class StepQueue:
 
     def _new_buffer(self) -> _HostBuffer:
         on_gpu = self._report.is_cuda
-        report = torch.empty(self._report.shape, dtype=torch.int32, pin_memory=on_gpu)
+        report = torch.empty(self._report.shape, dtype=torch.int32, device="cpu", pin_memory=on_gpu)
         return _HostBuffer(report, torch.cuda.Event() if on_gpu else None)

@@ -58,7 +58,8 @@ class LogitsHooks:
             request.token_ids[:count] + [self.pad] * (longest - count)
             for request, count in zip(self.requests, counts, strict=True)
         ]
-        return torch.cat((self.prompts, torch.tensor(answers, dtype=torch.int64).view(len(answers), longest)), 1)
+        new = torch.tensor(answers, dtype=torch.int64, device="cpu").view(len(answers), longest)
+        return torch.cat((self.prompts, new), 1)
 
     def process(self, processors: Sequence[LogitsProcessor], scores: dict[Request, Tensor]) -> dict[Request, Tensor]:
         """Runs processors on the scores, [V] float32 each, of the active requests.

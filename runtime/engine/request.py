@@ -63,7 +63,10 @@ class Request:
 
     def __post_init__(self) -> None:
         params = self.params
-        self.seed = int(torch.randint(-(2**63), 2**63 - 1, ())) if params.seed is None else params.seed
+        if params.seed is None:
+            self.seed = int(torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device="cpu"))
+        else:
+            self.seed = params.seed
         own = frozenset() if params.ignore_eos else self.eos_token_ids
         self.ends = own | frozenset(params.stop_token_ids or ())
         if params.allowed_token_ids is None:

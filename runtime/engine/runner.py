@@ -111,7 +111,7 @@ class Runner:
         """Prefills the prompts of newly scheduled requests, and samples their first tokens."""
         for slot in scheduled:
             ids = slot.request.prompt_ids
-            slot.prompt = torch.tensor(ids, device=self._model.device)
+            slot.prompt = torch.tensor(ids, dtype=torch.int64, device=self._model.device)
             inv_freq = inverse_frequencies(self._model.config, len(ids), self._model.device)
             self._state.load(slot, inv_freq)
         last = self._prefill.run([slot for slot in scheduled if slot.twin is None])

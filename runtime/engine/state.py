@@ -162,10 +162,10 @@ class DecodeState:
         self.prompt_counts[index].index_add_(0, prompt, torch.ones_like(prompt, dtype=torch.int32))
         self.logit_bias[index] = 0
         if p.logit_bias:
-            tokens = torch.tensor(list(p.logit_bias), device=self.token.device)
+            tokens = torch.tensor(list(p.logit_bias), dtype=torch.int64, device=self.token.device)
             biases = torch.tensor(list(p.logit_bias.values()), dtype=torch.float32, device=self.token.device)
             self.logit_bias[index, tokens] = biases
-        self.batch.block_table[index, : len(pages)] = torch.tensor(pages, dtype=torch.int32)
+        self.batch.block_table[index, : len(pages)] = torch.tensor(pages, dtype=torch.int32, device="cpu")
         self.batch.inv_freq[index] = inv_freq
 
     def clear(self, index: int) -> None:
@@ -193,8 +193,8 @@ class DecodeState:
 
     def _words(self, token_ids: Iterable[int]) -> Tensor:
         """[W] int32 on the CPU with the bits of these tokens set."""
-        ids = torch.tensor(sorted(set(token_ids)), dtype=torch.int64)
-        words = torch.zeros(self.end_mask.shape[1], dtype=torch.int64)
+        ids = torch.tensor(sorted(set(token_ids)), dtype=torch.int64, device="cpu")
+        words = torch.zeros(self.end_mask.shape[1], dtype=torch.int64, device="cpu")
         return words.index_add_(0, ids // 32, 1 << ids % 32).to(torch.int32)
 
 

@@ -25,7 +25,7 @@ def compile_kernels(
     longest = min(max_seq_len, prefill.CHUNK)
     allocated = pages.allocate(pages_of(longest))
     try:
-        slot.batch.block_table[0, : len(allocated)] = torch.tensor(allocated, dtype=torch.int32)
+        slot.batch.block_table[0, : len(allocated)] = torch.tensor(allocated, dtype=torch.int32, device="cpu")
         group = config.num_attention_heads // config.num_key_value_heads
         for tokens in token_counts(longest, group, config.head_dim, model.dtype, model.device):
             x = prefill.run_chunks(model, kv_cache, slot.batch, [slot.token.repeat(tokens)], [0])

@@ -26,5 +26,5 @@ def inverse_frequencies(config: InternLM3Config, seq_len: int, device: torch.dev
     `seq_len` is the length a sequence has when it begins: its frequencies stay fixed from then on, so that every key in
     its cache was rotated alike.
     """
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu") / config.head_dim
     return (1.0 / rope_base(config, seq_len) ** exponents).to(device)

@@ -60,7 +60,10 @@ def sequence_bias(biases: Iterable[tuple[Sequence[int], float]]) -> LogitsProces
     for sequence, bias in biases:
         by_length[len(sequence)].append((sequence, bias))
     groups = [
-        (torch.tensor([ids for ids, _ in group]), torch.tensor([bias for _, bias in group], dtype=torch.float32))
+        (
+            torch.tensor([ids for ids, _ in group], dtype=torch.int64, device="cpu"),
+            torch.tensor([bias for _, bias in group], dtype=torch.float32, device="cpu"),
+        )
         for group in by_length.values()
     ]
 
@@ -99,7 +102,8 @@ def forced_tokens(tokens: Sequence[int], at: int) -> LogitsProcessor:
     def process(ids: Tensor, scores: Tensor) -> Tensor:
         if ids.shape[1] != at:
             return scores
-        return torch.full_like(scores, -math.inf).index_fill(1, torch.tensor(tokens, device=scores.device), 0.0)
+        kept = torch.tensor(tokens, dtype=torch.int64, device=scores.device)
+        return torch.full_like(scores, -math.inf).index_fill(1, kept, 0.0)
 
     return process
 
@@ -111,7 +115,7 @@ def exponential_decay(start: float, factor: float, ends: Sequence[int]) -> Logit
         beyond = ids.shape[1] - start
         if beyond <= 0:
             return scores
-        tokens = torch.tensor(ends, device=scores.device)
+        tokens = torch.tensor(ends, dtype=torch.int64, device=scores.device)
         end_scores = scores[:, tokens]
         bonus = (end_scores.abs() * (factor**beyond - 1)).masked_fill(~end_scores.isfinite(), 0.0)
         return scores.index_add(1, tokens, bonus)
@@ -125,6 +129,7 @@ def suppress_at(at: int, tokens: Sequence[int]) -> LogitsProcessor:
     def process(ids: Tensor, scores: Tensor) -> Tensor:
         if ids.shape[1] != at:
             return scores
-        return scores.index_fill(1, torch.tensor(tokens, device=scores.device), -math.inf)
+        dropped = torch.tensor(tokens, dtype=torch.int64, device=scores.device)
+        return scores.index_fill(1, dropped, -math.inf)
 
     return process
