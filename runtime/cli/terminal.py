@@ -176,8 +176,8 @@ def typing_discarded() -> Iterator[None]:
     silent = [*saved]
     silent[3] &= ~termios.ECHO
     main = threading.current_thread() is threading.main_thread()  # the only one that may set handlers
-    ends = [signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT] if main else []
-    ends = [each for each in ends if signal.getsignal(each) is signal.SIG_DFL]
+    fatal = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT) if main else ()
+    ends = [each for each in fatal if signal.getsignal(each) is signal.SIG_DFL]
 
     def restore() -> None:
         with contextlib.suppress(termios.error):  # the terminal is gone

@@ -226,7 +226,7 @@ class Engine(Exclusive):
 
     @contextlib.contextmanager
     def _on_device(self) -> Iterator[None]:
-        """One stream orders all work, whatever thread asks for it; dtypes are the model's, whatever surrounds a call."""
+        """One stream orders all work, whatever thread asks for it. Dtypes are the model's, whatever surrounds it."""
         on_gpu = self._device.type == "cuda"
         stream = torch.cuda.stream(torch.cuda.default_stream(self._device)) if on_gpu else contextlib.nullcontext()
         with torch.autocast(self._device.type, enabled=False), stream:
