@@ -200,7 +200,8 @@ def _own_terminal():
     os.setsid()
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGQUIT, signal.SIG_DFL)
+    for inherited in (signal.SIGQUIT, signal.SIGHUP):  # ignored under nohup
+        signal.signal(inherited, signal.SIG_DFL)
 
 
 @pytest.fixture

@@ -135,7 +135,8 @@ def test_a_captured_step(monkeypatch):
     settings = [{"temperature": 0}, {"seed": 1, "top_p": 0.9}, {"seed": 2, "presence_penalty": 0.5, "min_tokens": 2}]
 
     def answers(**options):
-        engine = Engine(make(torch.float32), max_batch_size=4, max_seq_len=16, **options)
+        model = make(torch.float32)
+        engine = Engine(model, max_batch_size=4, max_seq_len=16, **options)
         requests = [
             Request([row + 5] * (row + 1), SamplingParams(**each), 4, frozenset(range(0, 96, 9)))
             for row, each in enumerate(settings)

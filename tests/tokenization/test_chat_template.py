@@ -1,12 +1,10 @@
 """Rendering of chat templates: the published one, transformers as the oracle, and hostile or broken templates."""
 
-import _thread
-import os
+import contextlib
 import re
 import signal
 import subprocess
 import sys
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
@@ -305,13 +303,35 @@ def test_the_published_template_needs_no_child_process(monkeypatch):
         render("{{ messages }}", MESSAGES)
 
 
+INTERRUPTED = """
+import os, signal, sys
+from internlm3.runtime.chat_template import sandbox
+from internlm3.runtime.chat_template.render import render
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sandbox.SECONDS = 1000
+messages = [{"role": "user", "content": "hi"}]
+assert render("{{ messages[0].content }}", messages) == "hi"
+print("begins", flush=True)
+try:
+    render("{% set n = namespace(x=3) %}{% for i in range(99) %}{% set n.x = n.x * n.x %}{% endfor %}", messages)
+except KeyboardInterrupt:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    assert render("{{ messages[0].content }}", messages) == "hi"
+    os._exit(9)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends a signal")
 def test_ctrl_c_ends_a_rendering():
-    template = "{% set n = namespace(x=3) %}{% for i in range(99) %}{% set n.x = n.x * n.x %}{% endfor %}"
-    for interrupt in (_thread.interrupt_main, lambda: os.kill(os.getpid(), signal.SIGINT)):
-        threading.Timer(0.3, interrupt).start()
-        with pytest.raises(KeyboardInterrupt):
-            render(template, MESSAGES)
-    assert render("{{ messages[3].content }}", MESSAGES) == "More?"
+    """And the next one gets its own text, from another child."""
+    with subprocess.Popen([sys.executable, "-c", INTERRUPTED], stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        for _ in range(600):
+            process.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(0.2)
+                break
+    assert process.returncode == 9
 
 
 PROGRAM = """
