@@ -7,7 +7,8 @@
 It needs torch, triton, transformers, numpy and pytest. Anything else that is missing is a row that says so. Each part
 runs in its own process with a time limit and writes its rows as it finds them, so a part that crashes or runs too long
 costs the others nothing. OUT/gpu.json is the record of all rows; a second run with the same OUT adds its parts or
-replaces them. `python -m bench.report` makes tables and plots of it. A dry run has no time limits.
+replaces them. `python -m bench.report` makes tables and plots of it. A dry run has no time limits. All shares of a
+record are of its one set of ceilings, which the first run of a part with shares measures before anything else.
 
 Exit code: 0 if every check passed, 1 if one failed or a part did not finish, 2 for a bad argument, 3 without a GPU.
 """
@@ -20,13 +21,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from . import ROOT
 from .options import one_of
-from .record import Record, Row, append, device_name, read_rows, stamp
+from .record import Record, Row, append, device_name, load, read_rows, stamp
 
 COMMAND = [sys.executable, "-m", "bench.gpu"]  # starts the process of a part
 
@@ -36,6 +37,7 @@ class Limit(NamedTuple):
 
     module: str
     seconds: int
+    shares: bool = False  # its rows have shares of the ceilings
 
 
 PARTS = {
@@ -43,19 +45,36 @@ PARTS = {
     "correctness": Limit("bench.parts.correctness", 300),
     "sanitizer": Limit("bench.parts.sanitizer", 400),
     "ceilings": Limit("bench.parts.ceilings", 90),
-    "ops": Limit("bench.parts.ops", 400),
-    "decode": Limit("bench.parts.decode", 300),
-    "launch_profile": Limit("bench.parts.launch_profile", 60),
-    "first_token": Limit("bench.parts.first_token", 200),
-    "peers": Limit("bench.parts.peer_models", 500),
+    "ops": Limit("bench.parts.ops", 400, shares=True),
+    "decode": Limit("bench.parts.decode", 300, shares=True),
+    "launch_profile": Limit("bench.parts.launch_profile", 60, shares=True),
+    "first_token": Limit("bench.parts.first_token", 200, shares=True),
+    "peers": Limit("bench.parts.peer_models", 500, shares=True),
 }
 
 
 def work(part: str, out: Path, small: bool) -> None:
     """Runs in the process of one part."""
-    for row in importlib.import_module(PARTS[part].module).rows(small):
+    for row in with_shares(out, importlib.import_module(PARTS[part].module).rows(small)):
         append(out / f"{part}.jsonl", row)
         print(row, flush=True)
+
+
+def with_shares(out: Path, rows: Iterable[Row]) -> Iterator[Row]:
+    """The rows with their shares of the ceilings in `out`, as they come; unchanged if there are none."""
+    from .roofline import Roofline
+
+    ceilings = Roofline.of(read_rows(out / "ceilings.jsonl"))
+    return map(ceilings.with_share, rows) if ceilings else iter(rows)
+
+
+def in_order(parts: Iterable[str], out: Path) -> list[str]:
+    """The parts, after that of the ceilings if it is one of them, or if one needs it and `out` has none."""
+    from .roofline import Roofline
+
+    parts = [*parts]
+    needed = any(PARTS[part].shares for part in parts) and not Roofline.of(read_rows(out / "ceilings.jsonl"))
+    return [*dict.fromkeys(["ceilings"] * (needed or "ceilings" in parts) + parts)]
 
 
 def run(part: str, out: Path, small: bool, seconds: float | None) -> str:
@@ -112,8 +131,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("no GPU found: run this on a machine with one, or as a dry run with --small")
         return 3
     print(f"{device_name()}; PyTorch {torch.__version__}{'; a DRY RUN: its figures mean nothing' * small}")
+    try:
+        earlier = load(out / "gpu.json").stamp if (out / "gpu.json").exists() else None
+    except ValueError as error:
+        parse.error(str(error))
+    made = {**stamp(), "dry run": small}
+    if earlier and any(earlier.get(key) != made[key] for key in ("device", "dry run")):
+        of = f"{'a dry run on ' * bool(earlier.get('dry run'))}{earlier.get('device')}"
+        parse.error(f"--out {out} has the record of {of}: name another folder, a record is of one machine")
     deadline = time.monotonic() + 60 * minutes
-    for part in options.part or PARTS:
+    for part in in_order(options.part or PARTS, out):
         left = deadline - time.monotonic()
         limit = None if small else min(PARTS[part].seconds, left)
         reason = run(part, out, small, limit) if left > 0 else "no time was left for it"
@@ -122,8 +149,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             append(out / f"{part}.jsonl", row)
             print(row, flush=True)
 
-    rows = [row for part in PARTS for row in read_rows(out / f"{part}.jsonl")]
-    Record({**stamp(), "dry run": small}, rows).save(out / "gpu.json")
+    rows = [*with_shares(out, (row for part in PARTS for row in read_rows(out / f"{part}.jsonl")))]
+    Record(made, rows).save(out / "gpu.json")
     states = [row.state for row in rows]
     print("; ".join(f"{states.count(state)} {state}" for state in ("pass", "FAIL", "figure", "not run")))
     for row in rows:

@@ -31,7 +31,6 @@ from . import peers, roofline, tables, user_kernels, verify
 from .cases import INTERNLM3_8B, SMALL, Arguments, Case, Size, cases, read_size
 from .options import one_of, output, positive
 from .record import Part, Record, Row, first_line, stamp
-from .roofline import Roofline
 from .timing import Call, name_of, replayed, rounds_of
 
 MOST_CALLS = 512  # in one graph
@@ -99,9 +98,7 @@ def prepare(case: Case, make: Make, device: torch.device) -> Prepared:
     return Prepared(replayed(made), calls, size, flops, cold=calls == wanted)
 
 
-def measure(
-    case: Case, engine: str, make: Make, device: torch.device, rounds: int, ceilings: Roofline, user: bool = False
-) -> Row:
+def measure(case: Case, engine: str, make: Make, device: torch.device, rounds: int, user: bool = False) -> Row:
     """The row of an engine: its times; or a note if it is not installed, fails, or computes something else."""
     dtype = name_of(case.dtype)
     name = f"{case.op}, {case.shape}, {dtype}, {engine}"
@@ -126,17 +123,14 @@ def measure(
         times = list(islice(prepared.rounds(), rounds))
     except Exception as error:  # whatever a peer or a user's kernel raises belongs in its row
         return failed(f"not timed: {reason_of(error)}")
-    return timed(name, times, prepared, ceilings, described)
+    return timed(name, times, prepared, described)
 
 
-def timed(name: str, times: list[float], prepared: Prepared, ceilings: Roofline, described: dict[str, Any]) -> Row:
+def timed(name: str, times: list[float], prepared: Prepared, described: dict[str, Any]) -> Row:
     """A measured row; `about` gets what follows from the times."""
     row = PART.figure(name, times, "us", **described, bytes=prepared.bytes, flops=prepared.flops, cold=prepared.cold)
     row.about["GB/s"] = prepared.bytes / row.value / 1e3
     row.about["TFLOP/s"] = prepared.flops / row.value / 1e6
-    bound, share = ceilings.share(described["dtype"], prepared.bytes, prepared.flops, row.value)
-    if prepared.cold or bound == "matmul":  # reads that a cache may have served are not compared with memory
-        row.about.update(bound=bound, share=share)
     return row
 
 
@@ -144,7 +138,6 @@ def measured(
     chosen: Sequence[Case],
     device: torch.device,
     rounds: int,
-    ceilings: Roofline,
     wanted: Sequence[str] = (),
     user_ops: UserOps | None = None,
 ) -> Iterator[Row]:
@@ -153,7 +146,7 @@ def measured(
     reported = set()
     for case in chosen:
         for engine, make in engines(case, device, wanted, user_ops).items():
-            row = measure(case, engine, make, device, rounds, ceilings, user=engine in user_ops)
+            row = measure(case, engine, make, device, rounds, user=engine in user_ops)
             if row.rounds or (case.op, engine, row.note) not in reported:
                 reported.add((case.op, engine, row.note))
                 yield row
@@ -229,7 +222,7 @@ def run(options: argparse.Namespace, user_ops: UserOps, device: torch.device, ch
     print(tables.OPS_HEADER, flush=True)
     interrupted = False
     try:
-        for row in measured(chosen, device, rounds, ceilings, options.engine or (), user_ops):
+        for row in map(ceilings.with_share, measured(chosen, device, rounds, options.engine or (), user_ops)):
             done.append(row)
             print(tables.op_line(row), flush=True)
     except KeyboardInterrupt:

@@ -52,7 +52,9 @@ class Row:
         figure = ""
         if self.rounds:
             figure = f"{self.value:.4g} {self.unit} ({min(self.rounds):.4g} to {max(self.rounds):.4g})"
-        return f"{self.state:8}{self.part:12}{self.name:58}{figure:>34}  {self.note}".rstrip()
+        share = f"{self.about['share']:.1%} of the {self.about['bound']} ceiling" if "bound" in self.about else ""
+        note = "; ".join(filter(None, (share, self.note)))
+        return f"{self.state:8}{self.part:12}{self.name:58}{figure:>34}  {note}".rstrip()
 
 
 class Part:

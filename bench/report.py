@@ -19,6 +19,7 @@ from . import ROOT, plots, tables
 from .compare import compare
 from .options import output
 from .record import Record, load
+from .roofline import Roofline
 
 MARKS = "<!-- bench/report.py writes what a GPU measured from here -->\n", "<!-- to here -->\n"
 # The text above the tables, by README.
@@ -46,7 +47,9 @@ def into_readme(text: str, above: str, record: Record) -> str:
     versions = ", ".join(f"{name} {stamp[name]}" for name in ("driver", "torch", "triton") if stamp.get(name))
     about: dict[str, Any] = {"device": stamp["device"], "commit": stamp["commit"], "date": stamp["date"][:10]}
     made = (tables.decode_table, tables.peers_table, tables.first_token_table)
-    body = "\n".join([above.format(versions=versions, **about) + "\n", *(table(record.rows) for table in made)])
+    text_above = above.format(versions=versions, **about) + "\n"
+    ceilings = [tables.ceilings(record.rows) + "\n"] if Roofline.of(record.rows) else []
+    body = "\n".join([text_above, *ceilings, *(table(record.rows) for table in made)])
     return f"{text[:begin]}{MARKS[0]}\n{body}\n{text[end:]}"
 
 

@@ -1,11 +1,13 @@
 """The roofline of an op: the bytes and operations that it needs at least, and what this machine can do of each.
 
 No call can be faster than its bytes at the speed at which this machine reads memory, or its operations at the speed at
-which it multiplies matrices. The slower of the two bounds the op.
+which it multiplies matrices. The slower of the two bounds the op. A record has one such pair
+of ceilings, and all its shares are of these.
 """
 
+import dataclasses
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
@@ -13,9 +15,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .cases import Arguments
+from internlm3 import kernels
+
+from .cases import INTERNLM3_8B, Arguments
 from .record import Part, Row
-from .timing import Call, name_of, rounds_of
+from .timing import Call, name_of, replayed, rounds_of
+
+LARGEST = 64 << 10  # bytes; reads divide a tensor into blocks of at most this size
+COPY = "copy, read and written"  # the name of its row
 
 
 def nbytes(*values: Any) -> int:
@@ -55,12 +62,16 @@ def flops(op: str, arguments: Arguments) -> int:
     return 0
 
 
+MICROSECONDS = {"us": 1.0, "ms": 1e3}  # of a row's unit
+
+
 class Roofline(NamedTuple):
     """What this machine reaches at most, per second."""
 
     read: float  # bytes
     copy: float  # bytes, read and written
     matmul: dict[str, float]  # floating-point operations, by dtype
+    rounds: Mapping[str, Sequence[float]] = {}  # by the name of a row, in its unit; `read` is the best "read, ..."
 
     def share(self, dtype: str, nbytes: int, flops: int, microseconds: float) -> tuple[str, float]:
         """What bounds such a call, "read" or "matmul", and the share of that ceiling which it reached."""
@@ -68,31 +79,87 @@ class Roofline(NamedTuple):
         bound = "read" if reading >= multiplying else "matmul"
         return bound, max(reading, multiplying) * 1e6 / microseconds
 
+    def with_share(self, row: Row) -> Row:
+        """The row with `bound` and `share` in its `about`, if that has the bytes and flops of what was timed.
+
+        Reads that a cache may have served are not compared with memory: such a row gets no share.
+        """
+        about = {key: x for key, x in row.about.items() if key not in ("bound", "share")}
+        if not row.rounds or not {"bytes", "flops"} <= about.keys() or about.get("dtype") not in self.matmul:
+            return row
+        microseconds = row.value * MICROSECONDS[row.unit]
+        bound, share = self.share(about["dtype"], about["bytes"], about["flops"], microseconds)
+        if about.get("cold", True) or bound == "matmul":
+            about.update(bound=bound, share=share)
+        return dataclasses.replace(row, about=about)
+
     def rows(self) -> Iterator[Row]:
         part = Part("ceilings")
-        yield part.figure("read", [self.read / 1e9], "GB/s", ceiling="read")
-        yield part.figure("copy, read and written", [self.copy / 1e9], "GB/s", ceiling="copy")
+
+        def ceiling(name: str, value: float, unit: str, note: str = "", **about: Any) -> Row:
+            return part.figure(name, self.rounds.get(note or name, [value]), unit, note, **about)
+
+        reads = {name: rounds for name, rounds in self.rounds.items() if name.startswith("read, ")}
+        best = max(reads, key=lambda name: statistics.median(reads[name]), default="")
+        yield ceiling("read", self.read / 1e9, "GB/s", best, ceiling="read")
+        yield ceiling(COPY, self.copy / 1e9, "GB/s", ceiling="copy")
         for dtype, rate in self.matmul.items():
-            yield part.figure(f"matmul, {dtype}", [rate / 1e12], "TFLOP/s", ceiling="matmul", dtype=dtype)
+            yield ceiling(f"matmul, {dtype}", rate / 1e12, "TFLOP/s", ceiling="matmul", dtype=dtype)
+        for name, rounds in reads.items():
+            yield part.figure(name, rounds, "GB/s")
+
+    @classmethod
+    def of(cls, rows: Iterable[Row]) -> "Roofline | None":
+        """The ceilings of a record, or None if it lacks one of them."""
+        known = [row for row in rows if "ceiling" in row.about]
+        rates = {row.about["ceiling"]: row.value for row in known}
+        if not {"read", "copy", "matmul"} <= rates.keys():
+            return None
+        matmul = {row.about["dtype"]: row.value * 1e12 for row in known if row.about["ceiling"] == "matmul"}
+        return cls(rates["read"] * 1e9, rates["copy"] * 1e9, matmul)
 
 
 def measure(device: torch.device, dtypes: Sequence[torch.dtype], rounds: int) -> Roofline:
-    """The fastest reads, copies and square matrix products, each at the median round."""
+    """The fastest reads, copies and square matrix products, each at the median round.
+
+    Measure before a model is allocated: on a GPU this takes 8 GiB, or half of the free memory if that is less, so that
+    a cache holds a negligible part of it. What is timed there are replays of CUDA graphs, without the host's work.
+    """
     on_gpu = device.type == "cuda"
-    x = torch.zeros(1 << 29 if on_gpu else 1 << 25, device=device)
-    y = torch.empty_like(x)
-    read: Call = x.sum
-    if on_gpu:
-        from .read_bandwidth import read_all
+    size = min(1 << 33, torch.cuda.mem_get_info(device)[0] // 2) if on_gpu else 1 << 27
+    x = torch.empty(size // LARGEST * LARGEST // 2, dtype=torch.bfloat16, device=device).normal_()
+    found = {}
 
-        read = partial(read_all, x, y)
+    def rate(name: str, amount: int, unit: float, *calls: Call) -> float:
+        run = replayed(calls) if on_gpu else lambda: [call() for call in calls]
+        found[name] = [amount / microseconds * 1e6 / unit for microseconds in islice(rounds_of(run, 1), rounds)]
+        return statistics.median(found[name]) * unit
 
-    def rate(amount: int, call: Call) -> float:
-        return amount / statistics.median(islice(rounds_of(call, 1), rounds)) * 1e6
-
-    side = 8192 if on_gpu else 1024
+    read = max(rate(f"read, {name}", amount, 1e9, *calls) for name, (amount, calls) in reads(x).items())
+    half = x.numel() // 2
+    copy = rate(COPY, nbytes(x), 1e9, lambda: x[:half].copy_(x[half:]))
+    side = 8192 if on_gpu else 512
     matmul = {}
     for dtype in dtypes:
         a = torch.randn(side, side, device=device).to(dtype)
-        matmul[name_of(dtype)] = rate(2 * side**3, partial(torch.mm, a, a))
-    return Roofline(rate(nbytes(x), read), rate(2 * nbytes(x), lambda: y.copy_(x)), matmul)
+        name = name_of(dtype)
+        matmul[name] = rate(f"matmul, {name}", 2 * side**3, 1e12, partial(torch.mm, a, a))
+    return Roofline(read, copy, matmul, found)
+
+
+def reads(x: Tensor) -> dict[str, tuple[int, list[Call]]]:
+    """Ways to read x, a vector in bfloat16, once: the bytes read and the calls.
+
+    One is the kernel that reads most of a decode step: one row times matrices of InternLM3-8B's head.
+    """
+    matrices = x.view(-1, INTERNLM3_8B.hidden).split(INTERNLM3_8B.vocabulary)
+    matrices = [w for w in matrices if w.shape == matrices[0].shape]
+    row = matrices[0][:1].clone()
+    ways: dict[str, list[Call]] = {"sum": [x.view(torch.float32).sum]}
+    if x.is_cuda:
+        from .read_bandwidth import variants
+
+        ways = variants(x.view(torch.float32))
+    whole = {name: (nbytes(x), calls) for name, calls in ways.items()}
+    linear = kernels.for_device(x.device).linear
+    return {**whole, "lm_head of one row": (nbytes(*matrices), [partial(linear, row, w) for w in matrices])}

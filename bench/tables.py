@@ -28,7 +28,11 @@ def op_line(row: Row) -> str:
 
 def ceilings(rows: Iterable[Row]) -> str:
     """What this machine reaches at most, in one line."""
-    return "ceilings: " + "; ".join(f"{row.name} {row.value:.4g} {row.unit}" for row in rows if "ceiling" in row.about)
+    known = [row for row in rows if "ceiling" in row.about]
+    notes = (f" ({row.note.removeprefix('read, ')})" * bool(row.note) for row in known)
+    return "ceilings: " + "; ".join(
+        f"{row.name} {row.value:.4g} {row.unit}{note}" for row, note in zip(known, notes, strict=True)
+    )
 
 
 def text(record: Record) -> str:

@@ -1,4 +1,5 @@
-"""What this GPU reaches now: reads, copies and matrix products, and the gap between two kernels of a graph.
+"""What this GPU reaches: reads, copies and matrix products, of which all other parts state their shares; and the gap
+between two kernels of a graph.
 
 The gap is measured with kernels that do next to nothing. "independent" launches wait for the end of the one before;
 "dependent" launches (programmatic dependent launch) begin while it drains. "alternating" launches use little and much
@@ -44,15 +45,12 @@ def _much(x_ptr, y_ptr, SIDE: tl.constexpr, PDL: tl.constexpr):
 
 def rows(small: bool) -> Iterator[Row]:
     part, device = Part("ceilings"), device_of(small)
-    dtype = torch.float16 if small else torch.bfloat16
-    measured = [[*roofline.measure(device, [dtype], 5 if small else 20).rows()] for _ in range(1 if small else 3)]
-    for row, *again in zip(*measured, strict=True):  # the spread of the repetitions is the error of a share
-        rounds = [value for each in (row, *again) for value in each.rounds]
-        yield part.figure(row.name, rounds, row.unit, **row.about)
+    dtypes = [torch.bfloat16, torch.float16] if small else [torch.bfloat16]  # of all parts
+    yield from roofline.measure(device, dtypes, 3 if small else 20).rows()
 
     nodes = 10 if small else NODES
     x = torch.zeros(64, device=device)
-    a, y = (torch.zeros(128, 128, dtype=dtype, device=device) for _ in range(2))
+    a, y = (torch.zeros(128, 128, dtype=dtypes[-1], device=device) for _ in range(2))
     has_pdl = not small and torch.cuda.get_device_capability() >= (9, 0)
     for pdl in (False, True):
         kind = "dependent" if pdl else "independent"

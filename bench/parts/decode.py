@@ -1,15 +1,15 @@
 """The time of a decode step of the whole model, captured as the engine captures it, by context length and batch size.
 
 Weights, keys and values are random: their values don't change what a step does. Each step reads all weights and the
-whole KV cache once; the time of that at the measured read bandwidth is its lower bound.
+whole KV cache once; the time of that at the record's read ceiling is its lower bound.
 """
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterator
 from functools import partial
 from itertools import islice
+from typing import Any
 
 import torch
 
@@ -17,11 +17,10 @@ from internlm3 import InternLM3ForCausalLM
 from internlm3.runtime.engine.graphs import cuda_graphs, eager
 from internlm3.runtime.engine.state import Tier
 
-from .. import roofline
 from ..record import Part, Row, first_line
 from ..roofline import nbytes
 from ..timing import name_of, rounds_of
-from .bare_step import Steps, device_of, random_model
+from .bare_step import Steps, random_model
 
 CONTEXTS = (128, 1024, 8192, 32768)
 BATCHES = (1, 2, 4, 8, 16, 32)
@@ -30,11 +29,10 @@ FIRST = ((1024, 1), (32768, 1), (1024, 16))
 
 
 def rows(small: bool) -> Iterator[Row]:
-    part, device = Part("decode"), device_of(small)
+    part = Part("decode")
     model = random_model(small)
     rest = [(context, batch) for batch in BATCHES for context in CONTEXTS]
     shapes = [(16, 1), (32, 2)] if small else [*FIRST, *(shape for shape in rest if shape not in FIRST)]
-    read = roofline.measure(device, [model.dtype], 5).read
     for context, batch in shapes:
         shape = shape_of(batch, context)
         try:
@@ -42,7 +40,7 @@ def rows(small: bool) -> Iterator[Row]:
         except (torch.cuda.OutOfMemoryError, MemoryError) as error:
             yield part.missing(f"{shape}, internlm3", first_line(error), engine="internlm3", shape=shape)
             continue
-        yield step_row(part, times, read, model, "internlm3", batch, context)
+        yield step_row(part, times, model, "internlm3", batch, context)
     if not small:
         yield part.figure("peak memory", [torch.cuda.max_memory_allocated() / 2**30], "GiB")
     for tier in Tier:
@@ -54,15 +52,17 @@ def shape_of(batch: int, context: int) -> str:
     return f"batch {batch}, context {context}"
 
 
-def step_row(
-    part: Part, times: list[float], read: float, model: InternLM3ForCausalLM, engine: str, batch: int, context: int
-) -> Row:
-    """A measured step. read: bytes per second that this machine reads."""
-    share = 1e3 * step_bytes(model, batch, context) / read / statistics.median(times)
+def step_row(part: Part, times: list[float], model: InternLM3ForCausalLM, engine: str, batch: int, context: int) -> Row:
+    """A measured step."""
     shape = shape_of(batch, context)
-    about = {"op": "decode step", "shape": shape, "dtype": name_of(model.dtype), "tokens": batch, "context": context}
-    about |= {"engine": engine, "bound": "read", "share": share}
-    return part.figure(f"{shape}, {engine}", times, "ms", f"{share:.1%} of the read ceiling", **about)
+    about = needs(model, batch, context)
+    about |= {"op": "decode step", "shape": shape, "tokens": batch, "context": context, "engine": engine}
+    return part.figure(f"{shape}, {engine}", times, "ms", **about)
+
+
+def needs(model: InternLM3ForCausalLM, batch: int, context: int) -> dict[str, Any]:
+    """What a share of the read ceiling is computed from. The operations never bound a step."""
+    return {"dtype": name_of(model.dtype), "bytes": step_bytes(model, batch, context), "flops": 0}
 
 
 def step_bytes(model: InternLM3ForCausalLM, batch: int, context: int) -> int:

@@ -21,7 +21,7 @@ from internlm3.runtime.engine.state import Tier
 
 from ..record import Part, Row
 from .bare_step import random_model
-from .decode import ready, shape_of
+from .decode import needs, ready, shape_of
 
 SHAPES = ((1, 1024), (1, 32768), (4, 1024), (16, 1024))  # batch size, context length
 REPLAYS = 4
@@ -37,7 +37,7 @@ def rows(small: bool) -> Iterator[Row]:
         shape = shape_of(batch, context)
         added = added_times(model, batch, context)
         step = sum(map(sum, added.values())) / (REPLAYS - 1)
-        yield part.figure(f"{shape}: a step", [step], "us")
+        yield part.figure(f"{shape}: a step", [step], "us", **needs(model, batch, context))
         for launch, times in sorted(added.items(), key=lambda item: -sum(item[1])):
             share = sum(times) / (REPLAYS - 1) / step
             note = f"x {len(times) / (REPLAYS - 1):.0f}, {share:.1%} of the step"

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
-from .. import ops, peers, roofline
+from .. import ops, peers
 from ..cases import INTERNLM3_8B, SMALL, cases
 from ..record import Row
 from .bare_step import device_of
@@ -20,4 +20,4 @@ def rows(small: bool) -> Iterator[Row]:
         for case in cases(SMALL if small else INTERNLM3_8B, [dtype], batches, chunks, contexts)
     ]
     peers.SECONDS = 30
-    yield from ops.measured(chosen, device, rounds, roofline.measure(device, [dtype], rounds))
+    yield from ops.measured(chosen, device, rounds)

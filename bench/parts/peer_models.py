@@ -16,10 +16,10 @@ import torch
 
 from internlm3 import InternLM3ForCausalLM
 
-from .. import peers, roofline
+from .. import peers
 from ..record import Part, Row, first_line
 from ..timing import Call, replayed, rounds_of
-from .bare_step import Steps, device_of, random_model
+from .bare_step import Steps, random_model
 from .decode import shape_of, step_row, step_times
 from .plain_model import PlainModel
 
@@ -28,10 +28,9 @@ Peer = Callable[[InternLM3ForCausalLM, int, int], Call]
 
 
 def rows(small: bool) -> Iterator[Row]:
-    part, device = Part("peers"), device_of(small)
+    part = Part("peers")
     model = random_model(small)
     yield part.check("the plain model gives the step's logits", lambda: _same(model, small))
-    read = roofline.measure(device, [model.dtype], 5).read
     # Peers that compile for minutes come last, in case the part runs out of time.
     known = {
         "cuBLAS and SDPA, CUDA graph" + ", without it on a CPU" * small: _plain_graph,
@@ -43,7 +42,7 @@ def rows(small: bool) -> Iterator[Row]:
     }
     shapes = [(16, 1)] if small else [(1024, 1), (1024, 4), (1024, 16), (32768, 1)]
     for context, batch in shapes:
-        yield step_row(part, step_times(model, batch, context, small), read, model, "internlm3", batch, context)
+        yield step_row(part, step_times(model, batch, context, small), model, "internlm3", batch, context)
     for engine, make in known.items():
         for context, batch in shapes:
             shape = shape_of(batch, context)
@@ -60,7 +59,7 @@ def rows(small: bool) -> Iterator[Row]:
                 call = None  # frees its memory
                 if not small:
                     torch.cuda.empty_cache()
-            yield step_row(part, times, read, model, engine, batch, context)
+            yield step_row(part, times, model, engine, batch, context)
 
 
 def _same(model: InternLM3ForCausalLM, small: bool) -> str:

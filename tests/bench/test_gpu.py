@@ -3,13 +3,15 @@
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 
 import pytest
 import torch
 
 from bench import ROOT, gpu
 from bench.parts import suite
-from bench.record import Part, load, read_rows
+from bench.record import Part, Record, load, read_rows
+from bench.roofline import Roofline
 
 PLANTED = """
 import os, sys, time
@@ -27,11 +29,11 @@ def rows(small):
 def plant(tmp_path, monkeypatch):
     """Replaces the parts of bench.gpu, by name and the last line of their code."""
 
-    def plant(parts: dict[str, str], seconds: int = 10**6) -> None:
+    def plant(parts: dict[str, str], seconds: int = 10**6, shares: Sequence[str] = ()) -> None:
         limits = {}
         for name, then in parts.items():
             (tmp_path / f"planted_{name}.py").write_text(PLANTED.format(name=name, then=then))
-            limits[name] = gpu.Limit(f"planted_{name}", seconds)
+            limits[name] = gpu.Limit(f"planted_{name}", seconds, shares=name in shares)
         program = ["import sys", "from bench import gpu", f"sys.path.insert(0, {str(tmp_path)!r})"]
         program += [f"gpu.PARTS = {{name: gpu.Limit(name, 0) for name in {[*parts]}}}"]
         program += ["gpu.PARTS = {name: gpu.Limit(f'planted_{name}', 0) for name in gpu.PARTS}", "sys.exit(gpu.main())"]
@@ -68,6 +70,61 @@ def test_parts_fail_by_themselves(tmp_path, plant, capfd):
 
     plant({"fine": ""})
     assert gpu.main(["--out", str(out), "--small", "--part", "fine"]) == 0
+
+
+# A megabyte that is read in a millisecond, and ceilings that a count of their runs makes better each time.
+A_MEGABYTE = 'yield part.figure("step", [1.0], "ms", dtype="float16", bytes=10**6, flops=0)'
+COUNTED = """
+    from pathlib import Path
+    from bench.roofline import Roofline
+    runs = Path(__file__).with_name("runs")
+    runs.write_text(runs.read_text() + "x" if runs.exists() else "x")
+    yield from Roofline(len(runs.read_text()) * 1e10, 1e9, {"float16": 1e12}).rows()
+"""
+
+
+def test_all_parts_of_a_record_have_shares_of_one_ceiling(tmp_path, plant, capfd):
+    """A part alone has them measured first, a later run of another part does not; new ones are those of all rows."""
+    plant({"other": "", "one": A_MEGABYTE, "two": A_MEGABYTE, "ceilings": COUNTED.strip()}, shares=("one", "two"))
+
+    def shares(*parts):
+        assert gpu.main(["--out", str(tmp_path / "out"), "--small", "--part", *parts]) == 0
+        ran = dict.fromkeys(line.split()[1] for line in capfd.readouterr().out.splitlines() if "sound" in line)
+        rows = [row for row in load(tmp_path / "out" / "gpu.json").rows if row.name == "step"]
+        return [*ran], {row.part: row.about["share"] for row in rows}
+
+    assert shares("other") == (["other"], {})
+    assert shares("one") == (["ceilings", "one"], {"one": 0.1})
+    assert shares("other", "two") == (["other", "two"], {"one": 0.1, "two": 0.1})
+    assert shares("two", "ceilings") == (["ceilings", "two"], {"one": 0.05, "two": 0.05})
+
+
+def test_without_ceilings_a_part_has_no_shares(tmp_path, plant):
+    plant({"one": A_MEGABYTE, "ceilings": "raise RuntimeError('no memory')"}, shares=("one",))
+    assert gpu.main(["--out", str(tmp_path), "--small", "--part", "one"]) == 1
+    rows = {(row.part, row.name): row for row in load(tmp_path / "gpu.json").rows}
+    assert rows["one", "step"].value == 1.0 and "share" not in rows["one", "step"].about
+    assert "no memory" in rows["ceilings", "the part itself"].note
+
+
+def test_the_parts_with_shares_measure_no_ceiling():
+    from bench.parts import ceilings
+
+    for name, limit in gpu.PARTS.items():
+        source = ROOT.joinpath(*limit.module.split(".")).with_suffix(".py").read_text()
+        assert ("roofline.measure" in source) == (limit.module == ceilings.__name__)
+        assert limit.shares == (name in ("ops", "decode", "launch_profile", "first_token", "peers"))
+
+
+@pytest.mark.parametrize("change", [{"device": "another GPU"}, {"dry run": False}])
+def test_a_record_is_of_one_machine(tmp_path, plant, capsys, change):
+    plant({"fine": ""})
+    assert gpu.main(["--out", str(tmp_path), "--small"]) == 0
+    record = load(tmp_path / "gpu.json")
+    Record({**record.stamp, **change}, record.rows).save(tmp_path / "gpu.json")
+    with pytest.raises(SystemExit) as ended:
+        gpu.main(["--out", str(tmp_path), "--small"])
+    assert ended.value.code == 2 and "name another folder, a record is of one machine" in capsys.readouterr().err
 
 
 def test_a_part_that_exceeds_its_limit_is_killed(tmp_path, plant, monkeypatch):
@@ -125,13 +182,23 @@ def test_every_part_yields_rows():
         assert "\ndef rows(small: bool) -> Iterator[Row]:\n" in source
 
 
-@pytest.mark.parametrize("part", ["decode", "first_token", "ceilings", "correctness"])
-def test_a_dry_run(tmp_path, part, capfd):
+@pytest.mark.parametrize("parts", [["decode", "first_token", "launch_profile"], ["correctness"]], ids=" ".join)
+def test_a_dry_run(tmp_path, parts, capfd):
     """The same code as on a GPU machine, at a toy model's shapes; Triton's ops run in the interpreter."""
-    code = gpu.main(["--out", str(tmp_path), "--small", "--part", part])
-    assert code == 0, capfd.readouterr().out + (tmp_path / f"{part}.log").read_text()
-    found = [*read_rows(tmp_path / f"{part}.jsonl")]
-    assert {row.state for row in found} <= {"pass", "figure", "not run"} and len(found) > 3
+    code = gpu.main(["--out", str(tmp_path), "--small", "--part", *parts])
+    logs = [path.read_text() for path in tmp_path.glob("*.log")]
+    assert code == 0, capfd.readouterr().out + "".join(logs)
+    found = load(tmp_path / "gpu.json").rows
+    assert {row.state for row in found} <= {"pass", "figure", "not run"}
+    for part in parts:
+        assert len([row for row in found if row.part == part]) > (0 if part == "launch_profile" else 3)
+    if "decode" in parts:
+        ceilings = Roofline.of(found)
+        shares = [row for row in found if "share" in row.about]
+        assert {row.part for row in shares} == {"decode", "first_token"}
+        for row in shares:
+            given = [row.about[key] for key in ("dtype", "bytes", "flops")]
+            assert (row.about["bound"], row.about["share"]) == ceilings.share(*given, 1e3 * row.value)
 
 
 def test_the_correctness_part_finds_a_wrong_kernel():

@@ -258,6 +258,26 @@ def test_the_readmes_get_the_figures_between_their_marks(tmp_path, monkeypatch):
         assert text.startswith(before[:begin]) and text.endswith(before[end:])
 
 
+def test_the_readmes_have_the_figures_of_the_stored_record():
+    """Tables, the first lines and the text below the tables; shares are of the record's one ceiling, bytes over time."""
+    stored = record.load(ROOT / "bench" / "results" / "2026-11-27-h200.json")
+    ceilings = Roofline.of(stored.rows)
+    step = next(
+        row for row in stored.rows if row.part == "decode" and row.about.get("shape") == "batch 1, context 1024"
+    )
+    weights, tokens = 2 * (8_804_241_408 - 128_512 * 4096), 1024 * 49_152  # all but the embedding; bytes per token
+    assert step.about["share"] == pytest.approx((weights + tokens) / ceilings.read / (step.value / 1e3))
+    for row in stored.rows:
+        assert ceilings.with_share(row) == row
+        assert ("share" in row.about) == ("bytes" in row.about)
+    for name, above in report.ABOVE.items():
+        text = (ROOT / name).read_text("utf-8")
+        assert report.into_readme(text, above, stored) == text
+        first = next(line for line in text.splitlines() if "H200" in line)
+        assert f"{step.value:.1f} ms" in first and f" {step.about['share']:.0%}" in first
+        assert f"{ceilings.read / 1e12:.2f} TB/s" in text[text.index(report.MARKS[1]) :]
+
+
 def test_the_readmes_refuse_a_dry_run(tmp_path, capsys):
     with pytest.raises(SystemExit):
         report.main([saved(tmp_path, **{"dry run": True}), "--readme"])

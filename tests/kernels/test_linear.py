@@ -40,7 +40,8 @@ def product(x, weight, bias=None, normed=False):
 
     The bound has 4 float32 ulp of the sum of magnitudes, for the float32 sums. Where x is the result of a norm, rsqrt's
     last bit may round an element the other way: two ulp of the largest term allow for several of these. A GPU's rsqrt
-    is itself within two float32 ulp, in the same direction for all elements.
+    is itself within two float32 ulp, in the same direction for all elements. The bound has no room for partial sums
+    that are rounded to the dtype.
     """
     terms = x.double()[:, None] * weight.double()
     exact, addends = terms.sum(-1), terms.abs().sum(-1)
@@ -135,6 +136,30 @@ def test_rms_norm_linear(seed, dtype, shape, scale, padding, biased, batch_invar
         "rms_norm_linear", case.x, case.norm, EPS, case.weight, case.bias, batch_invariant=batch_invariant
     )
     assert_near(exact, 1.0, size, **results)
+
+
+def test_the_case_that_failed_on_an_h200():
+    """float16, 17 rows, which torch multiplies. The record of 2026-11-27 has 3 of 34 places wrong, the worst at [11, 1].
+
+    Sums of 12 parts of the columns, each rounded to float16, give that value and that count; by torch's default cuBLAS
+    may round so. The norm gives neither: two float32 ulp of rsqrt change no element of its result. The bound has no room
+    for rounded parts, so this result would fail again.
+    """
+    case = Case(0, torch.float16, 17, 1536, 2, scale=1e-8)
+    x, norm, weight, normed = (each.cpu() for each in (case.x, case.norm, case.weight, case.normed()))
+    exact, size = product(normed, weight, normed=True)
+    parts = (normed.double()[:, None] * weight.double()).view(17, 2, 12, 128).sum(-1).half()
+    found = parts.double().sum(-1).half()
+    error = (found.double() - exact).abs()
+    assert exact[11, 1].item() == pytest.approx(1.5197937273114803e-06, rel=1e-12)
+    assert found[11, 1].item() == 1.430511474609375e-06
+    assert error[11, 1].item() == error.max().item() == pytest.approx(8.93e-8, rel=1e-3)
+    assert (error > 6.53e-8).sum() == 3
+    with pytest.raises(AssertionError, match="worst at .11, 1."):
+        assert_near(exact, 1.0, size, parts=found)
+    for ulps in (-2, -1, 1, 2):
+        scale = torch.rsqrt(x.double().square().mean(-1, keepdim=True) + EPS) * (1 + ulps * 2.0**-23)
+        assert_same(normed, shifted=((x.float() * scale.float()).half().float() * norm.float()).half())
 
 
 @pytest.mark.op(name="rms_norm_swiglu")
