@@ -1,8 +1,8 @@
 """The roofline of an op: the bytes and operations that it needs at least, and what this machine can do of each.
 
 No call can be faster than its bytes at the speed at which this machine reads memory, or its operations at the speed at
-which it multiplies matrices. The slower of the two bounds the op. A record has one such pair
-of ceilings, and all its shares are of these.
+which it multiplies matrices. The slower of the two bounds the op. A record has one such pair of ceilings, and all its
+shares are of these.
 """
 
 import dataclasses
