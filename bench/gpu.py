@@ -23,11 +23,14 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from . import ROOT
 from .options import one_of
 from .record import Record, Row, append, device_name, load, read_rows, stamp
+
+if TYPE_CHECKING:
+    from .roofline import Roofline
 
 COMMAND = [sys.executable, "-m", "bench.gpu"]  # starts the process of a part
 
@@ -60,20 +63,25 @@ def work(part: str, out: Path, small: bool) -> None:
         print(row, flush=True)
 
 
-def with_shares(out: Path, rows: Iterable[Row]) -> Iterator[Row]:
-    """The rows with their shares of the ceilings in `out`, as they come; unchanged if there are none."""
+def ceilings_of(out: Path) -> "Roofline | None":
+    rows = [*read_rows(out / "ceilings.jsonl")]
+    if not rows:
+        return None
     from .roofline import Roofline
 
-    ceilings = Roofline.of(read_rows(out / "ceilings.jsonl"))
+    return Roofline.of(rows)
+
+
+def with_shares(out: Path, rows: Iterable[Row]) -> Iterator[Row]:
+    """The rows with their shares of the ceilings in `out`, as they come; unchanged if there are none."""
+    ceilings = ceilings_of(out)
     return map(ceilings.with_share, rows) if ceilings else iter(rows)
 
 
 def in_order(parts: Iterable[str], out: Path) -> list[str]:
     """The parts, after that of the ceilings if it is one of them, or if one needs it and `out` has none."""
-    from .roofline import Roofline
-
     parts = [*parts]
-    needed = any(PARTS[part].shares for part in parts) and not Roofline.of(read_rows(out / "ceilings.jsonl"))
+    needed = any(PARTS[part].shares for part in parts) and not ceilings_of(out)
     return [*dict.fromkeys(["ceilings"] * (needed or "ceilings" in parts) + parts)]
 
 

@@ -83,7 +83,24 @@ COUNTED = """
 """
 
 
-def test_all_parts_of_a_record_have_shares_of_one_ceiling(tmp_path, plant, capfd):
+@pytest.fixture
+def in_process(tmp_path, monkeypatch):
+    """Parts run in this process, which saves their start."""
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def run(part, out, small, seconds):
+        sys.modules.pop(gpu.PARTS[part].module, None)
+        (out / f"{part}.jsonl").unlink(missing_ok=True)
+        try:
+            gpu.work(part, out, small)
+        except RuntimeError as error:
+            return str(error)
+        return ""
+
+    monkeypatch.setattr(gpu, "run", run)
+
+
+def test_all_parts_of_a_record_have_shares_of_one_ceiling(tmp_path, plant, in_process, capfd):
     """A part alone has them measured first, a later run of another part does not; new ones are those of all rows."""
     plant({"other": "", "one": A_MEGABYTE, "two": A_MEGABYTE, "ceilings": COUNTED.strip()}, shares=("one", "two"))
 
@@ -99,7 +116,7 @@ def test_all_parts_of_a_record_have_shares_of_one_ceiling(tmp_path, plant, capfd
     assert shares("two", "ceilings") == (["ceilings", "two"], {"one": 0.05, "two": 0.05})
 
 
-def test_without_ceilings_a_part_has_no_shares(tmp_path, plant):
+def test_without_ceilings_a_part_has_no_shares(tmp_path, plant, in_process):
     plant({"one": A_MEGABYTE, "ceilings": "raise RuntimeError('no memory')"}, shares=("one",))
     assert gpu.main(["--out", str(tmp_path), "--small", "--part", "one"]) == 1
     rows = {(row.part, row.name): row for row in load(tmp_path / "gpu.json").rows}
@@ -117,7 +134,7 @@ def test_the_parts_with_shares_measure_no_ceiling():
 
 
 @pytest.mark.parametrize("change", [{"device": "another GPU"}, {"dry run": False}])
-def test_a_record_is_of_one_machine(tmp_path, plant, capsys, change):
+def test_a_record_is_of_one_machine(tmp_path, plant, in_process, capsys, change):
     plant({"fine": ""})
     assert gpu.main(["--out", str(tmp_path), "--small"]) == 0
     record = load(tmp_path / "gpu.json")

@@ -259,7 +259,7 @@ def test_the_readmes_get_the_figures_between_their_marks(tmp_path, monkeypatch):
 
 
 def test_the_readmes_have_the_figures_of_the_stored_record():
-    """Tables, the first lines and the text below the tables; shares are of the record's one ceiling, bytes over time."""
+    """Tables, first lines and the text below the tables; shares are of the record's one ceiling, bytes over time."""
     stored = record.load(ROOT / "bench" / "results" / "2026-11-27-h200.json")
     ceilings = Roofline.of(stored.rows)
     step = next(
