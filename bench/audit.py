@@ -46,6 +46,9 @@ class Facts(NamedTuple):
 
     # Pointer arguments that nothing writes during a step: they may be read before the predecessor has finished.
     constants: Sequence[str] = ()
+    # Pointer arguments of what is older than the step: it was written before the step's first launch. Each may be read
+    # before the predecessor has finished, and before the trigger, and something of each is.
+    older: Sequence[str] = ()
     # Pointer arguments whose loads are all issued before the wait for the predecessor.
     early: Sequence[str] = ()
     # Pointer arguments that are streamed: each of their loads is 16 bytes wide.
@@ -59,15 +62,22 @@ class Facts(NamedTuple):
     most_trips: float = math.inf
     # Programs per multiprocessor, over the whole launch.
     least_programs: float = 0
+    # Whether it waits for its predecessor before it lets its successor start. The first launch of a step must: what is
+    # older than the step is read without a further wait.
+    begins_step: bool = False
 
 
 FACTS = {
-    "_embed": Facts(constants=["table_ptr"], streams=["table_ptr"], bulk=["table_ptr"], most_trips=2),
-    "_rms_norm": Facts(["weight_ptr"], ["weight_ptr"], ["x_ptr", "weight_ptr"], bulk=["x_ptr"], most_trips=1),
+    "_embed": Facts(
+        constants=["table_ptr"], streams=["table_ptr"], bulk=["table_ptr"], most_trips=2, begins_step=True
+    ),
+    "_rms_norm": Facts(
+        ["weight_ptr"], early=["weight_ptr"], streams=["x_ptr", "weight_ptr"], bulk=["x_ptr"], most_trips=1
+    ),
     "_swiglu": Facts(streams=["gate_up_ptr"], bulk=["gate_up_ptr"], most_trips=1),
     "_rope_and_cache": Facts(bulk=["qkv_ptr"], most_trips=2),
     "_linear_few_rows, one row": Facts(
-        ["w_ptr", "norm_ptr", "bias_ptr"], ["w_ptr", "norm_ptr"], ["w_ptr", "norm_ptr", "x_ptr"],
+        ["w_ptr", "norm_ptr", "bias_ptr"], early=["w_ptr", "norm_ptr"], streams=["w_ptr", "norm_ptr", "x_ptr"],
         # Two rows of W per program are faster than four on an H200, though qkv takes 77% of its issue slots, 106% of a
         # B200's: see bench/predictions.md.
         bulk=["w_ptr"], most_slots=1.1, most_trips=3, least_programs=2,
@@ -77,10 +87,15 @@ FACTS = {
         # Half of an H200's multiprocessors can stream W: 64 programs of 64 rows took half the time of 128 of 32.
         bulk=["w_ptr"], most_slots=0.9, most_trips=3, least_programs=0.4,
     ),
-    "_attend, one token": Facts(
-        streams=["k_ptr", "v_ptr"], tensor_cores=True, bulk=["k_ptr", "v_ptr"], most_slots=0.9, most_trips=4
+    # new_k_ptr and new_v_ptr are the caches again: the newest token's key and value are not older than the step. Of the
+    # waits the first two, for the length and the pages, are before that for the predecessor; three are the loop's.
+    "_attend, decode step": Facts(
+        older=["lens_ptr", "pages_ptr", "k_ptr", "v_ptr"], early=["lens_ptr"],
+        streams=["k_ptr", "v_ptr", "new_k_ptr", "new_v_ptr"], tensor_cores=True, bulk=["k_ptr", "v_ptr"],
+        most_slots=0.9, most_trips=7,
     ),
     "_attend": Facts(streams=["k_ptr", "v_ptr"], tensor_cores=True, bulk=["k_ptr", "v_ptr"]),
+    "_combine, decode step": Facts(older=["lens_ptr"], early=["lens_ptr"], bulk=["partial_ptr"], most_trips=3),
     "_combine": Facts(bulk=["partial_ptr"], most_trips=3),
     "_penalize": Facts(
         streams=["logits_ptr", "bias_ptr", "prompt_counts_ptr", "output_counts_ptr"], bulk=["logits_ptr"], most_trips=2
@@ -97,11 +112,11 @@ FACTS = {
 
 
 def kernel_name(launch: Launch) -> str:
-    """The kernel's name in FACTS, which has linear layers of one row and attention of one token as separate entries."""
+    """The kernel's name in FACTS, which has linear layers of one row and attention in a decode step separately."""
     if launch.kernel == "_linear_few_rows" and launch.constants["BR"] == 1:
         return "_linear_few_rows, one row"
-    if launch.kernel == "_attend" and launch.constants["BM"] == 16:
-        return "_attend, one token"
+    if launch.kernel in ("_attend", "_combine") and launch.constants["EARLY"]:
+        return f"{launch.kernel}, decode step"
     return launch.kernel
 
 
@@ -158,12 +173,20 @@ def violations(launch: Launch, code: MachineCode, target: Target, facts: Facts) 
         wrong.append("is launched without programmatic dependent launch, which this target supports")
     if code.exits_unwaited:
         wrong.append("a path through it ends without waiting for its predecessor")
-    expect_none("accesses before the successor may start", (x for x in code.accesses if not x.triggered))
+    if facts.begins_step and code.triggers_unwaited:
+        wrong.append("lets its successor start before it has waited for its predecessor")
+    older = set(facts.older)
+    expect_none(
+        "accesses before the successor may start",
+        (x for x in code.accesses if not x.triggered and not (x.is_load and x.pointers <= older)),
+    )
     expect_none("stores before the wait", (x for x in stores if not x.waited))
     expect_none(
         "loads of a predecessor's work before the wait",
-        (x for x in loads if not x.waited and not x.pointers <= set(facts.constants)),
+        (x for x in loads if not x.waited and not x.pointers <= older.union(facts.constants)),
     )
+    if late := older.difference(*(x.pointers for x in loads if not x.may_have_waited)):
+        wrong.append(f"older than the step, but not loaded before the wait: {', '.join(sorted(late))}")
     expect_none(
         "loads after the wait that belong before it",
         (x for x in loads if x.may_have_waited and x.pointers & set(facts.early)),

@@ -154,7 +154,8 @@ def _norm_qkv_rope_cache(make: Inputs, rows: int, sequences: int, context: int) 
 def _attention(make: Inputs, rows: int, sequences: int, context: int) -> Arguments:
     size = make.size
     q = make.random(rows, size.heads, size.head_dim)
-    return {"q": q, **make.pages(sequences, context), "scale": size.head_dim**-0.5}
+    scale, decode = size.head_dim**-0.5, rows == sequences
+    return {"q": q, **make.pages(sequences, context), "scale": scale, "decode_step": decode}
 
 
 def _greedy(make: Inputs, rows: int) -> Arguments:

@@ -152,6 +152,7 @@ def paged_attention(
     scale: float,
     *,
     batch_invariant: bool = False,
+    decode_step: bool = False,
 ) -> Tensor:
     """`reference.paged_attention`, computed by PyTorch's flash attention for a CPU."""
     sequences, kv_heads, dim = block_table.shape[0], k_cache.shape[1], k_cache.shape[3]

@@ -18,6 +18,9 @@ zero. A sequence with seq_lens[b] == 0 is idle: all of its tokens are padding. k
 `batch_invariant` asks a linear op to make a row bit-identical alone and in any batch of up to FEW_ROWS rows. The
 reference rounds every row in the same way, and ignores it.
 
+`decode_step` states for attention of one token per sequence (T = 1) which inputs are older than the step: seq_lens, the
+block table, and the keys and values of all tokens but the newest. It lets a GPU load them early, and changes no value.
+
 `sample` is in a second reference file, `reference_sampling.py`.
 """
 
@@ -154,6 +157,7 @@ def paged_attention(
     scale: float,
     *,
     batch_invariant: bool = False,
+    decode_step: bool = False,
 ) -> Tensor:
     """softmax(scale * q k^T) v of each sequence's last T tokens over its context. q [B*T, H, D] -> [B*T, H * D].
 

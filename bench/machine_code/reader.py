@@ -18,7 +18,17 @@ from typing import NamedTuple
 from triton import knobs
 
 from .launches import Launch
-from .sass import TENSOR_CORE, Access, Flight, flight, fuses_16_bits, instructions, trace, until_first_exit
+from .sass import (
+    TENSOR_CORE,
+    Access,
+    Flight,
+    flight,
+    fuses_16_bits,
+    instructions,
+    trace,
+    triggers_unwaited,
+    until_first_exit,
+)
 from .targets import Target
 
 SOURCES = [Path(__file__).with_name(name).read_bytes() for name in ("reader.py", "sass.py")]  # what a result depends on
@@ -32,6 +42,7 @@ class MachineCode(NamedTuple):
     instructions: Counter[str]  # how many, by the innermost loop around them; "": outside of loops
     waits: bool = False  # for the predecessor in programmatic dependent launch
     exits_unwaited: bool = False  # on some path
+    triggers_unwaited: bool = False  # lets its successor start before the wait, on some path
     flight: Flight = Flight(0, 0, 0)
     first_exit: Flight = Flight(0, 0, 0)  # the same for a thread that leaves at the first exit
     fused_16_bits: Sequence[str] = ()  # instructions that round a product and a sum once, to 16 bits
@@ -78,6 +89,7 @@ def _read_nvidia(launch: Launch) -> MachineCode:
         traced.instructions,
         names["ACQBULK"] > 0,
         traced.exits_unwaited,
+        triggers_unwaited(code),
         flight(listing),
         flight(until_first_exit(listing)),
         [str(instruction) for instruction in listing if fuses_16_bits(instruction)],

@@ -327,6 +327,34 @@ def trace(text: str, arguments: dict[int, str]) -> Trace:
     """
     blocks = _blocks(text)
     loops = _loops(blocks)
+    accesses, exits_unwaited, counts = [], False, Counter[str]()
+    for label, reached in _reached(blocks, arguments).items():
+        state = reached.copy()
+        for instruction in blocks[label].instructions:
+            counts[loops[label]] += instruction.base != "NOP"
+            if instruction.base in _GLOBAL_LOADS | _GLOBAL_STORES:
+                pointers = state.read(instruction.guard, [instruction.address])
+                is_load = instruction.base in _GLOBAL_LOADS
+                where = (*state.flags, loops[label])
+                accesses.append(Access(str(instruction), is_load, instruction.bytes, pointers, *where))
+            exits_unwaited |= instruction.base == "EXIT" and not state.waited
+            state.step(instruction)
+    return Trace(accesses, exits_unwaited, counts)
+
+
+def triggers_unwaited(text: str) -> bool:
+    """Whether a function, by its disassembly, lets its successor start before it has waited, on some path."""
+    blocks = _blocks(text)
+    for label, state in _reached(blocks, {}).items():
+        for instruction in blocks[label].instructions:
+            if instruction.base == "PREEXIT" and not state.waited:
+                return True
+            state.step(instruction)
+    return False
+
+
+def _reached(blocks: dict[str, _Block], arguments: dict[int, str]) -> dict[str, _State]:
+    """What is known at the beginning of each block that can be reached."""
     before = {"entry": _State(arguments)}
     waiting = ["entry"]
     while waiting:
@@ -340,17 +368,4 @@ def trace(text: str, arguments: dict[int, str]) -> Trace:
                 waiting.append(successor)
             elif before[successor].join(state.copy()):
                 waiting.append(successor)
-
-    accesses, exits_unwaited, counts = [], False, Counter[str]()
-    for label, reached in before.items():
-        state = reached.copy()
-        for instruction in blocks[label].instructions:
-            counts[loops[label]] += instruction.base != "NOP"
-            if instruction.base in _GLOBAL_LOADS | _GLOBAL_STORES:
-                pointers = state.read(instruction.guard, [instruction.address])
-                is_load = instruction.base in _GLOBAL_LOADS
-                where = (*state.flags, loops[label])
-                accesses.append(Access(str(instruction), is_load, instruction.bytes, pointers, *where))
-            exits_unwaited |= instruction.base == "EXIT" and not state.waited
-            state.step(instruction)
-    return Trace(accesses, exits_unwaited, counts)
+    return before

@@ -18,12 +18,13 @@ NUM_WARPS = 4
 
 @jit("table_ptr y_ptr table_stride")
 def _embed(token_ids_ptr, table_ptr, y_ptr, V, table_stride, C: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     if PDL:
+        # A step begins here, and attention reads lengths and cached tokens before it waits. Since this launch waits for
+        # the last step's `_advance` before it lets its successor start, nothing of this step starts before that.
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     token = tl.load(token_ids_ptr + row)
     known = (token >= 0) & (token < V)
     tl.device_assert(known, "token_ids has a token that is not in the table")

@@ -49,7 +49,9 @@ def options(device: torch.device) -> dict[str, bool]:
     Programmatic dependent launch (CUDA, from compute capability 9.0): a kernel starts while its predecessor drains.
     Under `if PDL:` a kernel calls `gdc_launch_dependents()` first, then loads its weights, and calls `gdc_wait()`
     before it reads anything that a predecessor wrote and before any write. Before the wait it reads only constants:
-    weights, biases and the weights of norms.
+    weights, biases and the weights of norms. In a decode step attention also reads what is older than the step: the
+    lengths, the block table and the cached tokens but the newest. `_embed`, with which a step begins, therefore waits
+    before it triggers.
 
     A kernel may start before its predecessor's writes are visible, even if the predecessor triggers nothing and just
     ends. So between the launch that writes a constant and the first op that reads it there must be a synchronisation,

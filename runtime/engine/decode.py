@@ -19,7 +19,7 @@ def step(model: LanguageModel, kv_cache: PagedKVCache, state: DecodeState, tier:
 def forward(model: LanguageModel, kv_cache: PagedKVCache, state: DecodeState) -> Tensor:
     """Logits [B, V] of the next token."""
     x = model.model.ops.embed(state.token, model.model.embed_tokens.weight)
-    return model.head(model.model.run(x, state.batch, kv_cache))
+    return model.head(model.model.run(x, state.batch, kv_cache, decode_step=True))
 
 
 def sample(ops: ModuleType, logits: Tensor, state: DecodeState, tier: Tier) -> None:

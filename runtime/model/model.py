@@ -63,6 +63,7 @@ class Block(nn.Module):
         v: Tensor,
         batch_invariant: bool,
         last_rows: bool,
+        decode_step: bool,
     ) -> Tensor:
         """x [B * T, C] -> [B * T, C], or with `last_rows` only the last row of each sequence, [B, C].
 
@@ -78,7 +79,9 @@ class Block(nn.Module):
         if last_rows:
             tokens = len(x) // len(batch.seq_lens)
             q, x = (rows[tokens - 1 :: tokens].contiguous() for rows in (q, x))
-        seen = ops.paged_attention(q, k, v, batch.block_table, batch.seq_lens, self.scale, **alike)
+        seen = ops.paged_attention(
+            q, k, v, batch.block_table, batch.seq_lens, self.scale, **alike, decode_step=decode_step
+        )
         x = ops.linear_add(seen, o.weight, x, o.bias, **alike)
 
         norm, gate_up, down = self.post_attention_layernorm, self.mlp.gate_up_proj, self.mlp.down_proj
@@ -129,14 +132,17 @@ class Decoder(nn.Module):
         states: list[Tensor] | None = None,
         *,
         last_rows: bool = False,
+        decode_step: bool = False,
     ) -> Tensor:
         """Runs x [B * T, C] through all blocks, without the last norm; appends each block's output to `states`.
 
         With `last_rows` the last block computes only the last row of each sequence, [B, C]: a prompt needs no others.
+        `decode_step`: `embed` made x, one token of each sequence, and nothing has written to `batch` since.
         """
         ops, last = self.ops, len(self.layers) - 1
         for layer, block in enumerate(self.layers):
-            x = block(ops, x, batch, *kv_cache.layer(layer), self.batch_invariant, last_rows and layer == last)
+            only_last = last_rows and layer == last
+            x = block(ops, x, batch, *kv_cache.layer(layer), self.batch_invariant, only_last, decode_step)
             if states is not None:
                 states.append(x)
         return x

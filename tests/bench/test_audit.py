@@ -35,6 +35,7 @@ EXPECTED = {
     "idle": {"leaves multiprocessors idle"},
     "late trigger": {"accesses before the successor may start"},
     "no trigger": {"accesses before the successor may start"},
+    "early trigger": {"lets its successor start before it has waited for its predecessor"},
     "early activation": {"loads of a predecessor's work before the wait"},
     "early store": {"stores before the wait"},
     "no wait": NO_WAIT,
@@ -42,6 +43,10 @@ EXPECTED = {
     "exit before the wait": {"a path through it ends without waiting for its predecessor"},
     "late weight": {"loads after the wait that belong before it"},
     "serial": {"waits for memory in sequence"},
+    "attention": set(),
+    "early query": {"loads of a predecessor's work before the wait"},
+    "early newest key": {"loads of a predecessor's work before the wait"},
+    "late older keys": {"older than the step, but not loaded before the wait"},
     "launched without": {"is launched without programmatic dependent launch, which this target supports"},
 }
 
@@ -160,6 +165,21 @@ def test_paths_that_join_have_both_origins_and_a_wait_counts_only_on_all_of_them
     assert access.pointers == {"x_ptr", "w_ptr"}
     assert (access.waited, access.may_have_waited, access.bytes) == (False, True, 16)
     assert exits_unwaited
+
+
+@pytest.mark.parametrize(
+    ("lines", "unwaited"),
+    [
+        (["ACQBULK", "PREEXIT", "EXIT"], False),
+        (["PREEXIT", "ACQBULK", "EXIT"], True),
+        (["@P0 ACQBULK", "PREEXIT", "EXIT"], True),
+        (["@P0 BRA `(.L_x_1)", "ACQBULK", ".L_x_1:", "PREEXIT", "EXIT"], True),
+        (["ACQBULK", "EXIT"], False),
+    ],
+)
+def test_a_trigger_follows_the_wait_on_every_path(lines, unwaited):
+    text = "\n".join(line if line.endswith(":") else f"        /*0000*/        {line} ;" for line in lines)
+    assert sass.triggers_unwaited(text) == unwaited
 
 
 def test_a_loop_passes_origins_to_its_next_iteration():

@@ -8,8 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from triton import language as tl
+from triton.runtime import interpreter
 
 from internlm3 import kernels
+from internlm3.kernels.triton.launch import INTERPRETED
 from internlm3.tests.kernels.support import (
     DEVICE,
     MODULES,
@@ -67,8 +70,11 @@ def shared_by(programs):
 
 
 def check_case(q, cache: PagedCache, scale, programs=64):
+    """Also, if there is one token of each sequence, as a decode step: its bits are the same in the interpreter."""
     with shared_by(programs):
         results = {backend: run(backend, "paged_attention", q, *cache, scale) for backend in MODULES}
+        if len(q) == len(cache.seq_lens):
+            results["decode step"] = run("triton", "paged_attention", q, *cache, scale, decode_step=True)
     expected, size = exact(q, cache, scale)
     # A CPU joins the attention to the context and that to the block by a float32 share near 1 or 0: an error of two
     # float32 ulp of the larger value, even where its weight is small.
@@ -204,6 +210,99 @@ def test_huge_keys(dtype, scale):
     check_case(normal(rng, 6, 8, 64, dtype=dtype, scale=1e3), cache, scale)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("programs", [1, 4])
+def test_the_newest_token_at_the_edges_of_tiles_and_pages(dtype, programs):
+    """A tile has 64 tokens, 16 in float32. A decode step loads the newest token apart from the others of its tile."""
+    rng = generator(12)
+    cache = paged_cache(rng, [1, 0, 2, 16, 17, 48, 49, 64, 65, 66, 129], 1, 16, 48, dtype)
+    check_case(normal(rng, 11, 3, 16, dtype=dtype), cache, 0.3, programs)
+
+
+@contextlib.contextmanager
+def dependent_launch(written):
+    """Runs every launch as a GPU with programmatic dependent launch may: before `gdc_wait`, the predecessor's work is
+    not there yet, and each program finds NaN instead. `written`: kernel -> the tensors of that work, by the arguments.
+
+    Yields the names of the functions that the programs called, in order.
+    """
+    order, now, interpret = [], [], interpreter.GridExecutor.__call__
+
+    def executor(self, *args, **options):
+        now[:] = written(self.fn.__name__, dict(zip(self.arg_names, args, strict=False)))
+        return interpret(self, *args, **{**options, "PDL": True})
+
+    def begin(self, *index):
+        hidden[:] = [(x, x.clone()) for x in now]
+        for x in now:
+            x.fill_(torch.nan)
+        return set_index(self, *index)
+
+    def wait():
+        order.append("wait")
+        for x, value in hidden:
+            x.copy_(value)
+        hidden.clear()
+
+    hidden, set_index = [], interpreter.InterpreterBuilder.set_grid_idx
+    with (
+        mock.patch.object(interpreter.GridExecutor, "__call__", executor),
+        mock.patch.object(interpreter.InterpreterBuilder, "set_grid_idx", begin),
+        mock.patch.object(tl.extra.cuda, "gdc_wait", wait),
+        mock.patch.object(tl.extra.cuda, "gdc_launch_dependents", lambda: order.append("trigger")),
+    ):
+        yield order
+
+
+needs_the_interpreter = pytest.mark.skipif(not INTERPRETED, reason="the interpreter shows what is read before the wait")
+
+
+@needs_the_interpreter
+@pytest.mark.op(name="paged_attention")
+@settings(max_examples=25)
+@given(launches(st.just(1), 16), st.sampled_from([1, 2, 4]))
+def test_a_decode_step_reads_only_what_is_older_before_the_wait(launch, programs):
+    """q, the newest token's key and value, and what the first launch leaves for the second come after the wait."""
+    q, cache, scale = launch
+    size, columns = cache.k_cache.shape[2], cache.block_table.shape[1]
+    newest = [
+        x[int(cache.block_table[b, (length - 1) // size]), :, (length - 1) % size]
+        for b, length in enumerate(cache.seq_lens.tolist())
+        for x in (cache.k_cache, cache.v_cache)
+        if 0 < length <= columns * size
+    ]
+
+    def written(kernel, arguments):
+        if kernel == "_attend":
+            return [arguments["q_ptr"], *newest]
+        return [arguments[name] for name in ("partial_ptr", "best_ptr", "total_ptr")]
+
+    with shared_by(programs):
+        expected = kernels.paged_attention(q, *cache, scale, decode_step=True)
+        with dependent_launch(written) as order:
+            found = kernels.paged_attention(q, *cache, scale, decode_step=True)
+    assert_same(expected, found=found)
+    assert order.count("wait") == order.count("trigger")
+
+
+@needs_the_interpreter
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_what_is_no_decode_step_reads_nothing_before_the_wait(tokens):
+    """As the last row of a chunk: the chunk's other keys are of the same step, and so may be the length."""
+    cache = paged_cache(generator(10), [70, 9], 2, 32, 16, torch.float32)
+    q = normal(generator(11), 2 * tokens, 4, 32, dtype=torch.float32)
+    expected = kernels.paged_attention(q, *cache, 0.3)
+
+    def written(kernel, arguments):
+        names = ("q_ptr", "k_ptr", "v_ptr") if kernel == "_attend" else ("partial_ptr", "best_ptr", "total_ptr")
+        return [arguments[name] for name in names]
+
+    with dependent_launch(written) as order:
+        found = kernels.paged_attention(q, *cache, 0.3)
+    assert_same(expected, found=found)
+    assert order[:2] == ["trigger", "wait"]
+
+
 @backends
 def test_idle_sequences_are_zero_whatever_the_table_has(backend):
     cache = paged_cache(generator(5), [0, 0, 0], 2, 32, 16, torch.float16)
@@ -222,12 +321,21 @@ def test_bits_depend_on_the_row_alone(seed, dtype, tokens_and_group, length):
         check_bits(seed, dtype, *tokens_and_group, length)
 
 
-def check_bits(seed, dtype, tokens, group, length):
+@pytest.mark.op(name="paged_attention")
+@settings(max_examples=20)
+@given(seeds, dtypes, st.sampled_from([1, 4, 16]), st.integers(1, 150))
+def test_bits_of_a_decode_step_depend_on_the_row_alone(seed, dtype, group, length):
+    with shared_by(4):
+        check_bits(seed, dtype, 1, group, length, decode_step=True)
+
+
+def check_bits(seed, dtype, tokens, group, length, **options):
     rng = generator(seed)
     q = normal(rng, tokens, group, 32, dtype=dtype)
     alone = paged_cache(rng, [length], 1, 32, 16, dtype)
     k, v = (x[alone.block_table[0, : -(-length // 16)].long()].transpose(1, 2).flatten(0, 1) for x in alone[:2])
-    expected = call(functools.partial(kernels.paged_attention, batch_invariant=True), q, *alone, 0.3)
+    attend = functools.partial(kernels.paged_attention, batch_invariant=True, **options)
+    expected = call(attend, q, *alone, 0.3)
 
     crowd = paged_cache(rng, [length + 70, length, 0, length - 1], 1, 32, 48, dtype)
     for b in (1, 3):
@@ -237,7 +345,7 @@ def check_bits(seed, dtype, tokens, group, length):
     queries = normal(rng, 4, tokens, group, 32, dtype=dtype)
     queries[1, -1] = q[-1]
     queries[3, -1] = q[-2] if tokens > 1 else 0
-    found = call(kernels.paged_attention, queries.flatten(0, 1), *crowd, 0.3).view(4, tokens, -1)
+    found = call(attend, queries.flatten(0, 1), *crowd, 0.3).view(4, tokens, -1)
     assert_same(expected[-1], found=found[1, -1])
     if tokens > 1:
         assert_same(expected[-2], **{"the last but one of a launch, as the last of another": found[3, -1]})
@@ -285,6 +393,11 @@ def test_page_ids_outside_the_cache_do_no_harm():
         ({"block_table": torch.zeros(2, 0).int()}, ValueError, "none may be empty"),
         ({"seq_lens": torch.zeros(3).int()}, ValueError, r"seq_lens has shape \[3\], must have \[2\]"),
         ({"scale": -1.0}, ValueError, "scale is -1.0, must be positive"),
+        (
+            {"q": torch.zeros(4, 4, 16), "decode_step": True},
+            ValueError,
+            "q has 2 rows for each .*; a decode_step has 1",
+        ),
     ],
 )
 def test_bad_input(change, error, message):

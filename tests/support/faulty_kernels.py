@@ -25,6 +25,7 @@ FAULTS: dict[str, dict[str, Any]] = {  # name -> launch options
     "none": {},
     "late trigger": {},
     "no trigger": {},
+    "early trigger": {},
     "early activation": {},
     "early store": {},
     "no wait": {},
@@ -42,11 +43,17 @@ FAULTS: dict[str, dict[str, Any]] = {  # name -> launch options
     "slow": {},
     "serial": {},
     "idle": {},
+    "attention": {},
+    "early query": {},
+    "early newest key": {},
+    "late older keys": {},
 }
+OF_ATTENTION = {"attention", "early query", "early newest key", "late older keys"}
 
 OF_DEPENDENT_LAUNCH = {
     *("late trigger", "no trigger", "early activation", "early store", "no wait", "wait on one path"),
-    *("exit before the wait", "late weight", "serial", "launched without"),
+    *("exit before the wait", "late weight", "serial", "launched without", "early trigger"),
+    *OF_ATTENTION,
 }
 
 
@@ -96,6 +103,35 @@ def dot_product(x_ptr, w_ptr, y_ptr, address, stride, C: tl.constexpr, FAULT: tl
 
 
 @triton.jit
+def scores(
+    q_ptr, k_ptr, new_k_ptr, lens_ptr, y_ptr, N: tl.constexpr, C: tl.constexpr, FAULT: tl.constexpr, PDL: tl.constexpr
+):  # fmt: skip
+    """y = k . q of up to N keys. All but the newest are older than the step, and are loaded before the wait."""
+    columns, tokens = tl.arange(0, C), tl.arange(0, N)
+    newest = tl.load(lens_ptr) - 1
+    keys = k_ptr + tokens[:, None] * C + columns[None, :]
+    new_key = new_k_ptr + newest * C + columns
+    if FAULT != "late older keys":
+        k = tl.load(keys, mask=(tokens < newest)[:, None], other=0.0)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    if FAULT == "early query":
+        q = tl.load(q_ptr + columns)
+    if FAULT == "early newest key":
+        new_k = tl.load(new_key)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    if FAULT == "late older keys":
+        k = tl.load(keys, mask=(tokens < newest)[:, None], other=0.0)
+    if FAULT != "early query":
+        q = tl.load(q_ptr + columns)
+    if FAULT != "early newest key":
+        new_k = tl.load(new_key)
+    k = tl.where((tokens == newest)[:, None], new_k[None, :], k)
+    tl.store(y_ptr + tokens, tl.sum(k.to(tl.float32) * q.to(tl.float32)[None, :], 1))
+
+
+@triton.jit
 def matrix_product(x_ptr, w_ptr, y_ptr, N: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, PDL: tl.constexpr):
     """y = w x^T, in a software pipeline of num_stages stages."""
     if PDL:
@@ -115,7 +151,10 @@ def launch(x: torch.Tensor, w: torch.Tensor, fault: str) -> None:
     pdl = torch.cuda.get_device_capability() >= (9, 0)
     options = {"PDL": pdl, "launch_pdl": pdl, "enable_fp_fusion": False, **FAULTS[fault]}
     y = torch.empty((ROWS, ROWS), dtype=torch.float32, device=x.device)
-    if fault == "too much shared memory":
+    if fault in OF_ATTENTION:
+        lens = torch.empty(1, dtype=torch.int32, device=x.device)
+        scores[(1,)](x, w, w, lens, y, 16, COLUMNS // 8, fault, **options)
+    elif fault == "too much shared memory":
         matrix_product[(1,)](x, w, y, 64, COLUMNS, 256, **options)
     else:
         stride = w.stride(0) + (fault == "narrow weight")
@@ -135,9 +174,11 @@ def main(targets: Iterable[str]) -> None:
     for name in targets:
         for fault in [fault for fault in FAULTS if name in targets_of(fault)]:
             facts = Facts(
-                ["w_ptr"], ["w_ptr"], ["w_ptr"], tensor_cores=fault == "no tensor core",
-                bulk=["w_ptr"], most_slots=2.5, most_trips=3, least_programs=2,
+                ["w_ptr"], early=["w_ptr"], streams=["w_ptr"], tensor_cores=fault == "no tensor core",
+                bulk=["w_ptr"], most_slots=2.5, most_trips=3, least_programs=2, begins_step=fault == "early trigger",
             )  # fmt: skip
+            if fault in OF_ATTENTION:
+                facts = Facts(older=["lens_ptr", "k_ptr"], early=["lens_ptr"])
             if fault == "too much shared memory":
                 facts = Facts(streams=["w_ptr", "x_ptr"], tensor_cores=True)
 
