@@ -1,4 +1,4 @@
-# Every target creates the environment that it needs. It takes a clone, Python >= 3.10, make and a package registry.
+# Every target creates the environment that it needs. It takes a clone, Python >= 3.10, make, bash and a package registry.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin

@@ -1,5 +1,5 @@
-"""What this GPU reaches: reads, copies and matrix products, of which all other parts state their shares; and the gap
-between two kernels of a graph.
+"""What this GPU reaches: reads, copies and matrix products, the ceilings for the shares that all other parts state; and
+the gap between two kernels of a graph.
 
 The gap is measured with kernels that do next to nothing. "independent" launches wait for the end of the one before;
 "dependent" launches (programmatic dependent launch) begin while it drains. "alternating" launches use little and much

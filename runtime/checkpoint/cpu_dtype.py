@@ -23,7 +23,7 @@ def multiplies(dtype: torch.dtype) -> bool:
 
 
 def cpu_dtype(stored: torch.dtype, parameters: int, *, report: bool) -> torch.dtype:
-    """float32 in place of a `stored` dtype that this CPU does not multiply, if so many parameters fit into memory.
+    """float32 in place of a `stored` dtype that this CPU does not multiply, if that many parameters fit into memory.
 
     report: say in one line on stderr what was chosen, where the CPU lacks the stored dtype.
     """

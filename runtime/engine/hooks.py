@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ...kernels.reference_sampling import FILTERS, PENALTIES, filter_logits, log_probability, penalize
+from ..common.shown import shown
 from ..sampling.logits_processors import LogitsProcessor
 from .request import Request
 from .state import DecodeState, Tier
@@ -89,8 +90,8 @@ class LogitsHooks:
 def _checked(processor: LogitsProcessor, scores: Any, given: Tensor) -> Tensor:
     """What a processor returned, if it has the shape of what it was given; as float32 on its device."""
     if not isinstance(scores, Tensor) or scores.shape != given.shape:
-        what = f"a tensor {list(scores.shape)}" if isinstance(scores, Tensor) else f"{scores!r:.60}"
-        raise ValueError(f"{processor!r:.80} must return scores of shape {list(given.shape)}; it returned {what}")
+        what = f"a tensor {list(scores.shape)}" if isinstance(scores, Tensor) else shown(scores)
+        raise ValueError(f"{shown(processor)} must return scores of shape {list(given.shape)}; it returned {what}")
     return scores.to(given)
 
 
