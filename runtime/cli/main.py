@@ -104,6 +104,7 @@ def _demo(args: argparse.Namespace) -> int:
 def _info(args: argparse.Namespace) -> None:
     from ..api.inputs import check_window, checkpoint_defaults
     from ..checkpoint.load import resolve_dtype
+    from ..checkpoint.quantised.methods import method_of
     from ..common.hub import locate
     from ..model.config import InternLM3Config
     from ..model.kv_cache import PAGE, page_bytes, pages_of
@@ -126,6 +127,8 @@ def _info(args: argparse.Namespace) -> None:
     print()
     print(f"{'parameters':24} {parameters:,}")
     print(f"{'weights':24} {parameters * size / 1e9:.2f} GB in {str(dtype).removeprefix('torch.')}")
+    if method := method_of(folder, config.extra):
+        print(f"{'stored as':24} {method.summary}; computed in the precision above when it is loaded")
     print(f"{'KV cache':24} {per_token:,} bytes per token, {length * per_token / 1e9:.2f} GB at {length:,} tokens")
     print(f"{'KV cache of LLM':24} {windows:.2f} GB for 16 sequences, but at most half of the memory that is free")
     page = f"{page_bytes(config, dtype) / 1e6:.2f} MB for {PAGE} tokens, {pages_of(length):,} of them for {length:,}"

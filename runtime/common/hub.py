@@ -10,7 +10,7 @@ from .files import read_json
 from .progress import hides_bar
 from .shown import shown
 
-NOTES = ("config.json", "generation_config.json")
+NOTES = ("config.json", "generation_config.json", "quantize_config.json")
 TOKENIZER = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
              "added_tokens.json", "chat_template.jinja")  # fmt: skip
 # Weights in one file, or in the shards that an index names. Pickled weights are read if there is nothing else.
@@ -18,6 +18,15 @@ WEIGHTS = (
     ("model.safetensors", "model.safetensors.index.json"),
     ("pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
+# AutoGPTQ's names for both, with the bits and the group size; read if there is nothing else.
+GPTQ_WEIGHTS = "gptq_model-*bit-*g.safetensors*"
+
+
+def weight_names(folder: Path) -> tuple[tuple[str, str], ...]:
+    """WEIGHTS, and the names of that kind that AutoGPTQ gave to files of this folder."""
+    _, suffix = WEIGHTS[0][1].split(".safetensors")
+    singles = sorted({path.name.removesuffix(suffix) for path in folder.glob(GPTQ_WEIGHTS)})
+    return (*WEIGHTS, *((single, single + suffix) for single in singles))
 
 
 def locate(
@@ -81,17 +90,20 @@ def _fetch(name: str, hub: dict[str, Any], weights: bool, progress: bool) -> Pat
         def __init__(self, *args: Any, **options: Any):
             super().__init__(*args, **{**options, "disable": hides_bar(progress)})
 
-    def snapshot(files: Iterable[str]) -> Path:
-        patterns = [glob.escape(file) for file in files]
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns, tqdm_class=Bar, **hub))
+    def fetch(patterns: Iterable[str]) -> Path:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=[*patterns], tqdm_class=Bar, **hub))
+
+    def exactly(files: Iterable[str]) -> list[str]:
+        return [glob.escape(file) for file in files]
 
     try:
-        folder = snapshot((*NOTES, *TOKENIZER, *(WEIGHTS[0] if weights else ())))
-        if weights and not _have(folder, *WEIGHTS[0]):
-            snapshot(WEIGHTS[1])
-        for single, index in WEIGHTS if weights else ():
+        folder = fetch(exactly((*NOTES, *TOKENIZER, *(WEIGHTS[0] if weights else ()))))
+        for others in (exactly(WEIGHTS[1]), [GPTQ_WEIGHTS]) if weights else ():
+            if not any(_have(folder, *names) for names in weight_names(folder)):
+                fetch(others)
+        for single, index in weight_names(folder) if weights else ():
             if not _have(folder, single) and _have(folder, index):
-                snapshot(_shards(folder / index))
+                fetch(exactly(_shards(folder / index)))
             if _have(folder, single, index):
                 break
     except (OSError, HfHubHTTPError, HFValidationError) as error:
