@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from tqdm import tqdm
 
+from ..checkpoint.gguf.folder import locate
 from ..checkpoint.load import load_model
 from ..common.checks import check_bool, check_int
-from ..common.hub import locate
 from ..common.neutral import without_neutral
 from ..common.other_libraries import LLM as LLM_NEUTRAL
 from ..common.other_libraries import LLM_COUNTERPARTS
@@ -51,7 +51,7 @@ class LLM:
     to these.
 
     Args:
-        model: a local folder, or a hub repository "owner/name".
+        model: a local folder, a hub repository "owner/name", or a GGUF file: its path, or "owner/name:file.gguf".
         dtype: "auto", "bfloat16", "float16" or "float32". "auto" is as the checkpoint says; on a CPU without products
             of that dtype it is float32, if that takes at most two thirds of the free memory.
         device: "auto" (the GPU if there is one), "cpu", "cuda" or "cuda:N".

@@ -103,9 +103,9 @@ def _demo(args: argparse.Namespace) -> int:
 
 def _info(args: argparse.Namespace) -> None:
     from ..api.inputs import check_window, checkpoint_defaults
+    from ..checkpoint.gguf.folder import locate
     from ..checkpoint.load import resolve_dtype
     from ..checkpoint.quantised.methods import method_of
-    from ..common.hub import locate
     from ..model.config import InternLM3Config
     from ..model.kv_cache import PAGE, page_bytes, pages_of
     from ..model.model import LanguageModel
@@ -188,7 +188,7 @@ def _parser() -> argparse.ArgumentParser:
 
     for each in (chat, generate, info):
         each.add_argument(
-            "model", nargs="?", default=DEFAULT_MODEL, help=f"folder or hub repository (default: {DEFAULT_MODEL})"
+            "model", nargs="?", default=DEFAULT_MODEL, help=f"folder, hub repository or GGUF file (default: {DEFAULT_MODEL})"
         )
     generate.add_argument("-p", "--prompt", required=True, help="the prompt; - reads standard input")
     generate.add_argument("--raw", action="store_true", help="continue the bare text, without the chat template")

@@ -71,27 +71,68 @@ def locate(
     if len(parts) != 2 or not all(part and part[0] not in "~." for part in parts) or os.path.isabs(name):
         raise FileNotFoundError(f"there is no folder {name!r} (and a hub repository would be named owner/name)")
 
-    hub = {
+    return _fetch(name, _options(revision, token, cache_dir, local_files_only), weights, progress)
+
+
+def locate_file(
+    name: str,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+    progress: bool = True,
+) -> Path:
+    """One file of a repository on the hub, "owner/name:file". Arguments and errors are those of `locate`."""
+    repository, _, file = name.partition(":")
+    if not file or repository.count("/") != 1:
+        raise FileNotFoundError(
+            f"there is no file {name!r} (and one of a hub repository would be named owner/name:file)"
+        )
+    hub = _options(revision, token, cache_dir, local_files_only)
+    import huggingface_hub
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(huggingface_hub.hf_hub_download(repository, file, tqdm_class=_bar(progress), **hub))
+    except (OSError, HfHubHTTPError, HFValidationError) as error:
+        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+            raise FileNotFoundError(f"the repository {repository!r} on the hub has no file {file!r}") from None
+        raise _explained(error, name, hub) from error
+
+
+def _options(
+    revision: str | None, token: str | None, cache_dir: str | os.PathLike[str] | None, local_files_only: bool
+) -> dict[str, Any]:
+    """As huggingface_hub names them."""
+    return {
         "revision": revision,
         "token": token,
         "cache_dir": None if cache_dir is None else Path(cache_dir),
         "local_files_only": local_files_only,
     }
-    return _fetch(name, hub, weights, progress)
 
 
-def _fetch(name: str, hub: dict[str, Any], weights: bool, progress: bool) -> Path:
-    # Imported here, since it is slow to import and a local folder does not need it.
-    import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+def _bar(progress: bool) -> type:
+    """The class of the progress bars of downloads."""
     from huggingface_hub.utils import tqdm
 
     class Bar(tqdm):
         def __init__(self, *args: Any, **options: Any):
             super().__init__(*args, **{**options, "disable": hides_bar(progress)})
 
+    return Bar
+
+
+def _fetch(name: str, hub: dict[str, Any], weights: bool, progress: bool) -> Path:
+    # Imported here, since it is slow to import and a local folder does not need it.
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    bar = _bar(progress)
+
     def fetch(patterns: Iterable[str]) -> Path:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=[*patterns], tqdm_class=Bar, **hub))
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=[*patterns], tqdm_class=bar, **hub))
 
     def exactly(files: Iterable[str]) -> list[str]:
         return [glob.escape(file) for file in files]
