@@ -188,7 +188,10 @@ def _parser() -> argparse.ArgumentParser:
 
     for each in (chat, generate, info):
         each.add_argument(
-            "model", nargs="?", default=DEFAULT_MODEL, help=f"folder, hub repository or GGUF file (default: {DEFAULT_MODEL})"
+            "model",
+            nargs="?",
+            default=DEFAULT_MODEL,
+            help=f"folder, repository or GGUF file (default: {DEFAULT_MODEL})",
         )
     generate.add_argument("-p", "--prompt", required=True, help="the prompt; - reads standard input")
     generate.add_argument("--raw", action="store_true", help="continue the bare text, without the chat template")
