@@ -1,4 +1,4 @@
-"""The command line: `internlm3 chat | generate | info | demo`. Nothing heavy is imported before a command runs."""
+"""The command line, `internlm3 COMMAND`. Nothing heavy is imported before a command runs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..version import VERSION
@@ -137,6 +138,19 @@ def _info(args: argparse.Namespace) -> None:
     print(f"{'default settings':24} {defaults}")
 
 
+def _perplexity(args: argparse.Namespace) -> None:
+    text = sys.stdin.read() if args.text == "-" else _read(args.text)
+    found = _load(args).perplexity(text, window=args.window, stride=args.stride)
+    print(f"perplexity {found.value:.4f} +- {found.standard_error:.4f} (loss {found.loss:.5f} per token)")
+    print(f"{found.predicted:,} tokens predicted, in windows of {found.window} that begin {found.stride} apart")
+
+
+def _read(path: str) -> str:
+    from ..common.files import read_text
+
+    return read_text(Path(path))
+
+
 # -------------------------------------------------------------------- shared by the commands
 
 
@@ -174,7 +188,7 @@ def _answer(llm: LLM, messages: list[dict[str, str]], args: argparse.Namespace) 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="internlm3", description="InternLM3 at the lowest latency one GPU allows.")
     parser.add_argument("--version", action="version", version=f"internlm3 {VERSION}")
-    commands = parser.add_subparsers(title="commands", required=True, metavar="{chat,generate,info,demo}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="{chat,generate,info,perplexity,demo}")
 
     def command(name: str, run: Callable[[argparse.Namespace], int | None], text: str) -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=text, description=text)
@@ -184,9 +198,10 @@ def _parser() -> argparse.ArgumentParser:
     chat = command("chat", _chat, "Talk with a model in the terminal.")
     generate = command("generate", _generate, "Answer one prompt, streaming.")
     info = command("info", _info, "Show a checkpoint's configuration, parameters and memory.")
+    score = command("perplexity", _perplexity, "Measure how well a model predicts a text.")
     demo = command("demo", _demo, "Fetch a small real model, convert it once to InternLM3's format, and talk with it.")
 
-    for each in (chat, generate, info):
+    for each in (chat, generate, info, score):
         each.add_argument(
             "model",
             nargs="?",
@@ -198,7 +213,11 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("-p", "--prompt", help=f"answer this and quit (default: {DEMO_QUESTION!r}, then chat)")
     info.add_argument("--length", type=int, help="context length of the KV cache (default: the trained window)")
 
-    for each in (chat, generate, demo, info):
+    score.add_argument("text", help="a file of text; - reads standard input")
+    score.add_argument("--window", type=int, help="tokens that the model sees at once (default: 2048)")
+    score.add_argument("--stride", type=int, help="tokens from one window to the next (default: half a window)")
+
+    for each in (chat, generate, demo, info, score):
         group = each.add_argument_group("model")
         group.add_argument("--dtype", default="auto", help="auto, bfloat16, float16 or float32")
         group.add_argument("--revision", help="branch, tag or commit on the hub")
@@ -207,6 +226,8 @@ def _parser() -> argparse.ArgumentParser:
             continue
         group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
         group.add_argument("--max-seq-len", type=int, help="context length: prompt and answer together, in tokens")
+        if each is score:
+            continue
         group = each.add_argument_group("conversation")
         group.add_argument("--system", help="the system prompt")
         group.add_argument("--thinking", action="store_true", help="InternLM3's deep-thinking mode")
