@@ -58,7 +58,7 @@ def in_pairs(weight: np.ndarray, heads: int) -> np.ndarray:
 
 def sentencepiece_vocabulary(writer: gguf.GGUFWriter, model: bytes) -> None:
     """A SentencePiece vocabulary."""
-    proto = sentencepiece_model_pb2.ModelProto()
+    proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
     proto.ParseFromString(model)
     writer.add_tokenizer_model("llama")
     writer.add_token_list([piece.piece for piece in proto.pieces])
