@@ -108,6 +108,8 @@ FACTS = {
     "_add_up": Facts(streams=["x_ptr"], bulk=["x_ptr"], most_trips=4),
     "_pick": Facts(most_trips=4),
     "_advance": Facts(most_trips=4),
+    "_count_prompt": Facts(bulk=["request_ptr"], most_trips=3),
+    "_store_row": Facts(bulk=["row_ptr"], most_trips=3),
 }  # fmt: skip
 
 

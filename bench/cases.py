@@ -214,6 +214,30 @@ def _advance(make: Inputs, rows: int) -> Arguments:
     }
 
 
+def _count_prompt(make: Inputs, tokens: int) -> Arguments:
+    """A prompt, and no biases."""
+    vocabulary = make.size.vocabulary
+    return {
+        "request": torch.randint(vocabulary, (tokens,), dtype=torch.int32, device=make.device),
+        "lengths": torch.tensor([tokens, 0], dtype=torch.int32, device=make.device),
+        **{name: make.full((vocabulary,), 0, torch.int32) for name in ("prompt_counts", "output_counts")},
+        "logit_bias": make.full((vocabulary,), 0, torch.float32),
+    }
+
+
+def _store_row(make: Inputs, rows: int) -> Arguments:
+    """Fields like those of a slot of the runtime: of the vocabulary, of a bit for each token, pages, and numbers."""
+    vocabulary = make.size.vocabulary
+    sizes = [*[vocabulary] * 3, *[2] * 4, *[1] * 8, 512, make.size.head_dim // 2, *[-(-vocabulary // 32)] * 3, 3, 1]
+    starts = [sum(sizes[:field]) for field in range(len(sizes) + 1)]
+    return {
+        "row": make.full((starts[-1],), 1, torch.int32),
+        "rows": make.full((rows * starts[-1],), 0, torch.int32),
+        "starts": torch.tensor(starts, dtype=torch.int32, device=make.device),
+        "index": make.full((1,), rows - 1, torch.int32),
+    }
+
+
 def cases(
     size: Size = INTERNLM3_8B,
     dtypes: Sequence[torch.dtype] = (torch.bfloat16,),
@@ -256,6 +280,9 @@ def _ops(size: Size, dtype: torch.dtype, tokens: int, sequences: int, contexts: 
         yield case("sample", _top_p_only, part="top_p only")
         yield case("sample", _typical_p_only, part="typical_p only")
         yield case("advance", _advance)
+        yield case("store_row", _store_row)
+    else:
+        yield case("count_prompt", _count_prompt)
 
 
 def _make(

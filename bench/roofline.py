@@ -45,6 +45,8 @@ def bytes_moved(op: str, arguments: Arguments, result: Any) -> int:
     elif op == "advance":
         for table in ("end_mask", "output_counts", "permitted", "allowed"):
             del touched[table]  # one word of each
+    elif op == "store_row":
+        touched["rows"] = touched["row"]
     return total + nbytes(*touched.values())
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "advance",
+    "count_prompt",
     "embed",
     "linear",
     "linear_add",
@@ -29,6 +30,7 @@ __all__ = [
     "rms_norm_swiglu",
     "rope_and_cache",
     "sample",
+    "store_row",
     "swiglu",
 ]
 

@@ -16,6 +16,8 @@ from .cpu_cache import paged_attention as paged_attention
 from .cpu_cache import rope_and_cache as rope_and_cache
 from .reference import FEW_ROWS
 from .reference import advance as advance
+from .reference import count_prompt as count_prompt
+from .reference import store_row as store_row
 
 _AMX = torch.cpu._is_amx_tile_supported()
 _AVX512_BF16 = torch.cpu._is_avx512_bf16_supported() and not _AMX

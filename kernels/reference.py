@@ -24,6 +24,8 @@ block table, and the keys and values of all tokens but the newest. It lets a GPU
 `sample` is in a second reference file, `reference_sampling.py`.
 """
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -235,3 +237,37 @@ def advance(
     output_counts.scatter_add_(1, sampled[:, None], live.int()[:, None])
     allowed.copy_(torch.where((live & (length == min_len))[:, None], permitted, allowed))
     seq_lens.copy_(torch.where(live & (end == 0), length, 0))
+
+
+def count_prompt(
+    request: Tensor, lengths: Tensor, *, prompt_counts: Tensor, output_counts: Tensor, logit_bias: Tensor
+) -> None:
+    """Write the vocabulary-sized part of a new request's state, from its prompt and its few biases.
+
+        request        [N] int32       P tokens of the prompt; then Q tokens; then the bits of their Q biases, float32
+        lengths        [2] int32       P and Q, with P + 2 Q <= N
+        prompt_counts  [V] int32       becomes how often each token is in the prompt
+        output_counts  [V] int32       becomes 0
+        logit_bias     [V] float32     becomes the bias of each token, 0 without one
+
+    Tokens are in [0, V), and each has one bias at most.
+    """
+    tokens, biases = lengths.tolist()
+    prompt, biased, bits = request[: tokens + 2 * biases].split([tokens, biases, biases])
+    prompt_counts.zero_().index_add_(0, prompt.long(), torch.ones_like(prompt))
+    output_counts.zero_()
+    logit_bias.zero_()
+    logit_bias[biased.long()] = bits.view(torch.float32)
+
+
+def store_row(row: Tensor, rows: Tensor, starts: Tensor, index: Tensor) -> None:
+    """Copy one row of F fields into row `index` of B rows, which are stored field by field.
+
+    row     [W] int32        its fields in order; field f is words starts[f] to starts[f + 1] - 1
+    rows    [B * W] int32    field f of all rows, in order, is words B * starts[f] to B * starts[f + 1] - 1
+    starts  [F + 1] int32    the first word of each field, from 0; then W
+    index   [1] int32        in [0, B)
+    """
+    B = rows.numel() // row.numel()
+    for start, end in pairwise(starts.tolist()):
+        rows[B * start : B * end].view(B, end - start)[int(index)] = row[start:end]

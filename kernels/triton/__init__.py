@@ -5,6 +5,7 @@ the op, never its file.
 """
 
 from .advance import advance as advance
+from .count_prompt import count_prompt as count_prompt
 from .embed import embed as embed
 from .linear import linear as linear
 from .linear import linear_add as linear_add
@@ -15,6 +16,7 @@ from .paged_attention import paged_attention as paged_attention
 from .rms_norm import rms_norm as rms_norm
 from .rope_and_cache import rope_and_cache as rope_and_cache
 from .sample import sample as sample
+from .store_row import store_row as store_row
 from .swiglu import swiglu as swiglu
 
 # Whether the bits of a row may depend on how many rows a launch of more than FEW_ROWS rows has: cuBLAS chooses its

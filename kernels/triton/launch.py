@@ -76,12 +76,17 @@ def check_activation(name: str, x: Tensor, *shape: int) -> None:
     """Raise unless x is a valid first argument: a supported dtype, on the current GPU, and valid for `check`."""
     if x.dtype not in DTYPES:
         raise TypeError(f"{name} is {x.dtype}; kernels take {', '.join(str(dtype) for dtype in DTYPES)}")
+    check_first(name, x, x.dtype, *shape)
+
+
+def check_first(name: str, x: Tensor, dtype: torch.dtype, *shape: int) -> None:
+    """Raise unless x is on the current GPU and valid for `check`."""
     if not INTERPRETED and (x.device.type != "cuda" or x.device.index != torch.cuda.current_device()):
         raise ValueError(
             f"{name} is on {x.device}; kernels run on the current accelerator: move it there, "
             "or launch inside `with torch.cuda.device(...)`"
         )
-    check(name, x, x.dtype, x.device, *shape)
+    check(name, x, dtype, x.device, *shape)
 
 
 def check(name: str, x: Tensor, dtype: torch.dtype, device: torch.device, *shape: int) -> None:

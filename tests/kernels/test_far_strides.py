@@ -49,6 +49,13 @@ def arguments(op):
             "output_counts": whole(ROWS, VOCAB, below=9),
             **{name: whole(ROWS, words, below=2**31 - 1) for name in ("end_mask", "permitted", "allowed")},
         },
+        "count_prompt": lambda: {
+            "request": whole(9, below=VOCAB),
+            "lengths": torch.tensor([9, 0], dtype=torch.int32, device=DEVICE),
+            "prompt_counts": whole(VOCAB, below=9),
+            "output_counts": whole(VOCAB, below=9),
+            "logit_bias": random(VOCAB, dtype=torch.float32),
+        },
         "embed": lambda: {"token_ids": numbers, "table": x},
         "linear": lambda: {"x": x, "weight": weight},
         "linear_add": lambda: {"x": x, "weight": weight, "residual": residual},
@@ -77,6 +84,12 @@ def arguments(op):
             "seed": numbers,
             "stream": numbers,
             "position": numbers,
+        },
+        "store_row": lambda: {
+            "row": whole(5, below=9),
+            "rows": whole(5 * ROWS, below=9),
+            "starts": torch.tensor([0, 2, 5], dtype=torch.int32, device=DEVICE),
+            "index": torch.ones(1, dtype=torch.int32, device=DEVICE),
         },
         "swiglu": lambda: {"gate_up": x},
     }[op]()
