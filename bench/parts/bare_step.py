@@ -12,6 +12,7 @@ from torch import Tensor
 
 from internlm3 import InternLM3Config, InternLM3ForCausalLM
 from internlm3.runtime.engine import decode, prefill
+from internlm3.runtime.engine.layout import state_layout
 from internlm3.runtime.engine.state import DecodeState, Tier
 from internlm3.runtime.model import model as runtime_model
 from internlm3.runtime.model.kv_cache import PagedKVCache, pages_of
@@ -70,7 +71,8 @@ class Steps:
         self.kv_cache = PagedKVCache(config, batch * pages, model.dtype, device)
         for layer in self.kv_cache.layers:
             layer.normal_()
-        self.state = DecodeState.idle(batch, pages, config.vocab_size, config.head_dim, device)
+        layout = state_layout(pages, config.vocab_size, config.head_dim)
+        self.state = DecodeState.of(layout, torch.zeros(batch * layout.words, dtype=torch.int32, device=device))
         self.state.max_len.fill_(2**30)
         self.state.allowed.fill_(-1)
         self.state.permitted.fill_(-1)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..model.kv_cache import PagedKVCache
 from ..model.model import LanguageModel
+from .staging import Staging
 from .state import DecodeState, Tier
 
 
@@ -26,3 +27,14 @@ def sample(ops: ModuleType, logits: Tensor, state: DecodeState, tier: Tier) -> N
     """Samples from logits [B, V] and advances every slot that is not idle."""
     sampled, logprob = ops.sample(logits, **state.stages(tier))
     ops.advance(sampled, logprob, **state.advance_arguments())
+
+
+def first_token(model: LanguageModel, staging: Staging, last: Tensor, tier: Tier) -> None:
+    """Generates the token after a staged request's prompt, and stores its state in its slot.
+
+    last [1, C]: the hidden state of the prompt's last token, before the last norm.
+    """
+    ops = model.model.ops
+    staging.count_prompt(ops)
+    sample(ops, model.head(last), staging.state, tier)
+    staging.store(ops)

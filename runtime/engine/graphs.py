@@ -106,7 +106,7 @@ class StepQueue:
         buffer, readers = self._in_flight.popleft()
         if buffer.arrived is not None:
             buffer.arrived.synchronize()
-        logprobs = buffer.report[:, 2].contiguous().view(torch.float32).tolist()
+        logprobs = buffer.report.view(torch.float32)[:, 2].tolist()
         reports = [
             (reader, Report(token, end, logprob))
             for reader, (token, end, _), logprob in zip(readers, buffer.report.tolist(), logprobs, strict=False)

@@ -10,10 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..model.kv_cache import PAGE, BatchMetadata, PagedKVCache
+from ..model.kv_cache import PAGE, BatchMetadata, PagedKVCache, pages_of
 from ..model.model import LanguageModel
+from . import decode
 from .graphs import Capture
-from .state import DecodeState, Slot
+from .staging import Staging
+from .state import DecodeState, Slot, Tier
 
 # Tokens of a chunk. Prompts are cut into chunks from the first token that is not cached; rounding depends on where they
 # are cut. A multiple of PAGE, and of the query blocks of the CPU's attention.
@@ -28,18 +30,35 @@ WIDTHS = (16, 64, 128, 256)
 
 
 class Prefill:
-    """Runs prompts, and returns the hidden state of each one's last token.
+    """Runs prompts, and brings their requests into their slots.
 
     On a GPU short chunks are launch-bound, so a prompt that runs alone runs from CUDA graphs.
 
     Args:
-        state: the slots' metadata. A slot stays idle (seq_lens 0) until its prompt is prefilled.
+        state: the slots.
+        staging: brings requests to them.
         capture: turns a launch into a replayable one; None runs all launches eagerly.
     """
 
-    def __init__(self, model: LanguageModel, kv_cache: PagedKVCache, state: DecodeState, capture: Capture | None):
-        self._model, self._kv_cache, self._state = model, kv_cache, state
-        self._captured = None if capture is None else CapturedChunks(model, kv_cache, state, capture)
+    def __init__(
+        self,
+        model: LanguageModel,
+        kv_cache: PagedKVCache,
+        state: DecodeState,
+        staging: Staging,
+        capture: Capture | None,
+    ):
+        self._model, self._kv_cache, self._state, self._staging = model, kv_cache, state, staging
+        self._captured = None if capture is None else CapturedPrompts(model, kv_cache, staging, capture)
+
+    def generates(self, slots: Sequence[Slot]) -> bool:
+        """Whether `run_to_first_token` serves these slots: a single one whose launches are captured."""
+        return self._captured is not None and len(slots) == 1 and not slots[0].request.needs_host
+
+    def run_to_first_token(self, slot: Slot) -> None:
+        """Prefills a prompt and samples the token after it."""
+        assert self._captured is not None
+        self._captured.run_to_first_token(slot)
 
     def run(self, slots: Sequence[Slot]) -> dict[Slot, Tensor]:
         """Prefills the prompts of these slots: the last token's hidden state [1, C] of each, before the last norm.
@@ -47,17 +66,22 @@ class Prefill:
         Long prompts run one by one. Short ones of similar length, without what is cached, are batched.
         """
         last: dict[Slot, Tensor] = {}
-        for ready in _waves(slots):
+        for ready in _waves([slot for slot in slots if slot.twin is None]):
             last.update({slot: self._run_alone(slot) for slot in ready if not self._can_batch(slot)})
             for group in _groups([slot for slot in ready if self._can_batch(slot)]):
                 if len(group) == 1:
                     last[group[0]] = self._run_alone(group[0])
                 else:
                     last.update(zip(group, self._run_together(group).split(1), strict=True))
+        for slot in slots:
+            if slot.twin is not None:
+                last[slot] = last[slot.twin]
+                self._copy_twin(slot, slot.twin)
+                slot.twin = None
         return last
 
     def warm_up(self, longest: int) -> None:
-        """Captures all launches that prompts of up to `longest` tokens need."""
+        """Captures all launches that prompts of up to `longest` tokens need. No slot may have a request."""
         if self._captured is not None:
             self._captured.warm_up(longest)
 
@@ -66,19 +90,44 @@ class Prefill:
         return tokens < CHUNK and self._model.model.can_batch_prompts(tokens)
 
     def _run_alone(self, slot: Slot) -> Tensor:
-        batch = self._state.slots(slot.index, slot.index + 1).batch
         if self._captured is not None:
-            return self._captured.run(batch, slot.prompt, slot.request.cached_tokens)
-        return run_chunks(self._model, self._kv_cache, batch, [slot.prompt], [slot.request.cached_tokens])
+            last = self._captured.run(slot).clone()  # the next prompt overwrites it
+            self._store()
+            return last
+        self._load(slot)
+        batch = self._state.slots(slot.index, slot.index + 1).batch
+        return run_chunks(self._model, self._kv_cache, batch, [self._prompt(slot)], [slot.request.cached_tokens])
 
     def _run_together(self, slots: Sequence[Slot]) -> Tensor:
+        for slot in slots:
+            self._load(slot)
         index, batch = [slot.index for slot in slots], self._state.batch
         block_table = batch.block_table[index]
         write_table, cached = block_table.clone(), [slot.request.cached_tokens for slot in slots]
         for row, tokens in enumerate(cached):
             write_table[row, : tokens // PAGE] = self._kv_cache.spare
         batch = BatchMetadata(block_table, batch.seq_lens[index], batch.inv_freq[index], write_table=write_table)
-        return run_chunks(self._model, self._kv_cache, batch, [slot.prompt for slot in slots], cached)
+        return run_chunks(self._model, self._kv_cache, batch, [self._prompt(slot) for slot in slots], cached)
+
+    def _copy_twin(self, slot: Slot, twin: Slot) -> None:
+        """Loads a slot with the prompt of another one. Whole pages are shared; both will write into the last one."""
+        tokens = len(slot.request.prompt_ids)
+        last_page = slice(tokens // PAGE, pages_of(tokens))
+        self._kv_cache.copy(twin.pages[last_page], slot.pages[last_page])
+        self._load(slot)
+
+    def _load(self, slot: Slot) -> None:
+        """Copies a request to its slot, with the whole prompt as its context."""
+        self._staging.copy(slot, len(slot.request.prompt_ids), 0)
+        self._store()
+
+    def _store(self) -> None:
+        ops = self._model.model.ops
+        self._staging.count_prompt(ops)
+        self._staging.store(ops)
+
+    def _prompt(self, slot: Slot) -> Tensor:
+        return torch.tensor(slot.request.prompt_ids, dtype=torch.int64, device=self._model.device)
 
 
 def run_chunks(
@@ -124,7 +173,7 @@ def _launch_width(model: LanguageModel, tokens: int) -> int:
 
 def _remaining(slot: Slot) -> int:
     """The number of tokens that a prompt has to run."""
-    return len(slot.prompt) - slot.request.cached_tokens
+    return len(slot.request.prompt_ids) - slot.request.cached_tokens
 
 
 def _waves(slots: Sequence[Slot]) -> Iterator[list[Slot]]:
@@ -155,56 +204,57 @@ def _groups(slots: list[Slot]) -> Iterator[list[Slot]]:
         yield group
 
 
-class CapturedChunks:
-    """Runs one prompt at a time by captured launches, each chunk padded on the left to one of a few widths.
+class CapturedPrompts:
+    """Runs one prompt at a time, by captured launches: a chunk of each of a few widths, and a first token of each tier.
 
-    Where the padding coincides with cached tokens, what it would write goes to the spare page.
+    So the host copies a request, replays each, and nothing else: a graph of both would be needed for every pair.
     """
 
-    def __init__(self, model: LanguageModel, kv_cache: PagedKVCache, state: DecodeState, capture: Capture):
-        self._model, self._kv_cache, self._capture = model, kv_cache, capture
-        self._captured: dict[int, Callable[[], None]] = {}
-        self._last: dict[int, Tensor] = {}  # what each captured launch returns, [1, C]
-        # Captured launches read these.
-        self._tokens = torch.zeros(CHUNK, dtype=torch.int64, device=model.device)
-        slot = state.slots(0, 1).batch
-        self._write_table = torch.zeros_like(slot.block_table)
-        self._batch = BatchMetadata(
-            torch.zeros_like(slot.block_table),
-            torch.zeros_like(slot.seq_lens),
-            torch.zeros_like(slot.inv_freq),
-            write_table=self._write_table,
-        )
+    def __init__(self, model: LanguageModel, kv_cache: PagedKVCache, staging: Staging, capture: Capture):
+        self._model, self._kv_cache, self._staging, self._capture = model, kv_cache, staging, capture
+        self._chunks: dict[int, Callable[[], None]] = {}
+        self._first_tokens: dict[Tier, Callable[[], None]] = {}
+        self._last: dict[int, Tensor] = {}  # what each chunk's launch returns, [1, C]
+        # Where the launch of a first token reads it.
+        self._hidden = torch.zeros(1, model.config.hidden_size, dtype=model.dtype, device=model.device)
 
-    def run(self, batch: BatchMetadata, prompt: Tensor, begin: int) -> Tensor:
-        """Like `run_chunks` for one prompt [T]: its last token's hidden state [1, C]."""
-        self._batch.block_table.copy_(batch.block_table)
-        self._batch.inv_freq.copy_(batch.inv_freq)
-        for start in range(begin, len(prompt), CHUNK):
-            chunk = prompt[start : start + CHUNK]
-            self._write_table.copy_(batch.block_table)
-            self._write_table[:, : start // PAGE] = self._kv_cache.spare
-            last = self._launch(chunk, start + len(chunk))
-        return last.clone()  # the next launch overwrites it
+    def run(self, slot: Slot) -> Tensor:
+        """The last token's hidden state [1, C], before the last norm, until the next prompt runs."""
+        prompt_tokens = len(slot.request.prompt_ids)
+        for begin in range(slot.request.cached_tokens, prompt_tokens, CHUNK):
+            width = _padded_width(prompt_tokens - begin)
+            self._staging.copy(slot, begin, width)
+            self._run_chunk(width)
+        return self._hidden.copy_(self._last[width])
+
+    def run_to_first_token(self, slot: Slot) -> None:
+        self.run(slot)
+        self._generate(slot.tier)
 
     def warm_up(self, longest: int) -> None:
         """Captures all launches that prompts of up to `longest` tokens need."""
+        self._staging.clear()
         for width in sorted({_padded_width(tokens) for tokens in range(1, min(longest, CHUNK) + 1)}):
-            self._launch(self._tokens[:width].clone(), 0)  # length 0 is an idle sequence: nothing is written
+            self._run_chunk(width)
+        for tier in Tier:
+            self._generate(tier)
 
-    def _launch(self, chunk: Tensor, length: int) -> Tensor:
-        """Runs a chunk that ends at token `length` of its sequence."""
-        width = _padded_width(len(chunk))
-        self._tokens[: width - len(chunk)].zero_()
-        self._tokens[width - len(chunk) : width].copy_(chunk)
-        self._batch.seq_lens.fill_(length)
-        if width not in self._captured:
+    def _run_chunk(self, width: int) -> None:
+        """Runs the staged chunk."""
+        if width not in self._chunks:
             # What is captured does not lead back to this object, which else lives until the garbage collector comes.
-            tokens = self._tokens[:width]
-            run = partial(_run_chunk, self._model, self._kv_cache, self._batch, tokens, self._last)
-            self._captured[width] = self._capture(run)
-        self._captured[width]()
-        return self._last[width]
+            tokens = self._staging.tokens[:width]
+            run = partial(_run_chunk, self._model, self._kv_cache, self._staging.batch, tokens, self._last)
+            self._chunks[width] = self._capture(run)
+        self._chunks[width]()
+
+    def _generate(self, tier: Tier) -> None:
+        """Generates the first token of the staged request."""
+        if tier in self._first_tokens:
+            self._first_tokens[tier]()
+        else:  # which executes it, too
+            run = partial(decode.first_token, self._model, self._staging, self._hidden, tier)
+            self._first_tokens[tier] = self._capture(run)
 
 
 def _run_chunk(

@@ -10,17 +10,17 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..model.kv_cache import PAGE, PagedKVCache, pages_of
+from ..model.kv_cache import PagedKVCache, pages_of
 from ..model.model import LanguageModel
-from ..model.rope import inverse_frequencies
 from ..model.weights import WeightsState
-from . import decode
+from . import decode, prefill
 from .graphs import Capture, StepQueue, cuda_graphs, eager
 from .hooks import sample_with_hooks
+from .layout import state_layout
 from .pages import PageAllocator
-from .prefill import Prefill
 from .request import Request
 from .scheduler import Scheduler
+from .staging import Staging
 from .state import DecodeState, Slot, Tier
 from .warm_up import compile_kernels
 
@@ -60,9 +60,10 @@ class Runner:
         self.pages = PageAllocator(num_pages)
         self.scheduler = Scheduler(config, max_batch_size, self.pages, model.model.batch_invariant, self._padded)
         self.kv_cache = PagedKVCache(config, num_pages, model.dtype, device)
-        self._state = DecodeState.idle(
-            max_batch_size, pages_of(max_seq_len), config.vocab_size, config.head_dim, device
-        )
+        layout = state_layout(pages_of(max_seq_len), config.vocab_size, config.head_dim)
+        rows = torch.zeros(max_batch_size * layout.words, dtype=torch.int32, device=device)
+        self._state = DecodeState.of(layout, rows)
+        self._staging = Staging(config, layout, rows, self.kv_cache.spare, prefill.CHUNK)
         self._begin()
 
     def _begin(self) -> None:
@@ -70,7 +71,7 @@ class Runner:
         step = partial(_decode_step, self._model, self.kv_cache, self._state)
         self._steps = StepQueue(step, self._state.report, self._capture)
         capture = None if self._eager else self._capture
-        self._prefill = Prefill(self._model, self.kv_cache, self._state, capture)
+        self._prefill = prefill.Prefill(self._model, self.kv_cache, self._state, self._staging, capture)
         self._weights = WeightsState(self._model)
 
     def drop_if_stale(self, message: str) -> bool:
@@ -109,22 +110,13 @@ class Runner:
 
     def _run_prompts(self, scheduled: list[Slot]) -> None:
         """Prefills the prompts of newly scheduled requests, and samples their first tokens."""
-        for slot in scheduled:
-            ids = slot.request.prompt_ids
-            slot.prompt = torch.tensor(ids, dtype=torch.int64, device=self._model.device)
-            inv_freq = inverse_frequencies(self._model.config, len(ids), self._model.device)
-            self._state.load(slot, inv_freq)
-        last = self._prefill.run([slot for slot in scheduled if slot.twin is None])
-        for slot in scheduled:
-            if slot.twin is not None:
-                # Whole pages are shared; both will write into the last one.
-                whole = len(slot.prompt) // PAGE
-                end = pages_of(len(slot.prompt))
-                self.kv_cache.copy(slot.twin.pages[whole:end], slot.pages[whole:end])
-                last[slot] = last[slot.twin]
-                slot.twin = None
-            self._state.batch.seq_lens[slot.index] = len(slot.prompt)
-        self._sample_first_tokens(scheduled, last)
+        if self._prefill.generates(scheduled):
+            (slot,) = scheduled
+            self._prefill.run_to_first_token(slot)
+            slot.launched = 1
+            self._steps.copy_report([*[None] * slot.index, slot])
+        else:
+            self._sample_first_tokens(scheduled, self._prefill.run(scheduled))
 
     def _sample_first_tokens(self, scheduled: list[Slot], last: dict[Slot, Tensor]) -> None:
         """Samples the token after each prompt, from its last token's hidden state [1, C]; one report for all."""
@@ -184,9 +176,8 @@ class Runner:
             if request.finish_reason is None:  # else it was cancelled meanwhile
                 request.append(report.token, report.logprob, report.end)
                 moved.append(request)
-                if request.finish_reason is not None:
+                if request.finish_reason is not None:  # the step has made the slot idle
                     self.scheduler.free(slot)
-                    self._state.clear(slot.index)
         return moved
 
     def _batch_size(self) -> int:
@@ -200,7 +191,7 @@ class Runner:
     def warm_up(self) -> None:
         """Compiles every kernel and captures every step that requests can need. No request may have a slot."""
         if self._model.device.type != "cpu":
-            compile_kernels(self._model, self.kv_cache, self._state.slots(0, 1), self.pages, self._max_seq_len)
+            compile_kernels(self._model, self.kv_cache, self._staging, self.pages, self._max_seq_len)
         # Without graphs a step only needs to be compiled, and kernels differ for one sequence and several only.
         most = min(self._max_batch_size, 2) if self._eager else self._max_batch_size
         for batch_size in sorted({self._padded(slots) for slots in range(1, most + 1)}):

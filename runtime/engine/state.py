@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from enum import IntEnum
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ...kernels.reference_sampling import FEW_TOKENS
 from ..model.kv_cache import BatchMetadata
 from ..sampling.settings import STATE
+from .layout import Layout
 from .request import Request
-
-_INT32_MAX = 2**31 - 1
 
 
 class Tier(IntEnum):
@@ -60,7 +57,6 @@ class Slot:
         tier: the stages of sampling that the request needs.
         twin: another slot, scheduled at the same time, with the same prompt: its prefill serves both.
         launched: the number of tokens whose steps were launched.
-        prompt: [T] int64, on the device, once the slot's state is loaded.
     """
 
     request: Request
@@ -69,7 +65,6 @@ class Slot:
     tier: Tier
     twin: Slot | None = None
     launched: int = 0
-    prompt: Tensor = field(init=False)
 
 
 @dataclass
@@ -114,59 +109,16 @@ class DecodeState:
     allowed: Tensor
 
     @classmethod
-    def idle(cls, slots: int, pages: int, vocab_size: int, head_dim: int, device: torch.device) -> DecodeState:
-        """Idle slots for sequences of up to `pages` pages."""
-
-        def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
-            return torch.zeros(slots, *shape, dtype=dtype, device=device)
-
-        words = -(-vocab_size // 32)
-        return cls(
-            batch=BatchMetadata(zeros(pages), zeros(), zeros(head_dim // 2, dtype=torch.float32)),
-            report=zeros(3),
-            logit_bias=zeros(vocab_size, dtype=torch.float32),
-            **{name: zeros() for name in ("max_len", "min_len")},
-            **{name: zeros(dtype=torch.int64) for name in ("token", "seed", "stream")},
-            **{name: zeros(dtype=getattr(torch, dtype)) for name, dtype in STATE.items()},
-            **{name: zeros(words) for name in ("end_mask", "permitted", "allowed")},
-            **{name: zeros(vocab_size) for name in ("prompt_counts", "output_counts")},
-        )
+    def of(cls, layout: Layout, buffer: Tensor) -> DecodeState:
+        """The slots in a buffer [B * W] int32 of a `state_layout`. They are idle if it is zero."""
+        views = layout.views(buffer)
+        return cls(batch=BatchMetadata(*(views.pop(name) for name in _BATCH_FIELDS)), **views)
 
     def slots(self, first: int, last: int) -> DecodeState:
         """Slots first to last - 1, as views of these tensors."""
         batch = BatchMetadata(*(getattr(self.batch, name)[first:last] for name in _BATCH_FIELDS))
         rest = {name: getattr(self, name)[first:last] for name in _SLOT_FIELDS}
         return DecodeState(batch=batch, **rest)
-
-    def load(self, slot: Slot, inv_freq: Tensor) -> None:
-        """Writes a request's prompt, pages and settings into its slot, which stays idle. inv_freq: [D/2] float32."""
-        index, request, prompt, pages = slot.index, slot.request, slot.prompt, slot.pages
-        p, length = request.params, len(prompt)
-        end_mask, permitted = self._words(request.ends), p.allowed_token_ids
-        self.end_mask[index] = end_mask
-        self.permitted[index] = -1 if permitted is None else self._words(permitted)
-        if p.suppress_tokens:
-            self.permitted[index] &= ~self._words(p.suppress_tokens).to(self.permitted.device)
-        self.allowed[index] = self.permitted[index]
-        if p.min_tokens:
-            self.allowed[index] &= ~end_mask.to(self.allowed.device)
-        self.max_len[index] = length + request.max_tokens
-        self.min_len[index] = min(length + p.min_tokens, _INT32_MAX)  # never, beyond any context
-        self.seed[index], self.stream[index] = request.seed, request.answer
-        for name in STATE:
-            value = getattr(p, name)
-            # A top_k of -1 is off; one beyond the vocabulary may be any number.
-            getattr(self, name)[index] = min(max(value, 0), _INT32_MAX) if name == "top_k" else value
-        self.output_counts[index] = 0
-        self.prompt_counts[index] = 0
-        self.prompt_counts[index].index_add_(0, prompt, torch.ones_like(prompt, dtype=torch.int32))
-        self.logit_bias[index] = 0
-        if p.logit_bias:
-            tokens = torch.tensor(list(p.logit_bias), dtype=torch.int64, device=self.token.device)
-            biases = torch.tensor(list(p.logit_bias.values()), dtype=torch.float32, device=self.token.device)
-            self.logit_bias[index, tokens] = biases
-        self.batch.block_table[index, : len(pages)] = torch.tensor(pages, dtype=torch.int32, device="cpu")
-        self.batch.inv_freq[index] = inv_freq
 
     def clear(self, index: int) -> None:
         """Makes a slot idle."""
@@ -190,12 +142,6 @@ class DecodeState:
         """The arguments of the op `advance` besides what was sampled."""
         names = ("token", "max_len", "end_mask", "report", "output_counts", "min_len", "permitted", "allowed")
         return {"seq_lens": self.batch.seq_lens, **{name: getattr(self, name) for name in names}}
-
-    def _words(self, token_ids: Iterable[int]) -> Tensor:
-        """[W] int32 on the CPU with the bits of these tokens set."""
-        ids = torch.tensor(sorted(set(token_ids)), dtype=torch.int64, device="cpu")
-        words = torch.zeros(self.end_mask.shape[1], dtype=torch.int64, device="cpu")
-        return words.index_add_(0, ids // 32, 1 << ids % 32).to(torch.int32)
 
 
 _BATCH_FIELDS: Any = ("block_table", "seq_lens", "inv_freq")

@@ -9,19 +9,21 @@ from ..model.model import LanguageModel
 from . import prefill
 from .hooks import stages_after_penalties
 from .pages import PageAllocator
-from .state import DecodeState, Tier
+from .staging import Staging
+from .state import Tier
 
 
 def compile_kernels(
-    model: LanguageModel, kv_cache: PagedKVCache, slot: DecodeState, pages: PageAllocator, max_seq_len: int
+    model: LanguageModel, kv_cache: PagedKVCache, staging: Staging, pages: PageAllocator, max_seq_len: int
 ) -> None:
     """Launches once whatever prompts of up to `max_seq_len` tokens, and sampling on the host, can launch.
 
-    `slot` is the state of one idle slot. Decode steps are compiled when they are captured.
+    No slot may have a request. Decode steps are compiled when they are captured.
     """
     from ...kernels.triton.warmup import token_counts  # imports Triton, which a CPU need not have
 
-    config, ops = model.config, model.model.ops
+    staging.clear()
+    config, ops, slot = model.config, model.model.ops, staging.state
     longest = min(max_seq_len, prefill.CHUNK)
     allocated = pages.allocate(pages_of(longest))
     try:
@@ -32,5 +34,7 @@ def compile_kernels(
         logits = model.head(x)
         for tier in Tier:
             ops.sample(logits.float(), **stages_after_penalties(slot, tier))
+        staging.count_prompt(ops)
+        staging.store(ops)
     finally:
         pages.release(allocated)

@@ -16,7 +16,9 @@ from internlm3.kernels.reference_sampling import FEW_TOKENS
 from internlm3.runtime.engine import decode, prefill
 from internlm3.runtime.engine.engine import Engine
 from internlm3.runtime.engine.hooks import log_probability, top_logprobs
+from internlm3.runtime.engine.layout import state_layout
 from internlm3.runtime.engine.request import Request
+from internlm3.runtime.engine.staging import Staging
 from internlm3.runtime.engine.state import DecodeState, Slot, Tier, tier_of
 from internlm3.runtime.model.kv_cache import PAGE, pages_of
 from internlm3.runtime.model.rope import inverse_frequencies
@@ -32,13 +34,16 @@ class Rows:
 
     def __init__(self, rows, vocab_size, eos_token_ids=(), tier=None):
         requests = [Request(prompt, params, 1000, frozenset(eos_token_ids), answer) for params, prompt, answer in rows]
-        self.state = DecodeState.idle(len(rows), 1, vocab_size, 4, CPU)
+        config = InternLM3Config(vocab_size=vocab_size, head_dim=4)
+        layout = state_layout(1, vocab_size, config.head_dim)
+        buffer = torch.zeros(len(rows) * layout.words, dtype=torch.int32)
+        self.state = DecodeState.of(layout, buffer)
+        staging = Staging(config, layout, buffer, spare=1, chunk=0)
         self.tier = max(map(tier_of, requests)) if tier is None else tier
         for row, request in enumerate(requests):
-            slot = Slot(request, row, [0], self.tier)
-            slot.prompt = torch.tensor(request.prompt_ids)
-            self.state.load(slot, torch.ones(2))
-            self.state.batch.seq_lens[row] = len(request.prompt_ids)
+            staging.copy(Slot(request, row, [0], self.tier), len(request.prompt_ids), 0)
+            staging.count_prompt(cpu)
+            staging.store(cpu)
 
     def __call__(self, logits):
         decode.sample(cpu, logits, self.state, self.tier)
@@ -279,10 +284,11 @@ def test_after_a_warm_up_nothing_is_captured(model, recorder):
     ]  # uninitialised memory may hold NaN, which equals nothing
     engine.warm_up()
     engine.warm_up()
-    assert len(captured) == 4 * 3 + 4  # 1, 2 and 4 rows, by tier; prompts of up to 16, 64, 128 and 160 tokens
+    # Steps of 1, 2 and 4 rows, by tier; chunks of up to 16, 64, 128 and 160 tokens; first tokens, by tier.
+    assert len(captured) == 4 * 3 + 4 + 4
     assert engine.pages.free == len(engine.pages) and all(map(torch.equal, engine.kv_cache.layers, before))
     found, _ = answers(model, 5, engine=engine)
-    assert found == expected and len(captured) == 16
+    assert found == expected and len(captured) == 20
 
 
 def test_a_warm_up_is_refused_while_requests_wait(model):

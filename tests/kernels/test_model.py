@@ -8,10 +8,12 @@ from internlm3 import InternLM3Config, InternLM3ForCausalLM
 from internlm3.kernels import triton
 from internlm3.runtime.engine import prefill
 from internlm3.runtime.engine.engine import Engine
+from internlm3.runtime.engine.layout import state_layout
 from internlm3.runtime.engine.request import Request
-from internlm3.runtime.engine.state import DecodeState
+from internlm3.runtime.engine.state import Slot, Tier
 from internlm3.runtime.model import model as runtime_model
 from internlm3.runtime.model.kv_cache import PAGE, BatchMetadata, PagedKVCache
+from internlm3.runtime.model.rope import inverse_frequencies
 from internlm3.runtime.sampling.params import SamplingParams
 from internlm3.tests.kernels.support import DEVICE, backends
 from internlm3.tests.support.capture import Recorder
@@ -93,12 +95,13 @@ def test_a_prompt_in_padded_chunks(monkeypatch, backend):
     monkeypatch.setattr(prefill, "CHUNK", PAGE)
     monkeypatch.setattr(prefill, "LAUNCH_TOKENS", PAGE)
     monkeypatch.setattr(prefill, "WIDTHS", (16, 48))
-    model = make(torch.float32, num_hidden_layers=1)
+    model = make(
+        torch.float32, num_hidden_layers=1, max_position_embeddings=4 * PAGE
+    )  # one rotary base for all prompts
     if backend == "triton":
         on_triton(monkeypatch)
     generator = torch.Generator().manual_seed(8)
-    table = torch.tensor([[5, 2, 0, 6]], dtype=torch.int32, device=DEVICE)
-    idle = BatchMetadata(table, torch.zeros(1, dtype=torch.int32, device=DEVICE), torch.rand(1, 8).to(DEVICE))
+    pages = [5, 2, 0, 6]
     start = torch.randn(1, 2, 9, 2, PAGE, 16, generator=generator).to(DEVICE)  # what the pages hold before
 
     def filled(fill, tokens):
@@ -106,27 +109,33 @@ def test_a_prompt_in_padded_chunks(monkeypatch, backend):
         for kv, held in zip(kv_cache.layers, start, strict=True):
             kv.copy_(held)
         with np.errstate(all="ignore"):
-            return fill(kv_cache)(idle, prompt[:tokens], 0), torch.stack(kv_cache.layers)[:, :, : kv_cache.spare]
+            return fill(kv_cache, prompt[:tokens]), torch.stack(kv_cache.layers)[:, :, : kv_cache.spare]
 
-    def padded(kv_cache):
-        state = DecodeState.idle(1, table.shape[1], model.config.vocab_size, model.config.head_dim, DEVICE)
-        return prefill.CapturedChunks(model, kv_cache, state, lambda launch: launch).run
+    def padded(kv_cache, prompt):
+        layout = state_layout(len(pages), model.config.vocab_size, model.config.head_dim)
+        rows = torch.zeros(layout.words, dtype=torch.int32, device=DEVICE)
+        staging = prefill.Staging(model.config, layout, rows, kv_cache.spare, PAGE)
+        slot = Slot(Request(prompt, SamplingParams(), 1), 0, pages, Tier.GREEDY)
+        return prefill.CapturedPrompts(model, kv_cache, staging, lambda launch: launch).run(slot).clone()
 
-    def plain(kv_cache):
-        return lambda batch, prompt, begin: prefill.run_chunks(model, kv_cache, batch, [prompt], [begin])
+    def plain(kv_cache, prompt):
+        inv_freq = inverse_frequencies(model.config, len(prompt), DEVICE)[None]
+        length = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+        batch = BatchMetadata(torch.tensor([pages], dtype=torch.int32, device=DEVICE), length, inv_freq)
+        return prefill.run_chunks(model, kv_cache, batch, [torch.tensor(prompt, device=DEVICE)], [0])
 
     lengths = (
         (PAGE + 20,) if backend == "triton" else (PAGE + 1, 2 * PAGE + 20, 2 * PAGE + 50, 3 * PAGE)
     )  # the interpreter is slow
     for tokens in lengths:
-        prompt = torch.randint(1, 96, (tokens,), generator=generator).to(DEVICE)
+        prompt = torch.randint(1, 96, (tokens,), generator=generator).tolist()
         last, kept = filled(padded, tokens)
         expected, expected_kept = filled(plain, tokens)
         torch.testing.assert_close(last, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
         torch.testing.assert_close(kept, expected_kept, rtol=1e-4, atol=1e-5)
         whole = (tokens - 1) // PAGE
         _, before = filled(padded, whole * PAGE)
-        others = [page for page in range(8) if page not in table[0, whole:].tolist()]
+        others = [page for page in range(8) if page not in pages[whole:]]
         assert kept[:, :, others].equal(before[:, :, others])
 
 

@@ -19,7 +19,9 @@ from bench.machine_code.launches import compilations
 from bench.machine_code.targets import TARGETS
 from internlm3 import InternLM3Config
 from internlm3.runtime.engine import decode, prefill
+from internlm3.runtime.engine.layout import state_layout
 from internlm3.runtime.engine.pages import PageAllocator
+from internlm3.runtime.engine.staging import Staging
 from internlm3.runtime.engine.state import DecodeState, Tier
 from internlm3.runtime.engine.warm_up import compile_kernels
 from internlm3.runtime.model.kv_cache import PAGE
@@ -41,11 +43,19 @@ class Server:
         cache = torch.empty(pages, 2, CONFIG.num_key_value_heads, PAGE, CONFIG.head_dim, **factory)
         self.kv_cache = SimpleNamespace(layer=lambda _: cache.unbind(1))
         self.pages = PageAllocator(pages)
-        self.state = DecodeState.idle(rows, slots, CONFIG.vocab_size, CONFIG.head_dim, device)
+        layout = state_layout(slots, CONFIG.vocab_size, CONFIG.head_dim)
+        buffer = torch.zeros(rows * layout.words, dtype=torch.int32, device=device)
+        self.state = DecodeState.of(layout, buffer)
+        self.staging = Staging(CONFIG, layout, buffer, pages, prefill.CHUNK)
 
     def prefill(self, first, *prompts):
         batch = self.state.slots(first, first + len(prompts)).batch
         self.model.head(prefill.run_chunks(self.model, self.kv_cache, batch, prompts, [0] * len(prompts)))
+
+    def first_token(self):
+        for tier in Tier:
+            last = torch.zeros(1, CONFIG.hidden_size, dtype=torch.bfloat16, device=self.staging.tokens.device)
+            decode.first_token(self.model, self.staging, last, tier)
 
     def step(self, first, last):
         for tier in Tier:
@@ -54,7 +64,7 @@ class Server:
 
 def warm(device):
     server = Server(device, rows=2, slots=16, pages=32)
-    compile_kernels(server.model, server.kv_cache, server.state.slots(0, 1), server.pages, max_seq_len=9000)
+    compile_kernels(server.model, server.kv_cache, server.staging, server.pages, max_seq_len=9000)
     for rows in (1, 2):
         server.step(0, rows)
 
@@ -72,6 +82,7 @@ def serve(device):
         together = rng.randint(1, rows)
         most = min(prefill.CHUNK, prefill.LAUNCH_TOKENS // together)
         server.prefill(rng.randint(0, rows - together), *(prompt[: rng.randint(1, most)] for _ in range(together)))
+        server.first_token()
         first = rng.randrange(rows)
         server.step(first, rng.randint(first + 1, rows))
 

@@ -1,0 +1,199 @@
+"""The way of a request to the device: the host packs its state and its prompt into one buffer, which is copied once."""
+
+from __future__ import annotations
+
+import math
+from array import array
+from collections import deque
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..model.config import InternLM3Config
+from ..model.kv_cache import PAGE
+from ..model.rope import inverse_frequencies, rope_base
+from ..sampling.settings import STATE
+from .layout import Field, Layout, number, vector
+from .request import Request
+from .state import DecodeState, Slot
+
+_INT32_MAX = 2**31 - 1
+# Codes of `array` and memoryview.
+_CODES = {torch.int32: "i", torch.int64: "q", torch.float32: "f"}
+# Copies that may be under way while the host packs the next one: chunks of a long prompt follow each other at once.
+_HOST_BUFFERS = 2
+
+
+class Staging:
+    """One request's state, before it is stored in a slot of the batch, and what else its first launches read.
+
+    The device has one buffer of them at fixed addresses, which captured launches read. The host writes only what it
+    knows, with Python's arrays: the vocabulary-sized fields follow from prompt and biases, by the op `count_prompt`.
+
+    Args:
+        layout, rows: of the batch's state, and its buffer.
+        spare: a page that belongs to no sequence.
+        chunk: tokens of a chunk of a prompt.
+
+    Attributes:
+        state: a state of one slot.
+        batch: its metadata for the launch of a chunk, with a write table.
+        tokens: [chunk] int64, the tokens of the chunk, on the left.
+    """
+
+    def __init__(self, config: InternLM3Config, layout: Layout, rows: Tensor, spare: int, chunk: int):
+        self._config, self._layout, self._rows, self._spare = config, layout, rows, spare
+        (pages,) = layout.fields["block_table"].shape
+        inputs_layout = Layout(
+            {
+                "tokens": vector(chunk, torch.int64),
+                "write_table": vector(pages),
+                "index": number(torch.int32),
+                "lengths": vector(2),
+                # The longest prompt, and a bias for every token.
+                "request": vector(pages * PAGE + 2 * config.vocab_size),
+            }
+        )
+        # Both layouts in one buffer. The host writes all but the vocabulary-sized fields, which come first.
+        inputs_start = -(-layout.words // 4) * 4
+        places = [(layout, 0), (inputs_layout, inputs_start)]
+        self._places = {name: (start + at, field) for each, at in places for name, start, field in each}
+        self._first = self._places["block_table"][0]
+        self._buffer = torch.zeros(inputs_start + inputs_layout.words, dtype=torch.int32, device=rows.device)
+        self._row = self._buffer[: layout.words]
+        inputs = inputs_layout.views(self._buffer[inputs_start:])
+        self._index, self._lengths, self._request = inputs["index"], inputs["lengths"][0], inputs["request"][0]
+        self._starts = torch.tensor(layout.starts, dtype=torch.int32, device=rows.device)
+        self._hosts: deque[_HostBuffer] = deque(maxlen=_HOST_BUFFERS)
+        self._frequencies: tuple[float, array[float]] | None = None
+        self.state = DecodeState.of(layout, self._row)
+        self.batch = replace(self.state.batch, write_table=inputs["write_table"])
+        self.tokens = inputs["tokens"][0]
+
+    def copy(self, slot: Slot, begin: int, width: int) -> None:
+        """Packs and copies a request, and the chunk of its prompt that begins at token `begin`.
+
+        The chunk has up to `width` tokens, and is padded to that on the left. Its end is the sequence's length.
+        """
+        host = self._next_host()
+        ids, pages = slot.request.prompt_ids, slot.pages
+        chunk = ids[begin : begin + width]
+        host["tokens"][:width] = array("q", [0] * (width - len(chunk)) + chunk)
+        host["seq_lens"][0] = begin + len(chunk)
+        host["block_table"][: len(pages)] = array("i", pages)
+        # Where the padding coincides with cached tokens, what it would write goes to the spare page.
+        cached = begin // PAGE
+        host["write_table"][: len(pages)] = array("i", [self._spare] * cached + pages[cached:])
+        host["inv_freq"][:] = self._inv_freq(len(ids))
+        host["index"][0] = slot.index
+        _pack_settings(host, slot.request)
+        used = _pack_prompt(host, slot.request)
+        host.copy_to(self._buffer[self._first : self._places["request"][0] + used])
+
+    def _inv_freq(self, prompt_tokens: int) -> array[float]:
+        """The rotary frequencies of a sequence, which are the same for every prompt within the trained window."""
+        base = rope_base(self._config, prompt_tokens)
+        if self._frequencies is None or self._frequencies[0] != base:
+            self._frequencies = base, array("f", inverse_frequencies(self._config, prompt_tokens).tolist())
+        return self._frequencies[1]
+
+    def _next_host(self) -> _HostBuffer:
+        """A host buffer whose last copy has been made."""
+        if len(self._hosts) < _HOST_BUFFERS:
+            self._hosts.append(_HostBuffer(self._places, self._first, self._buffer))
+        self._hosts.rotate(1)
+        self._hosts[0].wait()
+        return self._hosts[0]
+
+    def count_prompt(self, ops: ModuleType) -> None:
+        """Writes the vocabulary-sized fields."""
+        names = ("prompt_counts", "output_counts", "logit_bias")
+        ops.count_prompt(self._request, self._lengths, **{name: getattr(self.state, name)[0] for name in names})
+
+    def store(self, ops: ModuleType) -> None:
+        """Stores the state in its slot of the batch."""
+        ops.store_row(self._row, self._rows, self._starts, self._index)
+
+    def clear(self) -> None:
+        """Makes the state idle: no launch writes to a page then."""
+        self._buffer.zero_()
+
+
+class _HostBuffer:
+    """Host memory for the fields of a device buffer from word `first` on, and an event that fires once it is copied."""
+
+    def __init__(self, places: Mapping[str, tuple[int, Field]], first: int, buffer: Tensor):
+        on_gpu = buffer.is_cuda
+        self._words = torch.zeros(len(buffer) - first, dtype=torch.int32, device="cpu", pin_memory=on_gpu)
+        self._copied: Any = torch.cuda.Event() if on_gpu else None
+        memory = memoryview(self._words.numpy()).cast("B")
+        self._fields = {
+            name: memory[4 * (start - first) :][: math.prod(field.shape) * field.dtype.itemsize].cast(
+                _CODES[field.dtype]
+            )
+            for name, (start, field) in places.items()
+            if start >= first
+        }
+
+    def __getitem__(self, name: str) -> Any:
+        return self._fields[name]
+
+    def copy_to(self, device: Tensor) -> None:
+        """Copies the first words to the device, at once on a CPU."""
+        device.copy_(self._words[: len(device)], non_blocking=True)
+        if self._copied is not None:
+            self._copied.record()
+
+    def wait(self) -> None:
+        """Waits until what was packed last has been copied."""
+        if self._copied is not None:
+            self._copied.synchronize()
+
+
+def _pack_settings(host: _HostBuffer, request: Request) -> None:
+    p, length = request.params, len(request.prompt_ids)
+    host["max_len"][0] = length + request.max_tokens
+    host["min_len"][0] = min(length + p.min_tokens, _INT32_MAX)  # never, beyond any context
+    host["seed"][0], host["stream"][0] = request.seed, request.answer
+    for name in STATE:
+        value = getattr(p, name)
+        # A top_k of -1 is off; one beyond the vocabulary may be any number.
+        host[name][0] = min(max(value, 0), _INT32_MAX) if name == "top_k" else value
+    size = host["end_mask"].nbytes
+    ends = _set_bits(bytearray(size), request.ends)
+    if p.allowed_token_ids is None:
+        permitted = bytearray(b"\xff" * size)
+    else:
+        permitted = _set_bits(bytearray(size), p.allowed_token_ids)
+    _clear_bits(permitted, p.suppress_tokens or ())
+    allowed = permitted.copy()
+    if p.min_tokens:
+        _clear_bits(allowed, request.ends)
+    for name, bits in (("end_mask", ends), ("permitted", permitted), ("allowed", allowed)):
+        host[name][:] = memoryview(bits).cast("i")
+
+
+def _pack_prompt(host: _HostBuffer, request: Request) -> int:
+    """Packs what the op `count_prompt` reads. Returns the number of words of its `request`."""
+    biases = request.params.logit_bias or {}
+    host["lengths"][:] = array("i", (len(request.prompt_ids), len(biases)))
+    words = array("i", [*request.prompt_ids, *biases])
+    words.frombytes(array("f", biases.values()).tobytes())
+    host["request"][: len(words)] = words
+    return len(words)
+
+
+def _set_bits(mask: bytearray, token_ids: Iterable[int]) -> bytearray:
+    """Sets a bit for each token: bit i % 32 of the little-endian word i // 32 is bit i % 8 of byte i // 8."""
+    for token in token_ids:
+        mask[token // 8] |= 1 << token % 8
+    return mask
+
+
+def _clear_bits(mask: bytearray, token_ids: Iterable[int]) -> None:
+    for token in token_ids:
+        mask[token // 8] &= ~(1 << token % 8)
