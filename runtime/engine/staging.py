@@ -31,8 +31,9 @@ _HOST_BUFFERS = 2
 class Staging:
     """One request's state, before it is stored in a slot of the batch, and what else its first launches read.
 
-    The device has one buffer of them at fixed addresses, which captured launches read. The host writes only what it
-    knows, with Python's arrays: the vocabulary-sized fields follow from prompt and biases, by the op `count_prompt`.
+    Both are in one buffer on the device, at fixed addresses, so that captured launches can read them. The host packs
+    them with Python's arrays, since each operation of PyTorch takes microseconds. It leaves out the vocabulary-sized
+    fields, which the op `count_prompt` makes from the prompt and the biases.
 
     Args:
         layout, rows: of the batch's state, and its buffer.
