@@ -38,6 +38,9 @@ class Prefill:
         state: the slots.
         staging: brings requests to them.
         capture: turns a launch into a replayable one; None runs all launches eagerly.
+
+    Attributes:
+        captured: runs single prompts by captured launches; None without a capture.
     """
 
     def __init__(
@@ -49,16 +52,7 @@ class Prefill:
         capture: Capture | None,
     ):
         self._model, self._kv_cache, self._state, self._staging = model, kv_cache, state, staging
-        self._captured = None if capture is None else CapturedPrompts(model, kv_cache, staging, capture)
-
-    def generates(self, slots: Sequence[Slot]) -> bool:
-        """Whether `run_to_first_token` serves these slots: a single one whose launches are captured."""
-        return self._captured is not None and len(slots) == 1 and not slots[0].request.needs_host
-
-    def run_to_first_token(self, slot: Slot) -> None:
-        """Prefills a prompt and samples the token after it."""
-        assert self._captured is not None
-        self._captured.run_to_first_token(slot)
+        self.captured = None if capture is None else CapturedPrompts(model, kv_cache, staging, capture)
 
     def run(self, slots: Sequence[Slot]) -> dict[Slot, Tensor]:
         """Prefills the prompts of these slots: the last token's hidden state [1, C] of each, before the last norm.
@@ -82,16 +76,16 @@ class Prefill:
 
     def warm_up(self, longest: int) -> None:
         """Captures all launches that prompts of up to `longest` tokens need. No slot may have a request."""
-        if self._captured is not None:
-            self._captured.warm_up(longest)
+        if self.captured is not None:
+            self.captured.warm_up(longest)
 
     def _can_batch(self, slot: Slot) -> bool:
         tokens = _remaining(slot)
         return tokens < CHUNK and self._model.model.can_batch_prompts(tokens)
 
     def _run_alone(self, slot: Slot) -> Tensor:
-        if self._captured is not None:
-            last = self._captured.run(slot).clone()  # the next prompt overwrites it
+        if self.captured is not None:
+            last = self.captured.run(slot).clone()  # the next prompt overwrites it
             self._store()
             return last
         self._load(slot)
@@ -205,9 +199,9 @@ def _groups(slots: list[Slot]) -> Iterator[list[Slot]]:
 
 
 class CapturedPrompts:
-    """Runs one prompt at a time, by captured launches: a chunk of each of a few widths, and a first token of each tier.
+    """Runs one prompt at a time by captured launches: one for chunks of each width, one for first tokens of each tier.
 
-    So the host copies a request, replays each, and nothing else: a graph of both would be needed for every pair.
+    They are separate since one launch for both would have to be captured for every pair of width and tier.
     """
 
     def __init__(self, model: LanguageModel, kv_cache: PagedKVCache, staging: Staging, capture: Capture):
@@ -219,7 +213,10 @@ class CapturedPrompts:
         self._hidden = torch.zeros(1, model.config.hidden_size, dtype=model.dtype, device=model.device)
 
     def run(self, slot: Slot) -> Tensor:
-        """The last token's hidden state [1, C], before the last norm, until the next prompt runs."""
+        """Runs a prompt: the last token's hidden state [1, C], before the last norm, until the next prompt runs.
+
+        The request is staged, and not yet stored in its slot.
+        """
         prompt_tokens = len(slot.request.prompt_ids)
         for begin in range(slot.request.cached_tokens, prompt_tokens, CHUNK):
             width = _padded_width(prompt_tokens - begin)
@@ -228,6 +225,7 @@ class CapturedPrompts:
         return self._hidden.copy_(self._last[width])
 
     def run_to_first_token(self, slot: Slot) -> None:
+        """Runs a prompt, samples the token after it, and stores the request's state in its slot."""
         self.run(slot)
         self._generate(slot.tier)
 

@@ -110,9 +110,9 @@ class Runner:
 
     def _run_prompts(self, scheduled: list[Slot]) -> None:
         """Prefills the prompts of newly scheduled requests, and samples their first tokens."""
-        if self._prefill.generates(scheduled):
-            (slot,) = scheduled
-            self._prefill.run_to_first_token(slot)
+        slot = scheduled[0]
+        if self._prefill.captured is not None and len(scheduled) == 1 and not slot.request.needs_host:
+            self._prefill.captured.run_to_first_token(slot)
             slot.launched = 1
             self._steps.copy_report([*[None] * slot.index, slot])
         else:

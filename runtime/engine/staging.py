@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from array import array
 from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -22,8 +20,6 @@ from .request import Request
 from .state import DecodeState, Slot
 
 _INT32_MAX = 2**31 - 1
-# Codes of `array` and memoryview.
-_CODES = {torch.int32: "i", torch.int64: "q", torch.float32: "f"}
 # Copies that may be under way while the host packs the next one: chunks of a long prompt follow each other at once.
 _HOST_BUFFERS = 2
 
@@ -32,7 +28,7 @@ class Staging:
     """One request's state, before it is stored in a slot of the batch, and what else its first launches read.
 
     Both are in one buffer on the device, at fixed addresses, so that captured launches can read them. The host packs
-    them with Python's arrays, since each operation of PyTorch takes microseconds. It leaves out the vocabulary-sized
+    them through NumPy, since each operation of PyTorch takes microseconds. It leaves out the vocabulary-sized
     fields, which the op `count_prompt` makes from the prompt and the biases.
 
     Args:
@@ -62,15 +58,15 @@ class Staging:
         # Both layouts in one buffer. The host writes all but the vocabulary-sized fields, which come first.
         inputs_start = -(-layout.words // 4) * 4
         places = [(layout, 0), (inputs_layout, inputs_start)]
-        self._places = {name: (start + at, field) for each, at in places for name, start, field in each}
-        self._first = self._places["block_table"][0]
+        of_all = {name: (start + at, field) for each, at in places for name, start, field in each}
+        self._first, self._request_start = of_all["block_table"][0], of_all["request"][0]
         self._buffer = torch.zeros(inputs_start + inputs_layout.words, dtype=torch.int32, device=rows.device)
         self._row = self._buffer[: layout.words]
         inputs = inputs_layout.views(self._buffer[inputs_start:])
         self._index, self._lengths, self._request = inputs["index"], inputs["lengths"][0], inputs["request"][0]
         self._starts = torch.tensor(layout.starts, dtype=torch.int32, device=rows.device)
-        self._hosts: deque[_HostBuffer] = deque(maxlen=_HOST_BUFFERS)
-        self._frequencies: tuple[float, array[float]] | None = None
+        self._hosts = deque(_HostBuffer(of_all, self._first, self._buffer) for _ in range(_HOST_BUFFERS))
+        self._frequencies: tuple[float, list[float]] | None = None
         self.state = DecodeState.of(layout, self._row)
         self.batch = replace(self.state.batch, write_table=inputs["write_table"])
         self.tokens = inputs["tokens"][0]
@@ -83,29 +79,27 @@ class Staging:
         host = self._next_host()
         ids, pages = slot.request.prompt_ids, slot.pages
         chunk = ids[begin : begin + width]
-        host["tokens"][:width] = array("q", [0] * (width - len(chunk)) + chunk)
+        host["tokens"][:width] = [0] * (width - len(chunk)) + chunk
         host["seq_lens"][0] = begin + len(chunk)
-        host["block_table"][: len(pages)] = array("i", pages)
+        host["block_table"][: len(pages)] = pages
         # Where the padding coincides with cached tokens, what it would write goes to the spare page.
         cached = begin // PAGE
-        host["write_table"][: len(pages)] = array("i", [self._spare] * cached + pages[cached:])
-        host["inv_freq"][:] = self._inv_freq(len(ids))
+        host["write_table"][: len(pages)] = [self._spare] * cached + pages[cached:]
+        host["inv_freq"][: self._config.head_dim // 2] = self._inv_freq(len(ids))
         host["index"][0] = slot.index
         _pack_settings(host, slot.request)
         used = _pack_prompt(host, slot.request)
-        host.copy_to(self._buffer[self._first : self._places["request"][0] + used])
+        host.copy_to(self._buffer[self._first : self._request_start + used])
 
-    def _inv_freq(self, prompt_tokens: int) -> array[float]:
+    def _inv_freq(self, prompt_tokens: int) -> list[float]:
         """The rotary frequencies of a sequence, which are the same for every prompt within the trained window."""
         base = rope_base(self._config, prompt_tokens)
         if self._frequencies is None or self._frequencies[0] != base:
-            self._frequencies = base, array("f", inverse_frequencies(self._config, prompt_tokens).tolist())
+            self._frequencies = base, inverse_frequencies(self._config, prompt_tokens).tolist()
         return self._frequencies[1]
 
     def _next_host(self) -> _HostBuffer:
         """A host buffer whose last copy has been made."""
-        if len(self._hosts) < _HOST_BUFFERS:
-            self._hosts.append(_HostBuffer(self._places, self._first, self._buffer))
         self._hosts.rotate(1)
         self._hosts[0].wait()
         return self._hosts[0]
@@ -131,11 +125,9 @@ class _HostBuffer:
         on_gpu = buffer.is_cuda
         self._words = torch.zeros(len(buffer) - first, dtype=torch.int32, device="cpu", pin_memory=on_gpu)
         self._copied: Any = torch.cuda.Event() if on_gpu else None
-        memory = memoryview(self._words.numpy()).cast("B")
+        words = self._words.numpy()
         self._fields = {
-            name: memory[4 * (start - first) :][: math.prod(field.shape) * field.dtype.itemsize].cast(
-                _CODES[field.dtype]
-            )
+            name: words[start - first :][: field.words].view(str(field.dtype).removeprefix("torch."))
             for name, (start, field) in places.items()
             if start >= first
         }
@@ -175,17 +167,18 @@ def _pack_settings(host: _HostBuffer, request: Request) -> None:
     if p.min_tokens:
         _clear_bits(allowed, request.ends)
     for name, bits in (("end_mask", ends), ("permitted", permitted), ("allowed", allowed)):
-        host[name][:] = memoryview(bits).cast("i")
+        host[name].view("uint8")[:] = bits
 
 
 def _pack_prompt(host: _HostBuffer, request: Request) -> int:
     """Packs what the op `count_prompt` reads. Returns the number of words of its `request`."""
     biases = request.params.logit_bias or {}
-    host["lengths"][:] = array("i", (len(request.prompt_ids), len(biases)))
-    words = array("i", [*request.prompt_ids, *biases])
-    words.frombytes(array("f", biases.values()).tobytes())
+    words = [*request.prompt_ids, *biases]
+    end = len(words) + len(biases)
+    host["lengths"][:2] = len(request.prompt_ids), len(biases)
     host["request"][: len(words)] = words
-    return len(words)
+    host["request"][len(words) : end].view("float32")[:] = [*biases.values()]
+    return end
 
 
 def _set_bits(mask: bytearray, token_ids: Iterable[int]) -> bytearray:

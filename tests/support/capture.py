@@ -116,8 +116,8 @@ class CapturedEngines:
         """Drops all captured steps: what a test patches is captured anew."""
         for engine in self._made:
             engine._runner._steps._captured.clear()
-            engine._runner._prefill._captured._chunks.clear()
-            engine._runner._prefill._captured._first_tokens.clear()
+            engine._runner._prefill.captured._chunks.clear()
+            engine._runner._prefill.captured._first_tokens.clear()
 
 
 @pytest.fixture(scope="module", params=[None, 1, 3], ids=["eager", "captured, depth 1", "captured, depth 3"])
