@@ -61,15 +61,11 @@ class Layout:
 
 
 def state_layout(pages: int, vocab_size: int, head_dim: int) -> Layout:
-    """The layout of a DecodeState for sequences of up to `pages` pages.
-
-    The vocabulary-sized fields come first, and `seq_lens` is last.
-    """
+    """The layout of a DecodeState for sequences of up to `pages` pages. The vocabulary-sized fields come first."""
     bits = vector(-(-vocab_size // 32))
-    integers = {"token": "int64", "seed": "int64", "stream": "int64", "max_len": "int32", "min_len": "int32"}
-    numbers = [number(getattr(torch, dtype)) for dtype in (integers | STATE).values()]
-    # The 64-bit ones first: only an even number of words is before them.
-    by_size = sorted(zip(integers | STATE, numbers, strict=True), key=lambda named: -named[1].words)
+    dtypes = {**dict.fromkeys(("token", "seed", "stream"), "int64"), **STATE}
+    dtypes |= dict.fromkeys(("seq_lens", "max_len", "min_len"), "int32")
+    numbers = {name: number(getattr(torch, dtype)) for name, dtype in dtypes.items()}
     return Layout(
         {
             "prompt_counts": vector(vocab_size),
@@ -80,8 +76,8 @@ def state_layout(pages: int, vocab_size: int, head_dim: int) -> Layout:
             "end_mask": bits,
             "permitted": bits,
             "allowed": bits,
-            **dict(by_size),
+            # The 64-bit ones first: only an even number of words is before them.
+            **dict(sorted(numbers.items(), key=lambda named: -named[1].words)),
             "report": Field(torch.int32, (3,), 3),  # not padded: it is copied to the host
-            "seq_lens": number(torch.int32),
         }
     )

@@ -28,8 +28,8 @@ class Staging:
     """One request's state, before it is stored in a slot of the batch, and what else its first launches read.
 
     Both are in one buffer on the device, at fixed addresses, so that captured launches can read them. The host packs
-    them through NumPy, since each operation of PyTorch takes microseconds. It leaves out the vocabulary-sized
-    fields, which the op `count_prompt` makes from the prompt and the biases.
+    them with NumPy, without an operation of PyTorch, and leaves out the vocabulary-sized fields: the op `count_prompt`
+    makes those from the prompt and the biases.
 
     Args:
         layout, rows: of the batch's state, and its buffer.
