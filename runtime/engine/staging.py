@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -156,18 +157,15 @@ def _pack_settings(host: _HostBuffer, request: Request) -> None:
         value = getattr(p, name)
         # A top_k of -1 is off; one beyond the vocabulary may be any number.
         host[name][0] = min(max(value, 0), _INT32_MAX) if name == "top_k" else value
-    size = host["end_mask"].nbytes
-    ends = _set_bits(bytearray(size), request.ends)
-    if p.allowed_token_ids is None:
-        permitted = bytearray(b"\xff" * size)
-    else:
-        permitted = _set_bits(bytearray(size), p.allowed_token_ids)
-    _clear_bits(permitted, p.suppress_tokens or ())
-    allowed = permitted.copy()
-    if p.min_tokens:
-        _clear_bits(allowed, request.ends)
-    for name, bits in (("end_mask", ends), ("permitted", permitted), ("allowed", allowed)):
-        host[name].view("uint8")[:] = bits
+    tokens = 8 * host["end_mask"].nbytes  # the vocabulary, and some more for whole words
+    ends, permitted = np.zeros(tokens, bool), np.full(tokens, p.allowed_token_ids is None)
+    ends[[*request.ends]] = True
+    permitted[[*(p.allowed_token_ids or ())]] = True
+    permitted[[*(p.suppress_tokens or ())]] = False
+    allowed = permitted & ~ends if p.min_tokens else permitted
+    # Bit i % 32 of word i // 32 is bit i % 8 of byte i // 8, since hosts of GPUs are little-endian.
+    for name, mask in (("end_mask", ends), ("permitted", permitted), ("allowed", allowed)):
+        host[name].view("uint8")[:] = np.packbits(mask, bitorder="little")
 
 
 def _pack_prompt(host: _HostBuffer, request: Request) -> int:
@@ -179,15 +177,3 @@ def _pack_prompt(host: _HostBuffer, request: Request) -> int:
     host["request"][: len(words)] = words
     host["request"][len(words) : end].view("float32")[:] = [*biases.values()]
     return end
-
-
-def _set_bits(mask: bytearray, token_ids: Iterable[int]) -> bytearray:
-    """Sets a bit for each token: bit i % 32 of the little-endian word i // 32 is bit i % 8 of byte i // 8."""
-    for token in token_ids:
-        mask[token // 8] |= 1 << token % 8
-    return mask
-
-
-def _clear_bits(mask: bytearray, token_ids: Iterable[int]) -> None:
-    for token in token_ids:
-        mask[token // 8] &= ~(1 << token % 8)
