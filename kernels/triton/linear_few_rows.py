@@ -155,19 +155,21 @@ def _rows(
     """The product [BO, BR] of W's rows and up to BR rows of x, on the tensor cores, in the order of `parts`."""
     row = tl.arange(0, BR)[:, None]
     x_rows = x_ptr + row.to(tl.int64) * x_stride
-    y = tl.zeros((BO, BR), tl.float32)
-    part = tl.zeros((BO, BR), tl.float32)
-    for first in tl.range(0, C, BC, num_stages=STAGES):
+    zero = tl.zeros((BO, BR), tl.float32)
+    y = zero
+    part = zero
+    for first in tl.range(0, C, BC, num_stages=STAGES):  # one loop over all parts keeps the pipeline full
         columns = (first + tl.arange(0, BC))[None, :]
         inside = (columns < C) if C % BC else tl.full((1, BC), True, tl.int1)
         w = tl.load(w_rows + columns, mask=inside, other=0.0, eviction_policy="evict_first")
         x = tl.load(x_rows + columns, mask=(row < R) & inside, other=0.0, eviction_policy="evict_last")
+        if PARTS > 1:
+            total = y + part  # before the branch: then it is a selection, which the pipeline of sm_100 can have
+            if first % (C // PARTS) == 0:
+                y = total
+                part = zero
         part = tl.dot(w, x.trans(), part, input_precision="ieee")
-        if PARTS > 1:  # one loop over all parts keeps the pipeline full
-            ends = (first + BC) % (C // PARTS) == 0
-            y = tl.where(ends, y + part, y)
-            part = tl.where(ends, 0.0, part)
-    return y if PARTS > 1 else part
+    return y + part if PARTS > 1 else part
 
 
 @triton.jit
