@@ -252,8 +252,8 @@ def check_qkv(seed, dtype, width, padding, biased, batch_invariant, rope):
 @given(
     seeds,
     dtypes,
-    st.lists(st.sampled_from([0, 1, 15, 16, 17, 131073]) | st.integers(0, 300), min_size=1, max_size=4),
-    st.integers(1, 5) | st.sampled_from([8, 16, 17]),
+    st.lists(st.sampled_from([0, 1, 15, 16, 17, 131073]) | st.integers(0, 300), min_size=1, max_size=5),
+    st.integers(1, 5) | st.sampled_from([8, 16]),
     st.sampled_from([(1, 1, 16), (3, 1, 32), (2, 2, 48), (6, 2, 16), (16, 1, 16), (4, 2, 64), (2, 1, 80), (2, 1, 128)]),
     st.sampled_from([16, 64]),
     st.sampled_from([8, 64, 200]),
@@ -356,7 +356,7 @@ def test_a_row_has_the_same_bits_in_any_batch_on_a_cpu(dtype, outputs, width, bi
 )
 def test_qkv_has_the_same_bits_in_any_batch(sequences, tokens, batch_invariant):
     """Sequences together, and the last alone: q and its part of the cache are bit-identical."""
-    rope = RopeCase(11, torch.bfloat16, [40 - n % 18 for n in range(sequences)], tokens, 4, 2, 64, 16)
+    rope = RopeCase(11, torch.bfloat16, [40 - n % 18 for n in range(sequences)], tokens, 4, 2, 64, 64)
     case = Case(11, torch.bfloat16, sequences * tokens, 200, 8 * 64)
     together, apart = rope.kv.clone(), rope.kv.clone()
     weights = (case.norm, EPS, case.weight, None)
