@@ -1,4 +1,4 @@
-"""1 to 16 rows times a weight matrix, fused with the ops before and after the product in a block of the model.
+"""1 to 64 rows times a weight matrix, fused with the ops before and after the product in a block of the model.
 
     y = x W^T (+ bias)           x [R, C], W [O, C] -> [R, O], float32 sums
     before:  RMSNorm of x
@@ -14,17 +14,22 @@ W is read once for any R, and reading it takes all the time. At InternLM3-8B's s
 The first four run once per layer, 48 times; the head once. x and y are kilobytes.
 
 One row: a program owns two whole rows of W. It has issued all of their loads before it waits for the predecessor that
-computes x, and it norms x itself. Up to 16 rows: the norm is a launch of its own. A program multiplies a tile of W by
-x^T, padded to 16 columns, on the tensor cores, and accumulates over the columns of W in one fixed order (`parts`), so
-the bits of a row of y depend on no other row. The tile has many rows of W, since every program reads all of x.
+computes x, and it norms x itself. Several rows: the norm is a launch of its own. A program multiplies a tile of W by
+x^T, padded to 16, 32 or 64 columns, on the tensor cores, and accumulates over the columns of W in one fixed order
+(`parts`), so the bits of a row of y depend on no other row. The tile has many rows of W, since every program reads all
+of x. On sm_90 and newer a program loads W's last columns into registers before it waits, and multiplies them last: then
+the pipeline over the other columns starts right after the wait.
 
-Compiled for sm_90 (Triton 3.7.1, bfloat16), without spills; one row, then up to 16:
-    op                        registers   programs/SM   KB of W in flight/SM      registers   shared KB
-    rms_norm_qkv_rope_cache       96           5                 80                   56         160
-    linear_add (o)                56           9                144                   56         160
-    rms_norm_swiglu               95           5                 80                   48         160
-    linear_add (down)            126           4                160                   56         160
-    rms_norm_linear (head)        94           5                 80                   48         160
+Compiled for sm_90 (Triton 3.7.1, bfloat16), without spills. One row, then up to 16, 32 and 64: registers of a thread,
+programs that fit a multiprocessor (one row), KB of shared memory of a program (several rows):
+    op                        registers   programs   KB of W in flight/SM    registers   shared KB
+    rms_norm_qkv_rope_cache       96          5               80            229 221 168   160 168 192
+    linear_add (o)                56          9              144            230 238 216   160 168 192
+    rms_norm_swiglu               95          5               80            218 214 212   100  96  96
+    linear_add (down)            126          4              160            232 232 215   160 168 192
+    rms_norm_linear (head)        94          5               80            221 218 228   100  96  96
+Two programs of 100 KB fit a multiprocessor. Before the wait a program of up to 16 rows has loaded 64 KB of W, of up to
+32 rows 48 KB, of up to 64 rows 16 or 32 KB.
 
 SwiGLU combines W's row i with row i + I, and a rotation combines row d of a head with row d + D/2. Both pairs are HALF
 rows apart in a group of 2 HALF rows. One program computes both rows of a pair, so that they are in its registers:

@@ -92,6 +92,17 @@ def order_case(rng, rows, outputs, columns, dtype, chunk):
     return (x * scale).to(DEVICE, dtype), (weight * scale).to(DEVICE, dtype)
 
 
+def one_row_in_order(x, weight, bias):
+    """x @ weight^T + bias of one row in float32, in the order of lanes. Of all lanes only one has products."""
+    lanes = linear_few_rows.ONE_ROW_CHUNK // x.element_size()
+    y = torch.zeros(1, len(weight))
+    for column in range(x.shape[1]):
+        # A product of 16-bit numbers, and of the small ones in float32, is exact, so this rounds once, as fma does.
+        y += x[:, column].float() * weight[:, column].float()
+    assert (x.view(-1).nonzero() % lanes).unique().numel() == 1
+    return y + bias.float()
+
+
 class Case:
     """Random inputs in poisoned memory, with gaps of `padding` between the rows of matrices."""
 
@@ -324,6 +335,18 @@ def test_several_rows_are_summed_in_the_stated_order(monkeypatch, tiles, dtype, 
     x, weight = order_case(rng, rows, outputs, width, dtype, linear_few_rows.CHUNK // dtype.itemsize)
     bias = normal(rng, outputs, dtype=dtype)
     expected = summed_in_order(x.cpu(), weight.cpu(), bias.cpu())
+    assert_same(expected.to(DEVICE, dtype), found=kernels.linear(x, weight, bias))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_one_row_is_summed_in_the_stated_order(dtype):
+    """Bit for bit in one lane. The order over the lanes is the compiler's, and numpy's in the interpreter."""
+    lanes, rng = linear_few_rows.ONE_ROW_CHUNK // dtype.itemsize, generator(5)
+    count = 10240 * 2 // dtype.itemsize // lanes
+    x, weight = torch.zeros(1, count * lanes), torch.zeros(6, count * lanes)
+    x[0, 7::lanes], weight[:, 7::lanes] = order_case(rng, 1, 6, count, torch.float32, 1)
+    x, weight, bias = x.to(DEVICE, dtype), weight.to(DEVICE, dtype), normal(rng, 6, dtype=dtype)
+    expected = one_row_in_order(x.cpu(), weight.cpu(), bias.cpu())
     assert_same(expected.to(DEVICE, dtype), found=kernels.linear(x, weight, bias))
 
 
