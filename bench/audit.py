@@ -14,6 +14,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -51,9 +52,13 @@ class Facts(NamedTuple):
     older: Sequence[str] = ()
     # Pointer arguments whose loads are all issued before the wait for the predecessor.
     early: Sequence[str] = ()
+    # Pointer arguments of which some loads are issued before the wait.
+    begun: Sequence[str] = ()
     # Pointer arguments that are streamed: each of their loads is 16 bytes wide.
     streams: Sequence[str] = ()
     tensor_cores: bool = False
+    # The columns that one tensor-core instruction adds to a sum, if their order must be the same in every launch.
+    step: int = 0
     # Pointer arguments whose bytes take most of the launch's time, and the share of the issue slots that the threads
     # may use while memory delivers those bytes.
     bulk: Sequence[str] = ()
@@ -83,7 +88,7 @@ FACTS = {
         bulk=["w_ptr"], most_slots=1.1, most_trips=3, least_programs=2,
     ),
     "_linear_few_rows": Facts(
-        ["w_ptr", "bias_ptr"], streams=["w_ptr", "x_ptr"], tensor_cores=True,
+        ["w_ptr", "bias_ptr"], begun=["w_ptr"], streams=["w_ptr", "x_ptr", "residual_ptr"], tensor_cores=True, step=16,
         # Half of an H200's multiprocessors can stream W: 64 programs of 64 rows took half the time of 128 of 32.
         bulk=["w_ptr"], most_slots=0.9, most_trips=3, least_programs=0.4,
     ),
@@ -132,6 +137,15 @@ def instructions_per_16_bytes(code: MachineCode, pointers: Sequence[str]) -> flo
     return 16 * code.instructions[loop] / loaded[loop] if loaded else 0.0
 
 
+def columns_of(tensor_core: str) -> int | None:
+    """The columns that a tensor-core instruction adds: HGMMA.64x16x16, HMMA.16816, v_mfma_f32_16x16x16_bf16: 16.
+
+    None if its name does not say, as UTCHMMA.
+    """
+    found = re.search(r"\d+x\d+x(\d+)|HMMA\.168(\d+)", tensor_core)
+    return int(found[1] or found[2]) if found else None
+
+
 def violations(launch: Launch, code: MachineCode, target: Target, facts: Facts) -> list[str]:
     """What is wrong with the machine code of a launch, one sentence each."""
     wrong = []
@@ -142,6 +156,9 @@ def violations(launch: Launch, code: MachineCode, target: Target, facts: Facts) 
         wrong.append(f"takes {shared} bytes of shared memory; a block may have {target.block_shared}")
     if facts.tensor_cores and not code.tensor_core:
         wrong.append("has no tensor-core instruction, but should")
+    other = {name: step for name in code.tensor_core if (step := columns_of(name)) not in (None, facts.step)}
+    if facts.step and other:
+        wrong.append(f"adds columns to a sum in other steps than {facts.step}: {', '.join(other)}")
     # The order of roundings is part of an op's definition.
     if launch.compiled.metadata.enable_fp_fusion:
         wrong.append("is launched with enable_fp_fusion: a product and a sum would be rounded once")
@@ -187,6 +204,8 @@ def violations(launch: Launch, code: MachineCode, target: Target, facts: Facts) 
         "loads of a predecessor's work before the wait",
         (x for x in loads if not x.waited and not x.pointers <= older.union(facts.constants)),
     )
+    if unbegun := set(facts.begun).difference(*(x.pointers for x in loads if not x.may_have_waited)):
+        wrong.append(f"nothing of it is loaded before the wait: {', '.join(sorted(unbegun))}")
     if late := older.difference(*(x.pointers for x in loads if not x.may_have_waited)):
         wrong.append(f"older than the step, but not loaded before the wait: {', '.join(sorted(late))}")
     expect_none(

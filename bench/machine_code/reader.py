@@ -37,7 +37,7 @@ SOURCES = [Path(__file__).with_name(name).read_bytes() for name in ("reader.py",
 class MachineCode(NamedTuple):
     registers: int  # of a thread
     spilled: int  # bytes of local memory of a thread
-    tensor_core: Counter[str]  # tensor-core instructions by name
+    tensor_core: Counter[str]  # tensor-core instructions by name and shape, as HGMMA.64x16x16
     accesses: list[Access]
     instructions: Counter[str]  # how many, by the innermost loop around them; "": outside of loops
     waits: bool = False  # for the predecessor in programmatic dependent launch
@@ -81,10 +81,11 @@ def _read_nvidia(launch: Launch) -> MachineCode:
     traced = trace(code, _pointer_offsets(launch, used["CONSTANT"]))
     listing = list(instructions(code))
     names = Counter(instruction.base for instruction in listing)
+    tensor_core = [instruction for instruction in listing if TENSOR_CORE.match(instruction.base)]
     return MachineCode(
         used["REG"],
         used["STACK"] + used["LOCAL"],
-        Counter({name: count for name, count in names.items() if TENSOR_CORE.match(name)}),
+        Counter(instruction.shaped for instruction in tensor_core),
         traced.accesses,
         traced.instructions,
         names["ACQBULK"] > 0,

@@ -33,6 +33,7 @@ _TARGET = re.compile(r"`\(([^)]+)\)")
 _REGISTER = re.compile(r"\b(U?R)(\d+)\b(\.64)?")
 _CONSTANT = re.compile(r"c\[0x0\]\[(?:U?R\w+\+)?(0x[0-9a-f]+)\]")
 _PREDICATE = re.compile(r"!?(U?P(?:T|\d+))")
+_SHAPE = re.compile(r"\d+(x\d+)+|16816|1688")
 TENSOR_CORE = re.compile(r"(HMMA|IMMA|QMMA|OMMA|[HIQ]GMMA|UTC\w*MMA)$")
 
 _GLOBAL_LOADS = {"LDG", "LD", "LDGSTS", "UBLKCP", "UTMALDG"}
@@ -79,6 +80,12 @@ class _Instruction(NamedTuple):
     @property
     def base(self) -> str:
         return self.name.split(".")[0]
+
+    @property
+    def shaped(self) -> str:
+        """The name with the shape, if it has one, and without types."""
+        shape = [part for part in self.name.split(".")[1:] if _SHAPE.fullmatch(part)]
+        return ".".join([self.base, *shape])
 
     @property
     def bytes(self) -> int:

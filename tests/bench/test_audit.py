@@ -47,6 +47,10 @@ EXPECTED = {
     "early query": {"loads of a predecessor's work before the wait"},
     "early newest key": {"loads of a predecessor's work before the wait"},
     "late older keys": {"older than the step, but not loaded before the wait"},
+    "matrix": set(),
+    "early x": {"loads of a predecessor's work before the wait"},
+    "no early chunk": {"nothing of it is loaded before the wait"},
+    "other steps": {"adds columns to a sum in other steps than 16"},
     "launched without": {"is launched without programmatic dependent launch, which this target supports"},
 }
 

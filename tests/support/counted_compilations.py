@@ -19,6 +19,7 @@ import torch
 from bench.machine_code.launches import compilations
 from bench.machine_code.targets import TARGETS
 from internlm3 import InternLM3Config
+from internlm3.kernels.triton.warmup import batch_sizes
 from internlm3.runtime.engine import decode, prefill, staging
 from internlm3.runtime.engine.layout import state_layout
 from internlm3.runtime.engine.pages import PageAllocator
@@ -64,9 +65,9 @@ class Server:
 
 
 def warm(device):
-    server = Server(device, rows=2, slots=16, pages=32)
+    server = Server(device, rows=40, slots=16, pages=32)
     compile_kernels(server.model, server.kv_cache, server.staging, server.pages, max_seq_len=9000)
-    for rows in (1, 2):
+    for rows in batch_sizes(40):
         server.step(0, rows)
 
 

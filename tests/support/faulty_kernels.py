@@ -47,12 +47,17 @@ FAULTS: dict[str, dict[str, Any]] = {  # name -> launch options
     "early query": {},
     "early newest key": {},
     "late older keys": {},
+    "matrix": {},
+    "early x": {},
+    "no early chunk": {},
+    "other steps": {},
 }
 OF_ATTENTION = {"attention", "early query", "early newest key", "late older keys"}
-
+OF_MATRICES = {"matrix", "early x", "no early chunk", "other steps", "too much shared memory"}
 OF_DEPENDENT_LAUNCH = {
     *("late trigger", "no trigger", "early activation", "early store", "no wait", "wait on one path"),
     *("exit before the wait", "late weight", "serial", "launched without", "early trigger"),
+    *("matrix", "early x", "no early chunk"),
     *OF_ATTENTION,
 }
 
@@ -132,18 +137,31 @@ def scores(
 
 
 @triton.jit
-def matrix_product(x_ptr, w_ptr, y_ptr, N: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, PDL: tl.constexpr):
-    """y = w x^T, in a software pipeline of num_stages stages."""
+def matrix_product(
+    x_ptr, w_ptr, y_ptr, N: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, FAULT: tl.constexpr, PDL: tl.constexpr
+):  # fmt: skip
+    """y = w x^T, in a software pipeline of num_stages stages. The last chunk of w is loaded before the wait."""
+    rows = tl.arange(0, N)
+    last = rows[:, None] * C + (C - BC + tl.arange(0, BC))[None, :]
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
+    if FAULT != "no early chunk":
+        w_last = tl.load(w_ptr + last)
+    if FAULT == "early x":
+        x_last = tl.load(x_ptr + last)
+    if PDL:
         tl.extra.cuda.gdc_wait()
-    rows = tl.arange(0, N)
+    if FAULT == "no early chunk":
+        w_last = tl.load(w_ptr + last)
+    if FAULT != "early x":
+        x_last = tl.load(x_ptr + last)
     y = tl.zeros((N, N), tl.float32)
-    for c in range(0, C, BC):
+    for c in range(0, C - BC, BC):
         columns = c + tl.arange(0, BC)
         w = tl.load(w_ptr + rows[:, None] * C + columns[None, :])
         x = tl.load(x_ptr + rows[:, None] * C + columns[None, :])
         y = tl.dot(w, x.trans(), y)
+    y = tl.dot(w_last, x_last.trans(), y)
     tl.store(y_ptr + rows[:, None] * N + rows[None, :], y)
 
 
@@ -154,8 +172,10 @@ def launch(x: torch.Tensor, w: torch.Tensor, fault: str) -> None:
     if fault in OF_ATTENTION:
         lens = torch.empty(1, dtype=torch.int32, device=x.device)
         scores[(1,)](x, w, w, lens, y, 16, COLUMNS // 8, fault, **options)
-    elif fault == "too much shared memory":
-        matrix_product[(1,)](x, w, y, 64, COLUMNS, 256, **options)
+    elif fault in OF_MATRICES:
+        if fault == "other steps":  # TF32, of which an instruction adds 8 columns
+            x, w = x.float(), w.float()
+        matrix_product[(1,)](x, w, y, 64, COLUMNS, 256 if fault == "too much shared memory" else 64, fault, **options)
     else:
         stride = w.stride(0) + (fault == "narrow weight")
         dot_product[(1 if fault == "idle" else ROWS,)](x, w, y, 2**40, stride, COLUMNS, fault, **options)
@@ -164,6 +184,8 @@ def launch(x: torch.Tensor, w: torch.Tensor, fault: str) -> None:
 def targets_of(fault: str) -> set[str]:
     if fault in ("launched without", "too much shared memory", "may contract", "idle"):
         return {"sm_90"}
+    if fault == "other steps":
+        return {name for name, target in TARGETS.items() if target.is_cuda and target.capability < (10, 0)}
     if fault in OF_DEPENDENT_LAUNCH:
         return {name for name, target in TARGETS.items() if target.is_cuda and target.capability >= (9, 0)}
     return {*TARGETS}
@@ -179,8 +201,10 @@ def main(targets: Iterable[str]) -> None:
             )  # fmt: skip
             if fault in OF_ATTENTION:
                 facts = Facts(older=["lens_ptr", "k_ptr"], early=["lens_ptr"])
-            if fault == "too much shared memory":
-                facts = Facts(streams=["w_ptr", "x_ptr"], tensor_cores=True)
+            if fault in OF_MATRICES:
+                facts = Facts(["w_ptr"], streams=["w_ptr", "x_ptr"], tensor_cores=True, step=16)
+                if fault in OF_DEPENDENT_LAUNCH:
+                    facts = facts._replace(begun=["w_ptr"])
 
             def arguments(device: torch.device, fault: str = fault) -> dict:
                 x = torch.empty(ROWS, COLUMNS, dtype=torch.bfloat16, device=device)
