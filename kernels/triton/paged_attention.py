@@ -134,14 +134,14 @@ def _fold(
         tokens = tile * BN + tl.arange(0, BN)
         inside = tokens < end
         cells = _cells(pages, tokens, page_stride, slot_stride, P, S)[:, None] + dims[None, :]
+        following = tokens + step * BN
+        pages = _load_pages(pages_ptr, following, following < end, P, S, "")
         # An unused slot may contain NaN, and 0 * NaN is NaN: values are masked too.
         mask = (inside[:, None] if MASKED else True) & (dims[None, :] < D)
         k = tl.load(k_ptr + cells, mask=mask, other=0.0)
         weights, decay, best, total = _weigh_keys(q, k, best, total, tokens, positions, qk_scale, MASKED)
         v = tl.load(v_ptr + cells, mask=mask, other=0.0)
         acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
-        following = tokens + step * BN
-        pages = _load_pages(pages_ptr, following, following < end, P, S, "")
     return best, total, acc, pages
 
 
