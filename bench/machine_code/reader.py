@@ -40,12 +40,14 @@ class MachineCode(NamedTuple):
     tensor_core: Counter[str]  # tensor-core instructions by name
     accesses: list[Access]
     instructions: Counter[str]  # how many, by the innermost loop around them; "": outside of loops
+    barriers: Counter[str]  # the same
     waits: bool = False  # for the predecessor in programmatic dependent launch
     exits_unwaited: bool = False  # on some path
     triggers_unwaited: bool = False  # lets its successor start before the wait, on some path
     flight: Flight = Flight(0, 0, 0)
     first_exit: Flight = Flight(0, 0, 0)  # the same for a thread that leaves at the first exit
     fused_16_bits: Sequence[str] = ()  # instructions that round a product and a sum once, to 16 bits
+    instructions_unwaited: int = 0  # before the wait for the predecessor, outside of loops
 
 
 def read(launch: Launch, target: Target, cache: Path | None = None) -> MachineCode:
@@ -87,12 +89,14 @@ def _read_nvidia(launch: Launch) -> MachineCode:
         Counter({name: count for name, count in names.items() if TENSOR_CORE.match(name)}),
         traced.accesses,
         traced.instructions,
+        traced.barriers,
         names["ACQBULK"] > 0,
         traced.exits_unwaited,
         triggers_unwaited(code),
         flight(listing),
         flight(until_first_exit(listing)),
         [str(instruction) for instruction in listing if fuses_16_bits(instruction)],
+        traced.instructions_unwaited,
     )
 
 
@@ -129,6 +133,7 @@ def _read_amd(launch: Launch) -> MachineCode:
         field("private_segment_fixed_size"),
         Counter(re.findall(r"\bv_s?mfma\w*", text)),
         [Access(name, kind == "load", widths[width]) for name, kind, width in found],
+        Counter(),
         Counter(),
     )
 

@@ -1,0 +1,190 @@
+"""The launches of a decode step of InternLM3-8B, and what their programs need, read from their machine code."""
+
+import os
+from collections.abc import Iterator
+from typing import NamedTuple
+
+os.environ.pop("TRITON_INTERPRET", None)
+
+import torch
+
+from internlm3 import kernels
+from internlm3.kernels.triton.sample_search import PASSES, TOP_K, TOP_P, TYPICAL_P
+
+from .audit import CACHE, FACTS, Facts, kernel_name
+from .cases import INTERNLM3_8B as SIZE
+from .cases import PAGE, Arguments, Case, cases
+from .machine_code.launches import Launch, compile_launches
+from .machine_code.reader import MachineCode, read
+from .machine_code.sass import Access
+from .machine_code.targets import TARGETS
+from .simulation import Programs, Work
+
+LAYERS = 48
+TARGET = TARGETS["sm_90"]
+FAR = 1 << 20  # bytes between two rows that a program reads, from which on they count as scattered
+
+
+class Search(NamedTuple):
+    """What the sampling kernels search with the settings of a request."""
+
+    candidates: int  # tokens that may be at a filter's threshold
+    filters: tuple[int, ...]  # filters that are used; programs of the others exit at once
+
+
+SEARCHES = {
+    "greedy": Search(0, ()),
+    "recommended": Search(128, (TOP_K.value, TOP_P.value)),
+    "top_p only": Search(8192, (TOP_P.value,)),
+    "typical_p only": Search(SIZE.vocabulary, (TYPICAL_P.value,)),
+}
+
+
+class StepLaunch(NamedTuple):
+    """A launch of a step; `per_layer` if each of the 48 layers has one."""
+
+    op: str
+    kernel: str
+    per_layer: bool
+    programs: Programs
+
+
+class Shape(NamedTuple):
+    batch: int
+    context: int
+    sampling: str = "recommended"
+
+
+def from_memory(x: Arguments, launch: Launch, shape: Shape) -> int:
+    """Bytes that the launch must load from memory, because a step leaves them in no cache."""
+    if launch.kernel == "_linear_few_rows":
+        return x["weight"].numel() * x["weight"].element_size()
+    if launch.kernel == "_attend":
+        return shape.batch * shape.context * 2 * SIZE.kv_heads * SIZE.head_dim * x["k_cache"].element_size()
+    if launch.kernel == "_embed":
+        return x["token_ids"].numel() * SIZE.hidden * 2
+    if launch.kernel == "_penalize":
+        return sum(x[name].numel() * 4 for name in ("prompt_counts", "output_counts", "logit_bias") if name in x)
+    return 0
+
+
+def programs(case: Case, launch: Launch, code: MachineCode, shape: Shape, splits: int) -> Programs:
+    """What the programs of a launch need. splits: of the attention before it."""
+    facts = FACTS.get(kernel_name(launch), Facts())
+    arguments = case.arguments(torch.device("meta"))
+    constants, metadata, count = launch.constants, launch.compiled.metadata, launch.programs
+    search, threads = SEARCHES[shape.sampling], 32 * metadata.num_warps
+    room = (metadata.num_warps, code.registers, metadata.shared)
+    if launch.kernel in ("_narrow", "_weigh"):  # programs with nothing to search exit
+        if constants.get("SEARCH", TYPICAL_P.value) not in search.filters:
+            return Programs(count, *room, after=Work(code.first_exit.round_trips))
+        count = count * -(-search.candidates // constants["CHUNK"]) // -(-SIZE.vocabulary // constants["CHUNK"])
+
+    loads = [access for access in code.accesses if access.is_load]
+    memory = from_memory(arguments, launch, shape) / count
+    bulk = [x for x in loads if memory and x.pointers & set(facts.bulk)]
+    early = min(sum(x.bytes for x in bulk if not x.may_have_waited) * threads, memory)
+    late = memory - early
+    # The loop that streams the late bytes: its iterations, and how many of them are requested ahead.
+    loop = next((x.loop for x in bulk if x.may_have_waited and x.loop), "") if late else ""
+    requested = sum(x.bytes for x in loads if x.loop == loop)
+    tiles = max(round(late / threads / sum(x.bytes for x in bulk if x.loop == loop)), 1) if loop else 1
+    outstanding = max(round(code.flight.bytes / requested), 1) if loop else 1
+
+    def runs(label: str) -> float:
+        """How often the instructions of another loop run."""
+        if launch.kernel == "_narrow_few" and label:  # an outer loop, and one over all chunks but the first
+            streamed = any(x.loop == label and x.pointers & set(facts.bulk) for x in loads)
+            return PASSES * (-(-search.candidates // constants["CHUNK"]) - 1 if streamed else 1)
+        if launch.kernel == "_combine" and label:
+            return max(splits / constants.get("BS", splits), 1)
+        # The loop of the late bytes is counted for each tile; without late bytes it does not run.
+        return 0 if label and (label == loop or launch.kernel == "_attend") else 1
+
+    def share(x: Access) -> float:
+        """The share of its bytes that a load takes from the L2 cache, in all programs."""
+        if launch.kernel == "_combine":  # splits that do not exist are not read
+            return min(splits / constants.get("BS", 1), 1)
+        if "LDGSTS" in x.instruction:  # rows of a tile of x beyond the batch are not read
+            return len(arguments["x"]) / constants["BR"] if x.pointers == {"x_ptr"} else 1
+        return min(TARGET.multiprocessors / count, 1)  # one program of a multiprocessor; the others hit L1
+
+    others = [x for x in loads if x not in bulk and x.may_have_waited]
+    cached = sum(x.bytes * threads * share(x) * (tiles if x.loop == loop else runs(x.loop)) for x in others)
+    # Waits in sequence: before the wait for the predecessor, after it until the late bytes are requested, and others.
+    before = min((x.waits for x in bulk if not x.may_have_waited), default=0)
+    first = min((x.waits for x in loads if x.may_have_waited), default=0)
+    addressed = min((x.waits for x in bulk if x.may_have_waited), default=first) - first
+    # A loop without outstanding copies waits in every iteration.
+    serial = {x.loop for x in loads if x.loop not in ("", loop) and "LDGSTS" not in x.instruction}
+    waits = code.flight.round_trips - first + sum(runs(label) - 1 for label in serial)
+    if loop:
+        waits -= addressed + 1  # these are of the tiles
+    elif launch.kernel == "_attend":  # no second tile
+        waits = min((x.waits for x in loads if "LDGSTS" in x.instruction), default=first) - first
+    return Programs(
+        count,
+        *room,
+        early,
+        min(constants["BO"] * constants["AHEAD"] * 128, late) if late and "AHEAD" in constants else 0,
+        late,
+        cached,
+        tiles,
+        outstanding,
+        Work(before, 0, code.instructions_unwaited) if before else Work(),
+        addressed if late else 0,
+        Work(
+            max(waits, 0),
+            sum(number * runs(label) for label, number in code.barriers.items()),
+            sum(number * runs(label) for label, number in code.instructions.items()) - code.instructions_unwaited,
+        ),
+        Work(0, code.barriers[loop], code.instructions[loop]) if loop else Work(),
+        trigger(code),
+        2 * constants["HALF"] * constants["W_STRIDE"] >= FAR if "HALF" in constants else False,
+    )
+
+
+def trigger(code: MachineCode) -> str:
+    """After what the programs let their successor start."""
+    untriggered = [x for x in code.accesses if not x.triggered]
+    if any(x.may_have_waited for x in untriggered):
+        return "end"
+    if untriggered:
+        return "loads"
+    return "start" if code.triggers_unwaited else "wait"
+
+
+def step(shape: Shape) -> Iterator[tuple[Case, bool]]:
+    """The ops of a step in order, and whether each layer has one.
+
+    The block table has a page more than the context fills, as that of a sequence that goes on.
+    """
+    ops = {
+        "embed": False,
+        "rms_norm_qkv_rope_cache": True,
+        "paged_attention": True,
+        "linear_add, o_proj": True,
+        "rms_norm_swiglu": True,
+        "linear_add, down_proj": True,
+        "rms_norm_linear": False,
+        f"sample, {shape.sampling}": False,
+        "advance": False,
+    }
+    known = [*cases(SIZE, batches=[shape.batch], chunks=[], contexts=[shape.context + PAGE])]
+    for name, per_layer in ops.items():
+        op, _, part = name.partition(", ")
+        yield next(case for case in known if case.op == op and part in ["", *case.shape.split(", ")]), per_layer
+
+
+def launches(shape: Shape) -> list[StepLaunch]:
+    """The launches of a step in order, those of a layer once. Compiles what is not in Triton's cache."""
+    CACHE.mkdir(exist_ok=True)
+    found = []
+    splits = 1
+    for case, per_layer in step(shape):
+        for launch in compile_launches(getattr(kernels, case.op), case.arguments, TARGET):
+            if launch.kernel == "_attend":
+                splits = launch.programs // (shape.batch * SIZE.kv_heads)
+            needs = programs(case, launch, read(launch, TARGET, CACHE), shape, splits)
+            found.append(StepLaunch(case.op, launch.kernel, per_layer, needs))
+    return found
