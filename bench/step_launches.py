@@ -1,7 +1,11 @@
 """The launches of a decode step of InternLM3-8B, and what their programs need, read from their machine code."""
 
+import hashlib
 import os
+from collections import Counter
 from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 os.environ.pop("TRITON_INTERPRET", None)
@@ -11,18 +15,19 @@ import torch
 from internlm3 import kernels
 from internlm3.kernels.triton.sample_search import PASSES, TOP_K, TOP_P, TYPICAL_P
 
-from .audit import CACHE, FACTS, Facts, kernel_name
+from .audit import CACHE, FACTS, Facts, digest, kernel_name
 from .cases import INTERNLM3_8B as SIZE
 from .cases import PAGE, Arguments, Case, cases
 from .machine_code.launches import Launch, compile_launches
-from .machine_code.reader import MachineCode, read
+from .machine_code.reader import MachineCode, cached, read
 from .machine_code.sass import Access
 from .machine_code.targets import TARGETS
 from .simulation import Programs, Work
 
 LAYERS = 48
 TARGET = TARGETS["sm_90"]
-FAR = 1 << 20  # bytes between two rows that a program reads, from which on they count as scattered
+# Bytes between two rows of W that a program reads, from which on they count as scattered. Keys and values do.
+FAR = 1 << 20
 
 
 class Search(NamedTuple):
@@ -101,6 +106,10 @@ def programs(case: Case, launch: Launch, code: MachineCode, shape: Shape, splits
         # The loop of the late bytes is counted for each tile; without late bytes it does not run.
         return 0 if label and (label == loop or launch.kernel == "_attend") else 1
 
+    def total(numbers: Counter[str]) -> float:
+        """Of all instructions but those of the tiles."""
+        return sum(number * runs(label) for label, number in numbers.items())
+
     def share(x: Access) -> float:
         """The share of its bytes that a load takes from the L2 cache, in all programs."""
         if launch.kernel == "_combine":  # splits that do not exist are not read
@@ -110,7 +119,7 @@ def programs(case: Case, launch: Launch, code: MachineCode, shape: Shape, splits
         return min(TARGET.multiprocessors / count, 1)  # one program of a multiprocessor; the others hit L1
 
     others = [x for x in loads if x not in bulk and x.may_have_waited]
-    cached = sum(x.bytes * threads * share(x) * (tiles if x.loop == loop else runs(x.loop)) for x in others)
+    from_l2 = sum(x.bytes * threads * share(x) * (tiles if x.loop == loop else runs(x.loop)) for x in others)
     # Waits in sequence: before the wait for the predecessor, after it until the late bytes are requested, and others.
     before = min((x.waits for x in bulk if not x.may_have_waited), default=0)
     first = min((x.waits for x in loads if x.may_have_waited), default=0)
@@ -128,19 +137,20 @@ def programs(case: Case, launch: Launch, code: MachineCode, shape: Shape, splits
         early,
         min(constants["BO"] * constants["AHEAD"] * 128, late) if late and "AHEAD" in constants else 0,
         late,
-        cached,
+        from_l2,
         tiles,
         outstanding,
         Work(before, 0, code.instructions_unwaited) if before else Work(),
         addressed if late else 0,
         Work(
             max(waits, 0),
-            sum(number * runs(label) for label, number in code.barriers.items()),
-            sum(number * runs(label) for label, number in code.instructions.items()) - code.instructions_unwaited,
+            total(code.barriers),
+            total(code.instructions) - code.instructions_unwaited,
+            total(code.matrix),
         ),
-        Work(0, code.barriers[loop], code.instructions[loop]) if loop else Work(),
+        Work(0, code.barriers[loop], code.instructions[loop], code.matrix[loop]) if loop else Work(),
         trigger(code),
-        2 * constants["HALF"] * constants["W_STRIDE"] >= FAR if "HALF" in constants else False,
+        launch.kernel == "_attend" or 2 * constants.get("HALF", 0) * constants.get("W_STRIDE", 0) >= FAR,
     )
 
 
@@ -177,10 +187,15 @@ def step(shape: Shape) -> Iterator[tuple[Case, bool]]:
 
 
 def launches(shape: Shape) -> list[StepLaunch]:
-    """The launches of a step in order, those of a layer once. Compiles what is not in Triton's cache."""
+    """The launches of a step in order, those of a layer once. Kept in the audit's cache: compiling takes a minute."""
     CACHE.mkdir(exist_ok=True)
-    found = []
-    splits = 1
+    sources = [Path(__file__).with_name(name).read_text("utf-8") for name in ("step_launches.py", "simulation.py")]
+    name = hashlib.sha256("\0".join([digest(), *sources, repr(shape)]).encode()).hexdigest()
+    return cached(CACHE / f"{name}.pickle", partial(_launches, shape))
+
+
+def _launches(shape: Shape) -> list[StepLaunch]:
+    found, splits = [], 1
     for case, per_layer in step(shape):
         for launch in compile_launches(getattr(kernels, case.op), case.arguments, TARGET):
             if launch.kernel == "_attend":

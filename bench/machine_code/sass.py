@@ -327,6 +327,7 @@ class Trace(NamedTuple):
     exits_unwaited: bool  # on some path
     instructions: Counter[str]  # how many, by innermost loop; "": outside of loops
     barriers: Counter[str]  # the same
+    matrix: Counter[str]  # the same: tensor-core instructions that a warp waits for
     instructions_unwaited: int  # before the wait for the predecessor, outside of loops
 
 
@@ -339,7 +340,8 @@ def trace(text: str, arguments: dict[int, str]) -> Trace:
     loops = _loops(blocks)
     reached = _reached(blocks, arguments)
     waits = iter(_flight(instructions(text))[1])
-    accesses, exits_unwaited, counts, barriers, unwaited = [], False, Counter[str](), Counter[str](), 0
+    accesses, exits_unwaited, unwaited = [], False, 0
+    counts, barriers, matrix = Counter[str](), Counter[str](), Counter[str]()
     for label, block in blocks.items():  # in the order of the listing
         for instruction, waits_before in zip(block.instructions, waits, strict=False):
             if label not in reached:
@@ -347,6 +349,7 @@ def trace(text: str, arguments: dict[int, str]) -> Trace:
             state = reached[label]
             counts[loops[label]] += instruction.base != "NOP"
             barriers[loops[label]] += instruction.base == "BAR"
+            matrix[loops[label]] += instruction.base == "HMMA"
             unwaited += not state.may_have_waited and not loops[label]
             if instruction.base in _GLOBAL_LOADS | _GLOBAL_STORES:
                 pointers = state.read(instruction.guard, [instruction.address])
@@ -355,7 +358,7 @@ def trace(text: str, arguments: dict[int, str]) -> Trace:
                 accesses.append(Access(str(instruction), is_load, instruction.bytes, pointers, *where))
             exits_unwaited |= instruction.base == "EXIT" and not state.waited
             state.step(instruction)
-    return Trace(accesses, exits_unwaited, counts, barriers, unwaited)
+    return Trace(accesses, exits_unwaited, counts, barriers, matrix, unwaited)
 
 
 def triggers_unwaited(text: str) -> bool:
