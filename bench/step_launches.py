@@ -3,8 +3,7 @@
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -191,12 +190,13 @@ def launches(shape: Shape) -> list[StepLaunch]:
     CACHE.mkdir(exist_ok=True)
     sources = [Path(__file__).with_name(name).read_text("utf-8") for name in ("step_launches.py", "simulation.py")]
     name = hashlib.sha256("\0".join([digest(), *sources, repr(shape)]).encode()).hexdigest()
-    return cached(CACHE / f"{name}.pickle", partial(_launches, shape))
+    return cached(CACHE / f"{name}.pickle", lambda: compiled(shape, step(shape)))
 
 
-def _launches(shape: Shape) -> list[StepLaunch]:
+def compiled(shape: Shape, ops: Iterable[tuple[Case, bool]]) -> list[StepLaunch]:
+    """What these ops of a step launch."""
     found, splits = [], 1
-    for case, per_layer in step(shape):
+    for case, per_layer in ops:
         for launch in compile_launches(getattr(kernels, case.op), case.arguments, TARGET):
             if launch.kernel == "_attend":
                 splits = launch.programs // (shape.batch * SIZE.kv_heads)
