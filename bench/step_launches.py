@@ -89,17 +89,18 @@ def programs(case: Case, launch: Launch, code: MachineCode, shape: Shape, splits
     bulk = [x for x in loads if memory and x.pointers & set(facts.bulk)]
     early = min(sum(x.bytes for x in bulk if not x.may_have_waited) * threads, memory)
     late = memory - early
-    # The loop that streams the late bytes: its iterations, and how many of them are requested ahead.
+    # The loop that streams the late bytes: its iterations, and how many of them are requested before the first.
     loop = next((x.loop for x in bulk if x.may_have_waited and x.loop), "") if late else ""
-    requested = sum(x.bytes for x in loads if x.loop == loop)
-    tiles = max(round(late / threads / sum(x.bytes for x in bulk if x.loop == loop)), 1) if loop else 1
-    outstanding = max(round(code.flight.bytes / requested), 1) if loop else 1
+    streamed = sum(x.bytes for x in bulk if x.loop == loop)
+    ahead = sum(x.bytes for x in bulk if x.loop != loop and "LDGSTS" in x.instruction)
+    tiles = max(round(late / threads / streamed), 1) if loop else 1
+    outstanding = max(round(ahead / streamed), 1) if loop else 1
 
     def runs(label: str) -> float:
         """How often the instructions of another loop run."""
         if launch.kernel == "_narrow_few" and label:  # an outer loop, and one over all chunks but the first
-            streamed = any(x.loop == label and x.pointers & set(facts.bulk) for x in loads)
-            return PASSES * (-(-search.candidates // constants["CHUNK"]) - 1 if streamed else 1)
+            inner = any(x.loop == label and x.pointers & set(facts.bulk) for x in loads)
+            return PASSES * (-(-search.candidates // constants["CHUNK"]) - 1 if inner else 1)
         if launch.kernel == "_combine" and label:
             return max(splits / constants.get("BS", splits), 1)
         # The loop of the late bytes is counted for each tile; without late bytes it does not run.
@@ -148,7 +149,8 @@ def programs(case: Case, launch: Launch, code: MachineCode, shape: Shape, splits
             total(code.matrix),
         ),
         Work(0, code.barriers[loop], code.instructions[loop], code.matrix[loop]) if loop else Work(),
-        trigger(code),
+        # Attention of a single tile may trigger on a path of its own.
+        "loads" if launch.kernel == "_attend" and early and not late else trigger(code),
         launch.kernel == "_attend" or 2 * constants.get("HALF", 0) * constants.get("W_STRIDE", 0) >= FAR,
     )
 
