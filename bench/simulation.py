@@ -46,10 +46,10 @@ class Programs(NamedTuple):
     cached: float = 0  # bytes of the L2 cache that are requested after it
     tiles: int = 1  # in which late and cached bytes come, one after another
     outstanding: int = 1  # tiles that are requested ahead
-    before: Work = Work()  # the wait for the predecessor
-    addressed: float = 0  # waits after that until the late bytes can be requested
-    after: Work = Work()  # the wait for the predecessor, besides the tiles
-    tile: Work = Work()  # for each tile
+    before: Work = Work()  # until the early bytes can be requested
+    addressed: float = 0  # waits after that for the predecessor, until the late bytes can be requested
+    after: Work = Work()  # after the wait for the predecessor and all tiles
+    tile: Work = Work()  # after the arrival of each tile
     trigger: str = "start"  # the successor may start after: "start", "loads" (the early ones), "wait", or "end"
     scattered: bool = False  # reads rows of a matrix that are many megabytes apart
 

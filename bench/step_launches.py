@@ -189,7 +189,6 @@ def step(shape: Shape) -> Iterator[tuple[Case, bool]]:
 
 def launches(shape: Shape) -> list[StepLaunch]:
     """The launches of a step in order, those of a layer once. Kept in the audit's cache: compiling takes a minute."""
-    CACHE.mkdir(exist_ok=True)
     sources = [Path(__file__).with_name(name).read_text("utf-8") for name in ("step_launches.py", "simulation.py")]
     name = hashlib.sha256("\0".join([digest(), *sources, repr(shape)]).encode()).hexdigest()
     return cached(CACHE / f"{name}.pickle", lambda: compiled(shape, step(shape)))

@@ -74,6 +74,7 @@ def cached(file: Path, make: Callable[[], T]) -> T:
     except (OSError, EOFError, pickle.UnpicklingError):
         pass
     made = make()
+    file.parent.mkdir(exist_ok=True)
     draft = file.with_suffix(f".{os.getpid()}")
     draft.write_bytes(pickle.dumps(made))
     draft.replace(file)

@@ -152,7 +152,7 @@ def test_a_guarded_write_replaces_the_origin_under_its_guard_only():
 
 
 def test_paths_that_join_have_both_origins_and_a_wait_counts_only_on_all_of_them():
-    accesses, exits_unwaited, _ = trace(
+    accesses, exits_unwaited, *_ = trace(
         "LDC.64 R2, c[0x0][0x160]",
         "@P0 BRA `(.L_x_1)",
         "LDC.64 R2, c[0x0][0x168]",
