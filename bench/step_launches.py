@@ -188,17 +188,23 @@ def step(shape: Shape) -> Iterator[tuple[Case, bool]]:
 
 
 def launches(shape: Shape) -> list[StepLaunch]:
-    """The launches of a step in order, those of a layer once. Kept in the audit's cache: compiling takes a minute."""
+    """The launches of a step in order, those of a layer once; none if cuBLAS has a part in it, which is not read.
+
+    Kept in the audit's cache: compiling takes a minute.
+    """
     sources = [Path(__file__).with_name(name).read_text("utf-8") for name in ("step_launches.py", "simulation.py")]
     name = hashlib.sha256("\0".join([digest(), *sources, repr(shape)]).encode()).hexdigest()
     return cached(CACHE / f"{name}.pickle", lambda: compiled(shape, step(shape)))
 
 
 def compiled(shape: Shape, ops: Iterable[tuple[Case, bool]]) -> list[StepLaunch]:
-    """What these ops of a step launch."""
+    """What these ops of a step launch; nothing if cuBLAS has a part in it."""
     found, splits = [], 1
     for case, per_layer in ops:
-        for launch in compile_launches(getattr(kernels, case.op), case.arguments, TARGET):
+        launched = compile_launches(getattr(kernels, case.op), case.arguments, TARGET)
+        if "linear" in case.op and not any(launch.kernel == "_linear_few_rows" for launch in launched):
+            return []
+        for launch in launched:
             if launch.kernel == "_attend":
                 splits = launch.programs // (shape.batch * SIZE.kv_heads)
             needs = programs(case, launch, read(launch, TARGET, CACHE), shape, splits)
