@@ -11,9 +11,10 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from triton import knobs
 
@@ -31,6 +32,7 @@ from .sass import (
 )
 from .targets import Target
 
+T = TypeVar("T")
 SOURCES = [Path(__file__).with_name(name).read_bytes() for name in ("reader.py", "sass.py")]  # what a result depends on
 
 
@@ -40,12 +42,15 @@ class MachineCode(NamedTuple):
     tensor_core: Counter[str]  # tensor-core instructions by name and shape, as HGMMA.64x16x16
     accesses: list[Access]
     instructions: Counter[str]  # how many, by the innermost loop around them; "": outside of loops
+    barriers: Counter[str]  # the same
+    matrix: Counter[str]  # the same: tensor-core instructions that a warp waits for
     waits: bool = False  # for the predecessor in programmatic dependent launch
     exits_unwaited: bool = False  # on some path
     triggers_unwaited: bool = False  # lets its successor start before the wait, on some path
     flight: Flight = Flight(0, 0, 0)
     first_exit: Flight = Flight(0, 0, 0)  # the same for a thread that leaves at the first exit
     fused_16_bits: Sequence[str] = ()  # instructions that round a product and a sum once, to 16 bits
+    instructions_unwaited: int = 0  # before the wait for the predecessor, outside of loops
 
 
 def read(launch: Launch, target: Target, cache: Path | None = None) -> MachineCode:
@@ -58,16 +63,22 @@ def read(launch: Launch, target: Target, cache: Path | None = None) -> MachineCo
     depends_on = [*SOURCES, *(tool.encode() for tool in tools), launch.compiled.asm["cubin"]]
     depends_on += [launch.compiled.asm["ptx"].encode(), repr(launch.arguments).encode()]
     file = cache / f"{hashlib.sha256(b''.join(depends_on)).hexdigest()}.pickle"
+    return cached(file, partial(_read_nvidia, launch))
+
+
+def cached(file: Path, make: Callable[[], T]) -> T:
+    """What `make` returns, kept in a file."""
     try:
-        known: MachineCode = pickle.loads(file.read_bytes())
+        known: T = pickle.loads(file.read_bytes())
         return known
     except (OSError, EOFError, pickle.UnpicklingError):
         pass
-    code = _read_nvidia(launch)
+    made = make()
+    file.parent.mkdir(exist_ok=True)
     draft = file.with_suffix(f".{os.getpid()}")
-    draft.write_bytes(pickle.dumps(code))
+    draft.write_bytes(pickle.dumps(made))
     draft.replace(file)
-    return code
+    return made
 
 
 def _read_nvidia(launch: Launch) -> MachineCode:
@@ -88,12 +99,15 @@ def _read_nvidia(launch: Launch) -> MachineCode:
         Counter(instruction.shaped for instruction in tensor_core),
         traced.accesses,
         traced.instructions,
+        traced.barriers,
+        traced.matrix,
         names["ACQBULK"] > 0,
         traced.exits_unwaited,
         triggers_unwaited(code),
         flight(listing),
         flight(until_first_exit(listing)),
         [str(instruction) for instruction in listing if fuses_16_bits(instruction)],
+        traced.instructions_unwaited,
     )
 
 
@@ -130,7 +144,7 @@ def _read_amd(launch: Launch) -> MachineCode:
         field("private_segment_fixed_size"),
         Counter(re.findall(r"\bv_s?mfma\w*", text)),
         [Access(name, kind == "load", widths[width]) for name, kind, width in found],
-        Counter(),
+        *(Counter(), Counter(), Counter()),
     )
 
 

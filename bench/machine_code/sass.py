@@ -25,6 +25,7 @@ class Access(NamedTuple):
     waited: bool = False  # on all paths
     may_have_waited: bool = False  # on some path
     loop: str = ""  # the label of the innermost loop around it
+    waits: int = 0  # for memory, before it in the listing
 
 
 LINE = re.compile(r"/\*[0-9a-f]+\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)\s*([^;]*?)\s*;")
@@ -134,10 +135,17 @@ class Flight(NamedTuple):
 
 
 def flight(listing: Iterable[_Instruction]) -> Flight:
+    return _flight(listing)[0]
+
+
+def _flight(listing: Iterable[_Instruction]) -> tuple[Flight, list[int]]:
+    """The outstanding loads, and how many waits there are before each instruction."""
     most = copied = asked = ahead = waits = 0
+    waits_before = []
     loads: list[tuple[set[str], int, int]] = []  # registers written, bytes, number of waits before it was issued
     groups: list[tuple[int, int]] = []  # copies to shared memory with a common wait: bytes, waits before
     for instruction in listing:
+        waits_before.append(waits)
         named = {kind + number for kind, number, _ in _REGISTER.findall(", ".join(instruction.operands))}
         arrived = [since for registers, _, since in loads if registers & named]
         loads = [load for load in loads if not load[0] & named]
@@ -156,7 +164,7 @@ def flight(listing: Iterable[_Instruction]) -> Flight:
             loads.append((set(instruction.written()[0]), instruction.bytes, waits))
         asked += instruction.base in _GLOBAL_LOADS
         most = max(most, copied + sum(size for size, _ in groups) + sum(size for _, size, _ in loads))
-    return Flight(most, ahead, waits)
+    return Flight(most, ahead, waits), waits_before
 
 
 def until_first_exit(listing: Sequence[_Instruction]) -> Sequence[_Instruction]:
@@ -325,6 +333,9 @@ class Trace(NamedTuple):
     accesses: list[Access]
     exits_unwaited: bool  # on some path
     instructions: Counter[str]  # how many, by innermost loop; "": outside of loops
+    barriers: Counter[str]  # the same
+    matrix: Counter[str]  # the same: tensor-core instructions that a warp waits for
+    instructions_unwaited: int  # before the wait for the predecessor, outside of loops
 
 
 def trace(text: str, arguments: dict[int, str]) -> Trace:
@@ -334,19 +345,27 @@ def trace(text: str, arguments: dict[int, str]) -> Trace:
     """
     blocks = _blocks(text)
     loops = _loops(blocks)
-    accesses, exits_unwaited, counts = [], False, Counter[str]()
-    for label, reached in _reached(blocks, arguments).items():
-        state = reached.copy()
-        for instruction in blocks[label].instructions:
+    reached = _reached(blocks, arguments)
+    waits = iter(_flight(instructions(text))[1])
+    accesses, exits_unwaited, unwaited = [], False, 0
+    counts, barriers, matrix = Counter[str](), Counter[str](), Counter[str]()
+    for label, block in blocks.items():  # in the order of the listing
+        for instruction, waits_before in zip(block.instructions, waits, strict=False):
+            if label not in reached:
+                continue
+            state = reached[label]
             counts[loops[label]] += instruction.base != "NOP"
+            barriers[loops[label]] += instruction.base == "BAR"
+            matrix[loops[label]] += instruction.base == "HMMA"
+            unwaited += not state.may_have_waited and not loops[label]
             if instruction.base in _GLOBAL_LOADS | _GLOBAL_STORES:
                 pointers = state.read(instruction.guard, [instruction.address])
                 is_load = instruction.base in _GLOBAL_LOADS
-                where = (*state.flags, loops[label])
+                where = (*state.flags, loops[label], waits_before)
                 accesses.append(Access(str(instruction), is_load, instruction.bytes, pointers, *where))
             exits_unwaited |= instruction.base == "EXIT" and not state.waited
             state.step(instruction)
-    return Trace(accesses, exits_unwaited, counts)
+    return Trace(accesses, exits_unwaited, counts, barriers, matrix, unwaited)
 
 
 def triggers_unwaited(text: str) -> bool:

@@ -158,7 +158,7 @@ def test_a_guarded_write_replaces_the_origin_under_its_guard_only():
 
 
 def test_paths_that_join_have_both_origins_and_a_wait_counts_only_on_all_of_them():
-    accesses, exits_unwaited, _ = trace(
+    accesses, exits_unwaited, *_ = trace(
         "LDC.64 R2, c[0x0][0x160]",
         "@P0 BRA `(.L_x_1)",
         "LDC.64 R2, c[0x0][0x168]",
@@ -321,3 +321,24 @@ def test_instructions_and_loads_are_counted_by_innermost_loop():
     )
     assert traced.instructions == {"": 3, ".L_x_0": 2, ".L_x_1": 5}
     assert [access.loop for access in traced.accesses] == [".L_x_0", ".L_x_1"]
+
+
+def test_barriers_waits_and_what_is_before_the_wait_are_counted():
+    traced = trace(
+        "LDC.64 R2, c[0x0][0x160]",
+        "LDG.E R4, [R2.64]",
+        "FADD R0, R4, R5",
+        "ACQBULK",
+        "LDG.E R6, [R2.64]",
+        "BAR.SYNC.DEFER_BLOCKING 0x0",
+        ".L_x_0:",
+        "HMMA.16816.F32 R8, R6, R10, R8",
+        "BAR.SYNC.DEFER_BLOCKING 0x0",
+        "@P0 BRA `(.L_x_0)",
+        "STG.E [R2.64], R8",
+        "EXIT",
+    )
+    assert traced.instructions_unwaited == 4  # the wait itself is one
+    assert traced.barriers == {"": 1, ".L_x_0": 1}
+    assert traced.matrix == {"": 0, ".L_x_0": 1}
+    assert [access.waits for access in traced.accesses] == [0, 1, 2]
