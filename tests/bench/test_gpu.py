@@ -199,7 +199,9 @@ def test_every_part_yields_rows():
         assert "\ndef rows(small: bool) -> Iterator[Row]:\n" in source
 
 
-@pytest.mark.parametrize("parts", [["decode", "first_token", "launch_profile"], ["correctness"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "parts", [["decode", "first_token", "launch_profile"], ["correctness"], ["trial"]], ids=" ".join
+)
 def test_a_dry_run(tmp_path, parts, capfd):
     """The same code as on a GPU machine, at a toy model's shapes; Triton's ops run in the interpreter."""
     code = gpu.main(["--out", str(tmp_path), "--small", "--part", *parts])

@@ -1,0 +1,74 @@
+"""The experiment of bench/trial: kernels and settings that a GPU must decide on, next to the project's own.
+
+Rows come in the order in which they decide most. What has not begun after SECONDS is left out, in rows that say so.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+
+from ..cases import INTERNLM3_8B, Inputs, Size
+from ..record import Part, Row, first_line
+from ..trial.compare import compared, values_of_interleaved
+from ..trial.layers import Batch, weights
+from ..trial.prompts import chunk_kernels, cublas
+from ..trial.variants import one_of_each, variants
+from .bare_step import device_of
+
+SECONDS = 330  # the limit of the part is 350
+LAYERS = 12
+SHAPES = ((1, 1024), (4, 1024), (16, 1024), (1, 32768))  # batch size, context length
+MORE_SHAPES = ((32, 1024), (64, 1024), (4, 32768), (16, 32768))
+TOY = Size(hidden=64, intermediate=64, vocabulary=320, heads=2, kv_heads=1, head_dim=32)
+TOY_SHAPES = {(4, 1024): (2, 24), (1, 32768): (3, 70)}  # instead of these; one row takes the interpreter seconds
+
+
+def rows(small: bool) -> Iterator[Row]:
+    part, begin = Part("trial"), time.monotonic()
+
+    def late() -> bool:
+        return not small and time.monotonic() - begin > SECONDS
+
+    for name, experiment in experiments(part, small).items():
+        if late():
+            yield part.missing(name, f"left out: {SECONDS} s had passed")
+            continue
+        try:
+            for row in experiment():
+                yield row
+                if late():
+                    yield part.missing(f"{name}: the rest", f"left out: {SECONDS} s had passed")
+                    break
+        except Exception as error:  # the other experiments stand alone
+            yield part.check(name, first_line(error))
+        if not small:
+            torch.cuda.empty_cache()
+
+
+def experiments(part: Part, small: bool) -> dict[str, Callable[[], Iterator[Row]]]:
+    """By name, what yields the rows of each, the most decisive first."""
+    torch.manual_seed(0)
+    make = Inputs(TOY if small else INTERNLM3_8B, torch.float16 if small else torch.bfloat16, device_of(small))
+    layers = weights(make, 1 if small else LAYERS)
+    rounds = 1 if small else 20
+
+    def layers_at(batch: int, context: int) -> Iterator[Row]:
+        tried = variants(batch, context)
+        shape = TOY_SHAPES[batch, context] if small else (batch, context)
+        return compared(part, Batch(make, layers, *shape), one_of_each(tried) if small else tried, rounds)
+
+    def at(*shapes: tuple[int, int]) -> dict[str, Callable[[], Iterator[Row]]]:
+        return {f"layers at batch {shape[0]}, context {shape[1]}": partial(layers_at, *shape) for shape in shapes}
+
+    counts = (256, 512, 1024) if small else (16, 32, 64, 128, 256, 512, 1024, 2048)
+    return {
+        "E1 values": partial(values_of_interleaved, part, make),
+        **at(*(TOY_SHAPES if small else SHAPES)),
+        "E5": partial(cublas, part, make, counts, rounds),
+        **at(*(() if small else MORE_SHAPES)),
+        "E4": partial(chunk_kernels, part, small, len(layers)),
+    }
