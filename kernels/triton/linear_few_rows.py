@@ -15,8 +15,8 @@ The first four run once per layer, 48 times; the head once. x and y are kilobyte
 
 One row: a program owns two whole rows of W. It has issued all of their loads before it waits for the predecessor that
 computes x, and it norms x itself. Up to 16 rows: the norm is a launch of its own. A program multiplies a tile of W by
-x^T, padded to 16 columns, on the tensor cores, and accumulates over the columns of W in one fixed order, so the bits of
-a row of y depend on no other row. The tile has many rows of W, since every program reads all of x.
+x^T, padded to 16 columns, on the tensor cores, and accumulates over the columns of W in one fixed order (`parts`), so
+the bits of a row of y depend on no other row. The tile has many rows of W, since every program reads all of x.
 
 Compiled for sm_90 (Triton 3.7.1, bfloat16), without spills; one row, then up to 16:
     op                        registers   programs/SM   KB of W in flight/SM      registers   shared KB
@@ -55,16 +55,19 @@ class Tile(NamedTuple):
     stages: int = 1
 
 
+CHUNK = 256  # bytes of a row of W that a program of several rows multiplies at once: 128 columns of 16 bits
+
+
 # Chosen by measurement, the time of whole steps of InternLM3-8B on an H200 with 1, 4 and 16 rows: bench/predictions.md.
 # For GPUs before sm_90 by their machine code alone.
 ONE_ROW = Tile(2, 4096, 4)  # rows of W up to LONG bytes
 ONE_ROW_LONG = Tile(2, 4096, 8)
 LONG, LONGEST = 20480, 40960  # bytes of a row of W; longer rows do not fit the registers, and use the kernel of several
-ROWS_HOPPER = Tile(64, 256, 4, 8)  # its tensor cores take 64 rows of W from shared memory; 112 KB of loads in flight
-ROWS = Tile(32, 512, 4, 4)
-ROWS_WIDE = Tile(64, 256, 4, 4)  # for more rows of W than WIDE: half as many programs still fill a GPU
+ROWS_HOPPER = Tile(64, CHUNK, 4, 8)  # its tensor cores take 64 rows of W from shared memory; 112 KB of loads in flight
+ROWS = Tile(32, CHUNK, 4, 8)
+ROWS_WIDE = Tile(64, CHUNK, 4, 4)  # for more rows of W than WIDE: half as many programs still fill a GPU
 WIDE = 16384  # AMD's GPUs always use ROWS_WIDE: ROWS needs more than their 64 KB of shared memory per program
-ROWS_FLOAT32 = Tile(32, 256, 4, 2)  # for tests: no tensor core multiplies float32 exactly
+ROWS_FLOAT32 = Tile(32, CHUNK, 4, 2)  # for tests: no tensor core multiplies float32 exactly
 PADDED_ROWS = 16
 AHEAD = 8  # cache lines per row of W that a program of several rows prefetches into L2 before it waits
 
@@ -147,19 +150,26 @@ def _one_row(ws, norms, x_ptr, eps, C: tl.constexpr, BC: tl.constexpr, PDL: tl.c
 @triton.jit
 def _rows(
     w_rows, x_ptr, x_stride, R,
-    C: tl.constexpr, BO: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, STAGES: tl.constexpr,
+    C: tl.constexpr, BO: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """The product [BO, BR] of W's rows and up to BR rows of x, on the tensor cores."""
+    """The product [BO, BR] of W's rows and up to BR rows of x, on the tensor cores, in the order of `parts`."""
     row = tl.arange(0, BR)[:, None]
     x_rows = x_ptr + row.to(tl.int64) * x_stride
-    y = tl.zeros((BO, BR), tl.float32)
-    for first in tl.range(0, C, BC, num_stages=STAGES):
+    zero = tl.zeros((BO, BR), tl.float32)
+    y = zero
+    part = zero
+    for first in tl.range(0, C, BC, num_stages=STAGES):  # one loop over all parts keeps the pipeline full
         columns = (first + tl.arange(0, BC))[None, :]
         inside = (columns < C) if C % BC else tl.full((1, BC), True, tl.int1)
         w = tl.load(w_rows + columns, mask=inside, other=0.0, eviction_policy="evict_first")
         x = tl.load(x_rows + columns, mask=(row < R) & inside, other=0.0, eviction_policy="evict_last")
-        y = tl.dot(w, x.trans(), y, input_precision="ieee")
-    return y
+        if PARTS > 1:
+            total = y + part  # before the branch: then it is a selection, which the pipeline of sm_100 can have
+            if first % (C // PARTS) == 0:
+                y = total
+                part = zero
+        part = tl.dot(w, x.trans(), part, input_precision="ieee")
+    return y + part if PARTS > 1 else part
 
 
 @triton.jit
@@ -195,7 +205,8 @@ def _linear_few_rows(
     block_table_ptr, table_stride, seq_lens_ptr, positions_ptr, tokens, pages, slots,
     OUT: tl.constexpr, C: tl.constexpr, W_STRIDE: tl.constexpr, HALF: tl.constexpr,
     H: tl.constexpr, K: tl.constexpr, S: tl.constexpr,
-    BO: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
+    BO: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr,
+    AHEAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Pointers are None for inputs that the op does not have. BR is 1 for one row, else R padded."""
     if PDL:
@@ -231,7 +242,7 @@ def _linear_few_rows(
     if BR == 1:
         y = _one_row(ws, norms, x_ptr, eps, C, BC, PDL)
     else:
-        y = _rows(w_rows, x_ptr, x_stride, R, C, BO, BC, BR, STAGES)
+        y = _rows(w_rows, x_ptr, x_stride, R, C, BO, BC, BR, PARTS, STAGES)
 
     if bias_ptr is not None:
         y += bias
@@ -266,6 +277,22 @@ def _linear_few_rows(
             v = v_cache_ptr + place + column
             tl.store(v, first.to(dtype), mask=is_v)
             tl.store(v + HALF, second.to(dtype), mask=is_v)
+
+
+def parts(outputs: int, columns: int) -> int:
+    """The number of parts in which a product with W [outputs, columns] sums its columns, for 2 and more rows of x.
+
+    This is the order of the sum, all in float32:
+        - part p is the columns from p * columns / parts on; it is summed by itself, from zero
+        - within a part, chunks of CHUNK bytes in ascending order, and within a chunk the tensor core's steps (16
+          columns on NVIDIA's GPUs) in ascending order
+        - y = part 0 + part 1 + ..., in this order
+    then y is rounded once: y + bias to the dtype, and the residual is added.
+
+    Several parts are for weights of so few rows that 64 of them per program leave half of an H200 idle: a kernel may
+    give the parts of a row to several programs, with the same bits. The number of rows of x changes nothing.
+    """
+    return 4 if outputs <= 4096 and columns % (4 * 128) == 0 else 1
 
 
 def multiply(
@@ -306,5 +333,6 @@ def multiply(
         y, rows, **(cache or NO_CACHE),
         OUT=outputs, C=columns, W_STRIDE=weight.stride(0), HALF=half,
         BO=tile.rows, BC=min(tile.width // size, max(next_power_of_2(columns), 16)),
-        BR=1 if alone else PADDED_ROWS, STAGES=tile.stages, AHEAD=AHEAD, num_warps=tile.warps, **options(x.device),
+        BR=1 if alone else PADDED_ROWS, PARTS=parts(outputs, columns), STAGES=tile.stages, AHEAD=AHEAD,
+        num_warps=tile.warps, **options(x.device),
     )  # fmt: skip

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from internlm3 import kernels
 from internlm3.kernels import cpu, reference
+from internlm3.kernels.triton import linear_few_rows
 from internlm3.tests.kernels.support import (
     DEVICE,
     MODULES,
@@ -55,6 +56,39 @@ def product(x, weight, bias=None, normed=False):
         exact, addends, unbiased = exact + bias.double(), addends + 4 * bias.double().abs(), exact.abs()
     size = 4 * torch.finfo(torch.float32).eps / torch.finfo(x.dtype).eps * addends + largest + unbiased
     return exact, size
+
+
+def summed_in_order(x, weight, bias):
+    """x @ weight^T + bias in float32, in the order that `parts` of linear_few_rows.py states for several rows.
+
+    A chunk's sum is exact if the sums of its products are, in any order: the order within a chunk is the hardware's.
+    """
+    columns, chunk = x.shape[1], linear_few_rows.CHUNK // x.element_size()
+    width = columns // linear_few_rows.parts(len(weight), columns)
+    y = torch.zeros(len(x), len(weight))
+    for begin in range(0, columns, width):
+        part = torch.zeros_like(y)
+        for first in range(begin, begin + width, chunk):
+            some = slice(first, min(first + chunk, begin + width))
+            part += (x[:, some].double() @ weight[:, some].double().mT).float()
+        y += part
+    return y + bias.float()
+
+
+def order_case(rng, rows, outputs, columns, dtype, chunk):
+    """x [rows, columns] and weight [outputs, columns] whose product depends on the order of the chunks' sums.
+
+    Within a chunk the products are integers below 2^6 times a power of two, so that its sum is exact in any order.
+    Chunks have products of very different sizes, and all but one or two are cancelled by another one, so what remains
+    is mostly rounding.
+    """
+    x, weight = (torch.randint(-8, 9, (count, columns), generator=rng).float() for count in (rows, outputs))
+    scale, whole = torch.ones(columns), columns // chunk
+    for i in range((whole - 1) // 2):
+        this, other = (slice(n * chunk, (n + 1) * chunk) for n in (i, whole - 1 - i))
+        scale[this] = scale[other] = 2.0 ** int(torch.randint(10, (), generator=rng))
+        x[:, other], weight[:, other] = x[:, this], -weight[:, this]
+    return (x * scale).to(DEVICE, dtype), (weight * scale).to(DEVICE, dtype)
 
 
 class Case:
@@ -274,6 +308,20 @@ def test_a_row_has_the_same_bits_in_any_batch(seed, dtype, shape, other, scale):
     ]
     for op in ops:
         assert_same(op(alone, residual)[0], found=op(case.x, case.residual)[row])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(("outputs", "width"), [(40, 4096), (70, 1024), (33, 1000), (4097, 512)])
+def test_several_rows_are_summed_in_the_stated_order(dtype, outputs, width):
+    """Bit for bit, by values whose sum over a chunk is exact in any order.
+
+    So this does not show the order within a chunk, which numpy chooses in the interpreter and the tensor core on a GPU.
+    """
+    rng = generator(width)
+    x, weight = order_case(rng, 5, outputs, width, dtype, linear_few_rows.CHUNK // dtype.itemsize)
+    bias = normal(rng, outputs, dtype=dtype)
+    expected = summed_in_order(x.cpu(), weight.cpu(), bias.cpu())
+    assert_same(expected.to(DEVICE, dtype), found=kernels.linear(x, weight, bias))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
