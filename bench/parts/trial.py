@@ -5,26 +5,34 @@ Rows come in the order in which they decide most. What has not begun after SECON
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
 
+from .. import ROOT
 from ..cases import INTERNLM3_8B, Inputs, Size
 from ..record import Part, Row, first_line
 from ..trial.compare import compared, values_of_interleaved
 from ..trial.layers import Batch, weights
-from ..trial.prompts import chunk_kernels, cublas
+from ..trial.prompts import chunk_kernels, products_by_rows
+from ..trial.sums import orders
 from ..trial.variants import one_of_each, variants
 from .bare_step import device_of
 
 SECONDS = 330  # the limit of the part is 350
+CHECK_SECONDS = 90  # for the values of the candidates
 LAYERS = 12
 SHAPES = ((1, 1024), (4, 1024), (16, 1024), (1, 32768))  # batch size, context length
 MORE_SHAPES = ((32, 1024), (64, 1024), (4, 32768), (16, 32768))
 TOY = Size(hidden=64, intermediate=64, vocabulary=320, heads=2, kv_heads=1, head_dim=32)
 TOY_SHAPES = {(4, 1024): (2, 24), (1, 32768): (3, 70)}  # instead of these; one row takes the interpreter seconds
+
+Experiments = dict[str, Callable[[], Iterator[Row]]]
 
 
 def rows(small: bool) -> Iterator[Row]:
@@ -49,26 +57,61 @@ def rows(small: bool) -> Iterator[Row]:
             torch.cuda.empty_cache()
 
 
-def experiments(part: Part, small: bool) -> dict[str, Callable[[], Iterator[Row]]]:
+def experiments(part: Part, small: bool) -> Experiments:
     """By name, what yields the rows of each, the most decisive first."""
     torch.manual_seed(0)
     make = Inputs(TOY if small else INTERNLM3_8B, torch.float16 if small else torch.bfloat16, device_of(small))
     layers = weights(make, 1 if small else LAYERS)
     rounds = 1 if small else 20
+    wrong: list[Row] = []  # checks of the candidates that failed
+
+    def values() -> Iterator[Row]:
+        for row in candidate_values(part, small):
+            wrong.extend([row] * (row.state == "FAIL"))
+            yield row
 
     def layers_at(batch: int, context: int) -> Iterator[Row]:
-        tried = variants(batch, context)
+        tried = [*variants(batch, context)]
+        if wrong:
+            tried = [variant for variant in tried if not variant.of_candidates]
+            yield part.missing(f"E3 ring, batch {batch}, context {context}", "the candidates' values are wrong")
         shape = TOY_SHAPES[batch, context] if small else (batch, context)
-        return compared(part, Batch(make, layers, *shape), one_of_each(tried) if small else tried, rounds)
+        yield from compared(part, Batch(make, layers, *shape), one_of_each(tried) if small else tried, rounds)
 
-    def at(*shapes: tuple[int, int]) -> dict[str, Callable[[], Iterator[Row]]]:
+    def sums() -> Iterator[Row]:
+        if wrong:
+            yield part.missing("E6", "the candidates' values are wrong")
+        else:
+            yield from orders(part, make, (17, 40) if small else (17, 64, 128, 512, 2048))
+
+    def at(*shapes: tuple[int, int]) -> Experiments:
         return {f"layers at batch {shape[0]}, context {shape[1]}": partial(layers_at, *shape) for shape in shapes}
 
     counts = (256, 512, 1024) if small else (16, 32, 64, 128, 256, 512, 1024, 2048)
     return {
+        "the candidates' values": values,
         "E1 values": partial(values_of_interleaved, part, make),
         **at(*(TOY_SHAPES if small else SHAPES)),
-        "E5": partial(cublas, part, make, counts, rounds),
+        "E5": partial(products_by_rows, part, make, counts, rounds),
+        "E6": sums,
         **at(*(() if small else MORE_SHAPES)),
         "E4": partial(chunk_kernels, part, small, len(layers)),
     }
+
+
+def candidate_values(part: Part, small: bool) -> Iterator[Row]:
+    """The checks of `bench.candidates.check`, in a process of its own: a kernel that hangs or faults ends only that."""
+    command = [sys.executable, "-m", "bench.candidates.check", *["--small"] * small]
+    name = "values of the candidates"
+    try:
+        limit = None if small else CHECK_SECONDS
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=limit)
+    except subprocess.TimeoutExpired:
+        yield part.check(name, f"exceeded {CHECK_SECONDS} s")
+        return
+    if done.returncode:
+        last = done.stderr.strip().splitlines()[-1:]
+        yield part.check(name, f"exit code {done.returncode}: {last[0] if last else 'no output'}")
+        return
+    for checked, error in json.loads(done.stdout):
+        yield part.check(f"{name}: {checked}", error)

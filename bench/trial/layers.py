@@ -14,10 +14,13 @@ from torch import Tensor
 from internlm3 import kernels
 from internlm3.kernels.triton import linear_few_rows
 
+from .. import candidates
+from ..candidates.reference import APART, interleaved, sum_of
+from ..candidates.settings import Ring
+from ..candidates.sum_and_norm import sum_and_norm
 from ..cases import Inputs
 
 EPS = 1e-5
-APART = 8  # the distance of a gate row and its up row in `Weights.interleaved`
 
 
 class Weights(NamedTuple):
@@ -28,14 +31,8 @@ class Weights(NamedTuple):
     o: Tensor
     post_norm: Tensor
     gate_up: Tensor  # [2I, C], gate rows in front
-    interleaved: Tensor  # the same rows: 8 of gate, the 8 of up that belong to them, the next 8 of gate, ...
+    interleaved: Tensor  # the same rows: see candidates/reference.py
     down: Tensor
-
-
-def interleaved(gate_up: Tensor) -> Tensor:
-    """[2I, C] with gate rows in front -> the same rows, those of a pair 8 apart: one stream of memory, not two."""
-    rows, columns = gate_up.shape
-    return gate_up.view(2, rows // 2 // APART, APART, columns).transpose(0, 1).reshape(rows, columns)
 
 
 def weights(make: Inputs, layers: int) -> list[Weights]:
@@ -131,3 +128,49 @@ def with_attention(batch: Batch, layer: int, x: Tensor, settings: Attention) -> 
     """A layer as built, but for attention's settings."""
     with attention_with(settings, batch.sequences == 1):
         return as_built(batch, layer, x, decode_step=settings.early)
+
+
+def with_few_rows(batch: Batch, layer: int, x: Tensor, limit: int) -> Tensor:
+    """A layer as built, but with cuBLAS for more than `limit` rows."""
+    with mock.patch.object(sys.modules[kernels.linear.__module__], "FEW_ROWS", limit):
+        return as_built(batch, layer, x)
+
+
+class Rings(NamedTuple):
+    """How the candidates run a layer: the rings of its products, and the parts of o's and down's sums."""
+
+    ring: Ring
+    gate_up: Ring
+    parts: int
+
+
+class Unsummed(NamedTuple):
+    """The hidden states after a layer of candidates: the next launch adds the residual and down's parts."""
+
+    residual: Tensor
+    parts: Tensor
+
+    def summed(self) -> Tensor:
+        return self.residual + sum_of(self.parts, self.residual.dtype)
+
+
+def with_rings(batch: Batch, layer: int, state: Tensor | Unsummed, rings: Rings, rotated: bool = True) -> Unsummed:
+    """A layer of candidates. rotated: with the launch that rotates q and k and fills the cache.
+
+    Without it the values are wrong: its time is what a rotation inside the product's launch could reach.
+    """
+    w, rope, size = batch.layers[layer], batch.rope[layer], batch.make.size
+    ops = candidates.for_device(batch.make.device)
+    if isinstance(state, Unsummed):
+        x, y = sum_and_norm(state.parts, state.residual, w.norm, EPS)
+    else:
+        x, y = state, kernels.rms_norm(state, w.norm, EPS)
+    qkv = ops.linear(y, w.qkv, rings.ring)
+    if rotated:
+        q = kernels.rope_and_cache(qkv, **rope)
+    else:
+        q = qkv.unflatten(1, (-1, size.head_dim))[:, : size.heads]
+    parts = ops.partial_products(batch.attend(layer, q), w.o, rings.parts, rings.ring)
+    x, y = sum_and_norm(parts, x, w.post_norm, EPS)
+    h = ops.linear_swiglu(y, w.interleaved, rings.gate_up)
+    return Unsummed(x, ops.partial_products(h, w.down, rings.parts, rings.ring))

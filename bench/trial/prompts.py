@@ -1,4 +1,4 @@
-"""E5: cuBLAS by the number of rows, which decides the length of a prompt's chunks. E4: the kernels of a chunk."""
+"""E5: products by their number of rows, which decide the length of a prompt's chunks. E4: the kernels of a chunk."""
 
 from __future__ import annotations
 
@@ -11,9 +11,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
+from internlm3.kernels.triton.linear_few_rows import parts as parts_of
 from internlm3.runtime.engine import prefill
 
+from .. import candidates
+from ..candidates.settings import Ring
 from ..cases import Inputs
 from ..parts.bare_step import Steps, random_model
 from ..parts.launch_profile import launches_of
@@ -22,6 +26,9 @@ from ..timing import Call, replayed, rounds_of
 
 LEAST = 0.12  # the share by which longer chunks must be faster per token
 MATRICES = 6  # of each shape, so that no cache has the next one
+# The candidate's launches by rows of x, and what is predicted for all four products of a layer together.
+RINGS = {64: Ring(4, 4, 128, 64, 8), 128: Ring(4, 3, 128, 64, 8)}
+RING_PREDICTED = {64: "no prediction", 128: "105 us a layer; cuBLAS 100 to 110"}
 
 
 def products(make: Inputs) -> dict[str, tuple[int, int]]:
@@ -41,8 +48,8 @@ def times_of(calls: Sequence[Call], rounds: int) -> list[float]:
     return list(islice(rounds_of(run, len(calls)), rounds))
 
 
-def cublas(part: Part, make: Inputs, counts: Sequence[int], rounds: int) -> Iterator[Row]:
-    """F.linear of each matrix by rows of x, then what longer chunks gain per token in all four."""
+def products_by_rows(part: Part, make: Inputs, counts: Sequence[int], rounds: int) -> Iterator[Row]:
+    """cuBLAS for each matrix by rows of x, next to it the ring, and what longer chunks gain per token in all four."""
     per_token: dict[int, float] = defaultdict(float)
     for name, (outputs, inputs) in products(make).items():
         matrices = [make.weight(outputs, inputs) for _ in range(MATRICES)]
@@ -53,6 +60,12 @@ def cublas(part: Part, make: Inputs, counts: Sequence[int], rounds: int) -> Iter
             rate = 2 * rows * outputs * inputs / median(times) / 1e6
             about = {"experiment": "E5", "tokens": rows, "op": name, "TFLOP/s": rate}
             yield part.figure(f"E5 cuBLAS, {name}, {rows} rows", times, "us", f"{rate:.0f} TFLOP/s", **about)
+            if rows in RINGS and x.is_cuda:
+                calls = [partial(_in_parts, x, w, RINGS[rows]) for w in matrices]
+                gain = median(times) - median(ring_times := times_of(calls, rounds))
+                decision = f"up to {rows} rows through the ring" if gain > 0 else f"cuBLAS from {rows} rows on"
+                about |= {"gain": gain, "decision": decision, "predicted": RING_PREDICTED[rows]}
+                yield part.figure(f"E5 ring, {name}, {rows} rows", ring_times, "us", decision, **about)
     # A launch of all matrices at the chunk's length of today, and at longer ones.
     chunk = min(prefill.CHUNK, max(counts))
     for rows in [rows for rows in counts if rows > chunk]:
@@ -92,6 +105,10 @@ def chunk_kernels(part: Part, small: bool, layers: int) -> Iterator[Row]:
         for kernel, times in sorted(added.items(), key=lambda item: -sum(item[1]))[:12]:
             note = f"{len(times) / layers:.2g} launches a layer"
             yield part.figure(f"{name}: {kernel[:80]}", [sum(times) / layers], "us", note, **about)
+
+
+def _in_parts(x: Tensor, weight: Tensor, ring: Ring) -> Tensor:
+    return candidates.for_device(x.device).partial_products(x, weight, parts_of(*weight.shape), ring)
 
 
 def kernel_times(run: Call) -> dict[str, list[float]]:

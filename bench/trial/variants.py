@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
-from .layers import Attention, as_built, with_attention, with_interleaved
+from ..candidates.settings import Ring
+from .layers import Attention, Rings, as_built, with_attention, with_few_rows, with_interleaved, with_rings
 
 Layer = Callable[[Any, int, Any], Any]  # of a batch, a layer's number and the state before it: the state after it
 
@@ -21,6 +22,12 @@ class Variant(NamedTuple):
     predicted: str
     adopt: str  # what to do if it gains at least `bar`
     bar: float = 0.5  # microseconds of a layer; 24 of a step
+    same_values: bool = True  # as the layer as built, but for rounding
+
+    @property
+    def of_candidates(self) -> bool:
+        """Whether it launches kernels of bench/candidates."""
+        return isinstance(self.layer, partial) and self.layer.func is with_rings
 
     def decision(self, gain: float) -> str:
         if gain >= self.bar:
@@ -38,18 +45,63 @@ def variants(batch: int, context: int) -> Iterator[Variant]:
     """In the order in which they decide most."""
     if context <= 8192:
         yield from _interleaved(batch)
+        yield from _rings(batch)
     yield from _attention(batch, context)
 
 
 def one_of_each(tried: Iterable[Variant]) -> Iterable[Variant]:
-    """One variant of each experiment."""
-    return {variant.experiment: variant for variant in tried}.values()
+    """One variant of each experiment, whose values are right."""
+    return {variant.experiment: variant for variant in tried if variant.same_values}.values()
 
 
 def _interleaved(batch: int) -> Iterator[Variant]:
     if batch <= 16:
         adopt = "the loader stores gate and up rows 8 apart, and rms_norm_swiglu passes half=8"
         yield Variant("E1", "gate and up rows 8 apart", with_interleaved, "a gain of 3.3 to 4 us", adopt)
+
+
+# Chunks of W and of x in the rings, parts of o's and down's sums, and the predicted microseconds of a layer.
+_FEW = {  # for 1 and 4 rows
+    (5, 4, 4): ("76.0", "79.0"), (5, 4, 2): ("80.3", "83.3"), (3, 3, 4): ("77.8", "79.9"),
+    (4, 3, 4): ("76.8", "79.9"), (10, 4, 1): ("80.3", "85.1"), (6, 6, 4): ("no prediction", "no prediction"),
+}  # fmt: skip
+
+
+def _rings(batch: int) -> Iterator[Variant]:
+    """Predictions are of layers whose products rotate q and k themselves."""
+
+    def variant(name: str, rings: Rings, predicted: str, rotated: bool = True) -> Variant:
+        adopt = "the ring moves into kernels/ for this batch size, launched like this"
+        if batch == 1:
+            adopt += "; batch_invariant then costs nothing"
+        layer = partial(with_rings, rings=rings, rotated=rotated)
+        predicted = predicted if predicted.startswith("no") else f"{predicted} us a layer"
+        return Variant("E3", f"ring {name}", layer, predicted, adopt, 0.0 if batch == 1 else 1.0, rotated)
+
+    def plain(w: int, x: int, parts: int, predicted: str) -> Variant:
+        ring = Ring(w, x)
+        return variant(f"of {w} and {x} chunks, o and down in {parts} parts", Rings(ring, ring, parts), predicted)
+
+    if batch <= 4:
+        for (w, x, parts), by_batch in _FEW.items():
+            yield plain(w, x, parts, by_batch[batch > 1])
+    elif batch <= 16:
+        yield plain(5, 4, 4, "80.7")
+        yield plain(5, 4, 2, "85.6")
+    elif batch <= 32:
+        yield plain(5, 3, 4, "88")
+        yield plain(5, 3, 2, "no prediction")
+    else:
+        wide = Ring(4, 4, rows=128, columns=64, warps=8)
+        yield variant("of 4 and 4 chunks of 128 rows and 64 columns", Rings(wide, wide, 4), "100")
+    if batch <= 16:
+        mixed = Rings(Ring(5, 4), Ring(4, 3), 4)
+        predicted = {1: "75.3", 4: "78.3", 16: "80.0"}[batch]
+        yield variant("of 5 and 4 chunks, gate and up of 4 and 3", mixed, predicted)
+        yield variant("of 5 and 4 chunks, gate and up of 4 and 3, no rotation", mixed, predicted, rotated=False)
+    else:
+        adopt = "more than 16 rows keep cuBLAS: FEW_ROWS stays 16"
+        yield Variant("E3", "cuBLAS for more than 16 rows", partial(with_few_rows, limit=16), "no prediction", adopt)
 
 
 def _attention(batch: int, context: int) -> Iterator[Variant]:
