@@ -30,12 +30,11 @@ def _sum_and_norm(
     if PDL:
         tl.extra.cuda.gdc_wait()
     residual = tl.load(residual_ptr + row * C + columns, mask=inside, other=0.0)
-    parts = ()  # all loads are issued before the first sum
-    for part in tl.static_range(PARTS):
-        parts += (tl.load(parts_ptr + (part * R + row) * C + columns, mask=inside, other=0.0),)  # type: ignore[assignment]
-    total = parts[0]
-    for part in tl.static_range(1, PARTS):
-        total += parts[part]
+    total = tl.zeros((BLOCK,), tl.float32)
+    # A pipeline asks for all parts at once. Otherwise the compiler saves registers: it loads a few, adds them, and so
+    # waits for memory six times.
+    for part in tl.range(0, PARTS, num_stages=PARTS + 1):
+        total += tl.load(parts_ptr + (part * R + row) * C + columns, mask=inside, other=0.0)
     x = (residual.to(tl.float32) + total.to(dtype).to(tl.float32)).to(dtype)
     tl.store(x_ptr + row * C + columns, x, mask=inside)
     x = x.to(tl.float32)

@@ -3,8 +3,8 @@
     python -m bench.trial.audit [--quick]
 
 Prints a row for each launch of a candidate, and what is wrong with it. The project's own kernels are compiled with the
-settings that the trial gives them; of these only failures and spills are reported, since other settings break rules that
-`python -m bench.audit` has for those in use. --quick: one layer of candidates. The exit code is 1 if something is wrong.
+settings that the trial gives them; of these only failures and spills are reported, since the rules of `bench.audit` are
+for the settings in use. --quick: one layer of candidates. The exit code is 1 if something is wrong.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ FACTS = {
         ["w_ptr"], streams=["w_ptr", "x_ptr"], tensor_cores=True, bulk=["w_ptr"], most_slots=0.9, most_trips=2,
         least_programs=0.5,
     ),
-    "_sum_and_norm": Facts(["norm_ptr"], early=["norm_ptr"], streams=["parts_ptr", "norm_ptr"], most_trips=1),
+    "_sum_and_norm": Facts(["norm_ptr"], early=["norm_ptr"], streams=["parts_ptr", "norm_ptr"], most_trips=2),
 }  # fmt: skip
 
 
@@ -81,7 +81,8 @@ def audit(work: Sequence[Work]) -> Iterator[Finding]:
     for batch, context, variant in work:
         shape = f"batch {batch}, context {context}: {variant.experiment} {variant.name}"
         try:
-            for launch in compile_launches(partial(layer_of, variant), partial(_inputs, batch, context), TARGETS[TARGET]):
+            inputs = partial(_inputs, batch, context)
+            for launch in compile_launches(partial(layer_of, variant), inputs, TARGETS[TARGET]):
                 if launch.compiled.asm["cubin"] in seen:
                     continue
                 seen.add(launch.compiled.asm["cubin"])

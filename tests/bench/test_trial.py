@@ -1,0 +1,280 @@
+"""The trial on a machine without a GPU: its candidates, its rows and their decisions. test_gpu.py has its dry run."""
+
+import os
+import subprocess
+import sys
+from itertools import count
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from bench import ROOT, gpu, harness
+from bench.candidates import reference
+from bench.candidates.sum_and_norm import sum_and_norm
+from bench.cases import Inputs
+from bench.parts import trial
+from bench.record import Part, Row
+from bench.trial import compare, layers, sums, variants
+from internlm3 import kernels
+from internlm3.kernels.triton.linear_few_rows import parts as parts_of
+
+CPU = torch.device("cpu")
+EPS = 1e-5
+
+
+def compiling(*command: str) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, cwd=ROOT)
+
+
+def test_a_layer_of_candidates_passes_the_audit():
+    """Compiled for sm_90. Before the wait the ring has asked for as many chunks of W as it holds, and for nothing else."""
+    done = compiling("-m", "bench.trial.audit", "--quick")
+    assert done.returncode == 0, done.stdout + done.stderr
+    _, *rows, verdict = done.stdout.splitlines()
+    assert verdict.endswith(", 0 violations")
+    kernels_found = [row.split()[2] for row in rows]
+    assert kernels_found.count("_ring") == 4 and "_sum_and_norm" in kernels_found
+    assert all("40 of " in row and "HGMMA" in row for row in rows if row.split()[2] == "_ring")
+
+
+FAULTY = """
+import sys
+from bench.trial import audit
+from bench.machine_code.launches import compile_launches
+from bench.machine_code.reader import read
+import torch
+import importlib.util
+spec = importlib.util.spec_from_file_location("bench.candidates.faulty", {file!r})
+faulty = importlib.util.module_from_spec(spec)
+sys.modules[spec.name] = faulty
+spec.loader.exec_module(faulty)
+from bench.candidates.settings import Ring
+
+def arguments(device):
+    x, w = (torch.empty(n, 1024, dtype=torch.bfloat16, device=device) for n in (4, 4096))
+    return dict(x=x, weight=w, parts=1, ring=Ring())
+
+target = audit.TARGETS[audit.TARGET]
+(launch,) = compile_launches(faulty.partial_products, arguments, target)
+print("; ".join(audit.wrong_with(launch, read(launch, target))))
+"""
+W_EARLY = """        if i < CHUNKS:
+            _load(w_ring.index(i), w_chunk + i * BC)
+        async_copy.commit_group()
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "finding"),
+    [
+        ("    _trigger()\n", "    _trigger()\n    _wait()\n", "asks for 0 bytes of W before the wait"),
+        (W_EARLY, W_EARLY.replace("i < CHUNKS", "i < CHUNKS - 4"), "asks for 65536 bytes of W before the wait"),
+        ("    _wait()\n\n    x_row", "    x_row", "loads of a predecessor's work before the wait"),
+        ("    _trigger()\n", "", "accesses before the successor may start"),
+    ],
+    ids=["late weights", "few weights", "early activations", "no trigger"],
+)
+def test_the_audit_finds_a_faulty_ring(tmp_path, old, new, finding):
+    source = (ROOT / "bench" / "candidates" / "ring.py").read_text()
+    assert source.count(old) == 1
+    source = source.replace(old, new)
+    if finding.startswith("loads"):
+        source = source.replace("    summed: gl.constexpr", "    _wait()\n    summed: gl.constexpr")
+    (tmp_path / "faulty.py").write_text(source)
+    done = compiling("-c", FAULTY.format(file=str(tmp_path / "faulty.py")))
+    assert done.returncode == 0, done.stderr
+    assert finding in done.stdout
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("parts", "rows", "width"), [(1, 1, 64), (2, 3, 100), (4, 5, 256), (3, 2, 1000)])
+def test_sum_and_norm(dtype, parts, rows, width):
+    """x and y bit for bit: the sum of parts in ascending order, and the norm of the Triton kernel."""
+    values = torch.randn(parts, rows, width) * 10.0 ** torch.arange(parts)[:, None, None]
+    residual, norm = torch.randn(rows, width).to(dtype), torch.randn(width).to(dtype)
+    arguments = (harness.between_guards(each) for each in (values, residual, norm))
+    x, y = harness.call(sum_and_norm, *arguments, EPS)
+    expected, normed = reference.sum_and_norm(values, residual, norm, EPS)
+    assert not harness.difference("x", x, expected)
+    assert not harness.difference("y", y, kernels.rms_norm(expected, norm, EPS))
+    torch.testing.assert_close(y, normed)
+
+
+@pytest.mark.parametrize("columns", [512, 2048])
+def test_the_parts_of_the_reference_are_those_of_the_kernel_of_several_rows(columns):
+    """Bit for bit: sums within a part are exact, and the order of the parts decides how their sum is rounded."""
+    count = parts_of(40, columns)
+    assert count == 4
+    width = columns // count
+    x, weight = (torch.randint(-8, 9, (rows, columns)).float() for rows in (5, 40))
+    x[:, 3 * width :], weight[:, 3 * width :] = x[:, :width], -weight[:, :width]  # what remains is mostly rounding
+    for part, scale in enumerate((2.0**12, 2.0**9, 1.0, 2.0**12)):
+        x[:, part * width : (part + 1) * width] *= scale
+    x, weight = x.bfloat16(), weight.bfloat16()
+    found = kernels.linear(x, weight)
+    parts = reference.partial_products(x, weight, count)
+    assert not harness.difference("y", found, reference.sum_of(parts, x.dtype))
+    assert harness.difference("y", found, reference.sum_of(parts.flip(0), x.dtype))
+
+
+def test_interleaved_rows():
+    gate_up = torch.arange(64.0)[:, None] * torch.ones(1, 3)
+    assert reference.interleaved(gate_up)[:, 0].tolist() == [
+        half + 8 * group + row for group in range(4) for half in (0, 32) for row in range(8)
+    ]
+    x, gate_up = torch.randn(5, 16), torch.randn(64, 16)
+    expected = reference.reference.swiglu(x @ gate_up.mT)
+    torch.testing.assert_close(reference.linear_swiglu(x, reference.interleaved(gate_up)), expected)
+
+
+def test_a_candidate_runs_its_formula_on_a_cpu():
+    x, weight = torch.randn(70, 64), torch.randn(32, 64)
+    torch.testing.assert_close(sums.in_order(x, weight), x @ weight.mT)
+
+
+def test_settings_of_attention_hold_inside_only():
+    file = sys.modules[kernels.paged_attention.__module__]
+    before = file.tiling, file._TRIGGER
+    shape = (1, 16, 128, torch.bfloat16, True)
+    built = file.tiling(*shape, True, True)
+    with layers.attention_with(layers.Attention(keys=128, stages=5, trigger=0, early=False), alone=True):
+        assert file.tiling(*shape, False, False) == built._replace(keys=128, stages=5)
+        assert file._TRIGGER == 0
+    assert (file.tiling, file._TRIGGER) == before
+
+
+@pytest.fixture(scope="module")
+def batch():
+    make = Inputs(trial.TOY, torch.float16, CPU)
+    return layers.Batch(make, layers.weights(make, 1), 2, 24)
+
+
+def of(layer, **changes):
+    return variants.Variant("E0", "planted", layer, "a gain of 1 us", "adopt it")._replace(**changes)
+
+
+def wrong(batch, layer, x):
+    return layers.as_built(batch, layer, x) * 1.1
+
+
+CALLS = count()
+
+
+def unsteady(batch, layer, x):
+    """Another result at every third call."""
+    return layers.as_built(batch, layer, x) + (next(CALLS) % 3 == 2)
+
+
+def test_a_variant_is_timed_only_if_it_is_right(batch):
+    def broken(batch, layer, x):
+        raise RuntimeError("does not compile")
+
+    tried = [of(wrong), of(wrong, same_values=False), of(broken), of(unsteady), of(layers.as_built)]
+    built, *found = compare.compared(Part("trial"), batch, tried, 1)
+    assert built.name == "as built, batch 2, context 24" and built.rounds
+    assert [row.state for row in found] == ["FAIL", "figure", "FAIL", "FAIL", "figure"]
+    assert "so it is not timed" in found[0].note and found[2].note == "RuntimeError: does not compile"
+    assert "a replay's result" in found[3].note
+    assert found[4].about["predicted"] == "a gain of 1 us" and found[4].about["off"] == 0
+    assert "(predicted: a gain of 1 us)" in found[4].note and found[4].note.endswith(found[4].about["decision"])
+
+
+def test_a_gain_decides():
+    variant = of(layers.as_built, bar=0.5)
+    assert variant.decision(0.5) == "adopt it"
+    assert variant.decision(0.49) == "no change: it would have to gain 0.5 us"
+
+
+@pytest.mark.parametrize(("per_token", "decision"), [(0.87, "raise CHUNK to 1024"), (0.89, "CHUNK stays 512")])
+def test_longer_chunks_must_gain_twelve_percent(monkeypatch, per_token, decision):
+    """2048 is compared with 512 by the sum of all four matrices."""
+    from bench.trial import prompts
+
+    def times_of(calls, rounds):
+        rows = calls[0].args[0].shape[0]
+        return [rows * (per_token if rows > 512 else 1.0)] * rounds
+
+    monkeypatch.setattr(prompts, "times_of", times_of)
+    make = Inputs(trial.TOY, torch.float16, CPU)
+    *_, last = prompts.products_by_rows(Part("trial"), make, (512, 1024), 1)
+    assert last.about["decision"].startswith(decision)
+
+
+def test_every_variant_says_what_is_predicted_and_what_it_decides():
+    names = set()
+    for shape in trial.SHAPES + trial.MORE_SHAPES:
+        tried = [*variants.variants(*shape)]
+        assert {variant.experiment for variant in tried} <= {"E1", "E2", "E3"}
+        for variant in tried:
+            assert variant.predicted and variant.adopt
+            names.add((shape, variant.experiment, variant.name))
+        assert len([each for each in names if each[0] == shape]) == len(tried)
+
+
+def planted(monkeypatch, values):
+    """The trial with planted values of the candidates, and experiments that only yield their names."""
+    part = Part("trial")
+    monkeypatch.setattr(trial, "candidate_values", lambda part, small: iter([part.check("planted", values)]))
+    monkeypatch.setattr(trial, "compared", lambda part, batch, tried, rounds: iter([_names(part, batch, tried)]))
+    for name in ("products_by_rows", "chunk_kernels", "values_of_interleaved", "orders"):
+        monkeypatch.setattr(trial, name, lambda *_, name=name: iter([part.check(name, "")]))
+    return part
+
+
+def _names(part: Part, batch, tried) -> Row:
+    return part.check(batch.shape, "", tried=[variant.experiment for variant in tried])
+
+
+@pytest.mark.parametrize("error", ["", "y is wrong"])
+def test_a_ring_with_wrong_values_is_not_timed(monkeypatch, error):
+    planted(monkeypatch, error)
+    found = {row.name: row for row in trial.rows(True)}
+    assert ("E3" in found["batch 2, context 24"].about["tried"]) == (not error)
+    assert (found["E6"].state == "not run") if error else ("orders" in found)
+    assert "E4" not in found and "chunk_kernels" in found
+
+
+def test_what_has_no_time_left_is_left_out_and_named(monkeypatch):
+    """The clock jumps past the limit after the first experiment."""
+    planted(monkeypatch, "")
+    monkeypatch.setattr(trial, "device_of", lambda small: CPU)
+    monkeypatch.setattr(trial, "INTERNLM3_8B", trial.TOY)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    times = iter([0.0, 0.0])
+    monkeypatch.setattr(trial, "time", SimpleNamespace(monotonic=lambda: next(times, 1e9)))
+    first, *rest = trial.rows(False)
+    assert first.name == "planted" and all(row.state == "not run" and "left out" in row.note for row in rest)
+    assert {"E1 values", "layers at batch 1, context 1024", "E5", "E6", "E4"} <= {row.name for row in rest}
+
+
+@pytest.mark.parametrize(
+    ("program", "error"),
+    [
+        ("import os; os._exit(9)", "exit code 9: no output"),
+        ("raise RuntimeError('an illegal memory access')", "exit code 1: RuntimeError: an illegal memory access"),
+        ("""print('[["one", ""], ["two", "is wrong"]]')""", "is wrong"),
+    ],
+)
+def test_a_candidate_that_faults_is_a_failed_check(monkeypatch, program, error):
+    run = subprocess.run
+    monkeypatch.setattr(
+        trial.subprocess, "run", lambda command, **options: run([sys.executable, "-c", program], **options)
+    )
+    found = [*trial.candidate_values(Part("trial"), True)]
+    assert found[-1].state == "FAIL" and found[-1].note == error
+
+
+def test_a_candidate_that_hangs_is_a_failed_check(monkeypatch):
+    def hangs(command, timeout, **options):
+        raise subprocess.TimeoutExpired(command, timeout)
+
+    monkeypatch.setattr(trial.subprocess, "run", hangs)
+    (row,) = trial.candidate_values(Part("trial"), False)
+    assert row.state == "FAIL" and row.note == f"exceeded {trial.CHECK_SECONDS} s"
+
+
+def test_the_trial_runs_only_if_it_is_named():
+    assert "trial" in gpu.PARTS and "trial" not in gpu.default_parts()
+    assert gpu.PARTS["trial"].seconds > trial.SECONDS + 15
