@@ -29,7 +29,7 @@ def compiling(*command: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_layer_of_candidates_passes_the_audit():
-    """Compiled for sm_90. Before the wait the ring has asked for as many chunks of W as it holds, and for nothing else."""
+    """Compiled for sm_90: before the wait the ring has asked for as many chunks of W as it holds, and nothing else."""
     done = compiling("-m", "bench.trial.audit", "--quick")
     assert done.returncode == 0, done.stdout + done.stderr
     _, *rows, verdict = done.stdout.splitlines()
