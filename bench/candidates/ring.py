@@ -63,9 +63,9 @@ def _ring(
     dtype: gl.constexpr = w_ptr.dtype.element_ty
     WARPS: gl.constexpr = gl.num_warps()
     CHUNKS: gl.constexpr = C // PARTS // BC
-    gl.static_assert(OUT % BO == 0 and C % (PARTS * BC) == 0 and WS >= XS)
-    # Of a copy a thread moves 16 bytes, and 16 threads move 256 consecutive bytes of a row.
-    copied: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [WARPS, 1], [1, 0])
+    gl.static_assert(OUT % BO == 0 and C % (PARTS * BC) == 0 and BC <= 256 and WS >= XS)
+    # A thread copies 16 bytes at a time, and BC / 8 threads a row of a chunk.
+    copied: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BC, BC // 8], [WARPS, 1], [1, 0])
     w_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BO, BC], dtype)
     x_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BR, BC], dtype)
     w_ring = gl.allocate_shared_memory(dtype, [WS, BO, BC], w_layout)

@@ -33,8 +33,7 @@ from .variants import Variant, variants
 TARGET = "sm_90"
 FACTS = {
     "_ring": Facts(
-        ["w_ptr"], streams=["w_ptr", "x_ptr"], tensor_cores=True, bulk=["w_ptr"], most_slots=0.9, most_trips=2,
-        least_programs=0.5,
+        ["w_ptr"], streams=["w_ptr", "x_ptr"], tensor_cores=True, bulk=["w_ptr"], most_slots=0.9, most_trips=2
     ),
     "_sum_and_norm": Facts(["norm_ptr"], early=["norm_ptr"], streams=["parts_ptr", "norm_ptr"], most_trips=2),
 }  # fmt: skip

@@ -139,7 +139,8 @@ def with_few_rows(batch: Batch, layer: int, x: Tensor, limit: int) -> Tensor:
 class Rings(NamedTuple):
     """How the candidates run a layer: the rings of its products, and the parts of o's and down's sums."""
 
-    ring: Ring
+    qkv: Ring
+    o_down: Ring
     gate_up: Ring
     parts: int
 
@@ -165,12 +166,12 @@ def with_rings(batch: Batch, layer: int, state: Tensor | Unsummed, rings: Rings,
         x, y = sum_and_norm(state.parts, state.residual, w.norm, EPS)
     else:
         x, y = state, kernels.rms_norm(state, w.norm, EPS)
-    qkv = ops.linear(y, w.qkv, rings.ring)
+    qkv = ops.linear(y, w.qkv, rings.qkv)
     if rotated:
         q = kernels.rope_and_cache(qkv, **rope)
     else:
         q = qkv.unflatten(1, (-1, size.head_dim))[:, : size.heads]
-    parts = ops.partial_products(batch.attend(layer, q), w.o, rings.parts, rings.ring)
+    parts = ops.partial_products(batch.attend(layer, q), w.o, rings.parts, rings.o_down)
     x, y = sum_and_norm(parts, x, w.post_norm, EPS)
     h = ops.linear_swiglu(y, w.interleaved, rings.gate_up)
-    return Unsummed(x, ops.partial_products(h, w.down, rings.parts, rings.ring))
+    return Unsummed(x, ops.partial_products(h, w.down, rings.parts, rings.o_down))

@@ -80,7 +80,7 @@ def _rings(batch: int) -> Iterator[Variant]:
 
     def plain(w: int, x: int, parts: int, predicted: str) -> Variant:
         ring = Ring(w, x)
-        return variant(f"of {w} and {x} chunks, o and down in {parts} parts", Rings(ring, ring, parts), predicted)
+        return variant(f"of {w} and {x} chunks, o and down in {parts} parts", Rings(ring, ring, ring, parts), predicted)
 
     if batch <= 4:
         for (w, x, parts), by_batch in _FEW.items():
@@ -93,9 +93,10 @@ def _rings(batch: int) -> Iterator[Variant]:
         yield plain(5, 3, 2, "no prediction")
     else:
         wide = Ring(4, 4, rows=128, columns=64, warps=8)
-        yield variant("of 4 and 4 chunks of 128 rows and 64 columns", Rings(wide, wide, 4), "100")
+        rings = Rings(Ring(4, 3), wide, wide, 4)  # qkv has too few rows for programs of 128
+        yield variant("of 4 and 4 chunks of 128 rows and 64 columns", rings, "100")
     if batch <= 16:
-        mixed = Rings(Ring(5, 4), Ring(4, 3), 4)
+        mixed = Rings(Ring(5, 4), Ring(5, 4), Ring(4, 3), 4)
         predicted = {1: "75.3", 4: "78.3", 16: "80.0"}[batch]
         yield variant("of 5 and 4 chunks, gate and up of 4 and 3", mixed, predicted)
         yield variant("of 5 and 4 chunks, gate and up of 4 and 3, no rotation", mixed, predicted, rotated=False)

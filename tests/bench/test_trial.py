@@ -88,12 +88,11 @@ def test_the_audit_finds_a_faulty_ring(tmp_path, old, new, finding):
     assert finding in done.stdout
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("parts", "rows", "width"), [(1, 1, 64), (2, 3, 100), (4, 5, 256), (3, 2, 1000)])
-def test_sum_and_norm(dtype, parts, rows, width):
+def test_sum_and_norm(parts, rows, width):
     """x and y bit for bit: the sum of parts in ascending order, and the norm of the Triton kernel."""
     values = torch.randn(parts, rows, width) * 10.0 ** torch.arange(parts)[:, None, None]
-    residual, norm = torch.randn(rows, width).to(dtype), torch.randn(width).to(dtype)
+    residual, norm = torch.randn(rows, width).half(), torch.randn(width).half()
     arguments = (harness.between_guards(each) for each in (values, residual, norm))
     x, y = harness.call(sum_and_norm, *arguments, EPS)
     expected, normed = reference.sum_and_norm(values, residual, norm, EPS)
@@ -110,9 +109,10 @@ def test_the_parts_of_the_reference_are_those_of_the_kernel_of_several_rows(colu
     width = columns // count
     x, weight = (torch.randint(-8, 9, (rows, columns)).float() for rows in (5, 40))
     x[:, 3 * width :], weight[:, 3 * width :] = x[:, :width], -weight[:, :width]  # what remains is mostly rounding
-    for part, scale in enumerate((2.0**12, 2.0**9, 1.0, 2.0**12)):
-        x[:, part * width : (part + 1) * width] *= scale
-    x, weight = x.bfloat16(), weight.bfloat16()
+    for part, scale in enumerate((2.0**10, 2.0, 1.0, 2.0**10)):
+        for factor in (x, weight):
+            factor[:, part * width : (part + 1) * width] *= scale
+    x, weight = x.half(), weight.half()
     found = kernels.linear(x, weight)
     parts = reference.partial_products(x, weight, count)
     assert not harness.difference("y", found, reference.sum_of(parts, x.dtype))
