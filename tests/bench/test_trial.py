@@ -1,5 +1,6 @@
 """The trial on a machine without a GPU: its candidates, its rows and their decisions. test_gpu.py has its dry run."""
 
+import json
 import os
 import subprocess
 import sys
@@ -39,53 +40,20 @@ def test_a_layer_of_candidates_passes_the_audit():
     assert all("40 of " in row and "HGMMA" in row for row in rows if row.split()[2] == "_ring")
 
 
-FAULTY = """
-import sys
-from bench.trial import audit
-from bench.machine_code.launches import compile_launches
-from bench.machine_code.reader import read
-import torch
-import importlib.util
-spec = importlib.util.spec_from_file_location("bench.candidates.faulty", {file!r})
-faulty = importlib.util.module_from_spec(spec)
-sys.modules[spec.name] = faulty
-spec.loader.exec_module(faulty)
-from bench.candidates.settings import Ring
-
-def arguments(device):
-    x, w = (torch.empty(n, 1024, dtype=torch.bfloat16, device=device) for n in (4, 4096))
-    return dict(x=x, weight=w, parts=1, ring=Ring())
-
-target = audit.TARGETS[audit.TARGET]
-(launch,) = compile_launches(faulty.partial_products, arguments, target)
-print("; ".join(audit.wrong_with(launch, read(launch, target))))
-"""
-W_EARLY = """        if i < CHUNKS:
-            _load(w_ring.index(i), w_chunk + i * BC)
-        async_copy.commit_group()
-"""
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "finding"),
-    [
-        ("    _trigger()\n", "    _trigger()\n    _wait()\n", "asks for 0 bytes of W before the wait"),
-        (W_EARLY, W_EARLY.replace("i < CHUNKS", "i < CHUNKS - 4"), "asks for 65536 bytes of W before the wait"),
-        ("    _wait()\n\n    x_row", "    x_row", "loads of a predecessor's work before the wait"),
-        ("    _trigger()\n", "", "accesses before the successor may start"),
-    ],
-    ids=["late weights", "few weights", "early activations", "no trigger"],
-)
-def test_the_audit_finds_a_faulty_ring(tmp_path, old, new, finding):
-    source = (ROOT / "bench" / "candidates" / "ring.py").read_text()
-    assert source.count(old) == 1
-    source = source.replace(old, new)
-    if finding.startswith("loads"):
-        source = source.replace("    summed: gl.constexpr", "    _wait()\n    summed: gl.constexpr")
-    (tmp_path / "faulty.py").write_text(source)
-    done = compiling("-c", FAULTY.format(file=str(tmp_path / "faulty.py")))
+def test_the_audit_finds_a_faulty_ring(tmp_path):
+    done = compiling("-m", "tests.support.faulty_rings", str(tmp_path))
     assert done.returncode == 0, done.stderr
-    assert finding in done.stdout
+    found = {name: "; ".join(sentences) for name, sentences in json.loads(done.stdout).items()}
+    expected = {
+        "none": "",
+        "late weights": "asks for 0 bytes of W before the wait, must ask for 81920",
+        "few weights": "asks for 65536 bytes of W before the wait, must ask for 81920",
+        "early activations": "loads of a predecessor's work before the wait",
+        "no trigger": "accesses before the successor may start",
+    }
+    assert found.keys() == expected.keys()
+    for name, sentence in expected.items():
+        assert sentence in found[name] and bool(sentence) == bool(found[name]), (name, found[name])
 
 
 @pytest.mark.parametrize(("parts", "rows", "width"), [(1, 1, 64), (2, 3, 100), (4, 5, 256), (3, 2, 1000)])
