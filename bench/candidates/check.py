@@ -28,6 +28,10 @@ ROWS = (1, 4, 16, 17, 32, 64, 100)
 SHAPES = {"o": (4096, 4096, 4), "down": (4096, 10240, 4), "qkv": (4608, 4096, 1)}  # outputs, inputs, parts
 
 
+def ring_of(rows: int) -> Ring:
+    return next(ring for most, ring in RINGS.items() if rows <= most)
+
+
 def difference(name: str, found: Tensor, exact: Tensor, steps: float) -> str:
     """What is wrong with a result. steps: of its dtype, relative to the value and to the RMS of its row.
 
@@ -54,7 +58,7 @@ def checks(small: bool) -> Iterator[tuple[str, str]]:
         return harness.call(op, harness.between_guards(x), harness.between_guards(weight), *launch)
 
     for rows in (3,) if small else ROWS:
-        ring = next(ring for most, ring in RINGS.items() if rows <= most)
+        ring = ring_of(rows)
         for name, (outputs, inputs, parts) in shapes.items():
             x, weight = random(rows, inputs), random(outputs, inputs, scale=inputs**-0.5)
             if parts > 1:

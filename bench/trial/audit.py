@@ -1,4 +1,4 @@
-"""Compile every launch of the trial's layers for sm_90, on a machine without a GPU, and audit those of the candidates.
+"""Compile every launch of the trial for sm_90, on a machine without a GPU, and audit those of the candidates.
 
     python -m bench.trial.audit [--quick]
 
@@ -12,23 +12,30 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 # Interpreted kernels would not be compiled.
 os.environ.pop("TRITON_INTERPRET", None)
 
 import torch
+from torch import Tensor
 
+from internlm3.kernels.triton.linear_few_rows import parts as parts_of
+
+from .. import candidates
 from ..audit import CACHE, Facts, Finding, figures, print_table, violations
+from ..candidates import check
 from ..cases import INTERNLM3_8B, Inputs
 from ..machine_code.launches import Launch, compile_launches
 from ..machine_code.reader import MachineCode, read
 from ..machine_code.targets import TARGETS
 from ..parts.trial import MORE_SHAPES, SHAPES
 from .layers import Batch, weights
-from .variants import Variant, variants
+from .prompts import products
+from .sums import ROWS, in_order
+from .variants import Layer, variants
 
 TARGET = "sm_90"
 FACTS = {
@@ -58,53 +65,78 @@ def wrong_with(launch: Launch, code: MachineCode) -> list[str]:
 
 
 class Work(NamedTuple):
-    """A variant at one shape."""
+    """Something that the trial runs."""
 
-    batch: int
-    context: int
-    variant: Variant
+    experiment: str
+    shape: str
+    run: Callable[[torch.device], object]
 
 
-def all_work(quick: bool) -> Iterator[Work]:
-    for batch, context in SHAPES[1:2] if quick else SHAPES + MORE_SHAPES:
+def all_work() -> Iterator[Work]:
+    for batch, context in SHAPES + MORE_SHAPES:
         for variant in variants(batch, context):
-            yield Work(batch, context, variant)
-            if quick and variant.of_candidates:
-                return
+            shape = f"batch {batch}, context {context}: {variant.name}"
+            yield Work(variant.experiment, shape, partial(_two_layers, variant.layer, batch, context))
+    for rows in check.ROWS:
+        for name in products(Inputs(INTERNLM3_8B, torch.bfloat16, torch.device("meta"))):
+            yield Work("check", f"{name}, {rows} rows", partial(_checked, name, rows))
+    for name in products(Inputs(INTERNLM3_8B, torch.bfloat16, torch.device("meta"))):
+        yield Work("E6", name, partial(_in_order, name))
 
 
-def audit(work: Sequence[Work]) -> Iterator[Finding]:
+def quick_work() -> Iterator[Work]:
+    """One layer of candidates."""
+    variant = next(variant for variant in variants(4, 1024) if variant.of_candidates)
+    yield Work(variant.experiment, variant.name, partial(_two_layers, variant.layer, 4, 1024))
+
+
+def _two_layers(layer: Layer, batch: int, context: int, device: torch.device) -> None:
+    """The second one of candidates begins with the sum of the first."""
+    make = Inputs(INTERNLM3_8B, torch.bfloat16, device)
+    inputs = Batch(make, weights(make, 1), batch, context)
+    layer(inputs, 0, layer(inputs, 0, inputs.x))
+
+
+def _factors(name: str, rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    make = Inputs(INTERNLM3_8B, torch.bfloat16, device)
+    outputs, inputs = products(make)[name]
+    return make.random(rows, inputs), make.weight(outputs, inputs)
+
+
+def _checked(name: str, rows: int, device: torch.device) -> None:
+    x, weight = _factors(name, rows, device)
+    ops, ring = candidates.for_device(device), check.ring_of(rows)
+    if name == "gate_up":
+        ops.linear_swiglu(x, weight, ring)
+    elif name == "qkv":
+        ops.linear(x, weight, ring)
+    else:
+        ops.partial_products(x, weight, parts_of(*weight.shape), ring)
+
+
+def _in_order(name: str, device: torch.device) -> None:
+    in_order(*_factors(name, ROWS, device))
+
+
+def audit(work: Iterable[Work]) -> Iterator[Finding]:
     """The launches of each piece of work that no earlier one had."""
     CACHE.mkdir(exist_ok=True)
-    seen = set()
-    for batch, context, variant in work:
-        shape = f"batch {batch}, context {context}: {variant.experiment} {variant.name}"
+    target, seen = TARGETS[TARGET], set()
+    for experiment, shape, run in work:
         try:
-            inputs = partial(_inputs, batch, context)
-            for launch in compile_launches(partial(layer_of, variant), inputs, TARGETS[TARGET]):
+            for launch in compile_launches(run, lambda device: {"device": device}, target):
                 if launch.compiled.asm["cubin"] in seen:
                     continue
                 seen.add(launch.compiled.asm["cubin"])
-                code = read(launch, TARGETS[TARGET], CACHE)
+                code = read(launch, target, CACHE)
                 if launch.kernel in FACTS:
                     wrong = wrong_with(launch, code)
                 else:
                     wrong = [f"spills: {code.spilled} bytes"] * (code.spilled > 0)
-                found = figures(launch, code, TARGETS[TARGET], FACTS.get(launch.kernel, Facts()))
-                yield Finding(TARGET, variant.experiment, shape, launch.kernel, found, wrong)
+                found = figures(launch, code, target, FACTS.get(launch.kernel, Facts()))
+                yield Finding(TARGET, experiment, shape, launch.kernel, found, wrong)
         except Exception as error:  # whatever a launcher, the compiler or one of its tools raises is a finding
-            wrong = [f"no machine code: {type(error).__name__}: {error}"]
-            yield Finding(TARGET, variant.experiment, shape, "-", {}, wrong)
-
-
-def _inputs(batch: int, context: int, device: torch.device) -> dict[str, Any]:
-    make = Inputs(INTERNLM3_8B, torch.bfloat16, device)
-    return {"batch": Batch(make, weights(make, 1), batch, context)}
-
-
-def layer_of(variant: Variant, batch: Batch) -> None:
-    """Two layers: the second of candidates begins with the sum of the first."""
-    variant.layer(batch, 0, variant.layer(batch, 0, batch.x))
+            yield Finding(TARGET, experiment, shape, "-", {}, [f"no machine code: {type(error).__name__}: {error}"])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -113,11 +145,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--quick", action="store_true", help="one layer of candidates")
     options = parser.parse_args(arguments)
-    findings = [*audit([*all_work(options.quick)])]
+    findings = [*audit(quick_work() if options.quick else all_work())]
     print_table([found for found in findings if found.kernel in FACTS])
     failures = [(found, sentence) for found in findings for sentence in found.wrong]
     for found, sentence in failures:
-        print(f"FAIL  {found.shape}, {found.kernel}: {sentence}")
+        print(f"FAIL  {found.op} {found.shape}, {found.kernel}: {sentence}")
     print(f"{len(findings)} launches compiled, {len(failures)} violations")
     return min(len(failures), 1)
 
