@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .runtime.api.outputs import Chunk as Chunk
     from .runtime.api.outputs import CompletionOutput as CompletionOutput
     from .runtime.api.outputs import RequestOutput as RequestOutput
+    from .runtime.api.perplexity import Perplexity as Perplexity
     from .runtime.api.prompts import SYSTEM_PROMPT as SYSTEM_PROMPT
     from .runtime.api.prompts import THINKING_SYSTEM_PROMPT as THINKING_SYSTEM_PROMPT
     from .runtime.compat.causal_lm import InternLM3ForCausalLM as InternLM3ForCausalLM
@@ -31,6 +32,7 @@ _HOME = {
     "InternLM3Model": "compat.decoder",
     "InternLM3Tokenizer": "tokenization.tokenizer",
     "LLM": "api.llm",
+    "Perplexity": "api.perplexity",
     "RECOMMENDED": "sampling.params",
     "RECOMMENDED_THINKING": "sampling.params",
     "RequestOutput": "api.outputs",

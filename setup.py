@@ -74,6 +74,7 @@ setup(
         "test": [
             "gguf>=0.17",
             "protobuf>=5",
+            "compressed-tensors>=0.20",  # packs weights that are then read
             "prompt_toolkit>=3.0",
             "matplotlib>=3.9",
             # 5.23 is the first with InternLM3. It needs Python 3.11; with an older one these tests are left out.

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from tqdm import tqdm
 
+from ..checkpoint.gguf.folder import locate
 from ..checkpoint.load import load_model
 from ..common.checks import check_bool, check_int
-from ..common.hub import locate
 from ..common.neutral import without_neutral
 from ..common.other_libraries import LLM as LLM_NEUTRAL
 from ..common.other_libraries import LLM_COUNTERPARTS
@@ -38,6 +38,7 @@ from ..tokenization.text_stream import TextStream
 from ..tokenization.tokenizer import InternLM3Tokenizer
 from .inputs import check_window, checkpoint_defaults, conversation_of, encode_prompt, prompt_list, token_ids_of
 from .outputs import Chunk, RequestOutput, chunk_of, completion_of, timings_of
+from .perplexity import Perplexity, perplexity
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -51,7 +52,7 @@ class LLM:
     to these.
 
     Args:
-        model: a local folder, or a hub repository "owner/name".
+        model: a local folder, a hub repository "owner/name", or a GGUF file: its path, or "owner/name:file.gguf".
         dtype: "auto", "bfloat16", "float16" or "float32". "auto" is as the checkpoint says; on a CPU without products
             of that dtype it is float32, if that takes at most two thirds of the free memory.
         device: "auto" (the GPU if there is one), "cpu", "cuda" or "cuda:N".
@@ -281,6 +282,28 @@ class LLM:
                 raise ValueError(f"stream answers one prompt; there are {len(several)}")
             _, ids = self._encode(several[0])
         return self._chunks(self._requests([ids], [params])[0], chat=chat)
+
+    def perplexity(
+        self, text: str | Sequence[int], *, window: int | None = None, stride: int | None = None
+    ) -> Perplexity:
+        """How well the model predicts a text: exp of the mean loss over its tokens, by a sliding window.
+
+        Args:
+            text: a text, which is tokenised like a prompt, or token ids.
+            window: tokens that the model sees at once; by default 2048, or max_seq_len if that is less.
+            stride: tokens between the beginnings of two windows; by default half a window. Every token but those of the
+                first window has at least window - stride tokens before it.
+
+        Raises:
+            ValueError: fewer than two tokens, an impossible window or stride, or a token outside the vocabulary.
+        """
+        size = check_int("window", min(2048, self.max_seq_len) if window is None else window, 2, self.max_seq_len)
+        step = check_int("stride", max(size // 2, 1) if stride is None else stride, 1, size)
+        ids = self.tokenizer.encode(text) if isinstance(text, str) else token_ids_of(text)
+        check_prompt("the text", ids, self.config.vocab_size)
+        if len(ids) < 2:
+            raise ValueError("the text has one token, and a perplexity needs two")
+        return perplexity(self.model, ids, size, step, progress=self._progress)
 
     # ---------------------------------------------------------------- prompts and settings
 

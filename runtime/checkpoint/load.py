@@ -10,12 +10,19 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..common.files import has_file
 from ..common.progress import hides_bar
 from ..common.shown import shown
 from ..model.config import InternLM3Config
 from ..model.model import LanguageModel
 from .cpu_dtype import cpu_dtype
-from .weight_files import FLOATS, WeightFiles, read_tensors, tied_names
+from .gguf.folder import WEIGHTS as GGUF_WEIGHTS
+from .gguf.reader import GGUFHeader
+from .gguf.weights import GGUFWeights
+from .quantised.dense_files import DenseFiles
+from .quantised.methods import KEY, method_of
+from .quantised.scheme import Method
+from .weight_files import FLOATS, WeightFiles, tied_names
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _ALIASES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
@@ -62,16 +69,18 @@ def load_model(
     """
     target, wanted = resolve_device(device), resolve_dtype(dtype)
     config = config or InternLM3Config.from_file(folder / "config.json")
-    files = WeightFiles.open(folder)
+    files = _open(folder, config)
     if use_safetensors and any(path.suffix == ".bin" for path in files.headers):
         raise FileNotFoundError(
             f"{folder} contains only pickled weights, and use_safetensors=True asks for safetensors"
         )
     files.check_layers(config.num_hidden_layers)
-    model = cls(config, device="meta")
+    method = method_of(folder, config.extra)
+    model = cls(_dense(config), device="meta")
     load_weights(
         model,
         files,
+        method,
         dtype=wanted or DTYPES.get(config.dtype or ""),
         device=target,
         fast_on_cpu=fast_on_cpu and wanted is None,
@@ -84,6 +93,7 @@ def load_model(
 def load_weights(
     module: nn.Module,
     files: WeightFiles,
+    method: Method | None = None,
     *,
     dtype: torch.dtype | None,
     device: torch.device,
@@ -93,6 +103,8 @@ def load_weights(
     """Gives a module on the meta device its weights, as `dtype` (None: as they are stored), or as `cpu_dtype` has it.
 
     A parameter that the module has under two names may be stored under either; under both, they must be equal.
+    `method` says how the files are quantised, None if they are not. Quantised weights are computed in float32 and
+    rounded once, to `dtype`.
 
     Raises:
         ValueError: files that are damaged, or whose tensors are not those of the module; the message names them.
@@ -105,6 +117,8 @@ def load_weights(
     tied = dict(pair[::-1] if swap else pair for pair, swap in zip(pairs, only_later, strict=True))
     shapes = {stored(name): tuple(weight.shape) for name, weight in module.state_dict().items()}
     shapes = {name: shape for name, shape in shapes.items() if name not in tied}
+    if method is not None:
+        files = DenseFiles.of(files, method, shapes)
     _check(files, shapes, tied)
     dtype = dtype or _stored_dtype(files)
     if fast_on_cpu and device.type == "cpu":
@@ -116,7 +130,7 @@ def load_weights(
     bar = tqdm(total=len(shapes), desc="Loading weights", unit="tensor", disable=hides_bar(progress))
     with bar:
         for path in files.headers:
-            for name, tensor in read_tensors(path, shapes.keys(), device):
+            for name, tensor in files.read(path, shapes.keys(), device):
                 weights[name].copy_(tensor)
                 bar.update()
 
@@ -158,6 +172,24 @@ def resolve_dtype(wanted: str | torch.dtype | None) -> torch.dtype | None:
     return DTYPES[name]
 
 
+def _open(folder: Path, config: InternLM3Config) -> WeightFiles:
+    """The weight files of a folder, or the GGUF file that it has instead."""
+    if has_file(folder / GGUF_WEIGHTS):
+        header = GGUFHeader.read((folder / GGUF_WEIGHTS).resolve())
+        return GGUFWeights.of(header, config.num_attention_heads, config.num_key_value_heads)
+    return WeightFiles.open(folder)
+
+
+def _dense(config: InternLM3Config) -> InternLM3Config:
+    """The configuration of the model in memory, which is not quantised."""
+    values = config.to_dict()
+    return (
+        InternLM3Config.from_dict({key: value for key, value in values.items() if key != KEY})
+        if KEY in values
+        else config
+    )
+
+
 def _names_in(files: WeightFiles) -> Callable[[str], str]:
     """Maps the name of a parameter to its name in the files: the checkpoint of a base model has no prefix "model."."""
     if any(name.startswith(_PREFIX) for name in files.file_of):
@@ -174,8 +206,8 @@ def _check(files: WeightFiles, shapes: Mapping[str, tuple[int, ...]], tied: Mapp
     if extra:
         first = min(extra)
         raise ValueError(
-            f"{file_of[first]}: {_listed(sorted(extra))} unexpected; config.json describes another model "
-            "(or the checkpoint is quantised, which this runtime does not read)"
+            f"{file_of[first]}: {_listed(sorted(extra))} unexpected; config.json describes another model, or does not "
+            "say how the checkpoint is quantised"
         )
     for name, shape in shapes.items():
         found, dtype = files.headers[file_of[name]][name]
@@ -186,16 +218,16 @@ def _check(files: WeightFiles, shapes: Mapping[str, tuple[int, ...]], tied: Mapp
         if dtype not in FLOATS:
             raise ValueError(f"{file_of[name]}: {shown(name)} is {dtype}; weights must be bfloat16, float16 or float32")
     for name, first in tied.items():
-        if name in file_of and not torch.equal(*(_tensor(file_of[each], each) for each in (name, first))):
+        if name in file_of and not torch.equal(_tensor(files, name), _tensor(files, first)):
             raise ValueError(
                 f"{file_of[name]}: {shown(name)} differs from {shown(first)}, and config.json says that they are the "
                 "same (tie_word_embeddings): set that to false, or remove the tensor"
             )
 
 
-def _tensor(path: Path, name: str) -> Tensor:
+def _tensor(files: WeightFiles, name: str) -> Tensor:
     """One tensor in float32."""
-    return next(tensor for _, tensor in read_tensors(path, {name}, torch.device("cpu"))).float()
+    return next(tensor for _, tensor in files.read(files.file_of[name], {name}, torch.device("cpu"))).float()
 
 
 def _stored_dtype(files: WeightFiles) -> torch.dtype:

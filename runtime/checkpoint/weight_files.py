@@ -14,13 +14,22 @@ from torch import Tensor, nn
 
 from ..common.checks import is_unicode
 from ..common.files import has_file, read_json
-from ..common.hub import WEIGHTS
+from ..common.hub import weight_names
 from ..common.shown import one_line, shown
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)  # what a weight may be stored as
-_SAFETENSORS_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_SAFETENSORS_DTYPES = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "I32": torch.int32,
+    "I64": torch.int64,
+}
 
-# Tensor name -> (shape, dtype). A dtype that no weight may have is kept under the file format's own name.
+# Tensor name -> (shape, dtype). A dtype that no tensor may have is kept under the file format's own name.
 Header = dict[str, tuple[tuple[int, ...], Any]]
 
 
@@ -67,6 +76,16 @@ class WeightFiles:
                 )
         return cls(folder, headers, file_of)
 
+    def read(self, path: Path, names: Collection[str], device: torch.device) -> Iterator[tuple[str, Tensor]]:
+        """Yields the tensors of one file that are in `names`, one at a time (those of a .bin file on the CPU)."""
+        if path.suffix == ".bin":
+            yield from ((name, tensor) for name, tensor in _unpickle(path).items() if name in names)
+            return
+        with safe_open(path, framework="pt", device=str(device)) as shard:
+            for name in shard.keys():  # noqa: SIM118 - not a mapping
+                if name in names:
+                    yield name, shard.get_tensor(name)
+
     def check_layers(self, layers: int) -> None:
         """Raises ValueError if config.json describes more layers than there are tensors.
 
@@ -104,20 +123,9 @@ def read_header(path: Path) -> Header:
         raise ValueError(f"{path} is truncated or damaged ({one_line(str(error))}); fetch it again") from None
 
 
-def read_tensors(path: Path, names: Collection[str], device: torch.device) -> Iterator[tuple[str, Tensor]]:
-    """Yields the tensors of one file that are in `names`, one at a time (those of a .bin file on the CPU)."""
-    if path.suffix == ".bin":
-        yield from ((name, tensor) for name, tensor in _unpickle(path).items() if name in names)
-        return
-    with safe_open(path, framework="pt", device=str(device)) as shard:
-        for name in shard.keys():  # noqa: SIM118 - not a mapping
-            if name in names:
-                yield name, shard.get_tensor(name)
-
-
 def _find(folder: Path) -> tuple[list[Path], dict[str, str], Path | None]:
     """The weight files; with an index also its map, tensor name -> file name, and its path."""
-    for single, index_name in WEIGHTS:
+    for single, index_name in weight_names(folder):
         # As in transformers, a single file wins over an index, which may be left over from the base model.
         if has_file(folder / single):
             return [folder / single], {}, None

@@ -1,4 +1,4 @@
-"""The command line: `internlm3 chat | generate | info | demo`. Nothing heavy is imported before a command runs."""
+"""The command line, `internlm3 COMMAND`. Nothing heavy is imported before a command runs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..version import VERSION
@@ -103,8 +104,9 @@ def _demo(args: argparse.Namespace) -> int:
 
 def _info(args: argparse.Namespace) -> None:
     from ..api.inputs import check_window, checkpoint_defaults
+    from ..checkpoint.gguf.folder import locate
     from ..checkpoint.load import resolve_dtype
-    from ..common.hub import locate
+    from ..checkpoint.quantised.methods import method_of
     from ..model.config import InternLM3Config
     from ..model.kv_cache import PAGE, page_bytes, pages_of
     from ..model.model import LanguageModel
@@ -126,12 +128,27 @@ def _info(args: argparse.Namespace) -> None:
     print()
     print(f"{'parameters':24} {parameters:,}")
     print(f"{'weights':24} {parameters * size / 1e9:.2f} GB in {str(dtype).removeprefix('torch.')}")
+    if method := method_of(folder, config.extra):
+        print(f"{'stored as':24} {method.summary}; computed in the precision above when it is loaded")
     print(f"{'KV cache':24} {per_token:,} bytes per token, {length * per_token / 1e9:.2f} GB at {length:,} tokens")
     print(f"{'KV cache of LLM':24} {windows:.2f} GB for 16 sequences, but at most half of the memory that is free")
     page = f"{page_bytes(config, dtype) / 1e6:.2f} MB for {PAGE} tokens, {pages_of(length):,} of them for {length:,}"
     print(f"{'admission':24} a request starts once pages for its prompt and max_tokens are free: {page}")
     print(f"{'generation_config.json':24} {generation_config or 'none'}")
     print(f"{'default settings':24} {defaults}")
+
+
+def _perplexity(args: argparse.Namespace) -> None:
+    text = sys.stdin.read() if args.text == "-" else _read(args.text)
+    found = _load(args).perplexity(text, window=args.window, stride=args.stride)
+    print(f"perplexity {found.value:.4f} +- {found.standard_error:.4f} (loss {found.loss:.5f} per token)")
+    print(f"{found.predicted:,} tokens predicted, in windows of {found.window} that begin {found.stride} apart")
+
+
+def _read(path: str) -> str:
+    from ..common.files import read_text
+
+    return read_text(Path(path))
 
 
 # -------------------------------------------------------------------- shared by the commands
@@ -171,7 +188,7 @@ def _answer(llm: LLM, messages: list[dict[str, str]], args: argparse.Namespace) 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="internlm3", description="InternLM3 at the lowest latency one GPU allows.")
     parser.add_argument("--version", action="version", version=f"internlm3 {VERSION}")
-    commands = parser.add_subparsers(title="commands", required=True, metavar="{chat,generate,info,demo}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="{chat,generate,info,perplexity,demo}")
 
     def command(name: str, run: Callable[[argparse.Namespace], int | None], text: str) -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=text, description=text)
@@ -181,18 +198,26 @@ def _parser() -> argparse.ArgumentParser:
     chat = command("chat", _chat, "Talk with a model in the terminal.")
     generate = command("generate", _generate, "Answer one prompt, streaming.")
     info = command("info", _info, "Show a checkpoint's configuration, parameters and memory.")
+    score = command("perplexity", _perplexity, "Measure how well a model predicts a text.")
     demo = command("demo", _demo, "Fetch a small real model, convert it once to InternLM3's format, and talk with it.")
 
-    for each in (chat, generate, info):
+    for each in (chat, generate, info, score):
         each.add_argument(
-            "model", nargs="?", default=DEFAULT_MODEL, help=f"folder or hub repository (default: {DEFAULT_MODEL})"
+            "model",
+            nargs="?",
+            default=DEFAULT_MODEL,
+            help=f"folder, repository or GGUF file (default: {DEFAULT_MODEL})",
         )
     generate.add_argument("-p", "--prompt", required=True, help="the prompt; - reads standard input")
     generate.add_argument("--raw", action="store_true", help="continue the bare text, without the chat template")
     demo.add_argument("-p", "--prompt", help=f"answer this and quit (default: {DEMO_QUESTION!r}, then chat)")
     info.add_argument("--length", type=int, help="context length of the KV cache (default: the trained window)")
 
-    for each in (chat, generate, demo, info):
+    score.add_argument("text", help="a file of text; - reads standard input")
+    score.add_argument("--window", type=int, help="tokens that the model sees at once (default: 2048)")
+    score.add_argument("--stride", type=int, help="tokens from one window to the next (default: half a window)")
+
+    for each in (chat, generate, demo, info, score):
         group = each.add_argument_group("model")
         group.add_argument("--dtype", default="auto", help="auto, bfloat16, float16 or float32")
         group.add_argument("--revision", help="branch, tag or commit on the hub")
@@ -201,6 +226,8 @@ def _parser() -> argparse.ArgumentParser:
             continue
         group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
         group.add_argument("--max-seq-len", type=int, help="context length: prompt and answer together, in tokens")
+        if each is score:
+            continue
         group = each.add_argument_group("conversation")
         group.add_argument("--system", help="the system prompt")
         group.add_argument("--thinking", action="store_true", help="InternLM3's deep-thinking mode")

@@ -10,7 +10,7 @@ from .files import read_json
 from .progress import hides_bar
 from .shown import shown
 
-NOTES = ("config.json", "generation_config.json")
+NOTES = ("config.json", "generation_config.json", "quantize_config.json")
 TOKENIZER = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
              "added_tokens.json", "chat_template.jinja")  # fmt: skip
 # Weights in one file, or in the shards that an index names. Pickled weights are read if there is nothing else.
@@ -18,6 +18,15 @@ WEIGHTS = (
     ("model.safetensors", "model.safetensors.index.json"),
     ("pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
+# AutoGPTQ's names for both, with the bits and the group size; read if there is nothing else.
+GPTQ_WEIGHTS = "gptq_model-*bit-*g.safetensors*"
+
+
+def weight_names(folder: Path) -> tuple[tuple[str, str], ...]:
+    """WEIGHTS, and the names of that kind that AutoGPTQ gave to files of this folder."""
+    _, suffix = WEIGHTS[0][1].split(".safetensors")
+    singles = sorted({path.name.removesuffix(suffix) for path in folder.glob(GPTQ_WEIGHTS)})
+    return (*WEIGHTS, *((single, single + suffix) for single in singles))
 
 
 def locate(
@@ -62,36 +71,80 @@ def locate(
     if len(parts) != 2 or not all(part and part[0] not in "~." for part in parts) or os.path.isabs(name):
         raise FileNotFoundError(f"there is no folder {name!r} (and a hub repository would be named owner/name)")
 
-    hub = {
+    return _fetch(name, _options(revision, token, cache_dir, local_files_only), weights, progress)
+
+
+def locate_file(
+    name: str,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+    progress: bool = True,
+) -> Path:
+    """One file of a repository on the hub, "owner/name:file". Arguments and errors are those of `locate`."""
+    repository, _, file = name.partition(":")
+    if not file or repository.count("/") != 1:
+        raise FileNotFoundError(
+            f"there is no file {name!r} (and one of a hub repository would be named owner/name:file)"
+        )
+    hub = _options(revision, token, cache_dir, local_files_only)
+    import huggingface_hub
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(huggingface_hub.hf_hub_download(repository, file, tqdm_class=_bar(progress), **hub))
+    except (OSError, HfHubHTTPError, HFValidationError) as error:
+        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+            raise FileNotFoundError(f"the repository {repository!r} on the hub has no file {file!r}") from None
+        raise _explained(error, name, hub) from error
+
+
+def _options(
+    revision: str | None, token: str | None, cache_dir: str | os.PathLike[str] | None, local_files_only: bool
+) -> dict[str, Any]:
+    """As huggingface_hub names them."""
+    return {
         "revision": revision,
         "token": token,
         "cache_dir": None if cache_dir is None else Path(cache_dir),
         "local_files_only": local_files_only,
     }
-    return _fetch(name, hub, weights, progress)
 
 
-def _fetch(name: str, hub: dict[str, Any], weights: bool, progress: bool) -> Path:
-    # Imported here, since it is slow to import and a local folder does not need it.
-    import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+def _bar(progress: bool) -> type:
+    """The class of the progress bars of downloads."""
     from huggingface_hub.utils import tqdm
 
     class Bar(tqdm):
         def __init__(self, *args: Any, **options: Any):
             super().__init__(*args, **{**options, "disable": hides_bar(progress)})
 
-    def snapshot(files: Iterable[str]) -> Path:
-        patterns = [glob.escape(file) for file in files]
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns, tqdm_class=Bar, **hub))
+    return Bar
+
+
+def _fetch(name: str, hub: dict[str, Any], weights: bool, progress: bool) -> Path:
+    # Imported here, since it is slow to import and a local folder does not need it.
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    bar = _bar(progress)
+
+    def fetch(patterns: Iterable[str]) -> Path:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=[*patterns], tqdm_class=bar, **hub))
+
+    def exactly(files: Iterable[str]) -> list[str]:
+        return [glob.escape(file) for file in files]
 
     try:
-        folder = snapshot((*NOTES, *TOKENIZER, *(WEIGHTS[0] if weights else ())))
-        if weights and not _have(folder, *WEIGHTS[0]):
-            snapshot(WEIGHTS[1])
-        for single, index in WEIGHTS if weights else ():
+        folder = fetch(exactly((*NOTES, *TOKENIZER, *(WEIGHTS[0] if weights else ()))))
+        for others in (exactly(WEIGHTS[1]), [GPTQ_WEIGHTS]) if weights else ():
+            if not any(_have(folder, *names) for names in weight_names(folder)):
+                fetch(others)
+        for single, index in weight_names(folder) if weights else ():
             if not _have(folder, single) and _have(folder, index):
-                snapshot(_shards(folder / index))
+                fetch(exactly(_shards(folder / index)))
             if _have(folder, single, index):
                 break
     except (OSError, HfHubHTTPError, HFValidationError) as error:

@@ -19,7 +19,7 @@ _MAX_SIZE = 2**28  # so that no product of two sizes and an element's bytes over
 # Newer name in transformers -> the published checkpoint's key.
 _NEWER = {"attention_bias": "qkv_bias", "mlp_bias": "bias", "rope_parameters": "rope_scaling"}
 # Keys that would change what the model computes, which this runtime does not implement.
-_UNSUPPORTED = ("quantization_config", "sliding_window")
+_UNSUPPORTED = ("sliding_window",)
 
 
 class InternLM3Config:

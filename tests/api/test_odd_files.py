@@ -11,6 +11,7 @@ import pytest
 
 from internlm3 import LLM, InternLM3Config, InternLM3ForCausalLM, InternLM3Tokenizer
 from internlm3.runtime.api.inputs import checkpoint_defaults
+from internlm3.runtime.checkpoint.quantised.methods import method_of
 from internlm3.runtime.checkpoint.weight_files import WeightFiles
 from internlm3.tests.support.checkpoints import INDEX, change, make, same
 from internlm3.tests.support.tokenizers import TRAINED, train, write_checkpoint
@@ -42,6 +43,7 @@ def read(folder: Path) -> None:
     InternLM3Tokenizer.from_pretrained(folder)
     checkpoint_defaults(folder, config.vocab_size)
     WeightFiles.open(folder)
+    method_of(folder, config.extra)
 
 
 def refused(folder: Path, error: type[Exception], *words: object) -> str:

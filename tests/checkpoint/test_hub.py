@@ -20,7 +20,7 @@ from internlm3.runtime.common import hub as snapshots
 
 COMMIT = "0" * 40
 SMALL = ["config.json", "generation_config.json", "tokenizer.model", "tokenizer.json", "tokenizer_config.json",
-         "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"]  # fmt: skip
+         "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "quantize_config.json"]  # fmt: skip
 # What trainers and other libraries leave beside a checkpoint.
 CLUTTER = ["README.md", "checkpoint-500/config.json", "checkpoint-500/model.safetensors", "checkpoint-500/merges.txt",
            "adapter_model.safetensors", "adapter_config.json", "consolidated.safetensors", "consolidated.00.pth",
@@ -34,6 +34,8 @@ def index_of(*shards: str) -> str:
 
 SAFE = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
 PICKLED = ["pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"]
+GPTQ = ["gptq_model-4bit-128g-00001-of-00002.safetensors", "gptq_model-4bit-128g-00002-of-00002.safetensors"]
+GPTQ_INDEX = "gptq_model-4bit-128g.safetensors.index.json"
 SAFE_INDEX, PICKLED_INDEX = "model.safetensors.index.json", "pytorch_model.bin.index.json"
 
 
@@ -166,9 +168,12 @@ def files_of(folder: Path) -> list[str]:
         ({SAFE_INDEX: index_of("a[1].safetensors"), "a[1].safetensors": "", "a1.safetensors": ""},
          [SAFE_INDEX, "a[1].safetensors"]),
         ({SAFE_INDEX: index_of("../secret", "checkpoint-500/model.safetensors")}, [SAFE_INDEX]),
+        ({"gptq_model-4bit-128g.safetensors": ""}, ["gptq_model-4bit-128g.safetensors"]),
+        ({GPTQ_INDEX: index_of(*GPTQ), **dict.fromkeys(GPTQ, "")}, [GPTQ_INDEX, *GPTQ]),
+        ({"gptq_model-4bit-128g.safetensors": "", "model.safetensors": ""}, ["model.safetensors"]),
         ({}, []),
     ],
-    ids=["one file", "shards", "pickled", "pickled shards", "odd names", "paths", "none"],
+    ids=["one file", "shards", "pickled", "pickled shards", "odd names", "paths", "GPTQ", "GPTQ shards", "2", "none"],
 )  # fmt: skip
 def test_what_is_read_is_fetched_and_nothing_else(hub, client, weights, read):
     hub.files |= dict.fromkeys([*SMALL, *CLUTTER], b"{}") | {name: text.encode() for name, text in weights.items()}
@@ -189,6 +194,7 @@ def test_every_file_that_is_read_is_on_the_list():
     for path in Path(snapshots.__file__).parents[1].rglob("*.py"):
         names |= set(re.findall(r'"([\w.]+\.(?:json|jinja|model|bin|safetensors))"', path.read_text(encoding="utf-8")))
     listed = {*snapshots.NOTES, *snapshots.TOKENIZER, *snapshots.WEIGHTS[0], *snapshots.WEIGHTS[1]}
+    names.remove("tokenizer.ggml.model")  # a setting in GGUF files
     assert names >= {"config.json", "tokenizer.model"} and names <= listed
     assert not any(fnmatch.fnmatch(name, pattern) for name in CLUTTER for pattern in listed)
 

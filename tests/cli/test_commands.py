@@ -19,6 +19,7 @@ from internlm3 import LLM, InternLM3Config, InternLM3Tokenizer, SamplingParams
 from internlm3.runtime.cli import main as cli
 from internlm3.runtime.cli.sampling_switches import given_settings
 from internlm3.tests.support.command_line import FIGURES, run_command
+from internlm3.tests.support.quantised import Checkpoint, awq
 
 COMMAND = [sys.executable, "-m", "internlm3.runtime.cli.main"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -44,7 +45,7 @@ except SystemExit as stop:
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert all(command in done.stdout for command in ("chat", "generate", "info", "demo"))
+    assert all(command in done.stdout for command in ("chat", "generate", "info", "perplexity", "demo"))
 
 
 def test_importing_warns_of_nothing():
@@ -106,6 +107,21 @@ def test_info_counts_parameters_and_memory(demo_model, run):
     assert "23,040 bytes per token" in printed  # 30 layers x (k and v) x 3 heads x 64 x 2 bytes
     assert "0.02 GB at 1,000 tokens" in printed
     assert run("info", demo_model, "--length", 1000, "--dtype", "bf16").stdout == printed
+
+
+def test_perplexity_of_a_file_and_of_standard_input(demo_model, run, tmp_path):
+    text = "The quick brown fox jumps over the lazy dog. " * 3
+    (tmp_path / "text.txt").write_text(text)
+    options = ("--window", 16, "--stride", 8, "--dtype", "float32")
+    printed = run("perplexity", demo_model, tmp_path / "text.txt", *options).stdout
+    assert "in windows of 16 that begin 8 apart" in printed and printed.startswith("perplexity ")
+    assert run("perplexity", demo_model, "-", *options, stdin=text).stdout == printed
+    assert "nothing.txt" in run("perplexity", demo_model, tmp_path / "nothing.txt", expect=1).stderr
+
+
+def test_info_says_how_a_checkpoint_is_stored(tmp_path, run):
+    folder = Checkpoint(tmp_path, {"quant_method": "awq", "bits": 4, "group_size": 32}).quantise(awq).save()
+    assert "AWQ, 4 bits in groups of 32; computed in the precision above" in run("info", folder).stdout
 
 
 def test_info_of_the_8b_needs_its_config_only(tmp_path, run):

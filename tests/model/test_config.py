@@ -256,7 +256,6 @@ def test_unknown_keys_are_kept_and_misspelt_ones_missed(tmp_path):
         ({"rope_parameters": "dynamic"}, ["rope_parameters"]),
         ({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}, ["model_type", "llama", "LlamaForCausalLM"]),
         ({"model_type": None}, ["model_type"]),
-        ({"quantization_config": {"quant_method": "gptq"}}, ["quantization_config", "gptq"]),
         ({"sliding_window": 4096}, ["sliding_window"]),
     ],
     ids=str,

@@ -1,0 +1,87 @@
+"""Perplexity: how well a model predicts a text."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ..common.progress import hides_bar
+from ..model.kv_cache import BatchMetadata, PagedKVCache, pages_of
+from ..model.model import LanguageModel
+from ..model.rope import inverse_frequencies
+
+_CHUNK = 512  # tokens of a launch: logits of 512 tokens are 0.26 GB in float32 for InternLM3's vocabulary
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """How well a model predicts the tokens of a text.
+
+    Attributes:
+        value: exp(loss).
+        loss: mean of -ln p(token | tokens before it), in nats.
+        standard_error: of `value`, taking the tokens' losses as independent.
+        predicted: the number of tokens that were predicted.
+        window, stride: in tokens.
+    """
+
+    value: float
+    loss: float
+    standard_error: float
+    predicted: int
+    window: int
+    stride: int
+
+
+@torch.inference_mode()
+def perplexity(model: LanguageModel, ids: list[int], window: int, stride: int, *, progress: bool) -> Perplexity:
+    """The perplexity of a sequence by a sliding window, as transformers' documentation defines it.
+
+    Windows of `window` tokens begin at 0, stride, 2 stride, ... Each predicts the tokens that no window before it
+    contains, given those before them in the window. A token with none before it is not predicted: the first one, and
+    with stride = window the first of every window. There are at least two tokens, and 1 <= stride <= window.
+    """
+    losses: list[Tensor] = []
+    done = 1  # tokens before this one are predicted, or cannot be
+    with tqdm(total=len(ids), unit="token", disable=hides_bar(progress)) as bar:
+        for begin in range(0, len(ids), stride):
+            end = min(begin + window, len(ids))
+            with torch.autocast(model.device.type, enabled=False):
+                losses.append(_losses(model, ids[begin:end], done - begin))
+            bar.update(end - bar.n)
+            done = end
+            if end == len(ids):
+                break
+    of_all = torch.cat(losses).double()
+    loss = of_all.mean().item()
+    error = (of_all.std() / math.sqrt(len(of_all))).item() if len(of_all) > 1 else math.nan
+    return Perplexity(math.exp(loss), loss, math.exp(loss) * error, len(of_all), window, stride)
+
+
+def _losses(model: LanguageModel, ids: list[int], first: int) -> Tensor:
+    """-ln p of the tokens from `first` on (from 1 on for 0), given those before: [N] float32 on the CPU."""
+    device, pages = model.device, pages_of(len(ids))
+    kv_cache = PagedKVCache(model.config, pages, model.dtype, device)
+    tokens = torch.tensor(ids, dtype=torch.int64, device=device)
+    batch = BatchMetadata(
+        torch.arange(pages, dtype=torch.int32, device=device)[None],
+        torch.zeros(1, dtype=torch.int32, device=device),
+        inverse_frequencies(model.config, len(ids), device)[None],
+    )
+    losses = [torch.zeros(0, dtype=torch.float32, device=device)]
+    for begin in range(0, len(ids), _CHUNK):
+        chunk = tokens[begin : begin + _CHUNK]
+        batch.seq_lens.fill_(begin + len(chunk))
+        x = model.model.ops.embed(chunk, model.model.embed_tokens.weight)
+        x = model.model.run(x, batch, kv_cache)
+        # Row i predicts token begin + i + 1.
+        rows = x[max(first - 1 - begin, 0) : len(ids) - 1 - begin]
+        if len(rows):
+            logits = model.head(rows.contiguous()).float()
+            targets = tokens[max(first, begin + 1) : begin + len(chunk) + 1]
+            losses.append(torch.nn.functional.cross_entropy(logits, targets, reduction="none"))
+    return torch.cat(losses).cpu()

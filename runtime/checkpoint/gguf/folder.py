@@ -1,0 +1,53 @@
+"""A GGUF file as the folder of a checkpoint: small files in the place of its settings, and a link to it."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from ...common import hub
+from ...common.files import write_json
+from ...sampling.generation_config import GENERATION_CONFIG
+from .reader import GGUFHeader
+from .settings import config_of, generation_of
+from .vocabulary import write_tokenizer
+
+SUFFIX = ".gguf"
+WEIGHTS = f"model{SUFFIX}"
+_folders: list[tempfile.TemporaryDirectory[str]] = []  # removed when the process ends
+
+
+def locate(id_or_path: str | os.PathLike[str], **options: Any) -> Path:
+    """The folder of a checkpoint, as `hub.locate` finds it; a GGUF file has a temporary one, by `folder_of`.
+
+    Args:
+        id_or_path: a folder, a hub repository "owner/name", a GGUF file, or one of a hub repository,
+            "owner/name:file.gguf".
+        options: those of `hub.locate`.
+
+    Raises:
+        As `hub.locate`, and ValueError for a GGUF file that this runtime does not read.
+    """
+    name = os.fspath(id_or_path)
+    if not name.endswith(SUFFIX):
+        return hub.locate(name, **options)
+    path = Path(name).expanduser()
+    if not path.is_file():
+        path = hub.locate_file(name, **{key: value for key, value in options.items() if key != "weights"})
+    return folder_of(path)
+
+
+def folder_of(path: Path) -> Path:
+    """A new temporary folder for a GGUF file: its configuration and tokenizer in the files of a checkpoint."""
+    header = GGUFHeader.read(path.absolute())
+    config, generation = config_of(header), generation_of(header)
+    temporary = tempfile.TemporaryDirectory(prefix="internlm3-gguf-")
+    _folders.append(temporary)
+    folder = Path(temporary.name)
+    write_json(folder / "config.json", config)
+    write_json(folder / GENERATION_CONFIG, generation)
+    write_tokenizer(header, folder)
+    (folder / WEIGHTS).symlink_to(header.path)
+    return folder

@@ -1,0 +1,83 @@
+"""The tensors of a GGUF file under the names of a checkpoint."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...common.shown import shown
+from ..weight_files import WeightFiles
+from .blocks import numbers
+from .reader import GGUFHeader, StoredTensor
+
+_TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_LAYER = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+
+class _Source(NamedTuple):
+    """A tensor of the file. heads: how many heads of rows in pairs it has, 0 if its rows are in order."""
+
+    tensor: StoredTensor
+    heads: int
+
+
+@dataclass(frozen=True)
+class GGUFWeights(WeightFiles):
+    """The weights of a GGUF file, in float32."""
+
+    sources: Mapping[str, _Source]
+
+    @classmethod
+    def of(cls, header: GGUFHeader, heads: int, kv_heads: int) -> GGUFWeights:
+        """Raises ValueError for a tensor that a model of this kind does not have."""
+        in_pairs = {"attn_q": heads, "attn_k": kv_heads}
+        sources: dict[str, _Source] = {}
+        for name, tensor in header.tensors.items():
+            part, kind = name.rpartition(".")[::2]
+            beginning, layer, rest = (
+                ("model.layers", *part.split(".", 2)[1:]) if part.count(".") == 2 else ("", "", part)
+            )
+            target = _LAYER.get(rest) if beginning and name.startswith("blk.") else _TOP.get(part)
+            if target is None or kind not in ("weight", "bias"):
+                raise ValueError(f"{header.path}: {shown(name)} is a tensor that InternLM3 has no place for")
+            full = f"{beginning}.{layer}.{target}.{kind}" if beginning else f"{target}.{kind}"
+            sources[full] = _Source(tensor, in_pairs.get(rest, 0))
+        tensors = {name: (source.tensor.shape, torch.float32) for name, source in sources.items()}
+        return cls(header.path.parent, {header.path: tensors}, dict.fromkeys(sources, header.path), sources)
+
+    def read(self, path: Path, names: Collection[str], device: torch.device) -> Iterator[tuple[str, Tensor]]:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as content:
+            for name, (tensor, heads) in self.sources.items():
+                if name in names:
+                    # The copy outlives the map.
+                    data = torch.frombuffer(
+                        content, dtype=torch.uint8, count=tensor.end - tensor.begin, offset=tensor.begin
+                    )
+                    data = data.to(device, copy=True)
+                    weight = numbers(tensor.kind, data, tensor.shape)
+                    yield name, _unpaired(weight, heads) if heads else weight
+
+
+def _unpaired(weight: Tensor, heads: int) -> Tensor:
+    """Reorders the rows of a q or k projection, or its bias, [heads * head_dim, ...] from llama.cpp's order.
+
+    RoPE rotates rows in pairs. llama.cpp has the two rows of a pair side by side; a checkpoint has the first rows of
+    all pairs of a head, then the second rows.
+    """
+    return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).reshape(weight.shape)

@@ -1,0 +1,1 @@
+"""Quantised checkpoints: what their files contain, and the weights that they stand for."""

@@ -1,0 +1,259 @@
+"""GGUF files: their weights are those that the package gguf reads, their tokens those of the vocabulary written."""
+
+import random
+import shutil
+import struct
+from functools import partial
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from internlm3 import LLM, InternLM3ForCausalLM
+from internlm3.runtime.checkpoint.gguf.blocks import BLOCKS, numbers
+from internlm3.runtime.checkpoint.gguf.folder import locate
+from internlm3.runtime.checkpoint.gguf.reader import GGUFHeader
+from internlm3.runtime.checkpoint.load import load_model
+from internlm3.runtime.common import hub
+from internlm3.runtime.model.model import LanguageModel
+from internlm3.runtime.tokenization.tokenizer import InternLM3Tokenizer
+from internlm3.tests.support.gguf_files import (
+    FLOATS_OF,
+    byte_level_vocabulary,
+    random_blocks,
+    sentencepiece_vocabulary,
+    write,
+)
+from internlm3.tests.support.tokenizers import CORPUS, processor_of, train
+
+SHAPE = {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64, "num_hidden_layers": 2}
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+TEXTS = [*CORPUS[:5], "", " ", "  two  spaces\n\n\nand lines\t", "can't I'LL 12345 3.14", "书生·浦语 é ﬁ 👍🏽"]
+
+
+def loaded(path, dtype="float32"):
+    return load_model(LanguageModel, locate(path), dtype=dtype, device="cpu", progress=False)
+
+
+# -------------------------------------------------------------------- weights
+
+
+@pytest.mark.parametrize("name", [block.name for block in BLOCKS.values()])
+def test_blocks(name):
+    """Every type, against gguf's own reading, bit for bit."""
+    kind, rng = gguf.GGMLQuantizationType[name], np.random.default_rng(5)
+    values = rng.normal(size=(6, 512)).astype(np.float32)
+    data = random_blocks(rng, kind, 6, 512) if name in FLOATS_OF else gguf.quantize(values, kind)
+    expected = gguf.dequantize(data, kind).astype(np.float32)
+    found = numbers(kind.value, torch.from_numpy(data.copy()).view(torch.uint8).flatten(), (6, 512))
+    torch.testing.assert_close(found, torch.from_numpy(expected), rtol=0, atol=0)
+
+
+KINDS = ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K"]
+
+
+@pytest.mark.parametrize(
+    "shape", [{}, {"tie_word_embeddings": True}, {"qkv_bias": True, "bias": True, "rope_theta": 123456.0}], ids=str
+)
+def test_a_whole_model_of_mixed_types(tmp_path, shape):
+    types = iter(KINDS * 10)
+    path = tmp_path / "mixed.gguf"
+    weights, config = write(path, lambda name: next(types), **SHAPE, **shape)
+    model = loaded(path)
+    found = model.state_dict()
+    assert found.keys() == weights.keys()
+    for name, weight in weights.items():
+        torch.testing.assert_close(found[name], weight, rtol=0, atol=0, msg=name)
+    ours, theirs = model.config.to_dict(), config.to_dict()
+    different = {key for key in theirs if ours[key] != theirs[key]}
+    assert different <= {"torch_dtype", "initializer_range", "pad_token_id", "attention_dropout", "rms_norm_eps"}
+    assert ours["rms_norm_eps"] == pytest.approx(config.rms_norm_eps, rel=1e-6)
+
+
+def test_the_dtype_is_the_files(tmp_path):
+    write(tmp_path / "a.gguf", lambda name: "Q8_0", **SHAPE)
+    assert loaded(tmp_path / "a.gguf", dtype=None).dtype == torch.bfloat16
+
+
+# -------------------------------------------------------------------- tokenizers
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_sentencepiece(tmp_path, prefix):
+    plain = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+    model = train({"add_dummy_prefix": prefix, **plain})
+    library, path = processor_of(model), tmp_path / "a.gguf"
+    size = library.get_piece_size()
+    write(path, lambda name: "Q8_0", lambda writer: sentencepiece_vocabulary(writer, model), **SHAPE, vocab_size=size)
+    tokenizer = InternLM3Tokenizer.from_pretrained(locate(path))
+    for text in TEXTS:
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        assert ids == library.encode(text), text
+        assert tokenizer.decode(ids) == library.decode(ids)
+    assert tokenizer.encode("a")[0] == tokenizer.bos_token_id == 1 and tokenizer.eos_token_id == 2
+    assert tokenizer.encode("x</s>y", add_special_tokens=False)[-2:-1] != [] and tokenizer.encode("</s>")[1] == 2
+
+
+@pytest.mark.parametrize("pre", ["default", "smollm", "qwen2", "llama-bpe"])
+def test_byte_level(tmp_path, pre):
+    library = Tokenizer(models.BPE())
+    # GPT-2's own split; the others are compared by their ids only where they agree with it: see TEXTS.
+    steps = [pre_tokenizers.Digits(individual_digits=True)] if pre == "smollm" else []
+    library.pre_tokenizer = pre_tokenizers.Sequence([*steps, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    library.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+    )
+    library.train_from_iterator(CORPUS * 3, trainer)
+    path, size = tmp_path / "a.gguf", library.get_vocab_size()
+    vocabulary = partial(byte_level_vocabulary, tokenizer=library, special=SPECIAL, pre=pre)
+    write(path, lambda name: "Q8_0", vocabulary, **SHAPE, vocab_size=size)
+    tokenizer = InternLM3Tokenizer.from_pretrained(locate(path))
+    for text in TEXTS:
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        assert tokenizer.decode(ids) == text
+        if pre in ("default", "smollm"):
+            assert ids == library.encode(text).ids, text
+    first = [1] if pre == "llama-bpe" else []
+    assert tokenizer.encode("<|im_start|>x<|im_end|>") == [*first, 1, *library.encode("x").ids, 2]
+
+
+# -------------------------------------------------------------------- LLM
+
+
+def test_llm(tmp_path):
+    """A GGUF file answers like a model with its weights."""
+    vocabulary = train({})
+    size = processor_of(vocabulary).get_piece_size()
+    write_tokens = partial(sentencepiece_vocabulary, model=vocabulary)
+    weights, config = write(tmp_path / "a.gguf", lambda name: "Q4_K", write_tokens, **SHAPE, vocab_size=size)
+    llm = LLM(tmp_path / "a.gguf", dtype="float32", device="cpu", progress=False)
+    model = InternLM3ForCausalLM(config)
+    model.load_state_dict(weights)
+    ids = llm.tokenizer.encode("The quick brown fox")
+    for _ in range(12):
+        ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    answer = llm.generate("The quick brown fox", temperature=0, max_tokens=12, ignore_eos=True)
+    assert answer.outputs[0].token_ids == ids[-12:]
+
+
+def test_one_file_of_a_repository(tmp_path, monkeypatch):
+    write(tmp_path / "a.gguf", lambda name: "Q8_0", **SHAPE)
+    asked = []
+
+    def download(repository, file, **options):
+        asked.append((repository, file, options["revision"]))
+        return str(tmp_path / file)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    folder = locate("owner/name:a.gguf", revision="main", weights=False)
+    assert (folder / "config.json").is_file() and asked == [("owner/name", "a.gguf", "main")]
+    with pytest.raises(FileNotFoundError, match="owner/name:file"):
+        locate("nowhere/at/all.gguf")
+    assert hub.locate(tmp_path) == tmp_path
+
+
+# -------------------------------------------------------------------- bad input
+
+
+@pytest.fixture
+def file(tmp_path):
+    write(tmp_path / "a.gguf", lambda name: "Q8_0", **SHAPE)
+    return tmp_path / "a.gguf"
+
+
+def refused(path, *words):
+    with pytest.raises(ValueError) as caught:
+        LLM(path, device="cpu", progress=False)
+    message = str(caught.value)
+    assert all(str(word) in message for word in words), message
+    assert "\n" not in message and len(message) < 500
+
+
+@pytest.mark.usefixtures("nothing_is_allocated")
+class TestBadInput:
+    def test_no_gguf_file(self, tmp_path):
+        (tmp_path / "a.gguf").write_bytes(b"<html>" * 100)
+        refused(tmp_path / "a.gguf", tmp_path / "a.gguf", "begin like a GGUF file")
+        (tmp_path / "a.gguf").write_bytes(b"")
+        refused(tmp_path / "a.gguf", "is empty")
+
+    def test_another_version(self, file):
+        content = bytearray(file.read_bytes())
+        content[4:8] = struct.pack(">I", 3)
+        file.write_bytes(content)
+        refused(file, file, "version", "big-endian")
+
+    def test_truncated(self, file):
+        content = file.read_bytes()
+        for left in (10, 30, 200, 2000, len(content) - 1):
+            file.write_bytes(content[:left])
+            refused(file, file, "truncated or damaged")
+
+    def test_damaged(self, file):
+        """Random bytes in the header: read, or refused with one line."""
+        content, refusals = file.read_bytes(), 0
+        for seed in range(60):
+            dice = random.Random(seed)
+            damaged = bytearray(content)
+            for _ in range(3):
+                damaged[dice.randrange(2500)] = dice.randrange(256)
+            file.write_bytes(damaged)
+            try:
+                GGUFHeader.read(file)
+            except ValueError as error:
+                assert str(error).startswith(str(file)) and "\n" not in str(error), error
+                refusals += 1
+        assert refusals > 10
+
+    @pytest.mark.parametrize(
+        ("key", "value", "words"),
+        [
+            ("llama.expert_count", 8, ["llama.expert_count is 8"]),
+            ("split.count", 3, ["split.count is 3"]),
+        ],
+    )
+    def test_settings(self, tmp_path, key, value, words):
+        write(tmp_path / "a.gguf", lambda name: "Q8_0", settings=[(key, value)], **SHAPE)
+        refused(tmp_path / "a.gguf", tmp_path / "a.gguf", *words)
+
+    def test_another_architecture(self, file):
+        content = file.read_bytes().replace(b"llama", b"gemma")
+        file.write_bytes(content)
+        refused(file, file, "general.architecture is 'gemma'", "'llama'")
+
+    def test_another_tokenizer(self, tmp_path):
+        def vocabulary(writer):
+            writer.add_tokenizer_model("bert")
+            writer.add_token_list(["a"] * 64)
+            writer.add_token_types([1] * 64)
+
+        write(tmp_path / "a.gguf", lambda name: "Q8_0", vocabulary, **SHAPE)
+        refused(tmp_path / "a.gguf", "tokenizer.ggml.model is 'bert'")
+
+    def test_tensors_of_another_model(self, tmp_path, file):
+        content = file.read_bytes().replace(b"ffn_down", b"ffn_gone")
+        file.write_bytes(content)
+        refused(file, file, "ffn_gone", "no place for")
+
+    def test_a_type_that_is_not_read(self, file):
+        header = GGUFHeader.read(file)
+        assert header.tensors
+        content = file.read_bytes()
+        name = b"blk.1.ffn_down.weight"
+        at = content.index(name) + len(name) + 4 + 2 * 8
+        file.write_bytes(content[:at] + struct.pack("<I", 10) + content[at + 4 :])
+        refused(file, file, "blk.1.ffn_down.weight", "type 10", "it reads F32")
+
+    def test_no_such_file(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match="there is no file"):
+            LLM(tmp_path / "nothing.gguf", device="cpu", progress=False)
+
+
+def test_the_small_files_go_when_the_process_ends(file):
+    folder = locate(file)
+    assert (folder / "model.gguf").resolve() == file.resolve()
+    shutil.rmtree(folder)
