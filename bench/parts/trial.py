@@ -15,6 +15,7 @@ from functools import partial
 import torch
 
 from .. import ROOT
+from ..candidates.check import RINGS
 from ..cases import INTERNLM3_8B, Inputs, Size
 from ..record import Part, Row, first_line
 from ..trial.compare import compared, values_of_interleaved
@@ -87,12 +88,16 @@ def experiments(part: Part, small: bool) -> Experiments:
     def at(*shapes: tuple[int, int]) -> Experiments:
         return {f"layers at batch {shape[0]}, context {shape[1]}": partial(layers_at, *shape) for shape in shapes}
 
+    def products() -> Iterator[Row]:
+        rings = {} if wrong else {256: RINGS[128]} if small else {rows: RINGS[rows] for rows in (64, 128)}
+        yield from products_by_rows(part, make, counts, rounds, rings)
+
     counts = (256, 512, 1024) if small else (16, 32, 64, 128, 256, 512, 1024, 2048)
     return {
         "the candidates' values": values,
         "E1 values": partial(values_of_interleaved, part, make),
         **at(*(TOY_SHAPES if small else SHAPES)),
-        "E5": partial(products_by_rows, part, make, counts, rounds),
+        "E5": products,
         "E6": sums,
         **at(*(() if small else MORE_SHAPES)),
         "E4": partial(chunk_kernels, part, small, len(layers)),

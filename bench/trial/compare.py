@@ -74,7 +74,7 @@ class Chain:
             state: Any = batch.x
             for number in range(len(batch.layers)):
                 state = layer(batch, number, state)
-            self._last = hidden(state)
+            self._state = state
 
         self._launch = run
         self.run: Call = replayed([run]) if batch.x.is_cuda else run
@@ -84,9 +84,9 @@ class Chain:
 
         Those follow one another more slowly, so a launch that does not wait for what it reads is found here.
         """
-        replayed_result = self._last.clone()
+        found = hidden(self._state).clone()
         self._launch()
-        return difference("a replay's result", replayed_result, self._last)
+        return difference("a replay's result", found, hidden(self._state))
 
 
 def hidden(state: Any) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from statistics import median
@@ -26,9 +26,10 @@ from ..timing import Call, replayed, rounds_of
 
 LEAST = 0.12  # the share by which longer chunks must be faster per token
 MATRICES = 6  # of each shape, so that no cache has the next one
-# The candidate's launches by rows of x, and what is predicted for all four products of a layer together.
-RINGS = {64: Ring(4, 4, 128, 64, 8), 128: Ring(4, 3, 128, 64, 8)}
-RING_PREDICTED = {64: "no prediction", 128: "105 us a layer; cuBLAS 100 to 110"}
+RING_PREDICTED = {128: "105 us for all four; cuBLAS 100 to 110"}  # by rows of x
+# Of a kernel's name, by what it does. All others are products.
+ATTENTION = ("_attend", "_combine")
+ELEMENTWISE = ("_rms_norm", "_swiglu", "_rope_and_cache", "_embed", "elementwise")
 
 
 def products(make: Inputs) -> dict[str, tuple[int, int]]:
@@ -48,8 +49,13 @@ def times_of(calls: Sequence[Call], rounds: int) -> list[float]:
     return list(islice(rounds_of(run, len(calls)), rounds))
 
 
-def products_by_rows(part: Part, make: Inputs, counts: Sequence[int], rounds: int) -> Iterator[Row]:
-    """cuBLAS for each matrix by rows of x, next to it the ring, and what longer chunks gain per token in all four."""
+def products_by_rows(
+    part: Part, make: Inputs, counts: Sequence[int], rounds: int, rings: Mapping[int, Ring]
+) -> Iterator[Row]:
+    """cuBLAS for each matrix by rows of x, and what longer chunks gain per token in all four.
+
+    rings: how the candidate is launched, by the numbers of rows for which it is timed too.
+    """
     per_token: dict[int, float] = defaultdict(float)
     for name, (outputs, inputs) in products(make).items():
         matrices = [make.weight(outputs, inputs) for _ in range(MATRICES)]
@@ -60,11 +66,11 @@ def products_by_rows(part: Part, make: Inputs, counts: Sequence[int], rounds: in
             rate = 2 * rows * outputs * inputs / median(times) / 1e6
             about = {"experiment": "E5", "tokens": rows, "op": name, "TFLOP/s": rate}
             yield part.figure(f"E5 cuBLAS, {name}, {rows} rows", times, "us", f"{rate:.0f} TFLOP/s", **about)
-            if rows in RINGS and x.is_cuda:
-                calls = [partial(_in_parts, x, w, RINGS[rows]) for w in matrices]
+            if rows in rings:
+                calls = [partial(_in_parts, x, w, rings[rows]) for w in matrices]
                 gain = median(times) - median(ring_times := times_of(calls, rounds))
                 decision = f"up to {rows} rows through the ring" if gain > 0 else f"cuBLAS from {rows} rows on"
-                about |= {"gain": gain, "decision": decision, "predicted": RING_PREDICTED[rows]}
+                about |= {"gain": gain, "decision": decision, "predicted": RING_PREDICTED.get(rows, "no prediction")}
                 yield part.figure(f"E5 ring, {name}, {rows} rows", ring_times, "us", decision, **about)
     # A launch of all matrices at the chunk's length of today, and at longer ones.
     chunk = min(prefill.CHUNK, max(counts))
@@ -100,8 +106,12 @@ def chunk_kernels(part: Part, small: bool, layers: int) -> Iterator[Row]:
         about: dict[str, Any] = {"experiment": "E4", "tokens": chunk, "context": cached + chunk}
         about["predicted"] = f"{predicted.get(cached, 'no prediction')}; element-wise kernels 35 us a layer"
         added = kernel_times(run)
-        decision = "attention before the element-wise kernels (C4) if it takes longer than they, else C2"
-        yield part.figure(name, [sum(map(sum, added.values())) / layers], "us", decision, decision=decision, **about)
+        of_kind = kinds(added)
+        share = ", ".join(f"{kind} {time / layers:.1f}" for kind, time in of_kind.items())
+        longer = "attention of chunks (C4)" if of_kind["attention"] > of_kind["element-wise"] else "fewer launches (C2)"
+        decision = f"next: {longer}"
+        total = sum(of_kind.values()) / layers
+        yield part.figure(name, [total], "us", f"{share}; {decision}", decision=decision, **about)
         for kernel, times in sorted(added.items(), key=lambda item: -sum(item[1]))[:12]:
             note = f"{len(times) / layers:.2g} launches a layer"
             yield part.figure(f"{name}: {kernel[:80]}", [sum(times) / layers], "us", note, **about)
@@ -109,6 +119,15 @@ def chunk_kernels(part: Part, small: bool, layers: int) -> Iterator[Row]:
 
 def _in_parts(x: Tensor, weight: Tensor, ring: Ring) -> Tensor:
     return candidates.for_device(x.device).partial_products(x, weight, parts_of(*weight.shape), ring)
+
+
+def kinds(times: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """The time of a chunk's kernels by what they do."""
+    found = {"products": 0.0, "attention": 0.0, "element-wise": 0.0}
+    for name, each in times.items():
+        kind = "attention" if any(word in name for word in ATTENTION) else "products"
+        found["element-wise" if any(word in name for word in ELEMENTWISE) else kind] += sum(each)
+    return found
 
 
 def kernel_times(run: Call) -> dict[str, list[float]]:

@@ -16,7 +16,7 @@ from bench.candidates.sum_and_norm import sum_and_norm
 from bench.cases import Inputs
 from bench.parts import trial
 from bench.record import Part, Row
-from bench.trial import compare, layers, sums, variants
+from bench.trial import compare, layers, prompts, sums, variants
 from internlm3 import kernels
 from internlm3.kernels.triton.linear_few_rows import parts as parts_of
 
@@ -158,7 +158,6 @@ def test_a_gain_decides():
 @pytest.mark.parametrize(("per_token", "decision"), [(0.87, "raise CHUNK to 1024"), (0.89, "CHUNK stays 512")])
 def test_longer_chunks_must_gain_twelve_percent(monkeypatch, per_token, decision):
     """2048 is compared with 512 by the sum of all four matrices."""
-    from bench.trial import prompts
 
     def times_of(calls, rounds):
         rows = calls[0].args[0].shape[0]
@@ -166,8 +165,14 @@ def test_longer_chunks_must_gain_twelve_percent(monkeypatch, per_token, decision
 
     monkeypatch.setattr(prompts, "times_of", times_of)
     make = Inputs(trial.TOY, torch.float16, CPU)
-    *_, last = prompts.products_by_rows(Part("trial"), make, (512, 1024), 1)
+    *_, last = prompts.products_by_rows(Part("trial"), make, (512, 1024), 1, {})
     assert last.about["decision"].startswith(decision)
+
+
+def test_kernels_of_a_chunk_are_told_apart():
+    times = {"_attend": [3.0, 1.0], "_combine": [2.0], "nvjet_tst_128x256": [9.0], "_rms_norm": [1.0]}
+    times["void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add>"] = [2.0]
+    assert prompts.kinds(times) == {"products": 9.0, "attention": 6.0, "element-wise": 3.0}
 
 
 def test_every_variant_says_what_is_predicted_and_what_it_decides():
