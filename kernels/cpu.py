@@ -29,7 +29,8 @@ else:
 # PyTorch computes float32 products with MKL, which is fast on Intel's CPUs only. oneDNN, which computes the 16-bit
 # ones, takes 0.45 to 0.65 of MKL's time on the EPYC, for 5 rows as for 2048.
 ONEDNN_FLOAT32 = _AVX512_BF16 and torch.backends.mkldnn.is_available()
-# Whether the bits of a row may depend on how many rows a launch of more than FEW_ROWS rows has. They do not on the
+INVARIANT_ROWS = FEW_ROWS
+# Whether the bits of a row may depend on how many rows a launch of more than INVARIANT_ROWS has. They do not on the
 # EPYC, for 17 to 2048 rows of 7 to 14336 numbers on 1 to 7 threads; other CPUs have not been tested.
 ROW_COUNT_CHANGES_BITS = not _AVX512_BF16
 # The settings with which a stage of sampling changes nothing; so does any top_k below 0.

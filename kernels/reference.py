@@ -15,7 +15,7 @@ holds the pages of each sequence in order: the token at position p is in slot p 
 is at position seq_lens[b] - T + t. A negative position is padding: nothing is read or written for it, and its result is
 zero. A sequence with seq_lens[b] == 0 is idle: all of its tokens are padding. kernels/README.md has a drawing.
 
-`batch_invariant` asks a linear op to make a row bit-identical alone and in any batch of up to FEW_ROWS rows. The
+`batch_invariant` asks a linear op to make a row bit-identical alone and in any batch of up to INVARIANT_ROWS rows. The
 reference rounds every row in the same way, and ignores it.
 
 `decode_step` states for attention of one token per sequence (T = 1) which inputs are older than the step: seq_lens, the
@@ -30,9 +30,11 @@ from torch import Tensor
 
 from .reference_sampling import sample as sample
 
-# Batches of up to this many rows are bound by reading the weights; `batch_invariant` promises equal bits within them.
+# Launches of up to this many rows are bound by reading the weights, on every device.
 FEW_ROWS = 16
-# Every backend states whether the bits of a row may depend on the number of rows, in launches of more than FEW_ROWS.
+# Every backend states up to how many rows `batch_invariant` holds, and whether the bits of a row may depend on the
+# number of rows in launches of more.
+INVARIANT_ROWS = FEW_ROWS
 ROW_COUNT_CHANGES_BITS = True
 
 

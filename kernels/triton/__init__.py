@@ -11,12 +11,14 @@ from .linear import linear_add as linear_add
 from .linear import rms_norm_linear as rms_norm_linear
 from .linear import rms_norm_qkv_rope_cache as rms_norm_qkv_rope_cache
 from .linear import rms_norm_swiglu as rms_norm_swiglu
+from .linear_few_rows import FEW_ROWS as _FEW_ROWS
 from .paged_attention import paged_attention as paged_attention
 from .rms_norm import rms_norm as rms_norm
 from .rope_and_cache import rope_and_cache as rope_and_cache
 from .sample import sample as sample
 from .swiglu import swiglu as swiglu
 
-# Whether the bits of a row may depend on how many rows a launch of more than FEW_ROWS rows has: cuBLAS chooses its
+INVARIANT_ROWS = _FEW_ROWS
+# Whether the bits of a row may depend on how many rows a launch of more than INVARIANT_ROWS has: cuBLAS chooses its
 # kernels by that.
 ROW_COUNT_CHANGES_BITS = True

@@ -1,10 +1,10 @@
 """The linear layers of a block, each fused with the ops before and after it.
 
-Up to 16 rows take as long as reading the weights takes: `linear_few_rows` reads them once, in one launch. More rows are
-bound by arithmetic: torch's linear, which is cuBLAS on a GPU, and a launch for each op before and after it.
+Up to FEW_ROWS rows take as long as reading the weights takes: `linear_few_rows` reads them once, in one launch. More
+rows are bound by arithmetic: torch's linear, which is cuBLAS on a GPU, and a launch for each op before and after it.
 
 Rows of a weight must begin at multiples of 16 bytes, since they are read 16 bytes at a time. With `batch_invariant` a
-single row uses the kernel of several, so it is bit-identical alone and among up to 15 other rows.
+single row uses the kernel of several, so it is bit-identical alone and among up to FEW_ROWS - 1 other rows.
 
 Every op raises TypeError for a wrong dtype and ValueError for a wrong shape, device, stride or alignment.
 """
@@ -13,9 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..reference import FEW_ROWS
 from .launch import check, check_activation
-from .linear_few_rows import multiply
+from .linear_few_rows import FEW_ROWS, multiply
 from .rms_norm import rms_norm
 from .rope_and_cache import check_heads, rope_and_cache
 from .swiglu import swiglu

@@ -47,28 +47,33 @@ from .swiglu import silu
 
 
 class Tile(NamedTuple):
-    """The tile of a program: `rows` of W by `width` bytes of each; its warps; the stages of its pipeline."""
+    """The tile of a program: rows of W, warps, stages of the pipeline, chunks of W that it loads before it waits."""
 
     rows: int
-    width: int
     warps: int
     stages: int = 1
+    early: int = 0
 
 
-CHUNK = 256  # bytes of a row of W that a program of several rows multiplies at once: 128 columns of 16 bits
-
-
-# Chosen by measurement, the time of whole steps of InternLM3-8B on an H200 with 1, 4 and 16 rows: bench/predictions.md.
-# For GPUs before sm_90 by their machine code alone.
-ONE_ROW = Tile(2, 4096, 4)  # rows of W up to LONG bytes
-ONE_ROW_LONG = Tile(2, 4096, 8)
-LONG, LONGEST = 20480, 40960  # bytes of a row of W; longer rows do not fit the registers, and use the kernel of several
-ROWS_HOPPER = Tile(64, CHUNK, 4, 8)  # its tensor cores take 64 rows of W from shared memory; 112 KB of loads in flight
-ROWS = Tile(32, CHUNK, 4, 8)
-ROWS_WIDE = Tile(64, CHUNK, 4, 4)  # for more rows of W than WIDE: half as many programs still fill a GPU
+# Rows of W up to LONG bytes, and longer ones. Those of more than LONGEST bytes do not fit the registers.
+ONE_ROW, ONE_ROW_LONG = Tile(2, 4), Tile(2, 8)
+LONG, LONGEST = 20480, 40960
+ONE_ROW_CHUNK = 4096  # bytes of a row of W that a program of one row multiplies at once
+CHUNK = 256  # the same for several rows: 128 columns of 16 bits
+# Up to this many rows of x. 2 to 16 have been measured, 17 to 64 have not: by prediction a step of 32 rows takes 4.5 to
+# 4.8 ms on an H200, where cuBLAS was measured at 6.63.
+FEW_ROWS = 64
+# For several rows, by the number of rows of x, padded. One row and 64 rows of W per program were chosen by measurement:
+# whole steps of InternLM3-8B on an H200 with 1, 4 and 16 rows, in bench/predictions.md. All else is chosen by machine
+# code and by a simulation: nothing spills, and the shared memory of a program fits. It has not been measured.
+# sm_90 and newer, whose tensor cores take 64 rows of W from shared memory. `WIDE` is for more rows of W than WIDE: two
+# programs fit a multiprocessor then. Fewer rows of W make so few programs that each needs all of its memory.
+HOPPER = {16: Tile(64, 4, 8, 4), 32: Tile(64, 4, 7, 3), 64: Tile(64, 4, 6, 1)}
+HOPPER_WIDE = {16: Tile(64, 4, 5, 4), 32: Tile(64, 4, 4, 3), 64: Tile(64, 4, 3, 2)}
+ROWS = {16: Tile(32, 4, 8), 32: Tile(32, 4, 7), 64: Tile(32, 4, 5)}
+ROWS_WIDE = {16: Tile(64, 4, 4), 32: Tile(64, 4, 3), 64: Tile(64, 4, 3)}
 WIDE = 16384  # AMD's GPUs always use ROWS_WIDE: ROWS needs more than their 64 KB of shared memory per program
-ROWS_FLOAT32 = Tile(32, CHUNK, 4, 2)  # for tests: no tensor core multiplies float32 exactly
-PADDED_ROWS = 16
+FLOAT32 = {16: Tile(32, 4), 32: Tile(32, 8), 64: Tile(32, 8)}  # for tests: no tensor core multiplies float32 exactly
 AHEAD = 8  # cache lines per row of W that a program of several rows prefetches into L2 before it waits
 
 NO_CACHE = dict.fromkeys(
@@ -148,17 +153,45 @@ def _one_row(ws, norms, x_ptr, eps, C: tl.constexpr, BC: tl.constexpr, PDL: tl.c
 
 
 @triton.jit
+def _last_chunks(rows_ptr, mask, C: tl.constexpr, BC: tl.constexpr, N: tl.constexpr, POLICY: tl.constexpr):
+    """The last N chunks of the rows at rows_ptr [n, 1], as a tuple. C is a multiple of BC."""
+    chunks = ()
+    for i in tl.static_range(N):
+        columns = (C - (N - i) * BC + tl.arange(0, BC))[None, :]
+        chunk = tl.load(rows_ptr + columns, mask=mask, other=0.0, eviction_policy=POLICY)
+        chunks += (chunk,)  # type: ignore[assignment]
+    return chunks
+
+
+@triton.jit
+def _in_registers(x, PDL: tl.constexpr):
+    """x of 16 bits, which stays in registers until here.
+
+    The compiler would write it to shared memory as soon as it is loaded: each load would wait for the one before.
+    """
+    if PDL:
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], x.dtype, is_pure=False, pack=2)
+    else:
+        return x
+
+
+@triton.jit
 def _rows(
-    w_rows, x_ptr, x_stride, R,
+    early, w_rows, x_ptr, x_stride, R,
     C: tl.constexpr, BO: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """The product [BO, BR] of W's rows and up to BR rows of x, on the tensor cores, in the order of `parts`."""
+    """The product [BO, BR] of W's rows and up to BR rows of x, on the tensor cores, in the order of `parts`.
+
+    early: W's last chunks, which were loaded before the wait.
+    """
     row = tl.arange(0, BR)[:, None]
     x_rows = x_ptr + row.to(tl.int64) * x_stride
+    xs = _last_chunks(x_rows, row < R, C, BC, len(early), "evict_last")
     zero = tl.zeros((BO, BR), tl.float32)
     y = zero
     part = zero
-    for first in tl.range(0, C, BC, num_stages=STAGES):  # one loop over all parts keeps the pipeline full
+    for first in tl.range(0, C - len(early) * BC, BC, num_stages=STAGES):  # over all parts: the pipeline stays full
         columns = (first + tl.arange(0, BC))[None, :]
         inside = (columns < C) if C % BC else tl.full((1, BC), True, tl.int1)
         w = tl.load(w_rows + columns, mask=inside, other=0.0, eviction_policy="evict_first")
@@ -169,6 +202,9 @@ def _rows(
                 y = total
                 part = zero
         part = tl.dot(w, x.trans(), part, input_precision="ieee")
+    for i in tl.static_range(len(early)):
+        x = _in_registers(xs[i], PDL)
+        part = tl.dot(_in_registers(early[i], PDL), x.trans(), part, input_precision="ieee")
     return y + part if PARTS > 1 else part
 
 
@@ -206,7 +242,7 @@ def _linear_few_rows(
     OUT: tl.constexpr, C: tl.constexpr, W_STRIDE: tl.constexpr, HALF: tl.constexpr,
     H: tl.constexpr, K: tl.constexpr, S: tl.constexpr,
     BO: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr,
-    AHEAD: tl.constexpr, PDL: tl.constexpr,
+    EARLY: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Pointers are None for inputs that the op does not have. BR is 1 for one row, else R padded."""
     if PDL:
@@ -219,7 +255,9 @@ def _linear_few_rows(
         norms = ()
         if norm_ptr is not None:
             norms = _chunks(norm_ptr, C, BC, "")
-    elif PDL:
+    else:
+        early = _last_chunks(w_rows, tl.full((1, 1), True, tl.int1), C, BC, EARLY, "evict_first")
+    if PDL and BR > 1:
         LINE: tl.constexpr = 1024 // dtype.primitive_bitwidth
         lines = w_rows + tl.minimum(tl.arange(0, AHEAD) * LINE, C - 1)[None, :]
         tl.inline_asm_elementwise(
@@ -231,9 +269,10 @@ def _linear_few_rows(
         tl.extra.cuda.gdc_wait()
 
     row = tl.arange(0, BR)[None, :]
+    output = (tl.program_id(0) * BO + tl.arange(0, BO))[:, None]
     if residual_ptr is not None:
         residual_rows = residual_ptr + row.to(tl.int64) * residual_stride
-        residual = tl.load(residual_rows + rows[:, None], mask=row < R, other=0.0)
+        residual = tl.load(residual_rows + output, mask=(row < R) & (output < OUT), other=0.0)
     if inv_freq_ptr is not None:
         places = _places(
             R, inv_freq_ptr, inv_freq_stride, block_table_ptr, table_stride, seq_lens_ptr, positions_ptr,
@@ -242,13 +281,12 @@ def _linear_few_rows(
     if BR == 1:
         y = _one_row(ws, norms, x_ptr, eps, C, BC, PDL)
     else:
-        y = _rows(w_rows, x_ptr, x_stride, R, C, BO, BC, BR, PARTS, STAGES)
+        y = _rows(early, w_rows, x_ptr, x_stride, R, C, BO, BC, BR, PARTS, STAGES, PDL)
 
     if bias_ptr is not None:
         y += bias
     y = y.to(dtype).to(tl.float32)
     if HALF == 0:
-        output = (tl.program_id(0) * BO + tl.arange(0, BO))[:, None]
         if residual_ptr is not None:
             y += residual.to(tl.float32)
         tl.store(y_ptr + row * OUT + output, y.to(dtype), mask=(row < R) & (output < OUT))
@@ -295,6 +333,11 @@ def parts(outputs: int, columns: int) -> int:
     return 4 if outputs <= 4096 and columns % (4 * 128) == 0 else 1
 
 
+def padded_rows(rows: int) -> int:
+    """The rows of x, with padding, in a tile of several: 16, 32 or 64. A kernel is compiled for each."""
+    return max(16, next_power_of_2(rows))
+
+
 def multiply(
     y: Tensor,
     x: Tensor,
@@ -308,7 +351,7 @@ def multiply(
     half: int = 0,
     **cache: Any,
 ) -> None:
-    """Write the result for x's 1 to 16 rows to y.
+    """Write the result for x's 1 to FEW_ROWS rows to y.
 
     half: the distance between paired rows of W, or 0. cache: the arguments of rotation and cache, by name.
 
@@ -318,21 +361,25 @@ def multiply(
     outputs = weight.shape[0]
     size = weight.element_size()
     alone = rows == 1 and not batch_invariant and columns * size <= LONGEST
+    padded = padded_rows(rows)
     if alone:
-        tile = ONE_ROW if columns * size <= LONG else ONE_ROW_LONG
+        tile, padded = ONE_ROW if columns * size <= LONG else ONE_ROW_LONG, 1
     elif x.dtype == torch.float32:
-        tile = ROWS_FLOAT32
+        tile = FLOAT32[padded]
     elif is_hopper(x.device):
-        tile = ROWS_HOPPER
+        tile = (HOPPER_WIDE if outputs > WIDE else HOPPER)[padded]
     else:
-        tile = ROWS_WIDE if outputs > WIDE or torch.version.hip else ROWS
+        tile = (ROWS_WIDE if outputs > WIDE or torch.version.hip else ROWS)[padded]
+    options_of_amd = {"matrix_instr_nonkdim": 16} if torch.version.hip else {}  # by default it depends on the rows of x
+    chunk = min((ONE_ROW_CHUNK if alone else CHUNK) // size, max(next_power_of_2(columns), 16))
+    order = parts(outputs, columns)
     if norm is not None and not alone:  # one launch for all programs
         x, norm = rms_norm(x, norm, eps), None
     _linear_few_rows[(cdiv(outputs, tile.rows),)](
         x, x.stride(0), norm, eps, weight, bias, residual, residual.stride(0) if residual is not None else None,
         y, rows, **(cache or NO_CACHE),
         OUT=outputs, C=columns, W_STRIDE=weight.stride(0), HALF=half,
-        BO=tile.rows, BC=min(tile.width // size, max(next_power_of_2(columns), 16)),
-        BR=1 if alone else PADDED_ROWS, PARTS=parts(outputs, columns), STAGES=tile.stages, AHEAD=AHEAD,
-        num_warps=tile.warps, **options(x.device),
+        BO=tile.rows, BC=chunk, BR=padded, PARTS=order, STAGES=tile.stages,
+        EARLY=0 if columns % chunk else min(tile.early, columns // order // chunk), AHEAD=AHEAD,
+        num_warps=tile.warps, **options_of_amd, **options(x.device),
     )  # fmt: skip

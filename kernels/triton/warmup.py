@@ -5,15 +5,16 @@ the number of rows. No length, count, page, table width or offset of a view caus
 vocabulary size that is a multiple of 8 has compiled everything once it has run
 
     one sequence of T tokens, for every T of `token_counts`      (a chunk of a prompt, and its logits)
-    a decode step of one row, and of two, with every set of stages that its sampling can have, and every dtype of logits
+    a decode step of B rows, for every B of `batch_sizes`, with every set of stages that its sampling can have, and
+    every dtype of logits
 
 With another vocabulary size, the alignment of a row of logits decides how wide its loads are.
 """
 
 import torch
 
-from ..reference import FEW_ROWS
 from .launch import is_hopper
+from .linear_few_rows import FEW_ROWS, padded_rows
 from .paged_attention import tiling
 from .rope_and_cache import heads_per_program
 
@@ -26,5 +27,20 @@ def token_counts(most: int, group: int, head_dim: int, dtype: torch.dtype, devic
     firsts: dict[object, int] = {}
     for tokens in range(1, most + 1):
         tiles = tiling(tokens, group, head_dim, dtype, is_hopper(device), decode=False, alone=False)
-        firsts.setdefault((min(tokens, 2), tokens <= FEW_ROWS, heads_per_program(tokens), tiles), tokens)
+        firsts.setdefault((_linear(tokens), heads_per_program(tokens), tiles), tokens)
     return list(firsts.values())
+
+
+def batch_sizes(most: int) -> list[int]:
+    """Batch sizes of decode steps that compile everything that any batch size up to `most` needs."""
+    firsts: dict[int, int] = {}
+    for rows in range(1, most + 1):
+        firsts.setdefault(_linear(rows), rows)
+    return list(firsts.values())
+
+
+def _linear(rows: int) -> int:
+    """What the kernel of linear layers is compiled for: its padded number of rows, or 0 where torch multiplies."""
+    if rows > FEW_ROWS:
+        return 0
+    return 1 if rows == 1 else padded_rows(rows)

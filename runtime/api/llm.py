@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from ..checkpoint.gguf.folder import locate
-from ..checkpoint.load import load_model
+from ..checkpoint.load import load_model, resolve_device
 from ..common.checks import check_bool, check_int
 from ..common.neutral import without_neutral
 from ..common.other_libraries import LLM as LLM_NEUTRAL
@@ -29,7 +29,7 @@ from ..engine.hooks import LogitsHooks
 from ..engine.request import Request, check_prompt
 from ..engine.shared import SharedEngine
 from ..model.config import InternLM3Config
-from ..model.model import INVARIANT_ROWS, LanguageModel
+from ..model.model import LanguageModel, invariant_rows
 from ..sampling.keywords import SamplingKeywords
 from ..sampling.logits_processors import early_processors, processors
 from ..sampling.params import RECOMMENDED_THINKING, SamplingParams
@@ -103,9 +103,10 @@ class LLM:
         without_neutral("LLM", unknown, neutral, known=known, counterparts=LLM_COUNTERPARTS)
         batch_size = check_int("max_batch_size", max_batch_size, 1)
         cache_tokens = None if cache_tokens is None else check_int("cache_tokens", cache_tokens, 0)
-        if batch_invariant and batch_size > INVARIANT_ROWS:
+        most = invariant_rows(resolve_device(device)) if batch_invariant else batch_size
+        if batch_size > most:
             raise ValueError(
-                f"batch_invariant holds for up to {INVARIANT_ROWS} answers decoded together, and max_batch_size is "
+                f"batch_invariant holds for up to {most} answers decoded together, and max_batch_size is "
                 f"{batch_size}: lower it, or do without"
             )
         folder = locate(

@@ -16,7 +16,7 @@ from ..engine.hooks import LogitsHooks
 from ..engine.request import Request, check_prompt
 from ..engine.shared import SharedEngine
 from ..model.config import InternLM3Config
-from ..model.model import INVARIANT_ROWS
+from ..model.model import invariant_rows
 from ..sampling.logits_processors import LogitsProcessor, early_processors, processors
 from ..tokenization.text_stream import TextStream
 from .generate_options import GenerateOptions, read_options
@@ -170,7 +170,7 @@ class Generation(Pretrained):
         A stopping criterion that is true of an answer ends it.
         """
         longest = max(len(answer.request.prompt_ids) + answer.request.max_tokens for answer in answers)
-        most = INVARIANT_ROWS if self.model.batch_invariant else MAX_BATCH_SIZE
+        most = invariant_rows(self.model.device) if self.model.batch_invariant else MAX_BATCH_SIZE
         engine = self.engine(min(_power_of_2(len(answers)), most), max(_power_of_2(longest), MIN_WINDOW))
         index = {answer: number for number, answer in enumerate(answers)}
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 
 import torch
@@ -22,7 +22,7 @@ from .prefill import Prefill
 from .request import Request
 from .scheduler import Scheduler
 from .state import DecodeState, Slot, Tier
-from .warm_up import compile_kernels
+from .warm_up import compile_kernels, steps_to_compile
 
 # Steps in flight while the host reads reports. The host needs tenths of a millisecond a step and a step takes several,
 # so two hide it; each more would delay the next prompt, and run for nothing after an answer has ended.
@@ -201,9 +201,10 @@ class Runner:
         """Compiles every kernel and captures every step that requests can need. No request may have a slot."""
         if self._model.device.type != "cpu":
             compile_kernels(self._model, self.kv_cache, self._state.slots(0, 1), self.pages, self._max_seq_len)
-        # Without graphs a step only needs to be compiled, and kernels differ for one sequence and several only.
-        most = min(self._max_batch_size, 2) if self._eager else self._max_batch_size
-        for batch_size in sorted({self._padded(slots) for slots in range(1, most + 1)}):
+        sizes: Iterable[int] = range(1, self._max_batch_size + 1)
+        if self._eager:  # a step only needs to be compiled
+            sizes = steps_to_compile(self._model, self._max_batch_size)
+        for batch_size in sorted({self._padded(slots) for slots in sizes}):
             for tier in Tier:
                 self._steps.capture(batch_size, tier)
         self._prefill.warm_up(self._max_seq_len)

@@ -34,3 +34,12 @@ def compile_kernels(
             ops.sample(logits.float(), **stages_after_penalties(slot, tier))
     finally:
         pages.release(allocated)
+
+
+def steps_to_compile(model: LanguageModel, most: int) -> list[int]:
+    """Batch sizes of decode steps that compile what any batch size up to `most` needs. A CPU compiles nothing."""
+    if model.device.type == "cpu":
+        return []
+    from ...kernels.triton.warmup import batch_sizes  # imports Triton
+
+    return batch_sizes(most)

@@ -18,8 +18,10 @@ from .config import InternLM3Config
 from .kv_cache import BatchMetadata, PagedKVCache
 from .layers import Embedding, Linear, PartNames, RMSNorm, StackedLinear
 
-# The largest batch size for which `batch_invariant` holds.
-INVARIANT_ROWS = FEW_ROWS
+
+def invariant_rows(device: torch.device) -> int:
+    """The largest batch size for which `batch_invariant` holds on this device."""
+    return int(for_device(device).INVARIANT_ROWS)
 
 
 class Attention(PartNames):
@@ -95,8 +97,8 @@ class Decoder(nn.Module):
     Weights are random (normal, config.initializer_range) until they are loaded. `factory`: device and dtype of the
     weights, by default PyTorch's.
 
-    batch_invariant: on a GPU, results of one row are bit-identical alone and with up to INVARIANT_ROWS - 1 others;
-    decoding alone is slower then. Set it before the first step, which a graph captures.
+    batch_invariant: on a GPU, results of one row are bit-identical alone and with others, up to `invariant_rows`
+    together; decoding alone is slower then. Set it before the first step, which a graph captures.
     """
 
     batch_invariant = False

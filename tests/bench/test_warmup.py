@@ -31,6 +31,7 @@ def test_requests_compile_nothing_after_the_warm_up(compiled, target):
 def test_the_warm_up_is_short(compiled, target):
     """Each compiles for a second or two, once per machine. A higher count needs a reason here.
 
-    Two of the 50 are attention's for a single sequence, which has tiles of its own.
+    Two are attention's for a single sequence, which has tiles of its own. Ten are the linear layers' for 17 to 32 rows,
+    and for 33 to 64.
     """
-    assert len(compiled[target]["warm"]) <= 50, compiled[target]["warm"]
+    assert len(compiled[target]["warm"]) <= 54, compiled[target]["warm"]

@@ -1,4 +1,4 @@
-"""The linear layers, by both backends and the reference, against float64: one row, 2 to 16 rows, and more."""
+"""The linear layers, by both backends and the reference, against float64: one row, 2 to 64 rows, and more."""
 
 import pytest
 import torch
@@ -29,10 +29,11 @@ EPS = 1e-5
 # Less than, as much as and more than a program reads at once, in whole chunks and not; multiples of 8 for 16-byte rows.
 widths = st.sampled_from([8, 64, 200, 576, 1536, 2048, 2056, 4104]) | st.integers(1, 80).map(lambda n: 8 * n)
 # One row has a kernel path of its own; it gets few outputs, since the interpreter is slow and a program has only two of
-# them. 2 to 16 rows have another path, with tiles of 32 outputs. More rows are multiplied by torch.
+# them. 2 to 64 rows have another path, with tiles of 32 outputs and 16, 32 or 64 rows. Torch multiplies more rows.
 one_row = st.tuples(st.just(1), widths, st.integers(1, 7))
-rows = st.tuples(st.integers(1, 18), widths, st.sampled_from([1, 2, 31, 32, 33]) | st.integers(1, 70))
-few_rows = st.tuples(st.integers(1, 16), widths, st.integers(1, 34))
+counts = st.integers(1, 18) | st.sampled_from([31, 32, 33, 63, 64, 65, 66])
+rows = st.tuples(counts, widths, st.sampled_from([1, 2, 31, 32, 33]) | st.integers(1, 70))
+few_rows = st.tuples(st.integers(1, 16) | st.integers(17, 64), widths, st.integers(1, 34))
 paddings = st.sampled_from([0, 8])
 
 
@@ -97,7 +98,7 @@ class Case:
     def __init__(self, seed, dtype, rows, width, outputs, scale=1.0, padding=0, biased=False):
         rng = generator(seed)
         # For more rows the product is torch's, which NaN in the gaps may reach: see `run_all`.
-        padding = padding if rows <= reference.FEW_ROWS else 0
+        padding = padding if rows <= linear_few_rows.FEW_ROWS else 0
         self.x = embedded(normal(rng, rows, width, dtype=dtype, scale=scale), padding)
         self.weight = embedded(normal(rng, outputs, width, dtype=dtype, scale=2 * width**-0.5), padding)
         self.bias = embedded(normal(rng, outputs, dtype=dtype)) if biased else None
@@ -173,7 +174,7 @@ def test_rms_norm_linear(seed, dtype, shape, scale, padding, biased, batch_invar
 
 
 def test_the_case_that_failed_on_an_h200():
-    """float16, 17 rows, which torch multiplies. The record of 2026-11-27 has 3 of 34 wrong, the worst at [11, 1].
+    """float16, 17 rows, which torch multiplied. The record of 2026-11-27 has 3 of 34 wrong, the worst at [11, 1].
 
     Sums of 12 parts of the columns, each rounded to float16, give that value and that count; by torch's default cuBLAS
     may round so. The norm gives neither: two float32 ulp of rsqrt change no element of its result. The bound has no
@@ -252,7 +253,7 @@ def check_qkv(seed, dtype, width, padding, biased, batch_invariant, rope):
     seeds,
     dtypes,
     st.lists(st.sampled_from([0, 1, 15, 16, 17, 131073]) | st.integers(0, 300), min_size=1, max_size=4),
-    st.integers(1, 5),
+    st.integers(1, 5) | st.sampled_from([8, 16, 17]),
     st.sampled_from([(1, 1, 16), (3, 1, 32), (2, 2, 48), (6, 2, 16), (16, 1, 16), (4, 2, 64), (2, 1, 80), (2, 1, 128)]),
     st.sampled_from([16, 64]),
     st.sampled_from([8, 64, 200]),
@@ -262,7 +263,7 @@ def check_qkv(seed, dtype, width, padding, biased, batch_invariant, rope):
     st.booleans(),
 )
 def test_qkv(seed, dtype, lengths, tokens, heads, page_size, width, padding, biased, order, own_positions):
-    """Several rows: decode batches, and verification of `tokens` drafted tokens. More than 16 rows use separate ops."""
+    """Several rows: decode batches, short prompts, and verification of drafted tokens; more than 64 by separate ops."""
     rope = RopeCase(seed, dtype, lengths, tokens, *heads, page_size, padding, order, own_positions)
     check_qkv(seed, dtype, width, padding, biased, True, rope)
 
@@ -293,7 +294,7 @@ def test_qkv_of_one_row_and_wide_heads():
 @pytest.mark.op(name="rms_norm_linear")
 @pytest.mark.op(name="rms_norm_swiglu")
 @settings(max_examples=25)
-@given(seeds, dtypes, few_rows, st.integers(0, 15), scales)
+@given(seeds, dtypes, few_rows, st.integers(0, 63), scales)
 def test_a_row_has_the_same_bits_in_any_batch(seed, dtype, shape, other, scale):
     """A row is bit-identical alone and in a batch, at any index."""
     rows, width, outputs = shape
@@ -311,17 +312,29 @@ def test_a_row_has_the_same_bits_in_any_batch(seed, dtype, shape, other, scale):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize(("outputs", "width"), [(40, 4096), (70, 1024), (33, 1000), (4097, 512)])
-def test_several_rows_are_summed_in_the_stated_order(dtype, outputs, width):
+@pytest.mark.parametrize(("rows", "outputs", "width"), [(5, 40, 4096), (33, 70, 1024), (20, 33, 1000), (2, 4097, 512)])
+@pytest.mark.parametrize("tiles", ["ROWS", "HOPPER"])
+def test_several_rows_are_summed_in_the_stated_order(monkeypatch, tiles, dtype, rows, outputs, width):
     """Bit for bit, by values whose sum over a chunk is exact in any order.
 
     So this does not show the order within a chunk, which numpy chooses in the interpreter and the tensor core on a GPU.
     """
+    monkeypatch.setattr(linear_few_rows, "ROWS", getattr(linear_few_rows, tiles))
     rng = generator(width)
-    x, weight = order_case(rng, 5, outputs, width, dtype, linear_few_rows.CHUNK // dtype.itemsize)
+    x, weight = order_case(rng, rows, outputs, width, dtype, linear_few_rows.CHUNK // dtype.itemsize)
     bias = normal(rng, outputs, dtype=dtype)
     expected = summed_in_order(x.cpu(), weight.cpu(), bias.cpu())
     assert_same(expected.to(DEVICE, dtype), found=kernels.linear(x, weight, bias))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_number_of_rows_changes_no_bits(dtype):
+    """1 to 64 rows, whose kernels have tiles of 16, 32 and 64 rows."""
+    x, weight = order_case(generator(3), 64, 40, 1024, dtype, linear_few_rows.CHUNK // dtype.itemsize)
+    every = kernels.linear(x, weight)
+    for count in (1, 2, 15, 16, 17, 32, 33, 63):
+        found = {f"{count} rows": kernels.linear(x[-count:], weight, batch_invariant=True)}
+        assert_same(every[-count:], **found)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -337,23 +350,25 @@ def test_a_row_has_the_same_bits_in_any_batch_on_a_cpu(dtype, outputs, width, bi
         assert_same(alone[-count:], **{f"{count} rows": cpu.linear(x[-count:], weight, bias)})
 
 
-@pytest.mark.parametrize("batch_invariant", [False, True])
-def test_qkv_has_the_same_bits_in_any_batch(batch_invariant):
-    """Two sequences of two tokens each, and the second alone: q and its part of the cache are bit-identical."""
-    rope = RopeCase(11, torch.bfloat16, [40, 23], 2, 4, 2, 64, 16)
-    case = Case(11, torch.bfloat16, 4, 200, 8 * 64)
+@pytest.mark.parametrize(
+    ("sequences", "tokens", "batch_invariant"),
+    [(2, 2, False), (2, 2, True), (2, 20, False), (3, 21, True), (33, 1, True)],
+)
+def test_qkv_has_the_same_bits_in_any_batch(sequences, tokens, batch_invariant):
+    """Sequences together, and the last alone: q and its part of the cache are bit-identical."""
+    rope = RopeCase(11, torch.bfloat16, [40 - n % 18 for n in range(sequences)], tokens, 4, 2, 64, 16)
+    case = Case(11, torch.bfloat16, sequences * tokens, 200, 8 * 64)
     together, apart = rope.kv.clone(), rope.kv.clone()
     weights = (case.norm, EPS, case.weight, None)
     options = {"batch_invariant": batch_invariant}
     q = kernels.rms_norm_qkv_rope_cache(
         case.x, *weights, rope.inv_freq, *together.unbind(1), rope.block_table, rope.seq_lens, **options
     )
-    q_alone = kernels.rms_norm_qkv_rope_cache(
-        case.x[2:], *weights, rope.inv_freq[1:], *apart.unbind(1), rope.block_table[1:], rope.seq_lens[1:], **options
-    )
-    assert_same(q_alone, found=q[2:])
+    last = (rope.inv_freq[-1:], *apart.unbind(1), rope.block_table[-1:], rope.seq_lens[-1:])
+    q_alone = kernels.rms_norm_qkv_rope_cache(case.x[-tokens:], *weights, *last, **options)
+    assert_same(q_alone, found=q[-tokens:])
     mine = ~apart.isnan()
-    assert mine.sum() == 2 * 2 * 2 * 64
+    assert mine.sum() == tokens * 2 * 2 * 64
     assert_same(apart[mine], found=together[mine])
 
 
@@ -405,7 +420,7 @@ def test_roundings_in_the_reference_order(dtype, rows):
     assert_rounded_alike(results.pop("reference"), 0.03, **results)
 
 
-@pytest.mark.parametrize("rows", [1, 3, 17])
+@pytest.mark.parametrize("rows", [1, 3, 65])
 @pytest.mark.parametrize(
     ("op", "change", "error", "message"),
     [
@@ -440,7 +455,7 @@ def test_bad_input(rows, op, change, error, message):
         getattr(kernels, op)(**args)
 
 
-@pytest.mark.parametrize("rows", [2, 18])
+@pytest.mark.parametrize("rows", [2, 66])
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [

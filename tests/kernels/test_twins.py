@@ -22,7 +22,7 @@ TESTS = Path(__file__).parent
 def test_the_names_are_the_same(module):
     functions = {name for name, _ in inspect.getmembers(module, inspect.isfunction) if not name.startswith("_")}
     assert functions == set(kernels.__all__)
-    assert isinstance(module.ROW_COUNT_CHANGES_BITS, bool)
+    assert isinstance(module.ROW_COUNT_CHANGES_BITS, bool) and isinstance(module.INVARIANT_ROWS, int)
 
 
 @pytest.mark.parametrize("name", kernels.__all__)

@@ -18,6 +18,7 @@ import torch
 from bench.machine_code.launches import compilations
 from bench.machine_code.targets import TARGETS
 from internlm3 import InternLM3Config
+from internlm3.kernels.triton.warmup import batch_sizes
 from internlm3.runtime.engine import decode, prefill
 from internlm3.runtime.engine.pages import PageAllocator
 from internlm3.runtime.engine.state import DecodeState, Tier
@@ -53,9 +54,9 @@ class Server:
 
 
 def warm(device):
-    server = Server(device, rows=2, slots=16, pages=32)
+    server = Server(device, rows=40, slots=16, pages=32)
     compile_kernels(server.model, server.kv_cache, server.state.slots(0, 1), server.pages, max_seq_len=9000)
-    for rows in (1, 2):
+    for rows in batch_sizes(40):
         server.step(0, rows)
 
 
