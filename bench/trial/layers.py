@@ -136,6 +136,17 @@ def with_few_rows(batch: Batch, layer: int, x: Tensor, limit: int) -> Tensor:
         return as_built(batch, layer, x)
 
 
+def with_late_weights(batch: Batch, layer: int, x: Tensor, stages: int | None = None) -> Tensor:
+    """A layer whose kernels of several rows load nothing of W before the wait. stages: of their pipelines, if given."""
+    changes = {"early": 0} if stages is None else {"early": 0, "stages": stages}
+    tiles: dict[str, Any] = {
+        name: {rows: tile._replace(**changes) for rows, tile in getattr(linear_few_rows, name).items()}
+        for name in ("HOPPER", "HOPPER_WIDE")
+    }
+    with mock.patch.multiple(linear_few_rows, **tiles):
+        return as_built(batch, layer, x)
+
+
 class Rings(NamedTuple):
     """How the candidates run a layer: the rings of its products, and the parts of o's and down's sums."""
 

@@ -10,7 +10,16 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from ..candidates.settings import Ring
-from .layers import Attention, Rings, as_built, with_attention, with_few_rows, with_interleaved, with_rings
+from .layers import (
+    Attention,
+    Rings,
+    as_built,
+    with_attention,
+    with_few_rows,
+    with_interleaved,
+    with_late_weights,
+    with_rings,
+)
 
 Layer = Callable[[Any, int, Any], Any]  # of a batch, a layer's number and the state before it: the state after it
 
@@ -50,8 +59,9 @@ def variants(batch: int, context: int) -> Iterator[Variant]:
 
 
 def one_of_each(tried: Iterable[Variant]) -> Iterable[Variant]:
-    """One variant of each experiment, whose values are right."""
-    return {variant.experiment: variant for variant in tried if variant.same_values}.values()
+    """One variant of each experiment and kind of layer, whose values are right."""
+    right = [variant for variant in tried if variant.same_values]
+    return {(each.experiment, getattr(each.layer, "func", each.layer)): each for each in right}.values()
 
 
 def _interleaved(batch: int) -> Iterator[Variant]:
@@ -101,8 +111,13 @@ def _rings(batch: int) -> Iterator[Variant]:
         yield variant("of 5 and 4 chunks, gate and up of 4 and 3", mixed, predicted)
         yield variant("of 5 and 4 chunks, gate and up of 4 and 3, no rotation", mixed, predicted, rotated=False)
     else:
-        adopt = "more than 16 rows keep cuBLAS: FEW_ROWS stays 16"
+        adopt = "more than 16 rows use cuBLAS: FEW_ROWS = 16"
         yield Variant("E3", "cuBLAS for more than 16 rows", partial(with_few_rows, limit=16), "no prediction", adopt)
+    if batch > 1:
+        # 8 stages were measured with up to 16 rows.
+        layer, stages = partial(with_late_weights, stages=8 if batch <= 16 else None), ", 8 stages" * (batch <= 16)
+        adopt = f"kernels of several rows load nothing of W before the wait{stages}: `early` goes"
+        yield Variant("E3", f"nothing of W before the wait{stages}", layer, "no prediction", adopt)
 
 
 def _attention(batch: int, context: int) -> Iterator[Variant]:

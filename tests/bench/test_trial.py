@@ -18,9 +18,11 @@ from bench.parts import trial
 from bench.record import Part, Row
 from bench.trial import compare, layers, prompts, sums, variants
 from internlm3 import kernels
+from internlm3.kernels.triton import linear_few_rows
 from internlm3.kernels.triton.linear_few_rows import parts as parts_of
 
 CPU = torch.device("cpu")
+linear = sys.modules[kernels.linear.__module__]
 EPS = 1e-5
 
 
@@ -113,6 +115,19 @@ def test_settings_of_attention_hold_inside_only():
     assert (file.tiling, file._TRIGGER) == before
 
 
+def test_settings_of_linear_layers_hold_inside_only(batch, monkeypatch):
+    used = []
+    tiles = linear_few_rows.HOPPER, linear_few_rows.HOPPER_WIDE
+    monkeypatch.setattr(layers, "as_built", lambda *_: used.append((linear.FEW_ROWS, linear_few_rows.HOPPER[16])))
+    layers.with_few_rows(batch, 0, batch.x, 1)
+    layers.with_late_weights(batch, 0, batch.x, 8)
+    layers.with_late_weights(batch, 0, batch.x)
+    built = tiles[0][16]
+    late = built._replace(early=0)
+    assert built.early and used == [(1, built), (64, late._replace(stages=8)), (64, late)]
+    assert linear.FEW_ROWS == 64 and tiles == (linear_few_rows.HOPPER, linear_few_rows.HOPPER_WIDE)
+
+
 @pytest.fixture(scope="module")
 def batch():
     make = Inputs(trial.TOY, torch.float16, CPU)
@@ -197,14 +212,14 @@ def planted(monkeypatch, values):
 
 
 def _names(part: Part, batch, tried) -> Row:
-    return part.check(batch.shape, "", tried=[variant.experiment for variant in tried])
+    return part.check(batch.shape, "", of_candidates=any(variant.of_candidates for variant in tried))
 
 
 @pytest.mark.parametrize("error", ["", "y is wrong"])
 def test_a_ring_with_wrong_values_is_not_timed(monkeypatch, error):
     planted(monkeypatch, error)
     found = {row.name: row for row in trial.rows(True)}
-    assert ("E3" in found["batch 2, context 24"].about["tried"]) == (not error)
+    assert found["batch 2, context 24"].about["of_candidates"] == (not error)
     assert (found["E6"].state == "not run") if error else ("orders" in found)
     assert "E4" not in found and "chunk_kernels" in found
 
