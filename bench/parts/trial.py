@@ -21,6 +21,7 @@ from ..record import Part, Row, first_line
 from ..trial.compare import compared, values_of_interleaved
 from ..trial.layers import Batch, weights
 from ..trial.prompts import chunk_kernels, products_by_rows
+from ..trial.reads import from_l2
 from ..trial.sums import orders
 from ..trial.variants import one_of_each, variants
 from .bare_step import device_of
@@ -99,6 +100,7 @@ def experiments(part: Part, small: bool) -> Experiments:
         **at(*(TOY_SHAPES if small else SHAPES)),
         "E5": products,
         "E6": sums,
+        "E0": partial(from_l2, part, make.device, 1 if small else 24, rounds),
         **at(*(() if small else MORE_SHAPES)),
         "E4": partial(chunk_kernels, part, small, len(layers)),
     }

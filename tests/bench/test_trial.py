@@ -206,7 +206,7 @@ def planted(monkeypatch, values):
     part = Part("trial")
     monkeypatch.setattr(trial, "candidate_values", lambda part, small: iter([part.check("planted", values)]))
     monkeypatch.setattr(trial, "compared", lambda part, batch, tried, rounds: iter([_names(part, batch, tried)]))
-    for name in ("products_by_rows", "chunk_kernels", "values_of_interleaved", "orders"):
+    for name in ("products_by_rows", "chunk_kernels", "values_of_interleaved", "orders", "from_l2"):
         monkeypatch.setattr(trial, name, lambda *_, name=name: iter([part.check(name, "")]))
     return part
 
