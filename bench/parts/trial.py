@@ -107,18 +107,28 @@ def experiments(part: Part, small: bool) -> Experiments:
 
 
 def candidate_values(part: Part, small: bool) -> Iterator[Row]:
-    """The checks of `bench.candidates.check`, in a process of its own: a kernel that hangs or faults ends only that."""
-    command = [sys.executable, "-m", "bench.candidates.check", *["--small"] * small]
+    """The checks of `bench.candidates.check`; on a CPU, where they run no Gluon, also whether that compiles."""
     name = "values of the candidates"
+    if small:
+        _, error = output_of("bench.trial.audit", "--quick")
+        yield part.check("the candidates compile for sm_90", error)
+    found, error = output_of("bench.candidates.check", *["--small"] * small, seconds=None if small else CHECK_SECONDS)
+    if error:
+        yield part.check(name, error)
+        return
+    for checked, wrong in json.loads(found):
+        yield part.check(f"{name}: {checked}", wrong)
+
+
+def output_of(module: str, *arguments: str, seconds: float | None = None) -> tuple[str, str]:
+    """What a program of this package prints, and why it failed or "".
+
+    In a process of its own a kernel that hangs or faults ends nothing else.
+    """
+    command = [sys.executable, "-m", module, *arguments]
     try:
-        limit = None if small else CHECK_SECONDS
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=limit)
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=seconds)
     except subprocess.TimeoutExpired:
-        yield part.check(name, f"exceeded {CHECK_SECONDS} s")
-        return
-    if done.returncode:
-        last = done.stderr.strip().splitlines()[-1:]
-        yield part.check(name, f"exit code {done.returncode}: {last[0] if last else 'no output'}")
-        return
-    for checked, error in json.loads(done.stdout):
-        yield part.check(f"{name}: {checked}", error)
+        return "", f"exceeded {seconds:g} s"
+    last = (done.stderr + done.stdout).strip().splitlines()[-1:]
+    return done.stdout, f"exit code {done.returncode}: {last[0] if last else 'no output'}" if done.returncode else ""

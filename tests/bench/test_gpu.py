@@ -211,6 +211,8 @@ def test_a_dry_run(tmp_path, parts, capfd):
     assert {row.state for row in found} <= {"pass", "figure", "not run"}
     for part in parts:
         assert len([row for row in found if row.part == part]) > (0 if part == "launch_profile" else 3)
+    if "trial" in parts:
+        assert "the candidates compile for sm_90" in {row.name for row in found if row.state == "pass"}
     if "decode" in parts:
         ceilings = Roofline.of(found)
         shares = [row for row in found if "share" in row.about]
