@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from bench import ROOT, gpu, harness
-from bench.candidates import reference
+from bench.candidates import reference, ring
+from bench.candidates.settings import Ring
 from bench.candidates.sum_and_norm import sum_and_norm
 from bench.cases import Inputs
 from bench.parts import trial
@@ -20,6 +21,7 @@ from bench.trial import compare, layers, prompts, sums, variants
 from internlm3 import kernels
 from internlm3.kernels.triton import linear_few_rows
 from internlm3.kernels.triton.linear_few_rows import parts as parts_of
+from internlm3.tests.support.gluon_on_cpu import OnCPU
 
 CPU = torch.device("cpu")
 linear = sys.modules[kernels.linear.__module__]
@@ -43,6 +45,35 @@ def test_the_audit_finds_a_faulty_ring(tmp_path):
     assert found.keys() == expected.keys()
     for name, sentence in expected.items():
         assert sentence in found[name] and bool(sentence) == bool(found[name]), (name, found[name])
+
+
+RINGS = [
+    Ring(), Ring(3, 3), Ring(4, 3), Ring(10, 4), Ring(6, 6), Ring(5, 1), Ring(4, 4, rows=128, columns=64, warps=8)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("early", [False, True], ids=["late copies", "early copies"])
+@pytest.mark.parametrize("launched", RINGS, ids=str)
+@pytest.mark.parametrize(("rows", "columns", "parts"), [(1, 2048, 4), (5, 1024, 1), (17, 512, 2), (64, 1536, 1)])
+def test_the_source_of_the_ring(monkeypatch, early, launched, rows, columns, parts):
+    """On a CPU, by integers whose sums are exact: only a GPU can show what it is compiled to."""
+    monkeypatch.setattr(ring, "_ring", OnCPU(early))
+    x, weight = (torch.randint(-4, 5, (count, columns)).half() for count in (rows, 256))
+    found = harness.call(ring.partial_products, x, weight, parts, launched)
+    assert not harness.difference("parts", found, reference.partial_products(x, weight, parts))
+    if parts == 1:
+        found = harness.call(ring.linear, x, weight, launched)
+        assert not harness.difference("y", found, reference.linear(x, weight))
+        x = (x / columns**0.5 / 4).half()
+        found = harness.call(ring.linear_swiglu, x, weight, launched)
+        torch.testing.assert_close(found, reference.linear_swiglu(x, weight))
+
+
+def test_a_ring_of_more_x_than_w_is_refused(monkeypatch):
+    """Its chunk of W could be multiplied before it is there."""
+    monkeypatch.setattr(ring, "_ring", OnCPU(False))
+    with pytest.raises(AssertionError, match="static_assert"):
+        ring.partial_products(torch.zeros(1, 512).half(), torch.zeros(64, 512).half(), 1, Ring(3, 4))
 
 
 @pytest.mark.parametrize(("parts", "rows", "width"), [(1, 1, 64), (2, 3, 100), (4, 5, 256), (3, 2, 1000)])
