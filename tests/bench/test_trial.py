@@ -21,6 +21,7 @@ from bench.trial import compare, layers, prompts, sums, variants
 from internlm3 import kernels
 from internlm3.kernels.triton import linear_few_rows
 from internlm3.kernels.triton.linear_few_rows import parts as parts_of
+from internlm3.tests.support.faulty_rings import changed
 from internlm3.tests.support.gluon_on_cpu import OnCPU
 
 CPU = torch.device("cpu")
@@ -67,6 +68,35 @@ def test_the_source_of_the_ring(monkeypatch, early, launched, rows, columns, par
         x = (x / columns**0.5 / 4).half()
         found = harness.call(ring.linear_swiglu, x, weight, launched)
         torch.testing.assert_close(found, reference.linear_swiglu(x, weight))
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("wait_group(XS - 1)", "wait_group(XS)"),
+        ("w_ring.index(i % WS), x_ring", "w_ring.index((i + 1) % WS), x_ring"),
+        ("w_chunk + (i + WS) * BC", "w_chunk + (i + WS - 1) * BC"),
+        ("if i + WS < CHUNKS", "if i + WS <= CHUNKS"),
+        ("(x_row < R)[:, None]", "(x_row <= R)[:, None]"),
+        ("    _wait()\n\n    x_row", "    x_row"),
+        ("columns = part * (C // PARTS)", "columns = 0 * (C // PARTS)"),
+        ("(part * R + row)", "(part + row)"),
+    ],
+)
+def test_a_fault_in_the_source_of_the_ring_is_found(monkeypatch, tmp_path, old, new):
+    """With copies that happen late, or with copies that happen early."""
+    faulty = changed(tmp_path, "faulty", [(old, new)])
+    x, weight = (torch.randint(-4, 5, (count, 1024)).half() for count in (5, 64))
+    wrong = []
+    for early in (False, True):
+        monkeypatch.setattr(ring, "_ring", faulty._ring)
+        monkeypatch.setattr(ring, "_ring", OnCPU(early))
+        try:
+            found = ring.partial_products(x, weight, 2, Ring(3, 3))
+            wrong.append(harness.difference("parts", found, reference.partial_products(x, weight, 2)))
+        except AssertionError as error:
+            wrong.append(str(error))
+    assert any(wrong)
 
 
 def test_a_ring_of_more_x_than_w_is_refused(monkeypatch):

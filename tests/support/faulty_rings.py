@@ -9,6 +9,7 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -17,7 +18,6 @@ from bench.candidates.settings import Ring
 from bench.machine_code.launches import compile_launches
 from bench.machine_code.reader import read
 from bench.machine_code.targets import TARGETS
-from bench.trial.audit import TARGET, wrong_with
 
 WEIGHTS = "        if i < CHUNKS:\n            _load(w_ring"
 FAULTS: dict[str, list[tuple[str, str]]] = {  # name -> what is replaced in the source, and by what
@@ -29,25 +29,33 @@ FAULTS: dict[str, list[tuple[str, str]]] = {  # name -> what is replaced in the 
 }
 
 
+def changed(folder: str | Path, name: str, changes: list[tuple[str, str]]) -> ModuleType:
+    """bench/candidates/ring.py with these replacements, each of a text that occurs once."""
+    source = (ROOT / "bench" / "candidates" / "ring.py").read_text()
+    for old, new in changes:
+        assert source.count(old) == 1, old
+        source = source.replace(old, new)
+    file = Path(folder, f"{name.replace(' ', '_')}.py")
+    file.write_text(source)
+    spec = importlib.util.spec_from_file_location(f"bench.candidates.{file.stem}", file)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
 def arguments(device: torch.device) -> dict:
     x, weight = (torch.empty(rows, 1024, dtype=torch.bfloat16, device=device) for rows in (4, 4096))
     return {"x": x, "weight": weight, "parts": 1, "ring": Ring()}
 
 
 def main(folder: str) -> None:
+    from bench.trial.audit import TARGET, wrong_with  # it takes Triton's interpreter out of the environment
+
     found = {}
     for name, changes in FAULTS.items():
-        source = (ROOT / "bench" / "candidates" / "ring.py").read_text()
-        for old, new in changes:
-            assert source.count(old) == 1, old
-            source = source.replace(old, new)
-        file = Path(folder, f"{name.replace(' ', '_')}.py")
-        file.write_text(source)
-        spec = importlib.util.spec_from_file_location(f"bench.candidates.{file.stem}", file)
-        assert spec and spec.loader
-        faulty = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = faulty
-        spec.loader.exec_module(faulty)
+        faulty = changed(folder, name, changes)
         (launch,) = compile_launches(faulty.partial_products, arguments, TARGETS[TARGET])
         found[name] = wrong_with(launch, read(launch, TARGETS[TARGET]))
     print(json.dumps(found))
