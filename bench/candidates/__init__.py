@@ -1,6 +1,6 @@
 """Candidates for kernels/ that are written in Gluon, which has no interpreter: only a GPU can show their values.
 
-Tests run the ring's source on a CPU, with a stand-in for Gluon, and audit what it is compiled to. It moves into kernels/
+Tests run the ring's source on a CPU, with a stand-in for Gluon, and audit what it compiles to. It moves into kernels/
 together with a record of the trial (`python -m bench.gpu --part trial`) in which it is right and faster. Until then
 nothing of the runtime uses it. `reference` says what the candidates compute.
 """
