@@ -112,7 +112,8 @@ def _rings(batch: int) -> Iterator[Variant]:
         yield variant("of 5 and 4 chunks, gate and up of 4 and 3, no rotation", mixed, predicted, rotated=False)
     else:
         adopt = "more than 16 rows use cuBLAS: FEW_ROWS = 16"
-        yield Variant("E3", "cuBLAS for more than 16 rows", partial(with_few_rows, limit=16), "no prediction", adopt)
+        predicted = "about 125 us a layer" if batch <= 32 else "no prediction"
+        yield Variant("E3", "cuBLAS for more than 16 rows", partial(with_few_rows, limit=16), predicted, adopt)
     if batch > 1:
         # 8 stages were measured with up to 16 rows.
         layer, stages = partial(with_late_weights, stages=8 if batch <= 16 else None), ", 8 stages" * (batch <= 16)
