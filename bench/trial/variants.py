@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
+from internlm3.kernels.triton.linear_few_rows import parts as parts_of
+
 from ..candidates.settings import Ring
 from .layers import (
     Attention,
@@ -84,6 +86,8 @@ def _rings(batch: int) -> Iterator[Variant]:
         adopt = "the ring moves into kernels/ for this batch size, launched like this"
         if batch == 1:
             adopt += "; batch_invariant then costs nothing"
+        if rings.parts != parts_of(4096, 4096):
+            adopt += f"; o and down are then summed in {rings.parts} parts everywhere"
         layer = partial(with_rings, rings=rings, rotated=rotated)
         predicted = predicted if predicted.startswith("no") else f"{predicted} us a layer"
         return Variant("E3", f"ring {name}", layer, predicted, adopt, 0.0 if batch == 1 else 1.0, rotated)
