@@ -158,6 +158,11 @@ def _attention(make: Inputs, rows: int, sequences: int, context: int) -> Argumen
     return {"q": q, **make.pages(sequences, context), "scale": scale, "decode_step": decode}
 
 
+def _attention_of_last_row(make: Inputs, rows: int, sequences: int, context: int) -> Arguments:
+    """As the last block of a model calls it for a chunk of a prompt."""
+    return {**_attention(make, sequences, sequences, context), "decode_step": False}
+
+
 def _greedy(make: Inputs, rows: int) -> Arguments:
     keys = ("seed", "stream", "position")
     return {
@@ -249,6 +254,8 @@ def _ops(size: Size, dtype: torch.dtype, tokens: int, sequences: int, contexts: 
         yield case("rope_and_cache", _rope_and_cache, sequences, context, context=context)
         yield case("rms_norm_qkv_rope_cache", _norm_qkv_rope_cache, sequences, context, context=context)
         yield case("paged_attention", _attention, sequences, context, context=context)
+        if not decode:
+            yield case("paged_attention", _attention_of_last_row, sequences, context, part="last row", context=context)
     if decode:
         yield case("rms_norm_linear", _norm_linear, size.vocabulary, part="lm_head")
         yield case("sample", _greedy, part="greedy")

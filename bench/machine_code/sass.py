@@ -135,7 +135,7 @@ def flight(listing: Iterable[_Instruction]) -> Flight:
         arrived = [since for registers, _, since in loads if registers & named]
         loads = [load for load in loads if not load[0] & named]
         if instruction.base == "DEPBAR":
-            done = max(len(groups) - int(instruction.operands[-1], 0), 0)
+            done = max(len(groups) - int(instruction.operands[1], 0), 0)  # a list of scoreboards may follow
             arrived += [since for size, since in groups[:done] if size]
             groups = groups[done:]
         if waits in arrived:

@@ -116,8 +116,8 @@ def attention_with(settings: Attention, alone: bool) -> Iterator[None]:
     tiling = file.tiling
 
     def other(*shape: Any) -> Any:
-        *given, _, _ = shape  # without `early` the op would take these two for those of a chunk
-        return tiling(*given, True, alone)._replace(**changes)
+        *given, _ = shape  # without `early` the op would say that it is not alone
+        return tiling(*given, alone)._replace(**changes)
 
     trigger = file._TRIGGER if settings.trigger is None else settings.trigger
     with mock.patch.multiple(file, tiling=other, _TRIGGER=trigger):

@@ -10,9 +10,9 @@ one token fills a tensor-core tile. It loops over the keys in tiles of consecuti
 
 Tile j belongs to split j mod SPLITS, for any length. A split writes its normalised sum, its largest score and its total
 weight in float32; `_combine` joins the splits in the order of their numbers. SPLITS and the tiles depend on T, G, D,
-the dtype, and whether the launch is a decode step, of one sequence or more. So for given T, G and D, in a decode step
-or not, alone or not, the bits of a row depend only on its query and the keys and values that it attends to: not on the
-other sequences, the other rows of its tile, the page size, the order of the pages, or the width of the block table.
+the dtype, and whether the launch is a decode step of one sequence. So for given T, G and D, in a decode step or not,
+alone or not, the bits of a row depend only on its query and the keys and values that it attends to: not on the other
+sequences, the other rows of its tile, the page size, the order of the pages, or the width of the block table.
 Dao et al. 2022 (online softmax), Dao et al. 2023 (split keys), Kwon et al. 2023 (pages).
 
 At InternLM3-8B's shapes (48 layers, H 32, K 2, D 128, bfloat16) a token's keys and values are 1 KiB a layer, 48 KiB in
@@ -20,7 +20,8 @@ all. Per layer, one decode step of one sequence reads and computes:
     1k tokens     1 MiB    16.8 MFLOP     0.35 us at 3.0 TB/s: bound by latency, not bandwidth
     32k tokens   32 MiB     537 MFLOP    11.2  us at 3.0 TB/s
 plus 16.5 KB of float32 partial sums for each active split, 2.1 MB with all 128, written and read once (in L2). In a
-decode step a program asks for its first tile before it waits for the launch that writes q (EARLY).
+decode step a program loads its first tile into registers before it waits for the launch that writes q (EARLY). Where a
+split has more tiles, they are copied to shared memory while those before them are computed.
 """
 
 import math
@@ -37,28 +38,29 @@ from .launch import cdiv, check, check_activation, is_hopper, jit, next_power_of
 MAX_HEAD_DIM = 256
 # Programs that share the work of one key/value head. InternLM3-8B has two heads, so 128 programs fill 132 SMs.
 _PROGRAMS = 64
-# Rows in a tile -> keys in a tile, warps, stages. None spills on sm_80 to sm_100, and all fit the 99 KB of sm_86. Page
-# numbers take a stage of their own: with five stages two tiles are in flight. For 64 rows one tile in flight leaves
-# room for a second program; two spill on sm_86 and 89 with Triton 3.6 and 3.8. All were chosen by their machine code,
-# and the tile of 16 rows by measurement (bench/predictions.md).
-_TILES = {16: (64, 4, 3), 32: (64, 4, 5), 64: (32, 8, 4), 128: (32, 8, 5)}
-# For a decode step of a single sequence.
+# Rows in a tile -> keys in a tile, warps, stages. With n stages n - 1 tiles are in flight. None spills on sm_80 to
+# sm_100, and all fit the 99 KB of sm_86. For 16 rows, in a decode step of several sequences, three programs have 96 KB
+# in flight on an H200's multiprocessor. For 64 rows one tile in flight leaves room for two more programs; with eight
+# warps it spills on sm_86 and 89 with Triton 3.8. All were chosen by their machine code.
+_TILES = {16: (64, 8, 2), 32: (64, 4, 3), 64: (32, 4, 2), 128: (32, 8, 3)}
+# For a decode step of a single sequence, on a GPU with 227 KB of shared memory. At 32k tokens a multiprocessor has two
+# programs, which with two tiles each in flight ask for 128 KB at a time; with one, 64 KB, of which each waits for all.
 _PROGRAMS_ALONE = 128
-# For a decode step of 16 rows, whose first tile is in registers: with four warps 168 registers, so that no more
-# programs fit a multiprocessor than with eight.
-_TILE_DECODE = (64, 8, 3)
+_TILE_ALONE = (64, 8, 3)
 # Hopper's tensor cores read both factors from shared memory, which leaves registers for more keys.
 _TALL_ON_HOPPER = (64, 8, 2)
-# Where the attention of a decode step lets its successor start: after the first tile's loads. See `_attend`.
-_TRIGGER = 1
+# Where the attention of a decode step lets its successor start: after its own loads, since the 19.5 MB of weights that
+# o_proj asks for at once would precede them in memory's queue. See `_attend`.
+_TRIGGER = 2
 # `_combine`: dims of a program's slice, and splits that it takes at a time. In a decode step of one sequence, whose
 # programs leave most of a GPU idle, it takes all at once: at 32k tokens there are 128, and it would wait eight times.
+# Slices of 16 dims would not halve what a multiprocessor reads then, since two programs would share each.
 _SLICE = 32
 _SPLITS_AT_A_TIME = 16
 
 
 class Tiling(NamedTuple):
-    """The tiles of a launch, by T, G, D, the dtype, the device, and whether it is a decode step, of one sequence."""
+    """The tiles of a launch, by T, G, D, the dtype, the device, and whether it is a decode step of one sequence."""
 
     rows: int
     keys: int
@@ -69,31 +71,35 @@ class Tiling(NamedTuple):
 
 
 @lru_cache
-def tiling(T: int, G: int, D: int, dtype: torch.dtype, hopper: bool, decode: bool, alone: bool) -> Tiling:
+def tiling(T: int, G: int, D: int, dtype: torch.dtype, hopper: bool, alone: bool) -> Tiling:
     dims, programs = next_power_of_2(D), _PROGRAMS
     rows = min(max(next_power_of_2(T * G), 16), 128 if dims <= 128 else 64)
     keys, warps, stages = _TALL_ON_HOPPER if rows == 128 and hopper else _TILES[rows]
-    if rows == 16 and decode:
-        keys, warps, stages = _TILE_DECODE
-        programs = _PROGRAMS_ALONE if alone else _PROGRAMS
+    if rows == 16 and alone:
+        programs = _PROGRAMS_ALONE
+        keys, warps, stages = _TILE_ALONE if hopper else _TILES[rows]
     if dims > 128:
         keys //= 2
     if dtype == torch.float32:
         # Not for speed: exact products use no tensor cores, and need both factors in registers.
-        rows, keys, warps, stages = 16, 16, 4, 5
+        rows, keys, warps, stages = 16, 16, 4, 3
     splits = max(programs // next_power_of_2(cdiv(T * G, rows)), 1)
     return Tiling(rows, keys, dims, splits, warps, stages)
 
 
 @triton.jit
-def _cells(
-    pages_ptr, tokens, inside, page_stride, slot_stride, P, S: tl.constexpr, CACHE: tl.constexpr
-):  # fmt: skip
-    """The offsets in a cache of the tokens that are inside, int64."""
-    page = tl.load(pages_ptr + tokens // S, mask=inside, other=0, cache_modifier=CACHE)
-    tl.device_assert((page >= 0) & (page < P), "block_table has a page that is not in the cache")
-    page = tl.minimum(tl.maximum(page, 0), P - 1)
-    return page.to(tl.int64) * page_stride + (tokens % S).to(tl.int64) * slot_stride
+def _load_pages(pages_ptr, tokens, inside, P, S: tl.constexpr, CACHE: tl.constexpr):
+    """The pages of the tokens that are inside, 0 for the others."""
+    pages = tl.load(pages_ptr + tokens // S, mask=inside, other=0, cache_modifier=CACHE)
+    tl.device_assert((pages >= 0) & (pages < P), "block_table has a page that is not in the cache")
+    return pages
+
+
+@triton.jit
+def _cells(pages, tokens, page_stride, slot_stride, P, S: tl.constexpr):
+    """The offsets of tokens in a cache, int64. A page that is not in the cache counts as its nearest."""
+    pages = tl.minimum(tl.maximum(pages, 0), P - 1)
+    return pages.to(tl.int64) * page_stride + (tokens % S).to(tl.int64) * slot_stride
 
 
 @triton.jit
@@ -116,22 +122,27 @@ def _weigh_keys(q, k, best, total, tokens, positions, qk_scale, MASKED: tl.const
 
 @triton.jit
 def _fold(
-    q, best, total, acc, k_ptr, v_ptr, pages_ptr, page_stride, slot_stride, positions, end, qk_scale, first, last, step,
-    P, S: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, MASKED: tl.constexpr,
+    q, best, total, acc, k_ptr, v_ptr, pages_ptr, pages, page_stride, slot_stride, positions, end, qk_scale,
+    first, last, step, P, S: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Fold key tiles first, first + step, ... < last into the running maximum, weight and weighted sum of each row."""
+    """Fold key tiles first, first + step, ... < last into the running maximum, weight and weighted sum of each row.
+
+    `pages` are those of the first tile. Returns them for the tile after the last one, too.
+    """
     dims = tl.arange(0, BD)
     for tile in range(first, last, step):
         tokens = tile * BN + tl.arange(0, BN)
         inside = tokens < end
-        cells = _cells(pages_ptr, tokens, inside, page_stride, slot_stride, P, S, "")[:, None] + dims[None, :]
+        cells = _cells(pages, tokens, page_stride, slot_stride, P, S)[:, None] + dims[None, :]
+        following = tokens + step * BN
+        pages = _load_pages(pages_ptr, following, following < end, P, S, "")
         # An unused slot may contain NaN, and 0 * NaN is NaN: values are masked too.
         mask = (inside[:, None] if MASKED else True) & (dims[None, :] < D)
         k = tl.load(k_ptr + cells, mask=mask, other=0.0)
         weights, decay, best, total = _weigh_keys(q, k, best, total, tokens, positions, qk_scale, MASKED)
         v = tl.load(v_ptr + cells, mask=mask, other=0.0)
         acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
-    return best, total, acc
+    return best, total, acc, pages
 
 
 @jit("q_ptr k_ptr v_ptr new_k_ptr new_v_ptr out_ptr q_row_stride q_head_stride page_stride head_stride slot_stride")
@@ -142,7 +153,9 @@ def _attend(
     SPLIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
     EARLY: tl.constexpr, TRIGGER: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One tile of rows of one sequence and key/value head against one split of its keys. Grid (splits, tiles, B * K).
+    """One tile of rows of one sequence and key/value head against one split of its keys. Grid (B * K, tiles, splits).
+
+    Splits are the slowest axis: where not all programs fit the GPU at once, those without keys start last.
 
     A single split writes the output. One of several (SPLIT) writes its partial sums [B*T, H, SPLITS, D], its largest
     product before the scale and its total weight, [B*T, H, SPLITS] each.
@@ -150,13 +163,15 @@ def _attend(
     EARLY, for a decode step: T is 1, and only q and the newest token's key and value are of this step. All else is
     older, and the program loads it for its first tile before the wait. It loads the newest token through new_k_ptr and
     new_v_ptr, the same caches by other names, so that the audit can tell these loads from those before the wait.
-    TRIGGER: where the successor may start: at the beginning (0), after the first tile's loads (1), after all tiles (2).
+    TRIGGER: where the successor may start: at the beginning (0), after the first tile's loads (1), or after all tiles'
+    (2). The last is before the wait if the split has at most one tile, as with up to 8k tokens of a single sequence,
+    else after the loop.
     """
     if PDL and TRIGGER == 0:
         tl.extra.cuda.gdc_launch_dependents()
     if PDL and not EARLY:
         tl.extra.cuda.gdc_wait()
-    split, b, kv_head = tl.program_id(0), tl.program_id(2) // K, tl.program_id(2) % K
+    split, b, kv_head = tl.program_id(2), tl.program_id(0) // K, tl.program_id(0) % K
     # The last step has changed the length and may have changed the table: .cg does not read them from L1.
     length = tl.load(lens_ptr + b, cache_modifier=".cg")
     # The last rows have the most keys, so their programs start first.
@@ -182,16 +197,23 @@ def _attend(
         tokens = split * BN + tl.arange(0, BN)
         newest = end - 1
         older = tokens < newest
-        cells = _cells(pages_ptr, tokens, older, page_stride, slot_stride, P, S, ".cg")[:, None] + dims[None, :]
-        # Every program looks up the newest token's page, so that its load does not follow that of the keys.
-        new_cell = head_offset + dims
-        new_cell += _cells(pages_ptr, newest, newest >= 0, page_stride, slot_stride, P, S, ".cg")
+        pages = _load_pages(pages_ptr, tokens, older, P, S, ".cg")
+        # Every program looks up the newest token's page and those of its second tile, so that these loads do not follow
+        # those of the keys.
+        new_page = _load_pages(pages_ptr, newest, newest >= 0, P, S, ".cg")
+        first += splits
+        following = tokens + splits * BN
+        following_pages = _load_pages(pages_ptr, following, following < end, P, S, ".cg")
+        cells = _cells(pages, tokens, page_stride, slot_stride, P, S)[:, None] + dims[None, :]
+        new_cell = head_offset + dims + _cells(new_page, newest, page_stride, slot_stride, P, S)
         older_mask = older[:, None] & (dims < D)[None, :]
         k = tl.load(k_ptr + cells, mask=older_mask, other=0.0)
         v = tl.load(v_ptr + cells, mask=older_mask, other=0.0)
-        # Not earlier: the successor's weights would precede these keys and values in memory's queue.
         if PDL and TRIGGER == 1:
             tl.extra.cuda.gdc_launch_dependents()
+        if PDL and TRIGGER == 2:  # noqa: SIM102 - decided at compile time
+            if first * BN >= end:
+                tl.extra.cuda.gdc_launch_dependents()
         if PDL:
             tl.extra.cuda.gdc_wait()
     if SPLIT & (split * BN >= end):
@@ -212,17 +234,20 @@ def _attend(
         v = tl.where(is_newest, new_v[None, :], v)
         weights, _, best, total = _weigh_keys(q, k, best, total, tokens, positions, qk_scale, True)
         acc = tl.dot(weights.to(v.dtype), v, input_precision="ieee")
-        first += splits
+        pages = following_pages
+    else:
+        tokens = first * BN + tl.arange(0, BN)
+        pages = _load_pages(pages_ptr, tokens, tokens < end, P, S, "")
     if BM == 128:
         # A tall tile is bound by arithmetic, so key tiles that all of its rows attend to are not masked.
         whole = tl.minimum(tl.maximum(length - T + first_row // G + 1, 0), end) // BN
-        best, total, acc = _fold(
-            q, best, total, acc, k_ptr, v_ptr, pages_ptr, page_stride, slot_stride, positions, end, qk_scale,
+        best, total, acc, pages = _fold(
+            q, best, total, acc, k_ptr, v_ptr, pages_ptr, pages, page_stride, slot_stride, positions, end, qk_scale,
             first, whole, splits, P, S, D, BN, BD, False,
         )  # fmt: skip
         first += tl.cdiv(tl.maximum(whole - first, 0), splits) * splits
-    best, total, acc = _fold(
-        q, best, total, acc, k_ptr, v_ptr, pages_ptr, page_stride, slot_stride, positions, end, qk_scale,
+    best, total, acc, _ = _fold(
+        q, best, total, acc, k_ptr, v_ptr, pages_ptr, pages, page_stride, slot_stride, positions, end, qk_scale,
         first, tl.cdiv(end, BN), splits, P, S, D, BN, BD, True,
     )  # fmt: skip
     if PDL and TRIGGER == 2:
@@ -333,7 +358,7 @@ def paged_attention(
 
     T, G = rows // B, H // K
     alone = decode_step and B == 1 and not batch_invariant
-    BM, BN, BD, SPLITS, warps, stages = tiling(T, G, D, q.dtype, is_hopper(device), decode_step, alone)
+    BM, BN, BD, SPLITS, warps, stages = tiling(T, G, D, q.dtype, is_hopper(device), alone)
     out = torch.empty((rows, H * D), dtype=q.dtype, device=device)
     partial, best, total = out, out, out
     if SPLITS > 1:
@@ -341,7 +366,7 @@ def paged_attention(
         best, total = torch.empty((2, rows, H, SPLITS), dtype=torch.float32, device=device)
     log2_scale = scale * math.log2(math.e)
     # Splits after the last tile of the widest sequence are not launched.
-    grid = (min(SPLITS, cdiv(N * S, BN)), cdiv(T * G, BM), B * K)
+    grid = (B * K, cdiv(T * G, BM), min(SPLITS, cdiv(N * S, BN)))
     _attend[grid](
         q, k_cache, v_cache, k_cache, v_cache, block_table, seq_lens, partial, best, total, q.stride(0), q.stride(1),
         *k_cache.stride()[:3], block_table.stride(0), log2_scale, T, P, N, SPLITS,

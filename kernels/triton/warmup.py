@@ -26,7 +26,7 @@ def token_counts(most: int, group: int, head_dim: int, dtype: torch.dtype, devic
     """
     firsts: dict[object, int] = {}
     for tokens in range(1, most + 1):
-        tiles = tiling(tokens, group, head_dim, dtype, is_hopper(device), decode=False, alone=False)
+        tiles = tiling(tokens, group, head_dim, dtype, is_hopper(device), alone=False)
         firsts.setdefault((_linear(tokens), heads_per_program(tokens), tiles), tokens)
     return list(firsts.values())
 

@@ -47,6 +47,8 @@ EXPECTED = {
     "early query": {"loads of a predecessor's work before the wait"},
     "early newest key": {"loads of a predecessor's work before the wait"},
     "late older keys": {"older than the step, but not loaded before the wait"},
+    "trigger before the last keys": {"loads after the successor may start"},
+    "trigger on one path": {"accesses before the successor may start"},
     "launched without": {"is launched without programmatic dependent launch, which this target supports"},
 }
 
@@ -240,6 +242,7 @@ def test_a_fused_operation_is_told_from_a_product_a_sum_and_a_constant(text, fus
         (["LDGSTS.E.BYPASS.128 [R9], [R2.64]", "LDGDEPBAR", "LDGSTS.E.128 [R9+0x800], [R2.64]", "LDGDEPBAR",
           "DEPBAR.LE SB0, 0x1", "LDGSTS.E [R9+0x900], [R2.64]", "LDGDEPBAR", "DEPBAR.LE SB0, 0x0"], (32, 2, 2)),
         (["LDGSTS.E [R9], [R2.64]", "LDGDEPBAR", "DEPBAR.LE SB0, 0x0", "LDGSTS.E.64 [R9], [R2.64]"], (8, 1, 1)),
+        (["LDGSTS.E [R9], [R2.64]", "LDGDEPBAR", "DEPBAR.LE SB0, 0x0, {1}"], (4, 1, 1)),
         (["FADD R0, R8, R9", "STG.E.128 [R2.64], R8"], (0, 0, 0)),
     ],
 )  # fmt: skip

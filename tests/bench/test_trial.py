@@ -156,9 +156,9 @@ def test_settings_of_attention_hold_inside_only():
     file = sys.modules[kernels.paged_attention.__module__]
     before = file.tiling, file._TRIGGER
     shape = (1, 16, 128, torch.bfloat16, True)
-    built = file.tiling(*shape, True, True)
+    built = file.tiling(*shape, True)
     with layers.attention_with(layers.Attention(keys=128, stages=5, trigger=0, early=False), alone=True):
-        assert file.tiling(*shape, False, False) == built._replace(keys=128, stages=5)
+        assert file.tiling(*shape, False) == built._replace(keys=128, stages=5)
         assert file._TRIGGER == 0
     assert (file.tiling, file._TRIGGER) == before
 

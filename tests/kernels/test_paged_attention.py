@@ -224,22 +224,23 @@ def dependent_launch(written):
     """Runs every launch as a GPU with programmatic dependent launch may: before `gdc_wait`, the predecessor's work is
     not there yet, and each program finds NaN instead. `written`: kernel -> the tensors of that work, by the arguments.
 
-    Yields the names of the functions that the programs called, in order.
+    Yields the names of the functions that each program called, in order.
     """
-    order, now, interpret = [], [], interpreter.GridExecutor.__call__
+    programs, now, interpret = [], [], interpreter.GridExecutor.__call__
 
     def executor(self, *args, **options):
         now[:] = written(self.fn.__name__, dict(zip(self.arg_names, args, strict=False)))
         return interpret(self, *args, **{**options, "PDL": True})
 
     def begin(self, *index):
+        programs.append([])
         hidden[:] = [(x, x.clone()) for x in now]
         for x in now:
             x.fill_(torch.nan)
         return set_index(self, *index)
 
     def wait():
-        order.append("wait")
+        programs[-1].append("wait")
         for x, value in hidden:
             x.copy_(value)
         hidden.clear()
@@ -249,9 +250,9 @@ def dependent_launch(written):
         mock.patch.object(interpreter.GridExecutor, "__call__", executor),
         mock.patch.object(interpreter.InterpreterBuilder, "set_grid_idx", begin),
         mock.patch.object(tl.extra.cuda, "gdc_wait", wait),
-        mock.patch.object(tl.extra.cuda, "gdc_launch_dependents", lambda: order.append("trigger")),
+        mock.patch.object(tl.extra.cuda, "gdc_launch_dependents", lambda: programs[-1].append("trigger")),
     ):
-        yield order
+        yield programs
 
 
 needs_the_interpreter = pytest.mark.skipif(not INTERPRETED, reason="the interpreter shows what is read before the wait")
@@ -279,10 +280,36 @@ def test_a_decode_step_reads_only_what_is_older_before_the_wait(launch, programs
 
     with shared_by(programs):
         expected = kernels.paged_attention(q, *cache, scale, decode_step=True)
-        with dependent_launch(written) as order:
+        with dependent_launch(written) as called:
             found = kernels.paged_attention(q, *cache, scale, decode_step=True)
     assert_same(expected, found=found)
-    assert order.count("wait") == order.count("trigger")
+    assert all(each.count("wait") == 1 and "trigger" in each for each in called)
+
+
+@needs_the_interpreter
+@pytest.mark.parametrize("length", [0, 1, 64, 128, 129, 192, 193, 400])
+def test_the_successor_starts_when_nothing_is_left_to_load(length):
+    """Before the wait, where a split has one tile of 64 keys; after its last tile, where it has several."""
+    cache = paged_cache(generator(13), [length], 1, 16, 16, torch.float16)
+    q = normal(generator(14), 1, 3, 16, dtype=torch.float16)
+    with shared_by(2), dependent_launch(lambda kernel, arguments: []) as called:
+        kernels.paged_attention(q, *cache, 0.3, decode_step=True)
+    early = [each[0] == "trigger" for each in called[:2]]
+    assert early == [length <= 64 * (2 + split) for split in range(2)]
+    assert all("trigger" in each for each in called)
+
+
+@needs_the_interpreter
+@pytest.mark.op(name="paged_attention")
+@settings(max_examples=25)
+@given(launches(st.just(1), 16), st.sampled_from([1, 2, 4]))
+def test_a_decode_step_is_bit_identical_to_another_launch_with_its_tiles(launch, programs):
+    q, cache, scale = launch
+    with shared_by(programs):
+        expected, found = (
+            kernels.paged_attention(q, *cache, scale, batch_invariant=True, decode_step=step) for step in (False, True)
+        )
+    assert_same(expected, found=found)
 
 
 @needs_the_interpreter
@@ -297,10 +324,10 @@ def test_what_is_no_decode_step_reads_nothing_before_the_wait(tokens):
         names = ("q_ptr", "k_ptr", "v_ptr") if kernel == "_attend" else ("partial_ptr", "best_ptr", "total_ptr")
         return [arguments[name] for name in names]
 
-    with dependent_launch(written) as order:
+    with dependent_launch(written) as called:
         found = kernels.paged_attention(q, *cache, 0.3)
     assert_same(expected, found=found)
-    assert order[:2] == ["trigger", "wait"]
+    assert all(each == ["trigger", "wait"] for each in called)
 
 
 @backends

@@ -47,8 +47,13 @@ FAULTS: dict[str, dict[str, Any]] = {  # name -> launch options
     "early query": {},
     "early newest key": {},
     "late older keys": {},
+    "trigger before the last keys": {},
+    "trigger on one path": {},
 }
-OF_ATTENTION = {"attention", "early query", "early newest key", "late older keys"}
+OF_ATTENTION = {
+    *("attention", "early query", "early newest key", "late older keys"),
+    *("trigger before the last keys", "trigger on one path"),
+}
 
 OF_DEPENDENT_LAUNCH = {
     *("late trigger", "no trigger", "early activation", "early store", "no wait", "wait on one path"),
@@ -103,18 +108,25 @@ def dot_product(x_ptr, w_ptr, y_ptr, address, stride, C: tl.constexpr, FAULT: tl
 
 
 @triton.jit
-def scores(
+def largest_score(
     q_ptr, k_ptr, new_k_ptr, lens_ptr, y_ptr, N: tl.constexpr, C: tl.constexpr, FAULT: tl.constexpr, PDL: tl.constexpr
 ):  # fmt: skip
-    """y = k . q of up to N keys. All but the newest are older than the step, and are loaded before the wait."""
+    """y = the largest k . q of all keys, in tiles of N. All keys but the newest are older than the step.
+
+    It loads the first tile before the wait, and lets its successor start when it has loaded the last.
+    """
     columns, tokens = tl.arange(0, C), tl.arange(0, N)
-    newest = tl.load(lens_ptr) - 1
+    length = tl.load(lens_ptr)
+    newest = length - 1
     keys = k_ptr + tokens[:, None] * C + columns[None, :]
     new_key = new_k_ptr + newest * C + columns
     if FAULT != "late older keys":
         k = tl.load(keys, mask=(tokens < newest)[:, None], other=0.0)
-    if PDL:
+    if PDL and FAULT == "trigger before the last keys":
         tl.extra.cuda.gdc_launch_dependents()
+    if PDL:  # noqa: SIM102 - decided at compile time
+        if length <= N:
+            tl.extra.cuda.gdc_launch_dependents()
     if FAULT == "early query":
         q = tl.load(q_ptr + columns)
     if FAULT == "early newest key":
@@ -128,7 +140,13 @@ def scores(
     if FAULT != "early newest key":
         new_k = tl.load(new_key)
     k = tl.where((tokens == newest)[:, None], new_k[None, :], k)
-    tl.store(y_ptr + tokens, tl.sum(k.to(tl.float32) * q.to(tl.float32)[None, :], 1))
+    best = tl.max(tl.sum(k.to(tl.float32) * q.to(tl.float32)[None, :], 1), 0)
+    for first in range(N, length, N):
+        k = tl.load(keys + first * C, mask=(first + tokens < length)[:, None], other=0.0)
+        best = tl.maximum(best, tl.max(tl.sum(k.to(tl.float32) * q.to(tl.float32)[None, :], 1), 0))
+    if PDL and FAULT != "trigger on one path":
+        tl.extra.cuda.gdc_launch_dependents()
+    tl.store(y_ptr, best)
 
 
 @triton.jit
@@ -153,7 +171,7 @@ def launch(x: torch.Tensor, w: torch.Tensor, fault: str) -> None:
     y = torch.empty((ROWS, ROWS), dtype=torch.float32, device=x.device)
     if fault in OF_ATTENTION:
         lens = torch.empty(1, dtype=torch.int32, device=x.device)
-        scores[(1,)](x, w, w, lens, y, 16, COLUMNS // 8, fault, **options)
+        largest_score[(1,)](x, w, w, lens, y, 16, COLUMNS // 8, fault, **options)
     elif fault == "too much shared memory":
         matrix_product[(1,)](x, w, y, 64, COLUMNS, 256, **options)
     else:
@@ -178,7 +196,7 @@ def main(targets: Iterable[str]) -> None:
                 bulk=["w_ptr"], most_slots=2.5, most_trips=3, least_programs=2, begins_step=fault == "early trigger",
             )  # fmt: skip
             if fault in OF_ATTENTION:
-                facts = Facts(older=["lens_ptr", "k_ptr"], early=["lens_ptr"])
+                facts = Facts(older=["lens_ptr", "k_ptr"], early=["lens_ptr"], triggers_last=True)
             if fault == "too much shared memory":
                 facts = Facts(streams=["w_ptr", "x_ptr"], tensor_cores=True)
 
