@@ -236,7 +236,7 @@ class Finding(NamedTuple):
     wrong: list[str]
 
 
-def _figures(launch: Launch, code: MachineCode, target: Target, facts: Facts) -> dict[str, str]:
+def figures(launch: Launch, code: MachineCode, target: Target, facts: Facts) -> dict[str, str]:
     metadata = launch.compiled.metadata
     per_16_bytes = instructions_per_16_bytes(code, facts.bulk)
     loads = [access for access in code.accesses if access.is_load]
@@ -284,7 +284,7 @@ def audit_case(case: Case, target_name: str) -> list[Finding]:
             if name not in FACTS:
                 wrong.append("is not in FACTS, which states what its machine code must look like")
             findings.append(
-                Finding(target_name, case.op, case.shape, name, _figures(launch, code, target, facts), wrong)
+                Finding(target_name, case.op, case.shape, name, figures(launch, code, target, facts), wrong)
             )
     except Exception as error:  # whatever a launcher, the compiler or one of its tools raises is a finding
         findings.append(

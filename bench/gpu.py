@@ -2,6 +2,7 @@
 
     python -m bench.gpu --out OUT                           all parts, in order, within 8.5 minutes
     python -m bench.gpu --out OUT --part correctness decode some of them
+    python -m bench.gpu --out OUT --part trial              variants of kernels: see bench/trial; only if it is named
     python -m bench.gpu --out OUT --small                   a dry run of the same code on a CPU, at a toy model's shapes
 
 It needs torch, triton, transformers, numpy and pytest. Anything else that is missing is a row that says so. Each part
@@ -41,6 +42,7 @@ class Limit(NamedTuple):
     module: str
     seconds: int
     shares: bool = False  # its rows have shares of the ceilings
+    by_default: bool = True  # False: it runs only if it is named
 
 
 PARTS = {
@@ -53,7 +55,12 @@ PARTS = {
     "launch_profile": Limit("bench.parts.launch_profile", 60, shares=True),
     "first_token": Limit("bench.parts.first_token", 200, shares=True),
     "peers": Limit("bench.parts.peer_models", 500, shares=True),
+    "trial": Limit("bench.parts.trial", 350, by_default=False),
 }
+
+
+def default_parts() -> list[str]:
+    return [part for part, limit in PARTS.items() if limit.by_default]
 
 
 def work(part: str, out: Path, small: bool) -> None:
@@ -111,7 +118,7 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m bench.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     made.add_argument("--out", type=Path, required=True, help="the folder for all results")
-    made.add_argument("--part", nargs="+", type=one_of("part", PARTS), help=f"default: {' '.join(PARTS)}")
+    made.add_argument("--part", nargs="+", type=one_of("part", PARTS), help=f"default: {' '.join(default_parts())}")
     made.add_argument("--minutes", type=float, help="for all parts together; default: 8.5, in a dry run no limit")
     made.add_argument("--small", action="store_true", help="a dry run on a CPU, at a toy model's shapes")
     made.add_argument("--worker", choices=PARTS, help=argparse.SUPPRESS)
@@ -148,7 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         of = f"{'a dry run on ' * bool(earlier.get('dry run'))}{earlier.get('device')}"
         parse.error(f"--out {out} has the record of {of}: name another folder, a record is of one machine")
     deadline = time.monotonic() + 60 * minutes
-    for part in in_order(options.part or PARTS, out):
+    for part in in_order(options.part or default_parts(), out):
         left = deadline - time.monotonic()
         limit = None if small else min(PARTS[part].seconds, left)
         reason = run(part, out, small, limit) if left > 0 else "no time was left for it"

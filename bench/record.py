@@ -54,7 +54,7 @@ class Row:
             figure = f"{self.value:.4g} {self.unit} ({min(self.rounds):.4g} to {max(self.rounds):.4g})"
         share = f"{self.about['share']:.1%} of the {self.about['bound']} ceiling" if "bound" in self.about else ""
         note = "; ".join(filter(None, (share, self.note)))
-        return f"{self.state:8}{self.part:12}{self.name:58}{figure:>34}  {note}".rstrip()
+        return f"{self.state:8}{self.part:12}{self.name:57} {figure:>34}  {note}".rstrip()
 
 
 class Part:

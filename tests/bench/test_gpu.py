@@ -199,7 +199,9 @@ def test_every_part_yields_rows():
         assert "\ndef rows(small: bool) -> Iterator[Row]:\n" in source
 
 
-@pytest.mark.parametrize("parts", [["decode", "first_token", "launch_profile"], ["correctness"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "parts", [["decode", "first_token", "launch_profile"], ["correctness"], ["trial"]], ids=" ".join
+)
 def test_a_dry_run(tmp_path, parts, capfd):
     """The same code as on a GPU machine, at a toy model's shapes; Triton's ops run in the interpreter."""
     code = gpu.main(["--out", str(tmp_path), "--small", "--part", *parts])
@@ -209,6 +211,8 @@ def test_a_dry_run(tmp_path, parts, capfd):
     assert {row.state for row in found} <= {"pass", "figure", "not run"}
     for part in parts:
         assert len([row for row in found if row.part == part]) > (0 if part == "launch_profile" else 3)
+    if "trial" in parts:
+        assert "the candidates compile for sm_90" in {row.name for row in found if row.state == "pass"}
     if "decode" in parts:
         ceilings = Roofline.of(found)
         shares = [row for row in found if "share" in row.about]
