@@ -32,6 +32,6 @@ def test_the_warm_up_is_short(compiled, target):
     """Each compiles for a second or two, once per machine. A higher count needs a reason here.
 
     Two are attention's for a single sequence, which has tiles of its own. Ten are the linear layers' for 17 to 32 rows,
-    and for 33 to 64.
+    and for 33 to 64. Two write a new request's state.
     """
-    assert len(compiled[target]["warm"]) <= 54, compiled[target]["warm"]
+    assert len(compiled[target]["warm"]) <= 57, compiled[target]["warm"]
