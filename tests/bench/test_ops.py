@@ -171,7 +171,7 @@ def test_rows_and_record(fast, config, tmp_path, capsys):
     ("arguments", "message"),
     [
         (["--op", "linaer"], "there is no op 'linaer': did you mean 'linear'?"),
-        (["--op", "zzz"], "there is no op 'zzz': there are advance, embed"),
+        (["--op", "zzz"], "there is no op 'zzz': there are advance, count_prompt"),
         (["--engine", "flashinfr"], "there is no engine 'flashinfr': did you mean 'FlashInfer'?"),
         (["--dtype", "bf16"], "there is no dtype 'bf16': did you mean 'bfloat16'?"),
         (["--batch", "0"], "'0' is not a positive integer"),
