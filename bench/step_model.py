@@ -133,7 +133,7 @@ def cost(case: Case, count: int, launch: Launch, code: MachineCode, search: Sear
     resident = TARGET.resident_blocks(metadata.num_warps, code.registers, metadata.shared)
     early = sum(x.bytes for x in loads if not x.may_have_waited and x.pointers & set(facts.bulk)) * threads
     if launch.kernel == "_linear_few_rows" and launch.constants["BR"] > 1:  # prefetches into L2, which are not loads
-        early = launch.constants["BO"] * launch.constants["AHEAD"] * 128
+        early += launch.constants["BO"] * launch.constants["AHEAD"] * 128
     # A loop without outstanding loads waits in every iteration.
     serial = {x.loop for x in loads if x.loop} - {x.loop for x in loads if "LDGSTS" in x.instruction}
     return Cost(
