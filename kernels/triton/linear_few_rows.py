@@ -68,9 +68,9 @@ CHUNK = 256  # the same for several rows: 128 columns of 16 bits
 # Up to this many rows of x. That 17 to 64 rows are faster here than with cuBLAS is a prediction: a step of 32 rows was
 # measured at 6.63 ms with cuBLAS on an H200, where reading everything takes 4.1. bench/predictions.md has more.
 FEW_ROWS = 64
-# For several rows, by the number of rows of x, padded. Measured, by whole steps of InternLM3-8B on an H200, are the tiles
-# of one row, and 64 rows of W with 8 stages and no early chunks: bench/predictions.md. All else is chosen by machine
-# code (nothing spills, and a program's shared memory fits) and by a simulation, and has not been measured.
+# For several rows, by the number of rows of x, padded. Measured, by whole steps of InternLM3-8B on an H200, are the
+# tiles of one row, and 64 rows of W with 8 stages and no early chunks: bench/predictions.md. All else is chosen by
+# machine code (nothing spills, and a program's shared memory fits) and by a simulation, and has not been measured.
 # HOPPER is for sm_90 and newer, whose tensor cores take 64 rows of W from shared memory; HOPPER_WIDE for more rows of W
 # than WIDE: two programs fit a multiprocessor. Fewer rows make so few programs that each needs all of its memory.
 HOPPER = {16: Tile(64, 4, 8, 4), 32: Tile(64, 4, 7, 3), 64: Tile(64, 4, 6, 1)}
