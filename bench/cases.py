@@ -247,7 +247,7 @@ def cases(
     size: Size = INTERNLM3_8B,
     dtypes: Sequence[torch.dtype] = (torch.bfloat16,),
     batches: Sequence[int] = (1, 16),
-    chunks: Sequence[int] = (4, 512),
+    chunks: Sequence[int] = (4, 32, 64, 512),
     contexts: Sequence[int] = (1024,),
 ) -> Iterator[Case]:
     """The ops of a decode step at these batch sizes, and those of prompt chunks of these numbers of tokens."""

@@ -65,14 +65,14 @@ ONE_ROW, ONE_ROW_LONG = Tile(2, 4), Tile(2, 8)
 LONG, LONGEST = 20480, 40960
 ONE_ROW_CHUNK = 4096  # bytes of a row of W that a program of one row multiplies at once
 CHUNK = 256  # the same for several rows: 128 columns of 16 bits
-# Up to this many rows of x. 2 to 16 have been measured, 17 to 64 have not: by prediction a step of 32 rows takes 4.5 to
-# 4.8 ms on an H200, where cuBLAS was measured at 6.63.
+# Up to this many rows of x. That 17 to 64 rows are faster here than with cuBLAS is a prediction: a step of 32 rows was
+# measured at 6.63 ms with cuBLAS on an H200, where reading everything takes 4.1. bench/predictions.md has more.
 FEW_ROWS = 64
-# For several rows, by the number of rows of x, padded. One row and 64 rows of W per program were chosen by measurement:
-# whole steps of InternLM3-8B on an H200 with 1, 4 and 16 rows, in bench/predictions.md. All else is chosen by machine
-# code and by a simulation: nothing spills, and the shared memory of a program fits. It has not been measured.
-# sm_90 and newer, whose tensor cores take 64 rows of W from shared memory. `WIDE` is for more rows of W than WIDE: two
-# programs fit a multiprocessor then. Fewer rows of W make so few programs that each needs all of its memory.
+# For several rows, by the number of rows of x, padded. Measured, by whole steps of InternLM3-8B on an H200, are the
+# tiles of one row, and 64 rows of W with 8 stages and no early chunks: bench/predictions.md. All else is chosen by
+# machine code (nothing spills, and a program's shared memory fits) and by a simulation, and has not been measured.
+# HOPPER is for sm_90 and newer, whose tensor cores take 64 rows of W from shared memory; HOPPER_WIDE for more rows of W
+# than WIDE: two programs fit a multiprocessor. Fewer rows make so few programs that each needs all of its memory.
 HOPPER = {16: Tile(64, 4, 8, 4), 32: Tile(64, 4, 7, 3), 64: Tile(64, 4, 6, 1)}
 HOPPER_WIDE = {16: Tile(64, 4, 5, 4), 32: Tile(64, 4, 4, 3), 64: Tile(64, 4, 3, 2)}
 ROWS = {16: Tile(32, 4, 8), 32: Tile(32, 4, 7), 64: Tile(32, 4, 5)}

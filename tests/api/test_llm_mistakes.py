@@ -118,7 +118,11 @@ def test_a_templates_own_error_is_shown(tiny, monkeypatch):
         ({"max_seq_len": 0}, ValueError, "max_seq_len must be an integer >= 1; got 0"),
         ({"max_seq_len": "10"}, ValueError, "max_seq_len must be an integer >= 1; got '10'"),
         ({"max_batch_size": 0}, ValueError, "max_batch_size must be an integer >= 1; got 0"),
-        ({"max_batch_size": 17, "batch_invariant": True}, ValueError, "up to 16 answers .* max_batch_size is 17"),
+        (
+            {"max_batch_size": 17, "batch_invariant": True, "device": "cpu"},
+            ValueError,
+            "up to 16 answers .* max_batch_size is 17",
+        ),
         ({"dtype": "int8"}, ValueError, "dtype 'int8' is not supported.*bfloat16"),
         ({"device": "gpu"}, ValueError, "device 'gpu' is no device"),
         ({"device": "cuda:99"}, ValueError, "device 'cuda:99' does not exist"),

@@ -104,11 +104,12 @@ def test_a_sound_kernel_passes():
     assert done.returncode == 0, done.stdout + done.stderr
     header, *rows, verdict = done.stdout.splitlines()
     assert header.split()[:3] == ["target", "op", "kernel"]
-    assert [row.split()[:3] for row in rows] == [[target, "swiglu", "_swiglu"] for target in targets for _ in range(4)]
-    # 10 programs for each of 1, 16, 4 and 512 tokens, of which 16 fit each of an H100's 132 multiprocessors.
+    assert [row.split()[:3] for row in rows] == [[target, "swiglu", "_swiglu"] for target in targets for _ in range(6)]
+    # 10 programs for each of 1, 16, 4, 32, 64 and 512 tokens, of which 16 fit each of an H100's 132 multiprocessors.
     waves = header.split().index("waves")
-    assert [row.split()[waves] for row in rows if row.startswith("sm_90")] == ["0.00", "0.08", "0.02", "2.42"]
-    assert verdict == "12 launches audited, 0 violations"
+    found = [row.split()[waves] for row in rows if row.startswith("sm_90")]
+    assert found == ["0.00", "0.08", "0.02", "0.15", "0.30", "2.42"]
+    assert verdict == "18 launches audited, 0 violations"
 
 
 def test_the_failure_of_a_tool_is_a_violation(tmp_path):
@@ -119,7 +120,7 @@ def test_the_failure_of_a_tool_is_a_violation(tmp_path):
     done = run(*AUDIT, "--kernel", "swiglu", "--target", "sm_80", TRITON_CUOBJDUMP_PATH=str(tool))
     assert done.returncode == 1, done.stdout + done.stderr
     assert "FAIL  sm_80 swiglu (batch 1)" in done.stdout
-    assert "4 violations" in done.stdout
+    assert "6 violations" in done.stdout
 
 
 # The tests below read disassembled code and compile nothing.

@@ -76,7 +76,7 @@ def summed_in_order(x, weight, bias):
     return y + bias.float()
 
 
-def order_case(rng, rows, outputs, columns, dtype, chunk):
+def order_case(rng, rows, outputs, columns, dtype, chunk, exponents=10):
     """x [rows, columns] and weight [outputs, columns] whose product depends on the order of the chunks' sums.
 
     Within a chunk the products are integers below 2^6 times a power of two, so that its sum is exact in any order.
@@ -87,7 +87,7 @@ def order_case(rng, rows, outputs, columns, dtype, chunk):
     scale, whole = torch.ones(columns), columns // chunk
     for i in range((whole - 1) // 2):
         this, other = (slice(n * chunk, (n + 1) * chunk) for n in (i, whole - 1 - i))
-        scale[this] = scale[other] = 2.0 ** int(torch.randint(10, (), generator=rng))
+        scale[this] = scale[other] = 2.0 ** int(torch.randint(exponents, (), generator=rng))
         x[:, other], weight[:, other] = x[:, this], -weight[:, this]
     return (x * scale).to(DEVICE, dtype), (weight * scale).to(DEVICE, dtype)
 
@@ -342,10 +342,12 @@ def test_several_rows_are_summed_in_the_stated_order(monkeypatch, tiles, dtype, 
 def test_one_row_is_summed_in_the_stated_order(dtype):
     """Bit for bit in one lane. The order over the lanes is the compiler's, and numpy's in the interpreter."""
     lanes, rng = linear_few_rows.ONE_ROW_CHUNK // dtype.itemsize, generator(5)
-    count = 10240 * 2 // dtype.itemsize // lanes
-    x, weight = torch.zeros(1, count * lanes), torch.zeros(6, count * lanes)
-    x[0, 7::lanes], weight[:, 7::lanes] = order_case(rng, 1, 6, count, torch.float32, 1)
-    x, weight, bias = x.to(DEVICE, dtype), weight.to(DEVICE, dtype), normal(rng, 6, dtype=dtype)
+    count = linear_few_rows.LONGEST // linear_few_rows.ONE_ROW_CHUNK
+    x, weight = torch.zeros(1, count * lanes), torch.zeros(30, count * lanes)
+    values = order_case(rng, 1, 30, count, torch.float32, 1, exponents=13)
+    shuffled = torch.randperm(count, generator=rng)  # the case is symmetric, and so is the rounding of its sum
+    x[0, 7::lanes], weight[:, 7::lanes] = (each.cpu()[:, shuffled] for each in values)
+    x, weight, bias = x.to(DEVICE, dtype), weight.to(DEVICE, dtype), normal(rng, 30, dtype=dtype)
     expected = one_row_in_order(x.cpu(), weight.cpu(), bias.cpu())
     assert_same(expected.to(DEVICE, dtype), found=kernels.linear(x, weight, bias))
 
