@@ -109,7 +109,8 @@ FACTS = {
     "_penalize": Facts(
         streams=["logits_ptr", "bias_ptr", "prompt_counts_ptr", "output_counts_ptr"], bulk=["logits_ptr"], most_trips=2
     ),
-    "_collect": Facts(streams=["x_ptr"], bulk=["x_ptr"], most_trips=3),
+    # Two to three of the waits are of the loop over the maxima of blocks, which are in L1 by then.
+    "_collect": Facts(streams=["x_ptr"], bulk=["x_ptr"], most_trips=6),
     "_weigh": Facts(bulk=["candidate_ptr"], most_trips=5),
     # 3 or 4 with Triton 3.7.1; with 3.8.0 and 3.9.0 ptxas loads the candidates of a top-k a few at a time.
     "_narrow": Facts(bulk=["candidate_ptr"], most_trips=6),

@@ -39,6 +39,8 @@ from .sample_weights import (
 CHUNK = 1024
 WARPS = 4
 FEW = 128
+# Maxima of blocks that `_collect` compares with all of them at a time.
+_SLICE = tl.constexpr(16)
 # Bits of the threshold that a pass determines, from the highest on; a key has 32.
 DIGIT_BITS = 4
 PASSES = 8
@@ -119,12 +121,15 @@ def _collect(
     least_x = tl.where((share >= 0) | (typical >= 0), -INF, INF)
     least_weight = tl.where(share >= 0, (WHOLE - share) * (UNIT // WHOLE) // (2 * BLOCK * BLOCKS), 0)
     if top_k_ptr is not None:
-        # Loaded again, in a second layout.
-        at = tl.arange(0, BLOCKS)
-        others = tl.load(best_ptr + row * blocks + at, mask=at < blocks, other=-INF)
-        rank = tl.sum((others[None, :] >= others[:, None]).to(tl.int32), axis=1)
+        # All at once would take 168 registers, and a multiprocessor three programs instead of nine.
+        not_less = tl.zeros((_SLICE, BLOCKS), tl.int32)
+        for first in range(0, BLOCKS, _SLICE):
+            at = first + tl.arange(0, _SLICE)
+            others = tl.load(best_ptr + row * blocks + at, mask=at < blocks, other=-INF)
+            not_less += (others[:, None] >= maxima[None, :]).to(tl.int32)
+        rank = tl.sum(not_less, axis=0)
         # -inf where there are fewer blocks than k.
-        of_k = tl.max(tl.where((rank >= k) & (rank <= blocks), others, -INF), axis=0)
+        of_k = tl.max(tl.where((rank >= k) & (rank <= blocks), maxima, -INF), axis=0)
         least_x = tl.where(k >= 0, of_k, least_x)
         least_weight = tl.where(k >= 0, 0, least_weight)
     chosen = inside & (x >= least_x) & (weight >= least_weight)
