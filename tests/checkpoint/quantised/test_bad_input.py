@@ -68,7 +68,6 @@ WEIGHTS = ("config_groups", "group_0", "weights")
         (nested(PACKED, "kv_cache_scheme", {"num_bits": 8}), ["kv_cache_scheme"]),
         (nested(PACKED, "quantization_status", "frozen"), ["quantization_status"]),
     ],
-    ids=str,
 )
 def test_settings(tmp_path, settings, words):
     refused(Checkpoint(tmp_path, settings).quantise(gptq()).save(), ValueError, "config.json", *words)
@@ -143,7 +142,6 @@ TENSORS = {
         ("packed", add("k_scale", torch.ones(1)), [f"{LAYER}.k_scale' is unexpected"]),
         ("packed", add("weight_zero_point", torch.zeros(12, 2)), ["weight_zero_point' is unexpected"]),
     ],
-    ids=str,
 )
 def test_tensors(tmp_path, form, edit, words):
     settings, write, options = TENSORS[form]
