@@ -180,7 +180,10 @@ def test_the_command_by_its_other_name_and_its_version():
         done = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True)
         assert done.stdout == f"internlm3 {internlm3.__version__}\n"
     assert "version=VERSION" in Path(__file__).parents[2].joinpath("setup.py").read_text()  # of runtime/version.py
-    assert "{chat,generate,info,demo}" in subprocess.run([*other, "--help"], capture_output=True, text=True).stdout
+    assert (
+        "{chat,generate,info,perplexity,demo}"
+        in subprocess.run([*other, "--help"], capture_output=True, text=True).stdout
+    )
 
 
 def test_every_sampling_parameter_has_a_switch(demo_model, run):
