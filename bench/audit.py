@@ -91,7 +91,7 @@ FACTS = {
         bulk=["w_ptr"], most_slots=1.1, most_trips=3, least_programs=2,
     ),
     "_linear_few_rows": Facts(
-        ["w_ptr", "bias_ptr"], begun=["w_ptr"], streams=["w_ptr", "x_ptr", "residual_ptr"], tensor_cores=True, step=16,
+        ["w_ptr", "bias_ptr"], begun=["w_ptr"], streams=["w_ptr", "x_ptr"], tensor_cores=True, step=16,
         # Half of an H200's multiprocessors can stream W: 64 programs of 64 rows took half the time of 128 of 32.
         bulk=["w_ptr"], most_slots=0.9, most_trips=3, least_programs=0.4,
     ),
