@@ -45,13 +45,15 @@ def perplexity(model: LanguageModel, ids: list[int], window: int, stride: int, *
     contains, given those before them in the window. A token with none before it is not predicted: the first one, and
     with stride = window the first of every window. There are at least two tokens, and 1 <= stride <= window.
     """
+    # Each window writes its keys and values before it reads them.
+    kv_cache = PagedKVCache(model.config, pages_of(min(window, len(ids))), model.dtype, model.device)
     losses: list[Tensor] = []
     done = 1  # tokens before this one are predicted, or cannot be
     with tqdm(total=len(ids), unit="token", disable=hides_bar(progress)) as bar:
         for begin in range(0, len(ids), stride):
             end = min(begin + window, len(ids))
             with torch.autocast(model.device.type, enabled=False):
-                losses.append(_losses(model, ids[begin:end], done - begin))
+                losses.append(_losses(model, kv_cache, ids[begin:end], done - begin))
             bar.update(end - bar.n)
             done = end
             if end == len(ids):
@@ -62,10 +64,9 @@ def perplexity(model: LanguageModel, ids: list[int], window: int, stride: int, *
     return Perplexity(math.exp(loss), loss, math.exp(loss) * error, len(of_all), window, stride)
 
 
-def _losses(model: LanguageModel, ids: list[int], first: int) -> Tensor:
+def _losses(model: LanguageModel, kv_cache: PagedKVCache, ids: list[int], first: int) -> Tensor:
     """-ln p of the tokens from `first` on (from 1 on for 0), given those before: [N] float32 on the CPU."""
     device, pages = model.device, pages_of(len(ids))
-    kv_cache = PagedKVCache(model.config, pages, model.dtype, device)
     tokens = torch.tensor(ids, dtype=torch.int64, device=device)
     batch = BatchMetadata(
         torch.arange(pages, dtype=torch.int32, device=device)[None],

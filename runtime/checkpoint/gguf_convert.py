@@ -19,6 +19,7 @@ from ..common.progress import hides_bar
 from ..model.config import InternLM3Config
 from ..model.model import LanguageModel
 from ..sampling.generation_config import GENERATION_CONFIG
+from .gguf.weights import LAYER_TENSORS, unpermute
 from .save import save_weights
 
 MAX_SHARD_BYTES = 128 * 2**20
@@ -26,19 +27,6 @@ VOCAB_MULTIPLE = 128  # InternLM3 pads its embedding to a multiple of it too
 
 ModelProto: Any = sentencepiece_model_pb2.ModelProto  # type: ignore[attr-defined]  # created at import
 SPACE = "\u2581"  # SentencePiece's visible space
-
-# Names of a layer's tensors: GGUF -> InternLM3.
-LAYER_TENSORS = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
 
 
 def convert(source: Path, folder: Path, *, sampling: dict[str, Any], progress: bool) -> None:
@@ -218,15 +206,6 @@ def _tensors(reader: GGUFReader, config: dict[str, Any], rows: list[int | None])
         raise ValueError(f"The GGUF file contains tensors that InternLM3 has no place for: {sorted(left)}")
     tensors: Tensors = {target: lambda source=source: weight(source) for source, target in names.items()}  # type: ignore[misc]
     return {"model.embed_tokens.weight": embedding, **tensors, "lm_head.weight": embedding}
-
-
-def unpermute(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Reorders the rows of a q or k projection [heads * head_dim, in] from llama.cpp's order to InternLM3's.
-
-    RoPE rotates rows in pairs. llama.cpp has the two rows of a pair side by side; InternLM3 has the first rows of all
-    pairs of a head, then the second rows.
-    """
-    return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).reshape(weight.shape)
 
 
 def _model(config: dict[str, Any], tensors: Tensors, progress: bool) -> LanguageModel:

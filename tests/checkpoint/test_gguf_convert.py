@@ -16,7 +16,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from internlm3.runtime.checkpoint.demo_model import demo_model_checkpoint
-from internlm3.runtime.checkpoint.gguf_convert import sentencepiece_model, unpermute
+from internlm3.runtime.checkpoint.gguf.weights import unpermute
+from internlm3.runtime.checkpoint.gguf_convert import sentencepiece_model
 from internlm3.tests.support.tiny_gguf import tiny_bpe
 
 # ------------------------------------------------------------------------------------------------------ the conversion

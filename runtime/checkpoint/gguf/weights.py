@@ -17,7 +17,8 @@ from .blocks import numbers
 from .reader import GGUFHeader, StoredTensor
 
 _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-_LAYER = {
+# Names of a layer's tensors: GGUF -> InternLM3.
+LAYER_TENSORS = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
@@ -53,7 +54,7 @@ class GGUFWeights(WeightFiles):
             beginning, layer, rest = (
                 ("model.layers", *part.split(".", 2)[1:]) if part.count(".") == 2 else ("", "", part)
             )
-            target = _LAYER.get(rest) if beginning and name.startswith("blk.") else _TOP.get(part)
+            target = LAYER_TENSORS.get(rest) if beginning and name.startswith("blk.") else _TOP.get(part)
             if target is None or kind not in ("weight", "bias"):
                 raise ValueError(f"{header.path}: {shown(name)} is a tensor that InternLM3 has no place for")
             full = f"{beginning}.{layer}.{target}.{kind}" if beginning else f"{target}.{kind}"
@@ -71,10 +72,10 @@ class GGUFWeights(WeightFiles):
                     )
                     data = data.to(device, copy=True)
                     weight = numbers(tensor.kind, data, tensor.shape)
-                    yield name, _unpaired(weight, heads) if heads else weight
+                    yield name, unpermute(weight, heads) if heads else weight
 
 
-def _unpaired(weight: Tensor, heads: int) -> Tensor:
+def unpermute(weight: Tensor, heads: int) -> Tensor:
     """Reorders the rows of a q or k projection, or its bias, [heads * head_dim, ...] from llama.cpp's order.
 
     RoPE rotates rows in pairs. llama.cpp has the two rows of a pair side by side; a checkpoint has the first rows of

@@ -85,7 +85,11 @@ class GPTQ:
             middle = 2 ** (self.bits - 1)
             low, high = (int(bound) for bound in unpack(words, self.bits, 1).aminmax())
             if low == high == middle and self.stored_less_one:
-                _warn_once()
+                warnings.warn(
+                    "the checkpoint says GPTQ version 1, and its zeros are of version 2 (checkpoint_format gptq_v2): "
+                    "read as such",
+                    stacklevel=2,
+                )
             elif not low == high == middle - self.stored_less_one:
                 raise ValueError(
                     f"qzeros holds zeros from {low} to {high}; the configuration says symmetric (sym), where all are "
@@ -96,10 +100,3 @@ class GPTQ:
             # Wraps around like the 32-bit words that it inverts.
             words = ((words.long() + _ONES[self.bits] + 2**31) % 2**32 - 2**31).to(torch.int32)
         return unpack(words, self.bits, 1).T
-
-
-def _warn_once() -> None:
-    warnings.warn(
-        "the checkpoint says GPTQ version 1, and its zeros are of version 2 (checkpoint_format gptq_v2): read as such",
-        stacklevel=2,
-    )
