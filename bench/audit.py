@@ -95,6 +95,13 @@ FACTS = {
         # Half of an H200's multiprocessors can stream W: 64 programs of 64 rows took half the time of 128 of 32.
         bulk=["w_ptr"], most_slots=0.9, most_trips=3, least_programs=0.4,
     ),
+    "_linear_quantised": Facts(
+        ["w_ptr", "scale_ptr", "bias_ptr"], streams=["w_ptr", "x_ptr"], tensor_cores=True, step=16,
+        bulk=["w_ptr"], most_slots=0.9, most_trips=4, least_programs=0.4,
+    ),
+    "_dequantise": Facts(
+        ["w_ptr", "scale_ptr"], early=["w_ptr", "scale_ptr"], streams=["w_ptr"], bulk=["w_ptr"], most_trips=1
+    ),
     # new_k_ptr and new_v_ptr are the caches again: the newest token's key and value are not older than the step. Of the
     # waits the first two, for the length and the pages, are before that for the predecessor; three are of the loop over
     # further tiles.

@@ -5,6 +5,7 @@ context 1024" is a chunk of a prompt: 512 tokens of one sequence, the last of 10
 """
 
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from internlm3.kernels.quantised import Form, QuantisedWeight, Weight
 
 PAGE = 64
 
@@ -75,6 +78,14 @@ def read_size(path: str | Path) -> Size:
 Arguments = dict[str, Any]
 
 
+# Quantised weights, by the number of columns.
+FORMS: dict[str, Callable[[int], Form]] = {
+    "int4": lambda columns: Form("int4", columns, 128, None),
+    "int8": lambda columns: Form("int8", columns, 0, 0),
+    "float8": lambda columns: Form("float8", columns, 0, 0),
+}
+
+
 class Inputs(NamedTuple):
     """Makes new inputs of a model's shapes, in a dtype, on a device."""
 
@@ -85,8 +96,18 @@ class Inputs(NamedTuple):
     def random(self, *shape: int, scale: float = 1.0) -> Tensor:
         return torch.randn(shape, dtype=self.dtype, device=self.device) * scale
 
-    def weight(self, outputs: int, inputs: int) -> Tensor:
-        return self.random(outputs, inputs, scale=inputs**-0.5)
+    def weight(self, outputs: int, inputs: int, stored: str = "") -> Weight:
+        """A matrix, or in one of the forms FORMS a quantised weight."""
+        if not stored:
+            return self.random(outputs, inputs, scale=inputs**-0.5)
+        form = FORMS[stored](inputs)
+        words = torch.randint(-(2**15), 2**15, (outputs, form.words), dtype=torch.int16, device=self.device)
+        if form.kind == "float8":
+            words &= 0x3F3F  # no NaN
+        # A power of two as scale. Without form.zero, its low bits are the zero point.
+        bits = (127 - math.ceil(math.log2(8 * inputs**0.5)) << 23) | (7 if form.zero is None else 0)
+        scales = self.full((form.groups, outputs), bits, torch.int32).view(torch.float32)
+        return QuantisedWeight(form, words, scales)
 
     def full(self, shape: Sequence[int], value: float, dtype: torch.dtype) -> Tensor:
         return torch.full(shape, value, dtype=dtype, device=self.device)
@@ -134,21 +155,21 @@ def _rope_and_cache(make: Inputs, rows: int, sequences: int, context: int) -> Ar
     return {"qkv": make.random(rows, make.size.qkv), **make.rope(sequences, context)}
 
 
-def _linear(make: Inputs, rows: int, outputs: int, inputs: int) -> Arguments:
-    return {"x": make.random(rows, inputs), "weight": make.weight(outputs, inputs)}
+def _linear(make: Inputs, rows: int, outputs: int, inputs: int, stored: str = "") -> Arguments:
+    return {"x": make.random(rows, inputs), "weight": make.weight(outputs, inputs, stored)}
 
 
-def _linear_add(make: Inputs, rows: int, outputs: int, inputs: int) -> Arguments:
-    return {**_linear(make, rows, outputs, inputs), "residual": make.random(rows, outputs)}
+def _linear_add(make: Inputs, rows: int, outputs: int, inputs: int, stored: str = "") -> Arguments:
+    return {**_linear(make, rows, outputs, inputs, stored), "residual": make.random(rows, outputs)}
 
 
-def _norm_linear(make: Inputs, rows: int, outputs: int) -> Arguments:
+def _norm_linear(make: Inputs, rows: int, outputs: int, stored: str = "") -> Arguments:
     hidden = make.size.hidden
-    return {**_linear(make, rows, outputs, hidden), "norm": make.random(hidden), "eps": 1e-5}
+    return {**_linear(make, rows, outputs, hidden, stored), "norm": make.random(hidden), "eps": 1e-5}
 
 
-def _norm_qkv_rope_cache(make: Inputs, rows: int, sequences: int, context: int) -> Arguments:
-    return {**_norm_linear(make, rows, make.size.qkv), "bias": None, **make.rope(sequences, context)}
+def _norm_qkv_rope_cache(make: Inputs, rows: int, sequences: int, context: int, stored: str = "") -> Arguments:
+    return {**_norm_linear(make, rows, make.size.qkv, stored), "bias": None, **make.rope(sequences, context)}
 
 
 def _attention(make: Inputs, rows: int, sequences: int, context: int) -> Arguments:
@@ -274,14 +295,22 @@ def _ops(size: Size, dtype: torch.dtype, tokens: int, sequences: int, contexts: 
     yield case("linear_add", _linear_add, size.hidden, size.hidden, part="o_proj")
     yield case("linear_add", _linear_add, size.hidden, size.intermediate, part="down_proj")
     yield case("rms_norm_swiglu", _norm_linear, 2 * size.intermediate)
+    for stored in FORMS:
+        yield case("linear_add", _linear_add, size.hidden, size.hidden, stored, part=f"o_proj {stored}")
+        yield case("linear_add", _linear_add, size.hidden, size.intermediate, stored, part=f"down_proj {stored}")
+        yield case("rms_norm_swiglu", _norm_linear, 2 * size.intermediate, stored, part=stored)
     for context in contexts:
         yield case("rope_and_cache", _rope_and_cache, sequences, context, context=context)
         yield case("rms_norm_qkv_rope_cache", _norm_qkv_rope_cache, sequences, context, context=context)
+        for stored in FORMS:
+            arguments = sequences, context, stored
+            yield case("rms_norm_qkv_rope_cache", _norm_qkv_rope_cache, *arguments, part=stored, context=context)
         yield case("paged_attention", _attention, sequences, context, context=context)
         if not decode:
             yield case("paged_attention", _attention_of_last_row, sequences, context, part="last row", context=context)
     if decode:
         yield case("rms_norm_linear", _norm_linear, size.vocabulary, part="lm_head")
+        yield case("rms_norm_linear", _norm_linear, size.vocabulary, "int8", part="lm_head int8")
         yield case("sample", _greedy, part="greedy")
         yield case("sample", _sampled, part="recommended")
         yield case("sample", _top_p_only, part="top_p only")

@@ -14,6 +14,7 @@ from torch import Tensor
 from . import reference_sampling
 from .cpu_cache import paged_attention as paged_attention
 from .cpu_cache import rope_and_cache as rope_and_cache
+from .quantised import QuantisedWeight, Weight
 from .reference import FEW_ROWS
 from .reference import advance as advance
 from .reference import count_prompt as count_prompt
@@ -31,6 +32,7 @@ else:
 # PyTorch computes float32 products with MKL, which is fast on Intel's CPUs only. oneDNN, which computes the 16-bit
 # ones, takes 0.45 to 0.65 of MKL's time on the EPYC, for 5 rows as for 2048.
 ONEDNN_FLOAT32 = _AVX512_BF16 and torch.backends.mkldnn.is_available()
+DENSE_NUMBERS = 1 << 22  # of a quantised weight that are in memory as float32 at a time
 INVARIANT_ROWS = FEW_ROWS
 # Whether the bits of a row may depend on how many rows a launch of more than INVARIANT_ROWS has. They do not on the
 # EPYC, for 17 to 2048 rows of 7 to 14336 numbers on 1 to 7 threads; other CPUs have not been tested.
@@ -57,8 +59,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return wide.mul_(mean.add_(eps).rsqrt_()).to(x.dtype).mul_(weight)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, batch_invariant: bool = False) -> Tensor:
+def linear(x: Tensor, weight: Weight, bias: Tensor | None = None, *, batch_invariant: bool = False) -> Tensor:
     """`reference.linear`. The number of rows and the dtype decide how it is computed."""
+    if isinstance(weight, QuantisedWeight):
+        return _quantised(x, weight, bias)
     rows = x.numel() // x.shape[-1]
     transposed = rows <= TRANSPOSED_ROWS[x.dtype]
     if x.dtype == torch.float32 and not transposed:
@@ -75,13 +79,23 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, batch_invar
     return y[0] if rows == 1 else y
 
 
-def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "none") -> Tensor:
+def _quantised(x: Tensor, weight: QuantisedWeight, bias: Tensor | None) -> Tensor:
+    """The product in float32, with some rows of the weight at a time, and rounded once."""
+    wide = x.float()
+    step = max(DENSE_NUMBERS // weight.shape[1], 1)
+    y = torch.cat(
+        [linear(wide, weight.rows(first, first + step).dense()) for first in range(0, weight.shape[0], step)], -1
+    )
+    return (y if bias is None else y + bias.float()).to(x.dtype)
+
+
+def _onednn(x: Tensor, weight: Weight, bias: Tensor | None, activation: str = "none") -> Tensor:
     """activation(x @ weight^T + bias) of float32."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], "")
 
 
 def linear_add(
-    x: Tensor, weight: Tensor, residual: Tensor, bias: Tensor | None = None, *, batch_invariant: bool = False
+    x: Tensor, weight: Weight, residual: Tensor, bias: Tensor | None = None, *, batch_invariant: bool = False
 ) -> Tensor:
     """`reference.linear_add`."""
     return linear(x, weight, bias).add_(residual)
@@ -94,19 +108,19 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
 
 def rms_norm_linear(
-    x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None, *, batch_invariant: bool = False
+    x: Tensor, norm: Tensor, eps: float, weight: Weight, bias: Tensor | None = None, *, batch_invariant: bool = False
 ) -> Tensor:
     """`reference.rms_norm_linear`."""
     return linear(rms_norm(x, norm, eps), weight, bias)
 
 
 def rms_norm_swiglu(
-    x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None, *, batch_invariant: bool = False
+    x: Tensor, norm: Tensor, eps: float, weight: Weight, bias: Tensor | None = None, *, batch_invariant: bool = False
 ) -> Tensor:
     """`reference.rms_norm_swiglu`."""
     h = rms_norm(x, norm, eps)
     rows = h.numel() // h.shape[-1]
-    if ONEDNN_FLOAT32 and h.dtype == torch.float32 and rows > TRANSPOSED_ROWS[h.dtype]:
+    if ONEDNN_FLOAT32 and isinstance(weight, Tensor) and h.dtype == torch.float32 and rows > TRANSPOSED_ROWS[h.dtype]:
         # silu as part of the product. F.silu rounds the last numbers of each thread's share differently in float32, and
         # the number of rows decides where a share ends.
         gate_weight, up_weight = weight.chunk(2)
@@ -121,7 +135,7 @@ def rms_norm_qkv_rope_cache(
     x: Tensor,
     norm: Tensor,
     eps: float,
-    weight: Tensor,
+    weight: Weight,
     bias: Tensor | None,
     inv_freq: Tensor,
     k_cache: Tensor,

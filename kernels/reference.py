@@ -18,6 +18,9 @@ zero. A sequence with seq_lens[b] == 0 is idle: all of its tokens are padding. k
 `batch_invariant` asks a linear op to make a row bit-identical alone and in any batch of up to INVARIANT_ROWS rows. The
 reference rounds every row in the same way, and ignores it.
 
+The weight of a linear op is a tensor of x's dtype or a `QuantisedWeight`, whose numbers are float32. For more than 64
+rows a backend may round these to x's dtype.
+
 `decode_step` states for attention of one token per sequence (T = 1) which inputs are older than the step: seq_lens, the
 block table, and the keys and values of all tokens but the newest. It lets a GPU load them early, and changes no value.
 
@@ -30,6 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .quantised import QuantisedWeight, Weight
 from .reference_sampling import sample as sample
 
 # Launches of up to this many rows are bound by reading the weights, on every device.
@@ -55,9 +59,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (wide * scale).to(x.dtype) * weight
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, batch_invariant: bool = False) -> Tensor:
+def _wide(weight: Weight) -> Tensor:
+    """A weight [O, C] in float32."""
+    return weight.dense() if isinstance(weight, QuantisedWeight) else weight.float()
+
+
+def linear(x: Tensor, weight: Weight, bias: Tensor | None = None, *, batch_invariant: bool = False) -> Tensor:
     """x @ weight^T (+ bias), accumulated in float32. x [..., C], weight [O, C], bias [O] -> [..., O]."""
-    y = x.float() @ weight.float().mT
+    y = x.float() @ _wide(weight).mT
     if bias is not None:
         y = y + bias.float()
     return y.to(x.dtype)
@@ -70,21 +79,21 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
 
 def linear_add(
-    x: Tensor, weight: Tensor, residual: Tensor, bias: Tensor | None = None, *, batch_invariant: bool = False
+    x: Tensor, weight: Weight, residual: Tensor, bias: Tensor | None = None, *, batch_invariant: bool = False
 ) -> Tensor:
     """residual + linear(x). x [R, C], weight [O, C], residual [R, O] -> [R, O]."""
     return residual + linear(x, weight, bias)
 
 
 def rms_norm_linear(
-    x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None, *, batch_invariant: bool = False
+    x: Tensor, norm: Tensor, eps: float, weight: Weight, bias: Tensor | None = None, *, batch_invariant: bool = False
 ) -> Tensor:
     """linear(rms_norm(x)). x [R, C], norm [C], weight [O, C] -> [R, O]."""
     return linear(rms_norm(x, norm, eps), weight, bias)
 
 
 def rms_norm_swiglu(
-    x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None, *, batch_invariant: bool = False
+    x: Tensor, norm: Tensor, eps: float, weight: Weight, bias: Tensor | None = None, *, batch_invariant: bool = False
 ) -> Tensor:
     """swiglu(linear(rms_norm(x))), the first half of an MLP. weight [2I, C], the gate rows first -> [R, I]."""
     return swiglu(linear(rms_norm(x, norm, eps), weight, bias))
@@ -94,7 +103,7 @@ def rms_norm_qkv_rope_cache(
     x: Tensor,
     norm: Tensor,
     eps: float,
-    weight: Tensor,
+    weight: Weight,
     bias: Tensor | None,
     inv_freq: Tensor,
     k_cache: Tensor,

@@ -1,0 +1,171 @@
+"""1 to 64 rows times a quantised weight, fused with the ops before and after the product in a block of the model.
+
+    y = x W^T (+ bias)      x [R, C], W [O, C] -> [R, O], float32 sums;  w = (q - zero) * scale: see QuantisedWeight
+    before:  RMSNorm of x, as a launch of its own
+    after:   as in linear_few_rows.py
+
+MB of W at InternLM3-8B's shapes (C = 4096, I = 10240), and us to read them at 3.0 TB/s:
+    op                        W               int4 in groups of 128      int8, float8
+    rms_norm_qkv_rope_cache   4608 x 4096       10.0     3.3               18.9     6.3
+    linear_add (o)            4096 x 4096        8.9     3.0               16.8     5.6
+    rms_norm_swiglu           20480 x 4096      44.6    14.9               83.9    28.0
+    linear_add (down)         4096 x 10240      22.3     7.4               42.0    14.0
+    rms_norm_linear (head)    128512 x 4096    279.7    93.2              526.9   175.6
+
+Tensor cores multiply 1 to 64 rows alike: a program multiplies a tile of W by x^T, padded to 16, 32 or 64 columns. So a
+row has the same bits alone and among others. A word's fields become slices of W of 16-bit floats, exactly q - zero, in
+registers. This is the order of a sum, all in float32:
+    - slices of W (16 to 128 columns: `Form.width`) in ascending order of their columns
+    - within a slice the tensor core's steps of 16 columns in ascending order
+    - with groups, a slice is summed by itself, from zero, and y = fma(slice, scale, y)
+    - with one scale for all columns, slices are summed in sequence, and the scale multiplies the sum
+"""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..quantised import QuantisedWeight
+from .fields import constants, fields_of, scale_and_zero
+from .launch import cdiv, jit, next_power_of_2, options
+from .linear_fused import ALIGNED, NO_CACHE, residual_tile, row_places, store_result, weight_rows
+from .rms_norm import rms_norm
+
+
+class Tile(NamedTuple):
+    """The tile of a program: rows of W, warps, stages of the pipeline.
+
+    A warp has 16 rows of W: more warps would share rows, and each convert the same numbers.
+    """
+
+    rows: int
+    warps: int
+    stages: int
+
+
+# By the number of rows of x, padded. Two warps of 16 rows each use the same instruction at any number of rows, which
+# keeps the bits of a row; four would use another one from 16 rows of x on (sm_90). Chosen by machine code: nothing
+# spills, and a program's shared memory fits. None has been measured.
+TILES = {8: Tile(32, 2, 6), 16: Tile(32, 2, 4), 32: Tile(32, 2, 3), 64: Tile(32, 2, 2)}
+AHEAD = 16  # cache lines per row of W that a program prefetches into L2 before it waits
+
+
+@triton.jit
+def _block(
+    y, words, b, scale_rows, x_rows, row, R,
+    OUT: tl.constexpr, C: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, KIND: tl.constexpr, L: tl.constexpr,
+    PTX: tl.constexpr, OFFSET: tl.constexpr,
+):  # fmt: skip
+    """y [BO, BR] + the product of block b of W, words [BO, L], and its columns of x."""
+    dtype = x_rows.dtype.element_ty
+    FIELDS: tl.constexpr = 4 if KIND == "int4" else 2
+    scales = ()
+    zeros = ()
+    for i in tl.static_range(FIELDS if GROUP else 0):
+        # Padding may be a group of its own, which has no scale.
+        group = tl.minimum(b * FIELDS + i, (C - 1) // L) * L // GROUP
+        scale, zero = scale_and_zero(scale_rows + group * OUT, ZERO)
+        scales += (scale[:, None],)  # type: ignore[assignment]
+        if ZERO is None:
+            zeros += (zero[:, None],)  # type: ignore[assignment]
+    slices = fields_of(words, zeros, KIND, PTX, OFFSET, ZERO, dtype)
+    for i in tl.static_range(FIELDS):
+        columns = ((b * FIELDS + i) * L + tl.arange(0, L))[None, :]
+        mask = row < R
+        if C % (FIELDS * L):
+            mask &= columns < C
+        x = tl.load(x_rows + columns, mask=mask, other=0.0, eviction_policy="evict_last")
+        if GROUP:
+            part = tl.dot(slices[i], x.trans(), tl.zeros_like(y), input_precision="ieee")
+            y = tl.fma(part, scales[i], y)
+        else:
+            y = tl.dot(slices[i], x.trans(), y, input_precision="ieee")
+    return y
+
+
+@jit(f"scale_ptr {ALIGNED}")
+def _linear_quantised(
+    x_ptr, x_stride, w_ptr, scale_ptr, bias_ptr, residual_ptr, residual_stride, y_ptr, R,
+    inv_freq_ptr, inv_freq_stride, k_cache_ptr, k_page_stride, k_head_stride, k_token_stride,
+    v_cache_ptr, v_page_stride, v_head_stride, v_token_stride,
+    block_table_ptr, table_stride, seq_lens_ptr, positions_ptr, tokens, pages, slots,
+    OUT: tl.constexpr, C: tl.constexpr, WORDS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr,
+    KIND: tl.constexpr, L: tl.constexpr, PTX: tl.constexpr, OFFSET: tl.constexpr,
+    HALF: tl.constexpr, H: tl.constexpr, K: tl.constexpr, S: tl.constexpr,
+    BO: tl.constexpr, BR: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Pointers are None for inputs that the op does not have. L: the columns of a slice. BR: R padded."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    rows = weight_rows(OUT, HALF, BO)
+    w_rows = w_ptr + rows.to(tl.int64)[:, None] * WORDS + tl.arange(0, L)[None, :]
+    scale_rows = scale_ptr + rows
+    LINE: tl.constexpr = 64  # words of a cache line
+    if PDL:
+        line = tl.minimum(tl.arange(0, AHEAD), (WORDS - 1) // LINE)[None, :]
+        lines = w_ptr + rows.to(tl.int64)[:, None] * WORDS + line * LINE
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [lines.to(tl.int64)], tl.int32, is_pure=False, pack=1
+        )
+    bias = None
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + rows).to(tl.float32)[:, None]
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+
+    residual = None
+    places = None
+    if residual_ptr is not None:
+        residual = residual_tile(residual_ptr, residual_stride, R, OUT, BO, BR)
+    if inv_freq_ptr is not None:
+        places = row_places(
+            R, inv_freq_ptr, inv_freq_stride, block_table_ptr, table_stride, seq_lens_ptr, positions_ptr,
+            tokens, pages, slots, S, HALF, BO, BR,
+        )  # fmt: skip
+    row = tl.arange(0, BR)[:, None]
+    x_rows = x_ptr + row.to(tl.int64) * x_stride
+    y = tl.zeros((BO, BR), tl.float32)
+    for b in tl.range(0, WORDS // L, num_stages=STAGES):
+        words = tl.load(w_rows + b * L, eviction_policy="evict_first")
+        y = _block(y, words, b, scale_rows, x_rows, row, R, OUT, C, GROUP, ZERO, KIND, L, PTX, OFFSET)
+    if GROUP == 0:
+        y *= tl.load(scale_rows)[:, None]
+    store_result(
+        y, bias, residual, places, R, y_ptr, k_cache_ptr, k_page_stride, k_head_stride, k_token_stride,
+        v_cache_ptr, v_page_stride, v_head_stride, v_token_stride, OUT, HALF, H, K, BO, BR,
+    )  # fmt: skip
+
+
+def multiply(
+    y: Tensor,
+    x: Tensor,
+    weight: QuantisedWeight,
+    bias: Tensor | None,
+    *,
+    batch_invariant: bool,
+    norm: Tensor | None = None,
+    eps: float = 0.0,
+    residual: Tensor | None = None,
+    half: int = 0,
+    **cache: Any,
+) -> None:
+    """Write the result for x's 1 to FEW_ROWS rows to y: arguments as those of linear_few_rows.multiply.
+
+    The number of rows does not change the bits of a row, whatever batch_invariant is.
+    """
+    rows = x.shape[0]
+    form, outputs = weight.form, weight.shape[0]
+    padded = max(8, next_power_of_2(rows))
+    tile = TILES[padded]
+    if norm is not None:
+        x = rms_norm(x, norm, eps)
+    if weight.order is not None:
+        x = x.index_select(1, weight.order)
+    _linear_quantised[(cdiv(outputs, tile.rows),)](
+        x, x.stride(0), weight.words, weight.scales, bias,
+        residual, residual.stride(0) if residual is not None else None, y, rows, **(cache or NO_CACHE),
+        OUT=outputs, **constants(form, x.dtype), HALF=half, BO=tile.rows, BR=padded, STAGES=tile.stages,
+        AHEAD=AHEAD, num_warps=tile.warps, **options(x.device),
+    )  # fmt: skip
