@@ -97,10 +97,11 @@ FACTS = {
     ),
     "_linear_quantised": Facts(
         ["w_ptr", "scale_ptr", "bias_ptr"], streams=["w_ptr", "x_ptr"], tensor_cores=True, step=16,
-        bulk=["w_ptr"], most_slots=0.9, most_trips=4, least_programs=0.4,
+        # 2.4 to 2.8 instructions for a number of 4 bits are 78 to 91% of an H200's issue slots, 106 to 122% of a B200's.
+        bulk=["w_ptr"], most_slots=1.25, most_trips=4, least_programs=0.4,
     ),
     "_dequantise": Facts(
-        ["w_ptr", "scale_ptr"], early=["w_ptr", "scale_ptr"], streams=["w_ptr"], bulk=["w_ptr"], most_trips=1
+        ["w_ptr", "scale_ptr"], early=["w_ptr", "scale_ptr"], streams=["w_ptr"], most_trips=2
     ),
     # new_k_ptr and new_v_ptr are the caches again: the newest token's key and value are not older than the step. Of the
     # waits the first two, for the length and the pages, are before that for the predecessor; three are of the loop over

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..quantised import QuantisedWeight
-from .fields import constants, fields_of, scale_and_zero
+from .fields import constants, field_of, scale_and_zero
 from .launch import cdiv, jit, options
 
 ROWS, NUM_WARPS = 32, 4  # rows of a program; it has one block of words of each
@@ -36,15 +36,15 @@ def _dequantise(
     for i in tl.static_range(FIELDS):
         # Padding may be a group of its own, which has no scale.
         group = tl.minimum(b * FIELDS + i, (C - 1) // L) * L // GROUP if GROUP else 0
-        scale, zero = scale_and_zero(scale_ptr + group * OUT + inside, ZERO)
-        scales += (scale[:, None],)  # type: ignore[assignment]
+        scale, zero = scale_and_zero(scale_ptr + group * OUT + inside[:, None], ZERO)
+        scales += (scale,)  # type: ignore[assignment]
         if ZERO is None:
-            zeros += (zero[:, None],)  # type: ignore[assignment]
+            zeros += (zero,)  # type: ignore[assignment]
     if PDL:
         tl.extra.cuda.gdc_wait()
-    numbers = fields_of(words, zeros, KIND, PTX, OFFSET, ZERO, dtype)
     for i in tl.static_range(FIELDS):
-        y = numbers[i].to(tl.float32) * scales[i]
+        numbers = field_of(words, zeros[i] if ZERO is None else None, i, KIND, PTX, OFFSET, ZERO, dtype)
+        y = numbers.to(tl.float32) * scales[i]
         columns = (b * FIELDS + i) * L + column
         place = y_ptr + row.to(tl.int64)[:, None] * C + columns
         tl.store(place, y.to(dtype), mask=(row < OUT)[:, None] & (columns < C))

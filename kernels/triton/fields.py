@@ -37,60 +37,48 @@ def constants(form: Form, dtype: torch.dtype) -> dict[str, Any]:
     return {
         "C": form.columns, "WORDS": form.words, "L": form.width, "KIND": form.kind, "GROUP": form.group,
         "ZERO": form.zero, "OFFSET": OFFSET.get((form.kind, dtype), 0),
-        "PTX": "" if plain else ptx(form.kind, dtype, form.zero),
+        "PTX": () if plain else tuple(ptx(form.kind, dtype, form.zero, field) for field in range(form.fields)),
     }  # fmt: skip
 
 
 @lru_cache
-def ptx(kind: Kind, dtype: torch.dtype, zero: int | None) -> str:
-    """Instructions that turn a pair of words into pairs of bfloat16 or float16.
+def ptx(kind: Kind, dtype: torch.dtype, zero: int | None, field: int) -> str:
+    """Instructions that turn a field of a pair of words into a pair of bfloat16 or float16.
 
-    Operands: $0 to $F-1 are the fields, $F the words; without `zero`, $F+1 to $2F are -(OFFSET + zero) of each field.
+    Operands: $0 is the result, $1 the words; without `zero`, $2 is -(OFFSET + zero).
     """
     wide = dtype == torch.bfloat16
     fma = "fma.rn.bf16x2" if wide else "fma.rn.f16x2"
-    fields = 4 if kind == "int4" else 2
-    words = f"${fields}"
-    lines = []
-
-    def constant(name: str, value: float) -> None:
-        lines.append(f".reg .b32 {name}; mov.b32 {name}, {_pair(value, dtype)};")
-
-    lines.append(".reg .b32 s, t, u;")
-    constant("one", 1.0)
-    if zero is not None:
-        constant("minus", -float(OFFSET[kind, dtype] + zero))
-    if kind == "int8" and wide:
-        constant("minus_one", -1.0)
-    if kind == "float8":
-        constant("ratio", 2.0**120 if wide else 2.0**8)
-    for field in range(fields):
-        y, subtracted = f"${field}", "minus" if zero is not None else f"${fields + 1 + field}"
-        source = words
-        if field and kind != "float8":
-            lines.append(f"shr.u32 s, {words}, {16 // fields * field};")
-            source = "s"
-        if kind == "int4":
-            exponent = "0x43004300" if wide else "0x64006400"
-            lines.append(f"lop3.b32 t, {source}, 0x000F000F, {exponent}, 0xEA;")  # (source & mask) | exponent
-            lines.append(f"{fma} {y}, t, one, {subtracted};")
-        elif kind == "int8" and wide:
-            lines.append(f"lop3.b32 t, {source}, 0x007F007F, 0x43004300, 0xEA;")
-            lines.append(f"lop3.b32 u, {source}, 0x00800080, 0x43004300, 0xEA;")
-            lines.append(f"{fma} {y}, u, minus_one, t;")
-            if zero != 0:
-                lines.append(f"{fma} {y}, {y}, one, {subtracted};")
-        elif kind == "int8":
-            lines.append(f"lop3.b32 t, {source}, 0x00FF00FF, 0x64806480, 0x6A;")  # (source & mask) ^ (exponent | sign)
-            lines.append(f"{fma} {y}, t, one, {subtracted};")
-        else:
-            # The sign moves to bit 15; exponent and mantissa move to end at bit 4 in bfloat16, at bit 7 in float16.
-            up = (4 if wide else 7) - 8 * field
-            lines.append(f"shl.b32 t, {words}, {up};" if up > 0 else f"shr.u32 t, {words}, {-up};")
-            lines.append(f"and.b32 t, t, {'0x07F007F0' if wide else '0x3F803F80'};")
-            lines.append(f"shl.b32 u, {words}, {8 - 8 * field};")
-            lines.append("lop3.b32 t, u, 0x80008000, t, 0xEA;")
-            lines.append(f"{fma} {y}, t, ratio, minus;")  # minus is -0
+    lines = [".reg .b32 words, t, u, one, minus, other;", f"mov.b32 one, {_pair(1.0, dtype)};"]
+    if zero is None:
+        lines.append("mov.b32 minus, $2;")
+    else:
+        lines.append(f"mov.b32 minus, {_pair(-float(OFFSET[kind, dtype] + zero), dtype)};")
+    shift = field * (4 if kind == "int4" else 8)
+    lines.append(f"shr.u32 words, $1, {shift};" if shift and kind != "float8" else "mov.b32 words, $1;")
+    if kind == "int4":
+        exponent = "0x43004300" if wide else "0x64006400"
+        lines.append(f"lop3.b32 t, words, 0x000F000F, {exponent}, 0xEA;")  # (words & mask) | exponent
+        lines.append(f"{fma} $0, t, one, minus;")
+    elif kind == "int8" and wide:
+        lines.append(f"mov.b32 other, {_pair(-1.0, dtype)};")
+        lines.append("lop3.b32 t, words, 0x007F007F, 0x43004300, 0xEA;")
+        lines.append("lop3.b32 u, words, 0x00800080, 0x43004300, 0xEA;")
+        lines.append(f"{fma} $0, u, other, t;")
+        if zero != 0:
+            lines.append(f"{fma} $0, $0, one, minus;")
+    elif kind == "int8":
+        lines.append("lop3.b32 t, words, 0x00FF00FF, 0x64806480, 0x6A;")  # (words & mask) ^ (exponent | sign)
+        lines.append(f"{fma} $0, t, one, minus;")
+    else:
+        # The sign moves to bit 15; exponent and mantissa move to end at bit 4 in bfloat16, at bit 7 in float16.
+        up = (4 if wide else 7) - 8 * field
+        lines.append(f"mov.b32 other, {_pair(2.0**120 if wide else 2.0**8, dtype)};")
+        lines.append(f"shl.b32 t, words, {up};" if up > 0 else f"shr.u32 t, words, {-up};")
+        lines.append(f"and.b32 t, t, {'0x07F007F0' if wide else '0x3F803F80'};")
+        lines.append(f"shl.b32 u, words, {8 - 8 * field};")
+        lines.append("lop3.b32 t, u, 0x80008000, t, 0xEA;")
+        lines.append(f"{fma} $0, t, other, minus;")  # minus is -0
     return "{ " + " ".join(lines) + " }"
 
 
@@ -104,49 +92,37 @@ def _pair(value: float, dtype: torch.dtype) -> str:
 
 
 @triton.jit
-def fields_of(words, zeros, KIND: tl.constexpr, PTX: tl.constexpr, OFFSET: tl.constexpr, ZERO: tl.constexpr, dtype):
-    """The fields of words [n, m], each [n, m] of dtype, as a tuple.
+def field_of(
+    words,
+    zero,
+    FIELD: tl.constexpr,
+    KIND: tl.constexpr,
+    PTX: tl.constexpr,
+    OFFSET: tl.constexpr,
+    ZERO: tl.constexpr,
+    dtype: tl.constexpr,
+):
+    """A field of words [n, m], less its zero point, in dtype.
 
-    PTX: of `ptx`, or "" for ordinary operations. zeros: the zero point [n, 1] of each field in float32, without ZERO.
+    zero: [n, 1] float32, without ZERO. PTX: `ptx` of all fields, or empty for ordinary operations.
     """
-    if PTX != "":
-        minus = ()
-        for i in tl.static_range(len(zeros)):
-            minus += ((-(OFFSET + zeros[i])).to(dtype).to(tl.int16, bitcast=True),)  # type: ignore[assignment]
-        if KIND == "int4":
-            if ZERO is None:
-                bits = tl.inline_asm_elementwise(
-                    PTX, "=&r,=&r,=&r,=&r,r,r,r,r,r", [words, minus[0], minus[1], minus[2], minus[3]],
-                    (tl.int16, tl.int16, tl.int16, tl.int16), is_pure=True, pack=2,
-                )  # fmt: skip
-            else:
-                bits = tl.inline_asm_elementwise(
-                    PTX, "=&r,=&r,=&r,=&r,r", [words], (tl.int16, tl.int16, tl.int16, tl.int16), is_pure=True, pack=2
-                )
-        elif ZERO is None:
-            bits = tl.inline_asm_elementwise(
-                PTX, "=&r,=&r,r,r,r", [words, minus[0], minus[1]], (tl.int16, tl.int16), is_pure=True, pack=2
-            )
+    if len(PTX) > 0:
+        if ZERO is None:
+            minus = (-(OFFSET + zero)).to(dtype).to(tl.int16, bitcast=True)
+            bits = tl.inline_asm_elementwise(PTX[FIELD], "=&r,r,r", [words, minus], tl.int16, is_pure=True, pack=2)
         else:
-            bits = tl.inline_asm_elementwise(PTX, "=&r,=&r,r", [words], (tl.int16, tl.int16), is_pure=True, pack=2)
-        numbers = ()
-        for i in tl.static_range(len(bits)):
-            numbers += (bits[i].to(dtype, bitcast=True),)  # type: ignore[assignment]
-        return numbers
+            bits = tl.inline_asm_elementwise(PTX[FIELD], "=&r,r", [words], tl.int16, is_pure=True, pack=2)
+        return bits.to(dtype, bitcast=True)
     else:
-        numbers = ()
-        for i in tl.static_range(4 if KIND == "int4" else 2):
-            if KIND == "int4":
-                q = ((words >> (4 * i)) & 15).to(tl.float32)
-            elif KIND == "int8":
-                q = ((words << (8 - 8 * i)) >> 8).to(tl.float32)
-            else:
-                bits = words >> (8 * i)
-                bits = ((bits & 0x7F) << 7) | ((bits & 0x80) << 8)
-                q = bits.to(tl.float16, bitcast=True).to(tl.float32) * 256.0
-            zero = ZERO if ZERO is not None else zeros[i]
-            numbers += ((q - zero).to(dtype),)  # type: ignore[assignment]
-        return numbers
+        if KIND == "int4":
+            q = ((words >> (4 * FIELD)) & 15).to(tl.float32)
+        elif KIND == "int8":
+            q = ((words << (8 - 8 * FIELD)) >> 8).to(tl.float32)
+        else:
+            bits = words >> (8 * FIELD)
+            bits = ((bits & 0x7F) << 7) | ((bits & 0x80) << 8)
+            q = bits.to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+        return (q - (ZERO if ZERO is not None else zero)).to(dtype)
 
 
 @triton.jit

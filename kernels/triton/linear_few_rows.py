@@ -191,7 +191,8 @@ def _linear_few_rows(
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     dtype = y_ptr.dtype.element_ty
-    rows = weight_rows(OUT, HALF, BO)
+    tile = tl.program_id(0)
+    rows = weight_rows(tile, OUT, HALF, BO)
     w_rows = w_ptr + rows.to(tl.int64)[:, None] * W_STRIDE
     if BR == 1:
         ws = _chunks(w_rows, C, BC, "evict_first")
@@ -212,14 +213,15 @@ def _linear_few_rows(
     if PDL:
         tl.extra.cuda.gdc_wait()
 
+    row = tl.arange(0, BR)[None, :]
     residual = None
     places = None
     if residual_ptr is not None:
-        residual = residual_tile(residual_ptr, residual_stride, R, OUT, BO, BR)
+        residual = residual_tile(tile, row, residual_ptr, residual_stride, R, OUT, BO)
     if inv_freq_ptr is not None:
         places = row_places(
-            R, inv_freq_ptr, inv_freq_stride, block_table_ptr, table_stride, seq_lens_ptr, positions_ptr,
-            tokens, pages, slots, S, HALF, BO, BR,
+            tile, row, R, inv_freq_ptr, inv_freq_stride, block_table_ptr, table_stride, seq_lens_ptr, positions_ptr,
+            tokens, pages, slots, S, HALF, BO,
         )  # fmt: skip
     if BR == 1:
         y = _one_row(ws, norms, x_ptr, eps, C, BC, PDL)
@@ -227,8 +229,8 @@ def _linear_few_rows(
         y = _rows(early, w_rows, x_ptr, x_stride, R, C, BO, BC, BR, PARTS, STAGES, PDL)
 
     store_result(
-        y, bias, residual, places, R, y_ptr, k_cache_ptr, k_page_stride, k_head_stride, k_token_stride,
-        v_cache_ptr, v_page_stride, v_head_stride, v_token_stride, OUT, HALF, H, K, BO, BR,
+        tile, row, y, bias, residual, places, R, y_ptr, k_cache_ptr, k_page_stride, k_head_stride, k_token_stride,
+        v_cache_ptr, v_page_stride, v_head_stride, v_token_stride, OUT, HALF, H, K, BO,
     )  # fmt: skip
 
 

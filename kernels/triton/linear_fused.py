@@ -31,9 +31,9 @@ NO_CACHE = dict.fromkeys(
 
 
 @triton.jit
-def weight_rows(OUT: tl.constexpr, HALF: tl.constexpr, BO: tl.constexpr):
-    """The rows of W in this program's tile. Rows past the end repeat the last one; their results are not stored."""
-    i = tl.program_id(0) * BO + tl.arange(0, BO)
+def weight_rows(tile, OUT: tl.constexpr, HALF: tl.constexpr, BO: tl.constexpr):
+    """The rows of W in a tile. Rows past the end repeat the last one; their results are not stored."""
+    i = tile * BO + tl.arange(0, BO)
     if HALF == 0:
         return tl.minimum(i, OUT - 1)
     pair = tl.minimum(i // 2, OUT // 2 - 1)
@@ -53,25 +53,23 @@ def in_registers(x, PDL: tl.constexpr):
 
 
 @triton.jit
-def residual_tile(residual_ptr, residual_stride, R, OUT: tl.constexpr, BO: tl.constexpr, BR: tl.constexpr):
-    """The residual [BO, BR] of this program's tile."""
-    row = tl.arange(0, BR)[None, :]
-    output = (tl.program_id(0) * BO + tl.arange(0, BO))[:, None]
+def residual_tile(tile, row, residual_ptr, residual_stride, R, OUT: tl.constexpr, BO: tl.constexpr):
+    """The residual [BO, BR] of a tile and the rows of x in `row` [1, BR]."""
+    output = (tile * BO + tl.arange(0, BO))[:, None]
     residual_rows = residual_ptr + row.to(tl.int64) * residual_stride
     return tl.load(residual_rows + output, mask=(row < R) & (output < OUT), other=0.0)
 
 
 @triton.jit
 def row_places(
-    R, inv_freq_ptr, inv_freq_stride, block_table_ptr, table_stride, seq_lens_ptr, positions_ptr, tokens, pages, slots,
-    S: tl.constexpr, HALF: tl.constexpr, BO: tl.constexpr, BR: tl.constexpr,
+    tile, row, R, inv_freq_ptr, inv_freq_stride, block_table_ptr, table_stride, seq_lens_ptr, positions_ptr, tokens,
+    pages, slots, S: tl.constexpr, HALF: tl.constexpr, BO: tl.constexpr,
 ):  # fmt: skip
     """Cosines and sines [BO / 2, BR] of the rows' tokens. [1, BR] each: not padding, has a page, the page, the slot."""
-    row = tl.arange(0, BR)[None, :]
     sequence = (row // tokens).to(tl.int64)
     position = tl.load(seq_lens_ptr + sequence, mask=row < R, other=0) - tokens + row % tokens
     live = (position >= 0) & (row < R)
-    column = ((tl.program_id(0) * (BO // 2) + tl.arange(0, BO // 2)) % HALF)[:, None]
+    column = ((tile * (BO // 2) + tl.arange(0, BO // 2)) % HALF)[:, None]
     inv_freq = tl.load(inv_freq_ptr + sequence * inv_freq_stride + column, mask=live, other=0.0)
     rotation = position
     if positions_ptr is not None:
@@ -85,17 +83,16 @@ def row_places(
 
 @triton.jit
 def store_result(
-    y, bias, residual, places, R, y_ptr, k_cache_ptr, k_page_stride, k_head_stride, k_token_stride,
+    tile, row, y, bias, residual, places, R, y_ptr, k_cache_ptr, k_page_stride, k_head_stride, k_token_stride,
     v_cache_ptr, v_page_stride, v_head_stride, v_token_stride,
-    OUT: tl.constexpr, HALF: tl.constexpr, H: tl.constexpr, K: tl.constexpr, BO: tl.constexpr, BR: tl.constexpr,
+    OUT: tl.constexpr, HALF: tl.constexpr, H: tl.constexpr, K: tl.constexpr, BO: tl.constexpr,
 ):  # fmt: skip
-    """Stores what the op makes of a product y [BO, BR] in float32.
+    """Stores what the op makes of a product y [BO, BR] in float32, of a tile of W and the rows of x in `row` [1, BR].
 
     bias [BO, 1], residual [BO, BR] and places are None for inputs that the op does not have.
     """
     dtype = y_ptr.dtype.element_ty
-    row = tl.arange(0, BR)[None, :]
-    output = (tl.program_id(0) * BO + tl.arange(0, BO))[:, None]
+    output = (tile * BO + tl.arange(0, BO))[:, None]
     if bias is not None:
         y += bias
     y = y.to(dtype).to(tl.float32)
@@ -104,8 +101,8 @@ def store_result(
             y += residual.to(tl.float32)
         tl.store(y_ptr + row * OUT + output, y.to(dtype), mask=(row < R) & (output < OUT))
     else:
-        first, second = y.reshape(BO // 2, 2, BR).permute(0, 2, 1).split()
-        pair = (tl.program_id(0) * (BO // 2) + tl.arange(0, BO // 2))[:, None]
+        first, second = y.reshape(BO // 2, 2, y.shape[1]).permute(0, 2, 1).split()
+        pair = (tile * (BO // 2) + tl.arange(0, BO // 2))[:, None]
         inside = (row < R) & (pair < OUT // 2)
         if places is None:
             y = silu(first).to(dtype).to(tl.float32) * second

@@ -12,9 +12,9 @@ MB of W at InternLM3-8B's shapes (C = 4096, I = 10240), and us to read them at 3
     linear_add (down)         4096 x 10240      22.3     7.4               42.0    14.0
     rms_norm_linear (head)    128512 x 4096    279.7    93.2              526.9   175.6
 
-Tensor cores multiply 1 to 64 rows alike: a program multiplies a tile of W by x^T, padded to 16, 32 or 64 columns. So a
-row has the same bits alone and among others. A word's fields become slices of W of 16-bit floats, exactly q - zero, in
-registers. This is the order of a sum, all in float32:
+Tensor cores multiply 1 to 64 rows alike: a program multiplies a tile of W by up to 16 rows of x, so a row has the same
+bits alone and among others. Programs of further rows read the tile from L2. A word's fields become slices of W in
+registers, 16-bit floats that are exactly q - zero. This is the order of a sum, all in float32:
     - slices of W (16 to 128 columns: `Form.width`) in ascending order of their columns
     - within a slice the tensor core's steps of 16 columns in ascending order
     - with groups, a slice is summed by itself, from zero, and y = fma(slice, scale, y)
@@ -28,8 +28,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..quantised import QuantisedWeight
-from .fields import constants, fields_of, scale_and_zero
-from .launch import cdiv, jit, next_power_of_2, options
+from .fields import constants, field_of, scale_and_zero
+from .launch import cdiv, jit, options
 from .linear_fused import ALIGNED, NO_CACHE, residual_tile, row_places, store_result, weight_rows
 from .rms_norm import rms_norm
 
@@ -45,10 +45,11 @@ class Tile(NamedTuple):
     stages: int
 
 
-# By the number of rows of x, padded. Two warps of 16 rows each use the same instruction at any number of rows, which
-# keeps the bits of a row; four would use another one from 16 rows of x on (sm_90). Chosen by machine code: nothing
-# spills, and a program's shared memory fits. None has been measured.
-TILES = {8: Tile(32, 2, 6), 16: Tile(32, 2, 4), 32: Tile(32, 2, 3), 64: Tile(32, 2, 2)}
+# By the rows of x of a program, padded. Two warps use the same instruction for 8 and 16 rows, which keeps the bits of a
+# row; four would use another one for 16 (sm_90). Chosen by machine code: nothing spills, and a program's shared memory
+# fits. None has been measured.
+TILES = {8: Tile(32, 2, 6), 16: Tile(32, 2, 4)}
+TILE_OF_AMD = Tile(32, 2, 2)
 AHEAD = 16  # cache lines per row of W that a program prefetches into L2 before it waits
 
 
@@ -61,27 +62,23 @@ def _block(
     """y [BO, BR] + the product of block b of W, words [BO, L], and its columns of x."""
     dtype = x_rows.dtype.element_ty
     FIELDS: tl.constexpr = 4 if KIND == "int4" else 2
-    scales = ()
-    zeros = ()
-    for i in tl.static_range(FIELDS if GROUP else 0):
-        # Padding may be a group of its own, which has no scale.
-        group = tl.minimum(b * FIELDS + i, (C - 1) // L) * L // GROUP
-        scale, zero = scale_and_zero(scale_rows + group * OUT, ZERO)
-        scales += (scale[:, None],)  # type: ignore[assignment]
-        if ZERO is None:
-            zeros += (zero[:, None],)  # type: ignore[assignment]
-    slices = fields_of(words, zeros, KIND, PTX, OFFSET, ZERO, dtype)
     for i in tl.static_range(FIELDS):
+        zero = None
+        if GROUP:
+            # Padding may be a group of its own, which has no scale.
+            group = tl.minimum(b * FIELDS + i, (C - 1) // L) * L // GROUP
+            scale, zero = scale_and_zero(scale_rows + group * OUT, ZERO)
+        numbers = field_of(words, zero, i, KIND, PTX, OFFSET, ZERO, dtype)
         columns = ((b * FIELDS + i) * L + tl.arange(0, L))[None, :]
         mask = row < R
         if C % (FIELDS * L):
             mask &= columns < C
         x = tl.load(x_rows + columns, mask=mask, other=0.0, eviction_policy="evict_last")
         if GROUP:
-            part = tl.dot(slices[i], x.trans(), tl.zeros_like(y), input_precision="ieee")
-            y = tl.fma(part, scales[i], y)
+            part = tl.dot(numbers, x.trans(), tl.zeros_like(y), input_precision="ieee")
+            y = tl.fma(part, scale, y)
         else:
-            y = tl.dot(slices[i], x.trans(), y, input_precision="ieee")
+            y = tl.dot(numbers, x.trans(), y, input_precision="ieee")
     return y
 
 
@@ -99,9 +96,10 @@ def _linear_quantised(
     """Pointers are None for inputs that the op does not have. L: the columns of a slice. BR: R padded."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    rows = weight_rows(OUT, HALF, BO)
+    row_tile, tile = tl.program_id(0), tl.program_id(1)  # programs of one tile of W are neighbours, and share L2
+    rows = weight_rows(tile, OUT, HALF, BO)
     w_rows = w_ptr + rows.to(tl.int64)[:, None] * WORDS + tl.arange(0, L)[None, :]
-    scale_rows = scale_ptr + rows
+    scale_rows = scale_ptr + rows[:, None]
     LINE: tl.constexpr = 64  # words of a cache line
     if PDL:
         line = tl.minimum(tl.arange(0, AHEAD), (WORDS - 1) // LINE)[None, :]
@@ -115,26 +113,27 @@ def _linear_quantised(
     if PDL:
         tl.extra.cuda.gdc_wait()
 
+    row = row_tile * BR + tl.arange(0, BR)[None, :]
     residual = None
     places = None
     if residual_ptr is not None:
-        residual = residual_tile(residual_ptr, residual_stride, R, OUT, BO, BR)
+        residual = residual_tile(tile, row, residual_ptr, residual_stride, R, OUT, BO)
     if inv_freq_ptr is not None:
         places = row_places(
-            R, inv_freq_ptr, inv_freq_stride, block_table_ptr, table_stride, seq_lens_ptr, positions_ptr,
-            tokens, pages, slots, S, HALF, BO, BR,
+            tile, row, R, inv_freq_ptr, inv_freq_stride, block_table_ptr, table_stride, seq_lens_ptr, positions_ptr,
+            tokens, pages, slots, S, HALF, BO,
         )  # fmt: skip
-    row = tl.arange(0, BR)[:, None]
-    x_rows = x_ptr + row.to(tl.int64) * x_stride
+    x_row = row_tile * BR + tl.arange(0, BR)[:, None]
+    x_rows = x_ptr + x_row.to(tl.int64) * x_stride
     y = tl.zeros((BO, BR), tl.float32)
     for b in tl.range(0, WORDS // L, num_stages=STAGES):
         words = tl.load(w_rows + b * L, eviction_policy="evict_first")
-        y = _block(y, words, b, scale_rows, x_rows, row, R, OUT, C, GROUP, ZERO, KIND, L, PTX, OFFSET)
+        y = _block(y, words, b, scale_rows, x_rows, x_row, R, OUT, C, GROUP, ZERO, KIND, L, PTX, OFFSET)
     if GROUP == 0:
-        y *= tl.load(scale_rows)[:, None]
+        y *= tl.load(scale_rows)
     store_result(
-        y, bias, residual, places, R, y_ptr, k_cache_ptr, k_page_stride, k_head_stride, k_token_stride,
-        v_cache_ptr, v_page_stride, v_head_stride, v_token_stride, OUT, HALF, H, K, BO, BR,
+        tile, row, y, bias, residual, places, R, y_ptr, k_cache_ptr, k_page_stride, k_head_stride, k_token_stride,
+        v_cache_ptr, v_page_stride, v_head_stride, v_token_stride, OUT, HALF, H, K, BO,
     )  # fmt: skip
 
 
@@ -157,13 +156,13 @@ def multiply(
     """
     rows = x.shape[0]
     form, outputs = weight.form, weight.shape[0]
-    padded = max(8, next_power_of_2(rows))
-    tile = TILES[padded]
+    padded = 8 if rows <= 8 and not torch.version.hip else 16  # AMD's matrix instructions take 16 columns
+    tile = TILE_OF_AMD if torch.version.hip else TILES[padded]
     if norm is not None:
         x = rms_norm(x, norm, eps)
     if weight.order is not None:
         x = x.index_select(1, weight.order)
-    _linear_quantised[(cdiv(outputs, tile.rows),)](
+    _linear_quantised[(cdiv(rows, padded), cdiv(outputs, tile.rows))](
         x, x.stride(0), weight.words, weight.scales, bias,
         residual, residual.stride(0) if residual is not None else None, y, rows, **(cache or NO_CACHE),
         OUT=outputs, **constants(form, x.dtype), HALF=half, BO=tile.rows, BR=padded, STAGES=tile.stages,

@@ -35,15 +35,15 @@ def numbers(kind, words, zero):
 def test_every_word(kind, zero, given, dtype):
     """given: the zero point is an operand, as where each group has one."""
     words, count = every_word(), 4 if kind == "int4" else 2
-    operands = {f"${count}": words}
+    operands = {"$1": words}
     if given:
         bits = torch.tensor(-(fields.OFFSET[kind, dtype] + zero)).to(dtype).view(torch.int16).long() & 0xFFFF
-        operands |= {f"${count + 1 + i}": bits | bits << 16 for i in range(count)}
-    found = ptx.run(fields.ptx(kind, dtype, None if given else zero), operands)
-    for half in (0, 16):
-        expected = numbers(kind, words >> half & 0xFFFF, zero)
-        for field in range(count):
-            bits = found[f"${field}"] >> half & 0xFFFF
+        operands["$2"] = bits | bits << 16
+    for field in range(count):
+        found = ptx.run(fields.ptx(kind, dtype, None if given else zero, field), operands)["$0"]
+        for half in (0, 16):
+            expected = numbers(kind, words >> half & 0xFFFF, zero)
+            bits = found >> half & 0xFFFF
             value = torch.where(bits > 0x7FFF, bits - 0x10000, bits).to(torch.int16).view(dtype).double()
             known = ~expected[field].isnan()
             assert torch.equal(value[known], expected[field][known])
@@ -51,8 +51,8 @@ def test_every_word(kind, zero, given, dtype):
 
 
 def test_a_wrong_instruction_is_found():
-    text = fields.ptx("int4", torch.bfloat16, 8).replace(", 12;", ", 11;")
-    found = ptx.run(text, {"$4": every_word()})["$3"] & 0xFFFF
+    text = fields.ptx("int4", torch.bfloat16, 8, 3).replace(", 12;", ", 11;")
+    found = ptx.run(text, {"$1": every_word()})["$0"] & 0xFFFF
     expected = numbers("int4", every_word() & 0xFFFF, 8)[3].bfloat16().view(torch.int16).long() & 0xFFFF
     assert not torch.equal(found, expected)
 
