@@ -23,6 +23,7 @@ registers, 16-bit floats that are exactly q - zero. This is the order of a sum, 
 
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
