@@ -2,8 +2,28 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+
+class Integers(NamedTuple):
+    """A quantised weight [O, I]: w = (q - zero) * scale. G groups of I / G inputs in sequence.
+
+    Attributes:
+        q: [O, I] uint8 or int8, or float8_e4m3fn in the place of integers.
+        scale: [O, G], of any floating-point dtype.
+        zero: [O, G] of the dtype of q; None for 0.
+    """
+
+    q: Tensor
+    scale: Tensor
+    zero: Tensor | None = None
+
+    def weight(self) -> Tensor:
+        """[O, I] float32, without any rounding but that of the product."""
+        return multiplied(self.q, self.scale, 0 if self.zero is None else self.zero)
 
 
 def unpack(words: Tensor, bits: int, dim: int) -> Tensor:
