@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from internlm3.kernels.quantised import Form, QuantisedWeight, Weight
+from internlm3.kernels.quantised import Form, QuantisedWeight
 
 PAGE = 64
 
@@ -96,10 +96,11 @@ class Inputs(NamedTuple):
     def random(self, *shape: int, scale: float = 1.0) -> Tensor:
         return torch.randn(shape, dtype=self.dtype, device=self.device) * scale
 
-    def weight(self, outputs: int, inputs: int, stored: str = "") -> Weight:
-        """A matrix, or in one of the forms FORMS a quantised weight."""
-        if not stored:
-            return self.random(outputs, inputs, scale=inputs**-0.5)
+    def weight(self, outputs: int, inputs: int) -> Tensor:
+        return self.random(outputs, inputs, scale=inputs**-0.5)
+
+    def quantised(self, outputs: int, inputs: int, stored: str) -> QuantisedWeight:
+        """A weight in one of the forms FORMS."""
         form = FORMS[stored](inputs)
         words = torch.randint(-(2**15), 2**15, (outputs, form.words), dtype=torch.int16, device=self.device)
         if form.kind == "float8":
@@ -156,7 +157,8 @@ def _rope_and_cache(make: Inputs, rows: int, sequences: int, context: int) -> Ar
 
 
 def _linear(make: Inputs, rows: int, outputs: int, inputs: int, stored: str = "") -> Arguments:
-    return {"x": make.random(rows, inputs), "weight": make.weight(outputs, inputs, stored)}
+    weight = make.quantised(outputs, inputs, stored) if stored else make.weight(outputs, inputs)
+    return {"x": make.random(rows, inputs), "weight": weight}
 
 
 def _linear_add(make: Inputs, rows: int, outputs: int, inputs: int, stored: str = "") -> Arguments:

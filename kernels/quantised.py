@@ -71,6 +71,19 @@ class Form(NamedTuple):
         return self.columns // self.group if self.group else 1
 
 
+class Layout(NamedTuple):
+    """Form and order of a QuantisedWeight."""
+
+    form: Form
+    order: Tensor | None
+
+    def equals(self, other: Layout) -> bool:
+        """Whether the rows of both can be the rows of one weight."""
+        if self.order is None or other.order is None:
+            return self.form == other.form and self.order is other.order
+        return self.form == other.form and torch.equal(self.order, other.order)
+
+
 class QuantisedWeight(NamedTuple):
     """A weight [O, C] in the layout above.
 
@@ -128,11 +141,11 @@ def pack(kind: Kind, q: Tensor, scale: Tensor, zero: Tensor | int, order: Tensor
     Raises:
         ValueError: groups that are no multiple of 16 columns, scales that leave no room for zero points, or NaNs.
     """
-    if kind == "float8" and q.float().isnan().any():
+    if kind == "float8" and not q.is_meta and q.float().isnan().any():
         raise ValueError("a number is NaN")
     columns, groups = q.shape[1], scale.shape[1]
-    constant = isinstance(zero, int)
-    form = Form(kind, columns, 0 if groups == 1 and constant else columns // groups, zero if constant else None)
+    constant = zero if isinstance(zero, int) else None
+    form = Form(kind, columns, 0 if groups == 1 and constant is not None else columns // groups, constant)
     scales = scale.float().T.contiguous()
     if isinstance(zero, Tensor):
         bits, mask = scales.view(torch.int32), (1 << _ZERO_BITS) - 1

@@ -142,6 +142,7 @@ class LLM:
             device=device,
             batch_invariant=batch_invariant,
             fast_on_cpu=True,
+            keep_quantised=True,
             progress=progress,
         )
         self._shared = SharedEngine(cache_tokens, None if cuda_graphs else eager)

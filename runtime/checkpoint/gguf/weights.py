@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ....kernels.quantised import Weight
 from ...common.shown import shown
 from ..weight_files import WeightFiles
 from .blocks import numbers
@@ -60,9 +61,11 @@ class GGUFWeights(WeightFiles):
             full = f"{beginning}.{layer}.{target}.{kind}" if beginning else f"{target}.{kind}"
             sources[full] = _Source(tensor, in_pairs.get(rest, 0))
         tensors = {name: (source.tensor.shape, torch.float32) for name, source in sources.items()}
-        return cls(header.path.parent, {header.path: tensors}, dict.fromkeys(sources, header.path), sources)
+        return cls(header.path.parent, {header.path: tensors}, dict.fromkeys(sources, header.path), {}, sources)
 
-    def read(self, path: Path, names: Collection[str], device: torch.device) -> Iterator[tuple[str, Tensor]]:
+    def read(
+        self, path: Path, names: Collection[str], device: torch.device, packed: Collection[str] = ()
+    ) -> Iterator[tuple[str, Weight]]:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as content:
             for name, (tensor, heads) in self.sources.items():
                 if name in names:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...common.shown import shown
+from .integers import Integers
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -40,8 +41,11 @@ class Scheme(Protocol):
     def check(self, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> None:
         """Raises ValueError if the small tensors of a layer have values that no tool writes."""
 
-    def weight(self, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> Tensor:
-        """The weight [O, I] in float32, without any rounding but that of the product, on the device of the parts."""
+    def numbers(self, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> Integers | Tensor:
+        """The weight as integers; or [O, I] in float32 where it is no product of integers and scales.
+
+        On the device of the large parts.
+        """
 
 
 class Method(Protocol):

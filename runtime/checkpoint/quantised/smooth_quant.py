@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .integers import multiplied
+from .integers import Integers
 from .scheme import OneScheme, Part, Settings, check_scales
 
 _DTYPES = {"int8": torch.int8, "float8_e4m3fn": torch.float8_e4m3fn}
@@ -43,5 +43,5 @@ class SmoothQuant:
     def check(self, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> None:
         check_scales("scale", parts["scale"])
 
-    def weight(self, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> Tensor:
-        return multiplied(parts["weight"], parts["scale"])
+    def numbers(self, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> Integers:
+        return Integers(parts["weight"], parts["scale"])
