@@ -36,7 +36,8 @@ def cpu_dtype(stored: torch.dtype, size: Callable[[torch.dtype], int], *, report
     if report and sys.stderr is not None:
         name, takes = str(stored).removeprefix("torch."), f"{needed / 1e9:.2f} GB"
         print(
-            f"This CPU has no {name} products: loading in float32, {takes}. (dtype={name!r} is smaller and slow.)"
+            f"This CPU has no {name} products: loading in float32, {takes}. "
+            f"(dtype={name!r} keeps it small and is slow.)"
             if fits
             else f"This CPU has no {name} products, and float32 needs {takes} of {free / 1e9:.2f} GB of free memory: "
             "prompts will be slow",
