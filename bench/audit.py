@@ -57,6 +57,8 @@ class Facts(NamedTuple):
     # Pointer arguments that are streamed: each of their loads is 16 bytes wide.
     streams: Sequence[str] = ()
     tensor_cores: bool = False
+    # Whether its fused 16-bit operations are exact: tests/kernels/test_fields.py computes all of them.
+    exact_fma: bool = False
     # The columns that one tensor-core instruction adds to a sum, if their order must be the same in every launch.
     step: int = 0
     # Pointer arguments whose bytes take most of the launch's time, and the share of the issue slots that the threads
@@ -96,13 +98,20 @@ FACTS = {
         bulk=["w_ptr"], most_slots=0.9, most_trips=3, least_programs=0.4,
     ),
     "_linear_quantised": Facts(
-        ["w_ptr", "scale_ptr", "bias_ptr"], streams=["w_ptr", "x_ptr"], tensor_cores=True, step=16,
+        ["w_ptr", "scale_ptr", "bias_ptr"], streams=["w_ptr", "x_ptr"], tensor_cores=True, step=16, exact_fma=True,
         # For a number of 4 bits 2.4 to 2.8 instructions: 78 to 91% of an H200's issue slots, 106 to 122% of a B200's.
         bulk=["w_ptr"], most_slots=1.25, most_trips=4, least_programs=0.4,
     ),
-    "_dequantise": Facts(
-        ["w_ptr", "scale_ptr"], early=["w_ptr", "scale_ptr"], streams=["w_ptr"], most_trips=2
+    # For groups of 32 columns or fewer, as in GGUF files: what a slice needs beside its numbers takes half of the time.
+    "_linear_quantised, short slices": Facts(
+        ["w_ptr", "scale_ptr", "minimum_ptr", "bias_ptr"], streams=["w_ptr"], tensor_cores=True, step=16,
+        exact_fma=True, bulk=["w_ptr"], most_slots=2.5, most_trips=4, least_programs=0.4,
     ),
+    "_dequantise": Facts(
+        ["w_ptr", "scale_ptr", "minimum_ptr"], early=["w_ptr", "scale_ptr"], streams=["w_ptr"], most_trips=2,
+        exact_fma=True,
+    ),
+    "_slice_sums": Facts(streams=["x_ptr"], most_trips=1),
     # new_k_ptr and new_v_ptr are the caches again: the newest token's key and value are not older than the step. Of the
     # waits the first two, for the length and the pages, are before that for the predecessor; three are of the loop over
     # further tiles.
@@ -132,11 +141,13 @@ FACTS = {
 
 
 def kernel_name(launch: Launch) -> str:
-    """The kernel's name in FACTS, which has linear layers of one row and attention in a decode step separately."""
+    """The kernel's name in FACTS, which has some variants of a kernel separately."""
     if launch.kernel == "_linear_few_rows" and launch.constants["BR"] == 1:
         return "_linear_few_rows, one row"
     if launch.kernel in ("_attend", "_combine") and launch.constants["EARLY"]:
         return f"{launch.kernel}, decode step"
+    if launch.kernel == "_linear_quantised" and launch.constants["L"] < 64:
+        return "_linear_quantised, short slices"
     return launch.kernel
 
 
@@ -175,7 +186,7 @@ def violations(launch: Launch, code: MachineCode, target: Target, facts: Facts) 
     # The order of roundings is part of an op's definition.
     if launch.compiled.metadata.enable_fp_fusion:
         wrong.append("is launched with enable_fp_fusion: a product and a sum would be rounded once")
-    if code.fused_16_bits:
+    if code.fused_16_bits and not facts.exact_fma:
         wrong.append(f"fused 16-bit operations: {len(code.fused_16_bits)}, as {code.fused_16_bits[0]}")
     if not target.is_cuda:
         return wrong

@@ -83,7 +83,9 @@ FORMS: dict[str, Callable[[int], Form]] = {
     "int4": lambda columns: Form("int4", columns, 128, None),
     "int8": lambda columns: Form("int8", columns, 0, 0),
     "float8": lambda columns: Form("float8", columns, 0, 0),
+    "int4 with minimum": lambda columns: Form("int4", columns, 32, 0, True),
 }
+OWN_FORMS = ("int4", "int8", "float8")  # those that LLM(quantization=...) makes
 
 
 class Inputs(NamedTuple):
@@ -108,7 +110,8 @@ class Inputs(NamedTuple):
         # A power of two as scale. Without form.zero, its low bits are the zero point.
         bits = (127 - math.ceil(math.log2(8 * inputs**0.5)) << 23) | (7 if form.zero is None else 0)
         scales = self.full((form.groups, outputs), bits, torch.int32).view(torch.float32)
-        return QuantisedWeight(form, words, scales)
+        minimum = self.full((form.groups, outputs), -8 / (8 * inputs**0.5), torch.float32) if form.minimum else None
+        return QuantisedWeight(form, words, scales, minimum)
 
     def full(self, shape: Sequence[int], value: float, dtype: torch.dtype) -> Tensor:
         return torch.full(shape, value, dtype=dtype, device=self.device)
@@ -299,12 +302,13 @@ def _ops(size: Size, dtype: torch.dtype, tokens: int, sequences: int, contexts: 
     yield case("rms_norm_swiglu", _norm_linear, 2 * size.intermediate)
     for stored in FORMS:
         yield case("linear_add", _linear_add, size.hidden, size.hidden, stored, part=f"o_proj {stored}")
+    for stored in OWN_FORMS:
         yield case("linear_add", _linear_add, size.hidden, size.intermediate, stored, part=f"down_proj {stored}")
         yield case("rms_norm_swiglu", _norm_linear, 2 * size.intermediate, stored, part=stored)
     for context in contexts:
         yield case("rope_and_cache", _rope_and_cache, sequences, context, context=context)
         yield case("rms_norm_qkv_rope_cache", _norm_qkv_rope_cache, sequences, context, context=context)
-        for stored in FORMS:
+        for stored in OWN_FORMS:
             arguments = sequences, context, stored
             yield case("rms_norm_qkv_rope_cache", _norm_qkv_rope_cache, *arguments, part=stored, context=context)
         yield case("paged_attention", _attention, sequences, context, context=context)

@@ -1,11 +1,13 @@
 """A quantised weight as the ops take it, in the place of a tensor: 4 or 8 bits for each number.
 
-    w[o, c] = (q[o, c] - zero[o, g]) * scale[o, g]      g = c // group, in float32
+    w[o, c] = (q[o, c] - zero[o, g]) * scale[o, g] + minimum[o, g]      g = c // group, in float32
 
     kind      q
     int4      0 to 15
     int8      -128 to 127
     float8    e4m3, whose zero is 0
+
+Most weights have no minimum.
 
 Numbers are packed so that a kernel gets all numbers of one field of its words from one group of columns, and turns two
 at once into 16-bit floats without moving bits between them:
@@ -38,12 +40,14 @@ class Form(NamedTuple):
         columns: of the weight.
         group: columns with one scale; 0 for one scale of all columns, with `zero`.
         zero: the zero point of all groups; None where the scales hold one for each group.
+        minimum: whether there is one.
     """
 
     kind: Kind
     columns: int
     group: int
     zero: int | None
+    minimum: bool = False
 
     @property
     def fields(self) -> int:
@@ -92,12 +96,14 @@ class QuantisedWeight(NamedTuple):
         words: [O, N] int16.
         scales: [G, O] float32. Without form.zero the low 13 bits of each hold the zero point, in two's complement, and
             the scale is the number without them.
+        minimum: [G, O] float32, or None.
         order: [C] int64. Column c of the weight multiplies column order[c] of x; None: they have the same order.
     """
 
     form: Form
     words: Tensor
     scales: Tensor
+    minimum: Tensor | None = None
     order: Tensor | None = None
 
     @property
@@ -106,14 +112,18 @@ class QuantisedWeight(NamedTuple):
 
     def rows(self, first: int, end: int) -> QuantisedWeight:
         """Rows `first` to `end` - 1 of the weight."""
-        return self._replace(words=self.words[first:end], scales=self.scales[:, first:end])
+        minimum = None if self.minimum is None else self.minimum[:, first:end]
+        return self._replace(words=self.words[first:end], scales=self.scales[:, first:end], minimum=minimum)
 
     def dense(self) -> Tensor:
         """The weight in float32, in the order of x's columns."""
         q = _unpacked(self.words, self.form)[:, : self.form.columns].float()
         scale, zero = self._scales_and_zeros()
         grouped = q.unflatten(1, (self.form.groups, -1))
-        weight = ((grouped - zero.T[:, :, None]) * scale.T[:, :, None]).flatten(1)
+        weight = (grouped - zero.T[:, :, None]) * scale.T[:, :, None]
+        if self.minimum is not None:
+            weight += self.minimum.T[:, :, None]
+        weight = weight.flatten(1)
         return weight if self.order is None else torch.empty_like(weight).index_copy_(1, self.order, weight)
 
     def _scales_and_zeros(self) -> tuple[Tensor, Tensor]:
@@ -128,14 +138,22 @@ class QuantisedWeight(NamedTuple):
 Weight = Tensor | QuantisedWeight  # what a linear op takes
 
 
-def pack(kind: Kind, q: Tensor, scale: Tensor, zero: Tensor | int, order: Tensor | None = None) -> QuantisedWeight:
-    """The weight (q - zero) * scale.
+def pack(
+    kind: Kind,
+    q: Tensor,
+    scale: Tensor,
+    zero: Tensor | int,
+    minimum: Tensor | None = None,
+    order: Tensor | None = None,
+) -> QuantisedWeight:
+    """The weight (q - zero) * scale + minimum.
 
     Args:
         kind: of q.
         q: [O, C] integers in the range of the kind, or float8_e4m3fn.
         scale: [O, G] of any floating-point dtype; columns g * C / G to (g + 1) * C / G - 1 have scale g.
         zero: [O, G] integers of -4096 to 4095, where scales have at most 11 significant bits; or one integer for all.
+        minimum: [O, G] of any floating-point dtype.
         order: see QuantisedWeight.
 
     Raises:
@@ -145,14 +163,16 @@ def pack(kind: Kind, q: Tensor, scale: Tensor, zero: Tensor | int, order: Tensor
         raise ValueError("a number is NaN")
     columns, groups = q.shape[1], scale.shape[1]
     constant = zero if isinstance(zero, int) else None
-    form = Form(kind, columns, 0 if groups == 1 and constant is not None else columns // groups, constant)
+    one_scale = groups == 1 and constant is not None and minimum is None
+    form = Form(kind, columns, 0 if one_scale else columns // groups, constant, minimum is not None)
     scales = scale.float().T.contiguous()
     if isinstance(zero, Tensor):
         bits, mask = scales.view(torch.int32), (1 << _ZERO_BITS) - 1
         if (bits & mask).any():
             raise ValueError("the scales have more than 11 significant bits, which leaves no room for zero points")
         scales = (bits | (zero.T.int() & mask)).view(torch.float32)
-    return QuantisedWeight(form, _packed(q, form), scales, order)
+    minima = None if minimum is None else minimum.float().T.contiguous()
+    return QuantisedWeight(form, _packed(q, form), scales, minima, order)
 
 
 def _packed(q: Tensor, form: Form) -> Tensor:

@@ -38,6 +38,10 @@ def _check(x: Tensor, weight: Weight, bias: Tensor | None, norm: Tensor | None =
             raise ValueError(
                 f"weight has {form.columns} columns, and x {x.shape[-1]}; words and scales must be contiguous"
             )
+        if form.minimum != (weight.minimum is not None):
+            raise ValueError(f"weight.form says minimum={form.minimum}, and weight.minimum is {weight.minimum}")
+        if weight.minimum is not None:
+            check("weight.minimum", weight.minimum, torch.float32, x.device, form.groups, outputs)
         if weight.order is not None:
             check("weight.order", weight.order, torch.int64, x.device, form.columns)
     else:

@@ -18,6 +18,7 @@ registers, 16-bit floats that are exactly q - zero. This is the order of a sum, 
     - slices of W (16 to 128 columns: `Form.width`) in ascending order of their columns
     - within a slice the tensor core's steps of 16 columns in ascending order
     - with groups, a slice is summed by itself, from zero, and y = fma(slice, scale, y)
+    - with minima, then y = fma(minimum, sum of the slice of x, y); sums of x are a launch before
     - with one scale for all columns, slices are summed in sequence, and the scale multiplies the sum
 """
 
@@ -51,12 +52,13 @@ class Tile(NamedTuple):
 # fits. None has been measured.
 TILES = {8: Tile(32, 2, 6), 16: Tile(32, 2, 4)}
 TILE_OF_AMD = Tile(32, 2, 2)
+SUMS = 32  # slices of a row of x that a program sums
 AHEAD = 16  # cache lines per row of W that a program prefetches into L2 before it waits
 
 
 @triton.jit
 def _block(
-    y, words, b, scale_rows, x_rows, row, R,
+    y, words, b, scale_rows, minimum_rows, x_rows, row, sums_ptr, R,
     OUT: tl.constexpr, C: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, KIND: tl.constexpr, L: tl.constexpr,
     PTX: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
@@ -78,14 +80,18 @@ def _block(
         if GROUP:
             part = tl.dot(numbers, x.trans(), tl.zeros_like(y), input_precision="ieee")
             y = tl.fma(part, scale, y)
+            if minimum_rows is not None:
+                minimum = tl.load(minimum_rows + group * OUT)
+                sums = tl.load(sums_ptr + (b * FIELDS + i) * R + row.trans(), mask=row.trans() < R, other=0.0)
+                y = tl.fma(minimum, sums, y)
         else:
             y = tl.dot(numbers, x.trans(), y, input_precision="ieee")
     return y
 
 
-@jit(f"scale_ptr {ALIGNED}")
+@jit(f"scale_ptr minimum_ptr sums_ptr {ALIGNED}")
 def _linear_quantised(
-    x_ptr, x_stride, w_ptr, scale_ptr, bias_ptr, residual_ptr, residual_stride, y_ptr, R,
+    x_ptr, x_stride, w_ptr, scale_ptr, minimum_ptr, sums_ptr, bias_ptr, residual_ptr, residual_stride, y_ptr, R,
     inv_freq_ptr, inv_freq_stride, k_cache_ptr, k_page_stride, k_head_stride, k_token_stride,
     v_cache_ptr, v_page_stride, v_head_stride, v_token_stride,
     block_table_ptr, table_stride, seq_lens_ptr, positions_ptr, tokens, pages, slots,
@@ -101,6 +107,7 @@ def _linear_quantised(
     rows = weight_rows(tile, OUT, HALF, BO)
     w_rows = w_ptr + rows.to(tl.int64)[:, None] * WORDS + tl.arange(0, L)[None, :]
     scale_rows = scale_ptr + rows[:, None]
+    minimum_rows = minimum_ptr + rows[:, None] if minimum_ptr is not None else None
     LINE: tl.constexpr = 64  # words of a cache line
     if PDL:
         line = tl.minimum(tl.arange(0, AHEAD), (WORDS - 1) // LINE)[None, :]
@@ -129,13 +136,40 @@ def _linear_quantised(
     y = tl.zeros((BO, BR), tl.float32)
     for b in tl.range(0, WORDS // L, num_stages=STAGES):
         words = tl.load(w_rows + b * L, eviction_policy="evict_first")
-        y = _block(y, words, b, scale_rows, x_rows, x_row, R, OUT, C, GROUP, ZERO, KIND, L, PTX, OFFSET)
+        y = _block(
+            y, words, b, scale_rows, minimum_rows, x_rows, x_row, sums_ptr, R, OUT, C, GROUP, ZERO, KIND, L, PTX, OFFSET
+        )
     if GROUP == 0:
         y *= tl.load(scale_rows)
     store_result(
         tile, row, y, bias, residual, places, R, y_ptr, k_cache_ptr, k_page_stride, k_head_stride, k_token_stride,
         v_cache_ptr, v_page_stride, v_head_stride, v_token_stride, OUT, HALF, H, K, BO,
     )  # fmt: skip
+
+
+@jit("x_ptr x_stride")
+def _slice_sums(
+    x_ptr, x_stride, y_ptr, R, C: tl.constexpr, L: tl.constexpr, SLICES: tl.constexpr, BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    row = tl.program_id(0)
+    index = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    columns = index[:, None] * L + tl.arange(0, L)[None, :]
+    x = tl.load(x_ptr + row.to(tl.int64) * x_stride + columns, mask=columns < C, other=0.0)
+    tl.store(y_ptr + index * R + row, tl.sum(x.to(tl.float32), 1), mask=index < SLICES)
+
+
+def slice_sums(x: Tensor, width: int, count: int) -> Tensor:
+    """The sums of x's columns, `width` at a time; columns after the last are 0. [R, C] -> [count, R] float32."""
+    rows, columns = x.shape
+    y = torch.empty((count, rows), dtype=torch.float32, device=x.device)
+    _slice_sums[(rows, cdiv(count, SUMS))](
+        x, x.stride(0), y, rows, C=columns, L=width, SLICES=count, BLOCK=SUMS, num_warps=4, **options(x.device)
+    )
+    return y
 
 
 def multiply(
@@ -163,8 +197,9 @@ def multiply(
         x = rms_norm(x, norm, eps)
     if weight.order is not None:
         x = x.index_select(1, weight.order)
+    sums = None if weight.minimum is None else slice_sums(x, form.width, form.words // form.width * form.fields)
     _linear_quantised[(cdiv(rows, padded), cdiv(outputs, tile.rows))](
-        x, x.stride(0), weight.words, weight.scales, bias,
+        x, x.stride(0), weight.words, weight.scales, weight.minimum, sums, bias,
         residual, residual.stride(0) if residual is not None else None, y, rows, **(cache or NO_CACHE),
         OUT=outputs, **constants(form, x.dtype), HALF=half, BO=tile.rows, BR=padded, STAGES=tile.stages,
         AHEAD=AHEAD, num_warps=tile.warps, **options(x.device),

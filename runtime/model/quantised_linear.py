@@ -18,6 +18,7 @@ class QuantisedLinear(Layer):
     Its tensors are integers, so that a conversion of the model to another dtype leaves them as they are.
     """
 
+    minimum: Tensor | None
     order: Tensor | None
 
     def __init__(self, linear: Linear, layout: Layout):
@@ -26,12 +27,16 @@ class QuantisedLinear(Layer):
         self.form = form
         self.words = _parameter(torch.empty(outputs, form.words, dtype=torch.int16, device=device))
         self.scales = _parameter(torch.empty(form.groups, outputs, dtype=torch.int32, device=device))  # float32's bits
+        self.minimum = None  # float32's bits
+        if form.minimum:
+            self.minimum = _parameter(torch.empty(form.groups, outputs, dtype=torch.int32, device=device))
         self.order = None if layout.order is None else _parameter(torch.empty_like(layout.order, device=device))
         self.bias = linear.bias
 
     @property
     def weight(self) -> QuantisedWeight:
-        return QuantisedWeight(self.form, self.words, self.scales.view(torch.float32), self.order)
+        scales, minimum = (None if x is None else x.view(torch.float32) for x in (self.scales, self.minimum))
+        return QuantisedWeight(self.form, self.words, scales, minimum, self.order)
 
 
 class Rows(NamedTuple):
@@ -46,6 +51,8 @@ class Rows(NamedTuple):
         own = self.layer.weight.rows(self.first, self.end)
         own.words.copy_(weight.words)
         own.scales.copy_(weight.scales)
+        if own.minimum is not None and weight.minimum is not None:
+            own.minimum.copy_(weight.minimum)
         if own.order is not None and weight.order is not None:
             own.order.copy_(weight.order)
 

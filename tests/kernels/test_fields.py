@@ -105,6 +105,6 @@ def test_what_cannot_be_packed(kind, q, scale, zero, message):
 
 def test_rows_of_a_weight():
     q, scale = torch.randint(0, 16, (7, 64)), torch.rand(7, 2).half()
-    weight: QuantisedWeight = pack("int4", q, scale, torch.randint(0, 16, (7, 2)), torch.randperm(64))
+    weight: QuantisedWeight = pack("int4", q, scale, torch.randint(0, 16, (7, 2)), torch.rand(7, 2), torch.randperm(64))
     assert weight.shape == (7, 64)
     assert torch.equal(weight.rows(2, 6).dense(), weight.dense()[2:6])

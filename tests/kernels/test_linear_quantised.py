@@ -37,8 +37,8 @@ rows = st.integers(1, 18) | st.sampled_from([31, 32, 33, 63, 64, 65])
 shapes = st.tuples(rows, columns, st.sampled_from([1, 2, 31, 32, 33]) | st.integers(1, 70))
 
 
-def quantised(rng, outputs, columns, group, kind, zero, *, ordered=False):
-    """A random weight, and its numbers in float64 by the formula."""
+def quantised(rng, outputs, columns, group, kind, zero, *, ordered=False, minimum=False):
+    """A random weight, its numbers in float64 by the formula, and the size of the terms that these add up."""
     groups = columns // group if group else 1
     zero = 0 if zero == "groups" and (group or columns) % 16 else zero  # which cannot be packed
     scale = (0.5 + torch.rand(outputs, groups, generator=rng)).half() * (columns**-0.5 / (4 if kind == "int4" else 64))
@@ -52,15 +52,24 @@ def quantised(rng, outputs, columns, group, kind, zero, *, ordered=False):
         low, high = (0, 17) if kind == "int4" else (-128, 128)
         zero = torch.randint(low, high, (outputs, groups), generator=rng)
     order = torch.randperm(columns, generator=rng) if ordered else None
-    weight = pack(kind, q, scale, zero, order)
+    minimum = torch.randn(outputs, groups, generator=rng) * columns**-0.5 if minimum and group else None
+    weight = pack(kind, q, scale, zero, minimum, order)
     q, zeros = q.double(), zero if isinstance(zero, int) else zero.double().repeat_interleave(columns // groups, 1)
     exact = (q - zeros) * scale.double().repeat_interleave(columns // groups, 1)
+    size = exact.abs()
+    if minimum is not None:
+        size += minimum.double().abs().repeat_interleave(columns // groups, 1)
+        exact += minimum.double().repeat_interleave(columns // groups, 1)
     if ordered:
-        exact[:, order] = exact.clone()
+        exact[:, order], size[:, order] = exact.clone(), size.clone()
     guarded = [embedded(x.contiguous().to(DEVICE)) for x in (weight.words, weight.scales)]
-    return weight._replace(
-        words=guarded[0], scales=guarded[1], order=None if order is None else order.to(DEVICE)
-    ), exact.to(DEVICE)
+    weight = weight._replace(
+        words=guarded[0],
+        scales=guarded[1],
+        minimum=None if minimum is None else embedded(weight.minimum.to(DEVICE)),
+        order=None if order is None else order.to(DEVICE),
+    )
+    return weight, exact.to(DEVICE), size.to(DEVICE)
 
 
 class Case:
@@ -68,7 +77,8 @@ class Case:
         rng = generator(seed)
         rows, (columns, group), outputs = shape
         self.x = embedded(normal(rng, rows, columns, dtype=dtype, scale=scale))
-        self.weight, self.exact = quantised(rng, pairs * outputs, columns, group, *kind, ordered=ordered)
+        options = {"ordered": ordered, "minimum": bool(seed & 1)}
+        self.weight, self.exact, self.size = quantised(rng, pairs * outputs, columns, group, *kind, **options)
         self.bias = embedded(normal(rng, pairs * outputs, dtype=dtype)) if biased else None
         self.norm = embedded(normal(rng, columns, dtype=dtype))
         self.residual = embedded(normal(rng, rows, outputs, dtype=dtype, scale=scale))
@@ -76,8 +86,10 @@ class Case:
     def product(self, x, normed=False):
         """As test_linear's `product`; more than 64 rows may round each weight, by half a step of the dtype."""
         exact, size = product(x, self.exact, self.bias, normed)
-        rounded = 0.5 if len(x) > linear_few_rows.FEW_ROWS else 0.0
-        return exact, size + rounded * (x.double().abs() @ self.exact.abs().mT)
+        # The sums of products and of minima may cancel: four float32 ulp of each, as `product` has of their sum.
+        cancelled = 4 * torch.finfo(torch.float32).eps / torch.finfo(x.dtype).eps * (self.size - self.exact.abs())
+        rounded = 0.5 * self.exact.abs() if len(x) > linear_few_rows.FEW_ROWS else 0.0
+        return exact, size + x.double().abs() @ (cancelled + rounded).mT
 
     def normed(self):
         return reference.rms_norm(self.x, self.norm, EPS)
@@ -190,7 +202,7 @@ def test_a_row_is_the_same_alone_and_among_others(dtype, kind):
 def test_the_order_of_the_sum(group, kind):
     """Slices in ascending order, with groups each by itself; within a slice sums of these numbers are exact."""
     rng = generator(5)
-    weight, _ = quantised(rng, 40, 1024, group, *kind)
+    weight, *_ = quantised(rng, 40, 1024, group, *kind)
     sizes = 2.0 ** torch.randint(-9, 9, (8,), generator=rng).repeat_interleave(128)
     x = torch.randint(-8, 9, (5, 1024), generator=rng) * sizes
     x = x.to(DEVICE, torch.bfloat16)

@@ -193,7 +193,7 @@ class Scaled:
             if inputs % self.block[1]:
                 return q.float() * scale.float().to(q.device).repeat_interleave(self.block[1], 1)[:, :inputs]
         group_of = parts["weight_g_idx"].long() if "weight_g_idx" in parts else None
-        return Integers(q, scale, zeros, self.bits, group_of)
+        return Integers(q, scale, zeros, self.bits, group_of=group_of)
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,7 @@ class GPTQ:
     def numbers(self, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> Integers:
         q = unpack(parts["qweight"], self.bits, 0).T
         group_of = parts["g_idx"].long() if self.reordered else None
-        return Integers(q, parts["scales"].T, self._zeros(parts["qzeros"]), self.bits, group_of)
+        return Integers(q, parts["scales"].T, self._zeros(parts["qzeros"]), self.bits, group_of=group_of)
 
     def _zeros(self, words: Tensor) -> Tensor | int:
         """[O, G], or one number for all."""

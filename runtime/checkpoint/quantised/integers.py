@@ -11,13 +11,14 @@ from ....kernels.quantised import Kind, Layout, QuantisedWeight, Weight, pack
 
 
 class Integers(NamedTuple):
-    """A quantised weight [O, I]: w = (q - zero) * scale.
+    """A quantised weight [O, I]: w = (q - zero) * scale + minimum.
 
     Attributes:
         q: [O, I] uint8 or int8; or float8_e4m3fn in the place of integers.
         scale: [O, G], of any floating-point dtype.
         zero: [O, G] of the dtype of q, or one number for all groups.
         bits: of the integers, whose range has 2^bits values: from 0 in uint8, from -2^(bits - 1) in int8.
+        minimum: [O, G] float32, or None; in the order of the inputs only.
         group_of: [I], the group of each input; None: I / G inputs in sequence are a group.
     """
 
@@ -25,11 +26,15 @@ class Integers(NamedTuple):
     scale: Tensor
     zero: Tensor | int = 0
     bits: int = 8
+    minimum: Tensor | None = None
     group_of: Tensor | None = None
 
     def weight(self) -> Tensor:
         """[O, I] float32, without any rounding but that of the product."""
-        return multiplied(self.q, self.scale, self.zero, self.group_of)
+        weight = multiplied(self.q, self.scale, self.zero, self.group_of)
+        if self.minimum is None:
+            return weight
+        return weight.unflatten(1, (self.scale.shape[1], -1)).add_(self.minimum[:, :, None]).flatten(1)
 
     def as_weight(self, *, packed: bool) -> Weight:
         """What the ops take: a quantised weight, or [O, I] in float32. Raises ValueError for NaNs."""
@@ -60,7 +65,7 @@ class Integers(NamedTuple):
             zero = zero.to(torch.int16) + shift if isinstance(zero, Tensor) else zero + shift
         if kind != "int4" and isinstance(zero, int) and zero != 0:
             zero = torch.full_like(self.scale, zero, dtype=torch.int16)
-        return pack(kind, q, self.scale, zero, order)
+        return pack(kind, q, self.scale, zero, self.minimum, order)
 
 
 def unpack(words: Tensor, bits: int, dim: int) -> Tensor:
