@@ -35,8 +35,8 @@ class QuantisedLinear(Layer):
 
     @property
     def weight(self) -> QuantisedWeight:
-        scales, minimum = (None if x is None else x.view(torch.float32) for x in (self.scales, self.minimum))
-        return QuantisedWeight(self.form, self.words, scales, minimum, self.order)
+        minimum = None if self.minimum is None else self.minimum.view(torch.float32)
+        return QuantisedWeight(self.form, self.words, self.scales.view(torch.float32), minimum, self.order)
 
 
 class Rows(NamedTuple):
