@@ -172,6 +172,11 @@ def slice_sums(x: Tensor, width: int, count: int) -> Tensor:
     return y
 
 
+def padded_rows(rows: int) -> int:
+    """The rows of x, with padding, of a program. A kernel is compiled for each."""
+    return 8 if rows <= 8 and not torch.version.hip else 16  # AMD's matrix instructions take 16 columns
+
+
 def multiply(
     y: Tensor,
     x: Tensor,
@@ -191,7 +196,7 @@ def multiply(
     """
     rows = x.shape[0]
     form, outputs = weight.form, weight.shape[0]
-    padded = 8 if rows <= 8 and not torch.version.hip else 16  # AMD's matrix instructions take 16 columns
+    padded = padded_rows(rows)
     tile = TILE_OF_AMD if torch.version.hip else TILES[padded]
     if norm is not None:
         x = rms_norm(x, norm, eps)

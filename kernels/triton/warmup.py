@@ -13,6 +13,7 @@ With another vocabulary size, the alignment of a row of logits decides how wide 
 
 import torch
 
+from . import linear_quantised
 from .launch import is_hopper
 from .linear_few_rows import FEW_ROWS, padded_rows
 from .paged_attention import tiling
@@ -33,14 +34,14 @@ def token_counts(most: int, group: int, head_dim: int, dtype: torch.dtype, devic
 
 def batch_sizes(most: int) -> list[int]:
     """Batch sizes of decode steps that compile everything that any batch size up to `most` needs."""
-    firsts: dict[int, int] = {}
+    firsts: dict[object, int] = {}
     for rows in range(1, most + 1):
         firsts.setdefault(_linear(rows), rows)
     return list(firsts.values())
 
 
-def _linear(rows: int) -> int:
-    """What the kernel of linear layers is compiled for: its padded number of rows, or 0 where torch multiplies."""
+def _linear(rows: int) -> tuple[int, int]:
+    """What the kernels of linear layers are compiled for: padded numbers of rows, or 0 where torch multiplies."""
     if rows > FEW_ROWS:
-        return 0
-    return 1 if rows == 1 else padded_rows(rows)
+        return 0, 0
+    return 1 if rows == 1 else padded_rows(rows), linear_quantised.padded_rows(rows)
