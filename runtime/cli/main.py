@@ -145,6 +145,25 @@ def _perplexity(args: argparse.Namespace) -> None:
     print(f"{found.predicted:,} tokens predicted, in windows of {found.window} that begin {found.stride} apart")
 
 
+def _quantize(args: argparse.Namespace) -> None:
+    from ..api.quantize import quantize
+    from .threads import leave_busy_cores
+
+    leave_busy_cores()
+    quantize(
+        args.model,
+        args.out,
+        args.bits,
+        group=args.group,
+        symmetric=args.symmetric,
+        calibration=None if args.calibrate is None else _read(args.calibrate),
+        device=args.device,
+        revision=args.revision,
+        local_files_only=args.local_files_only,
+        progress=sys.stderr.isatty(),
+    )
+
+
 def _read(path: str) -> str:
     from ..common.files import read_text
 
@@ -188,7 +207,9 @@ def _answer(llm: LLM, messages: list[dict[str, str]], args: argparse.Namespace) 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="internlm3", description="InternLM3 at the lowest latency one GPU allows.")
     parser.add_argument("--version", action="version", version=f"internlm3 {VERSION}")
-    commands = parser.add_subparsers(title="commands", required=True, metavar="{chat,generate,info,perplexity,demo}")
+    commands = parser.add_subparsers(
+        title="commands", required=True, metavar="{chat,generate,info,perplexity,quantize,demo}"
+    )
 
     def command(name: str, run: Callable[[argparse.Namespace], int | None], text: str) -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=text, description=text)
@@ -199,6 +220,7 @@ def _parser() -> argparse.ArgumentParser:
     generate = command("generate", _generate, "Answer one prompt, streaming.")
     info = command("info", _info, "Show a checkpoint's configuration, parameters and memory.")
     score = command("perplexity", _perplexity, "Measure how well a model predicts a text.")
+    quantise = command("quantize", _quantize, "Write a checkpoint with 4 or 8 bits a weight, as compressed-tensors.")
     demo = command("demo", _demo, "Fetch a small real model, convert it once to InternLM3's format, and talk with it.")
 
     for each in (chat, generate, info, score):
@@ -208,6 +230,8 @@ def _parser() -> argparse.ArgumentParser:
             default=DEFAULT_MODEL,
             help=f"folder, repository or GGUF file (default: {DEFAULT_MODEL})",
         )
+    quantise.add_argument("model", help="folder or repository")
+    quantise.add_argument("out", help="the new folder")
     generate.add_argument("-p", "--prompt", required=True, help="the prompt; - reads standard input")
     generate.add_argument("--raw", action="store_true", help="continue the bare text, without the chat template")
     demo.add_argument("-p", "--prompt", help=f"answer this and quit (default: {DEMO_QUESTION!r}, then chat)")
@@ -217,14 +241,30 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("--window", type=int, help="tokens that the model sees at once (default: 2048)")
     score.add_argument("--stride", type=int, help="tokens from one window to the next (default: half a window)")
 
-    for each in (chat, generate, demo, info, score):
+    quantise.add_argument(
+        "--bits", required=True, choices=("4", "8", "fp8"), help="of a weight; the head gets 8 bits in any case"
+    )
+    quantise.add_argument(
+        "--group", type=int, choices=(32, 64, 128), help="4 bits: weights that share a scale (default: 128)"
+    )
+    quantise.add_argument(
+        "--symmetric", action="store_true", help="4 bits: without zero points, less exact, for transformers"
+    )
+    quantise.add_argument(
+        "--calibrate", metavar="TEXT", help="4 bits: a file of text like the model's later input (default: one ships)"
+    )
+
+    for each in (chat, generate, demo, info, score, quantise):
         group = each.add_argument_group("model")
-        group.add_argument("--dtype", default="auto", help="auto, bfloat16, float16 or float32")
+        if each is not quantise:
+            group.add_argument("--dtype", default="auto", help="auto, bfloat16, float16 or float32")
         group.add_argument("--revision", help="branch, tag or commit on the hub")
         group.add_argument("--local-files-only", action="store_true", help="use cached files only, without network")
         if each is info:
             continue
         group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+        if each is quantise:
+            continue
         group.add_argument("--max-seq-len", type=int, help="context length: prompt and answer together, in tokens")
         if each is score:
             continue

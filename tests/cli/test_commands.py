@@ -45,7 +45,7 @@ except SystemExit as stop:
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert all(command in done.stdout for command in ("chat", "generate", "info", "perplexity", "demo"))
+    assert all(command in done.stdout for command in ("chat", "generate", "info", "perplexity", "quantize", "demo"))
 
 
 def test_importing_warns_of_nothing():
@@ -181,7 +181,7 @@ def test_the_command_by_its_other_name_and_its_version():
         assert done.stdout == f"internlm3 {internlm3.__version__}\n"
     assert "version=VERSION" in Path(__file__).parents[2].joinpath("setup.py").read_text()  # of runtime/version.py
     assert (
-        "{chat,generate,info,perplexity,demo}"
+        "{chat,generate,info,perplexity,quantize,demo}"
         in subprocess.run([*other, "--help"], capture_output=True, text=True).stdout
     )
 

@@ -1,0 +1,1 @@
+"""Quantising a checkpoint: rounding, activation scaling, and writing it as compressed-tensors."""
