@@ -11,20 +11,11 @@ windows of 512 tokens, of which each predicts its tokens but the first. Changes 
 the same run, with the standard error of the paired difference.
 """
 
-import argparse
-import hashlib
-import math
-import tempfile
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-from . import tables
-from .options import one_of, output, positive
-from .record import Part, Record, Row, stamp
 
 WINDOW = 512
 

@@ -64,6 +64,9 @@ class LLM:
         cuda_graphs: on a GPU, run decode steps from CUDA graphs; False launches the same kernels one by one.
         batch_invariant: on a GPU, make answers bit-identical alone and in any batch; a single answer is slower, and
             prefixes are reused in whole chunks of 512 prompt tokens instead of pages of 64 of prompts and answers.
+        quantization: "int4", "int8" or "fp8" quantises the weights while they are loaded: to 4 bits in groups of 128
+            inputs, to int8 or to float8_e4m3fn for each output; the head to int8. None: as the checkpoint is, which
+            needs no switch; the name of its method ("gptq", "awq", ...) states what it must be.
         revision, token, cache_dir, local_files_only: as in huggingface_hub.
         progress: show progress bars for download, loading, and several prompts on a terminal; and say in a line on
             stderr if "auto" is not the checkpoint's dtype.
@@ -91,6 +94,7 @@ class LLM:
         cache_tokens: int | None = None,
         cuda_graphs: bool = True,
         batch_invariant: bool = False,
+        quantization: str | None = None,
         revision: str | None = None,
         token: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
@@ -143,6 +147,7 @@ class LLM:
             batch_invariant=batch_invariant,
             fast_on_cpu=True,
             keep_quantised=True,
+            quantization=quantization,
             progress=progress,
         )
         self._shared = SharedEngine(cache_tokens, None if cuda_graphs else eager)

@@ -21,6 +21,8 @@ from .cpu_dtype import cpu_dtype
 from .gguf.folder import WEIGHTS as GGUF_WEIGHTS
 from .gguf.reader import GGUFHeader
 from .gguf.weights import GGUFWeights
+from .quantise.rounded_files import RoundedFiles
+from .quantise.rounding import FORMS, Form
 from .quantised.methods import KEY, method_of
 from .quantised.quantised_files import QuantisedFiles
 from .quantised.scheme import Method
@@ -47,6 +49,7 @@ def load_model(
     use_safetensors: bool = False,
     fast_on_cpu: bool = False,
     keep_quantised: bool = False,
+    quantization: str | None = None,
     progress: bool = True,
 ) -> Model:
     """Loads a checkpoint from a local folder into a new `cls`, in evaluation mode.
@@ -64,6 +67,8 @@ def load_model(
         fast_on_cpu: with dtype None or "auto", a CPU that has no products of the checkpoint's dtype loads it in float32
             where memory allows.
         keep_quantised: quantised weights stay so in memory, where the ops take their form.
+        quantization: "int4", "int8" or "fp8" quantises the weights that are read, with keep_quantised. The name of a
+            method states what the checkpoint is; None: whatever it is.
         progress: show a progress bar on a terminal, and say if fast_on_cpu changes the dtype.
 
     Raises:
@@ -80,6 +85,7 @@ def load_model(
         )
     files.check_layers(config.num_hidden_layers)
     method = method_of(folder, config.extra)
+    form = _form(quantization, folder, files, method)
     model = cls(_dense(config), device="meta")
     load_weights(
         model,
@@ -89,6 +95,7 @@ def load_model(
         device=target,
         fast_on_cpu=fast_on_cpu and wanted is None,
         keep_quantised=keep_quantised,
+        form=form,
         progress=progress,
     )
     model.model.batch_invariant = batch_invariant
@@ -104,13 +111,15 @@ def load_weights(
     device: torch.device,
     fast_on_cpu: bool,
     keep_quantised: bool = False,
+    form: Form | None = None,
     progress: bool,
 ) -> None:
     """Gives a module on the meta device its weights, as `dtype` (None: as they are stored), or as `cpu_dtype` has it.
 
     A parameter that the module has under two names may be stored under either; under both, they must be equal.
     `method` says how the files are quantised, None if they are not. With keep_quantised, quantised weights stay as they
-    are where the ops take their form; all others are computed in float32 and rounded once, to `dtype`.
+    are where the ops take their form; all others are computed in float32 and rounded once, to `dtype`. With it, `form`
+    quantises weights that are not.
 
     Raises:
         ValueError: files that are damaged, or whose tensors are not those of the module; the message names them.
@@ -125,6 +134,8 @@ def load_weights(
     shapes = {name: shape for name, shape in shapes.items() if name not in tied}
     if method is not None:
         files = QuantisedFiles.of(files, method, shapes)
+    elif form is not None:
+        files = RoundedFiles.of(files, form, shapes)
     _check(files, shapes, tied)
     places: dict[str, Rows] = {}
     if keep_quantised:
@@ -190,6 +201,28 @@ def _open(folder: Path, config: InternLM3Config) -> WeightFiles:
         header = GGUFHeader.read((folder / GGUF_WEIGHTS).resolve())
         return GGUFWeights.of(header, config.num_attention_heads, config.num_key_value_heads)
     return WeightFiles.open(folder)
+
+
+def _form(quantization: str | None, folder: Path, files: WeightFiles, method: Method | None) -> Form | None:
+    """What to quantise the weights to. Raises ValueError for what the checkpoint is not, or cannot become."""
+    quantised = method is not None or bool(files.layouts)
+    if quantization is not None and not isinstance(quantization, str):
+        raise TypeError(f"quantization must be a string, not {shown(quantization)}")
+    if quantization in FORMS:
+        if quantised:
+            summary = method.summary if method is not None else "GGUF"
+            raise ValueError(
+                f"quantization={quantization!r}: {folder} is quantised already ({summary}): leave quantization away, "
+                "or name the checkpoint that it was made from"
+            )
+        return quantization
+    own = method.name if method is not None else "gguf" if files.layouts else None
+    if quantization is not None and quantization.removesuffix("_marlin") != own:  # vLLM names its kernels, too
+        raise ValueError(
+            f"quantization {shown(quantization)}: {folder} is {shown(own) if own else 'not quantised'}. What a "
+            f"checkpoint is needs no switch; {', '.join(map(repr, FORMS))} quantise one that is not"
+        )
+    return None
 
 
 def _dense(config: InternLM3Config) -> InternLM3Config:

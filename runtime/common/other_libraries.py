@@ -25,7 +25,6 @@ LLM: Neutral = {
     "hf_token": (),
     "download_dir": (),
     "served_model_name": (),
-    "quantization": (),
     "rope_scaling": ({},),
     "rope_theta": (),
     "enable_lora": (False,),

@@ -31,7 +31,7 @@ def tensors(integers: Integers, kind: Kind) -> dict[str, Tensor]:
         "weight_scale": integers.scale,
         "weight_shape": torch.tensor(integers.q.shape),
     }
-    if integers.zero is not None and not kind.symmetric:
+    if isinstance(integers.zero, Tensor):
         packed["weight_zero_point"] = pack(integers.zero, 0)
     return packed
 

@@ -75,8 +75,12 @@ def to_integers(
             parts.append(int4(rows, scale_dtype, size, symmetric))
         else:
             parts.append(int8(rows, scale_dtype) if form == "int8" else fp8(rows, scale_dtype))
-    q, scale, zero = zip(*parts, strict=True)
-    return Integers(torch.cat(q), torch.cat(scale), torch.cat(zero) if form == "int4" else None)
+    zeros = [part.zero for part in parts if isinstance(part.zero, Tensor)]
+    return parts[0]._replace(
+        q=torch.cat([part.q for part in parts]),
+        scale=torch.cat([part.scale for part in parts]),
+        zero=torch.cat(zeros) if zeros else parts[0].zero,
+    )
 
 
 def group_size(name: str, inputs: int, wanted: int) -> int:
@@ -88,17 +92,17 @@ def group_size(name: str, inputs: int, wanted: int) -> int:
 
 
 def int4(weight: Tensor, scale_dtype: torch.dtype, group: int, symmetric: bool) -> Integers:
-    """q and zero are uint8 from 0 to 15. weight: [O, I] float32; `group` divides I."""
+    """q and zero are from 0 to 15. weight: [O, I] float32; `group` divides I."""
     groups = weight.unflatten(1, (-1, group))
     if symmetric:
         scale = _stored(groups.abs().amax(-1) / 7.5, scale_dtype)
-        zero = torch.full_like(scale, 8, dtype=torch.float32)
-    else:
-        low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
-        scale = _stored((high - low) / 15, scale_dtype)
-        zero = (-low / scale.float()).round().clamp(0, 15)
+        q = (groups / scale.float()[..., None]).round() + 8
+        return Integers(q.clamp(0, 15).flatten(1).to(torch.uint8), scale, 8, bits=4)
+    low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+    scale = _stored((high - low) / 15, scale_dtype)
+    zero = (-low / scale.float()).round().clamp(0, 15)
     q = ((groups / scale.float()[..., None]).round() + zero[..., None]).clamp(0, 15)
-    return Integers(q.flatten(1).to(torch.uint8), scale, zero.to(torch.uint8))
+    return Integers(q.flatten(1).to(torch.uint8), scale, zero.to(torch.uint8), bits=4)
 
 
 def int8(weight: Tensor, scale_dtype: torch.dtype) -> Integers:

@@ -30,7 +30,7 @@ def method(settings: Settings) -> OneScheme:
     settings.one_of("bits", 4, default=settings.get("w_bit"))
     settings.refuse(dynamic="this runtime reads one setting for all layers")
     size = settings.group_size("group_size" if settings.get("group_size") else "q_group_size")
-    return OneScheme(AWQ(size), f"AWQ, 4 bits {in_groups(size)}")
+    return OneScheme("awq", AWQ(size), f"AWQ, 4 bits {in_groups(size)}")
 
 
 @dataclass(frozen=True)

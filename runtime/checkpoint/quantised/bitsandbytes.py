@@ -29,12 +29,12 @@ from .scheme import OneScheme, Part, Settings, check_scales
 def method(settings: Settings) -> OneScheme:
     """Raises ValueError for settings that this runtime does not read."""
     if settings.get("load_in_8bit"):
-        return OneScheme(Int8(), "bitsandbytes, 8 bits per output")
+        return OneScheme("bitsandbytes", Int8(), "bitsandbytes, 8 bits per output")
     settings.one_of("load_in_4bit", True)
     settings.one_of("bnb_4bit_quant_storage", "uint8", default="uint8")
     kind = settings.one_of("bnb_4bit_quant_type", "nf4", "fp4")
     scheme = FourBits(kind, nested=settings.one_of("bnb_4bit_use_double_quant", False, True, default=False))
-    return OneScheme(scheme, f"bitsandbytes, 4 bits ({kind})")
+    return OneScheme("bitsandbytes", scheme, f"bitsandbytes, 4 bits ({kind})")
 
 
 @dataclass(frozen=True)

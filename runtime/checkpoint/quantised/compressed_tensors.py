@@ -40,6 +40,7 @@ class CompressedTensors:
 
     schemes: Sequence[tuple[Sequence[str], Scheme]]
     ignored: Sequence[str]
+    name: str = "compressed-tensors"
 
     @property
     def summary(self) -> str:

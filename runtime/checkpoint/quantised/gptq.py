@@ -42,7 +42,7 @@ def method(settings: Settings) -> OneScheme:
         reordered=settings.one_of("desc_act", False, True, default=False),
         stored_less_one=version == "gptq",
     )
-    return OneScheme(scheme, f"GPTQ, {scheme.bits} bits {in_groups(scheme.group_size)}")
+    return OneScheme("gptq", scheme, f"GPTQ, {scheme.bits} bits {in_groups(scheme.group_size)}")
 
 
 @dataclass(frozen=True)

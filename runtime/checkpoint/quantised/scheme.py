@@ -52,8 +52,12 @@ class Method(Protocol):
     """A quantisation method with the settings of one checkpoint.
 
     Attributes:
+        name: its quant_method in config.json.
         summary: in a few words, for `internlm3 info`.
     """
+
+    @property
+    def name(self) -> str: ...
 
     @property
     def summary(self) -> str: ...
@@ -66,6 +70,7 @@ class Method(Protocol):
 class OneScheme:
     """A method that quantises all layers alike. Which layers it left as they were, their tensors say."""
 
+    name: str
     of_all: Scheme
     summary: str
 

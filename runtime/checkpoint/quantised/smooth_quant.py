@@ -25,7 +25,7 @@ _DTYPES = {"int8": torch.int8, "float8_e4m3fn": torch.float8_e4m3fn}
 def method(settings: Settings) -> OneScheme:
     """Raises ValueError for settings that this runtime does not read."""
     dtype = settings.one_of("quant_dtype", *_DTYPES, default="int8")
-    return OneScheme(SmoothQuant(_DTYPES[dtype]), f"SmoothQuant, {dtype} per output")
+    return OneScheme("smooth_quant", SmoothQuant(_DTYPES[dtype]), f"SmoothQuant, {dtype} per output")
 
 
 @dataclass(frozen=True)

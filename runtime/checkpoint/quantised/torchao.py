@@ -31,7 +31,7 @@ def method(settings: Settings) -> OneScheme:
     if not isinstance(default, Mapping) or set(kind) != {"default"} or default.get("_type") not in _TYPES:
         raise ValueError(f"quant_type is {shown(kind)}; this runtime reads {', '.join(_TYPES)} for all layers only")
     scheme = TorchAO(torch.float8_e4m3fn if default["_type"].startswith("Float8") else torch.int8)
-    return OneScheme(scheme, f"torchao, {default['_type']}")
+    return OneScheme("torchao", scheme, f"torchao, {default['_type']}")
 
 
 @dataclass(frozen=True)

@@ -39,11 +39,12 @@ def test_every_number_is_the_nearest(form, symmetric, dtype):
     scale = np.repeat(found.scale.double().numpy(), 96 // groups, 1)
     zero = np.zeros_like(scale)
     if form == "int4":
-        assert found.q.dtype == found.zero.dtype == torch.uint8 and found.zero.max() < 16
-        assert not symmetric or (found.zero == 8).all()
-        zero = np.repeat(found.zero.double().numpy(), 96 // groups, 1)
+        assert found.q.dtype == torch.uint8 and found.bits == 4
+        zeros = torch.full_like(found.scale, found.zero, dtype=torch.uint8) if symmetric else found.zero
+        assert zeros.dtype == torch.uint8 and zeros.max() < 16
+        zero = np.repeat(zeros.double().numpy(), 96 // groups, 1)
     else:
-        assert found.zero is None and found.q.dtype == (torch.int8 if form == "int8" else torch.float8_e4m3fn)
+        assert found.zero == 0 and found.q.dtype == (torch.int8 if form == "int8" else torch.float8_e4m3fn)
     exact = weight.double().numpy()
     values = (candidates(form)[:, None, None] - zero) * scale
     assert np.isin(found.q.double().numpy(), candidates(form)).all()
@@ -63,7 +64,11 @@ def test_scales_reach_the_largest_weight(form, symmetric):
     grouped = weight.double().unflatten(1, (found.scale.shape[1], -1))
     low, high = grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
     largest = grouped.abs().amax(-1)
-    steps = {"int4": (2 * largest / 15) if symmetric else (high - low) / 15, "int8": largest / 127, "fp8": largest / 448}
+    steps = {
+        "int4": (2 * largest / 15) if symmetric else (high - low) / 15,
+        "int8": largest / 127,
+        "fp8": largest / 448,
+    }
     expected = torch.where(steps[form] == 0, 1.0, steps[form])
     torch.testing.assert_close(found.scale.double(), expected, rtol=2**-8, atol=0)
 
