@@ -63,7 +63,11 @@ def test_scales_reach_the_largest_weight(form, symmetric):
     grouped = weight.double().unflatten(1, (found.scale.shape[1], -1))
     low, high = grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
     largest = grouped.abs().amax(-1)
-    steps = {"int4": (2 * largest / 15) if symmetric else (high - low) / 15, "int8": largest / 127, "fp8": largest / 448}
+    steps = {
+        "int4": (2 * largest / 15) if symmetric else (high - low) / 15,
+        "int8": largest / 127,
+        "fp8": largest / 448,
+    }
     expected = torch.where(steps[form] == 0, 1.0, steps[form])
     torch.testing.assert_close(found.scale.double(), expected, rtol=2**-8, atol=0)
 
