@@ -25,11 +25,11 @@ def rounding(name, weight):
     return to_integers(name, weight, torch.bfloat16, "int4", 32, False).weight()
 
 
-@pytest.mark.parametrize("qkv_bias", [False, True])
-def test_inputs_are_those_of_transformers(tmp_path, monkeypatch, qkv_bias):
+@pytest.mark.parametrize("bias", [False, True])
+def test_inputs_are_those_of_transformers(tmp_path, monkeypatch, bias):
     transformers = pytest.importorskip("transformers", "5.23")
     monkeypatch.setattr(module, "WINDOW", 9)
-    model = make(3, **{**SHAPE, "num_hidden_layers": 2, "qkv_bias": qkv_bias})
+    model = make(3, **{**SHAPE, "num_hidden_layers": 2, "qkv_bias": bias, "bias": bias})
     model.save_pretrained(tmp_path)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     recorded = {}
