@@ -17,7 +17,7 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from multiprocessing import get_context
@@ -32,7 +32,7 @@ from triton import knobs
 from internlm3 import kernels
 
 from . import ROOT
-from .cases import Case, cases
+from .cases import DENSE, Case, cases
 from .machine_code.launches import Launch, compile_launches
 from .machine_code.reader import MachineCode, read
 from .machine_code.sass import Access
@@ -61,10 +61,14 @@ class Facts(NamedTuple):
     exact_fma: bool = False
     # The columns that one tensor-core instruction adds to a sum, if their order must be the same in every launch.
     step: int = 0
+    # The one tensor-core instruction of NVIDIA's GPUs that it may have, if tiles must give the same bits.
+    instruction: str = ""
     # Pointer arguments whose bytes take most of the launch's time, and the share of the issue slots that the threads
     # may use while memory delivers those bytes.
     bulk: Sequence[str] = ()
     most_slots: float = math.inf
+    # Instructions per 16 of these bytes that convert numbers or move their bytes: I2F, F2F, PRMT and the like.
+    most_conversions: float = math.inf
     # Waits for memory, each for something requested after the previous one.
     most_trips: float = math.inf
     # Programs per multiprocessor, over the whole launch.
@@ -99,13 +103,17 @@ FACTS = {
     ),
     "_linear_quantised": Facts(
         ["w_ptr", "scale_ptr", "bias_ptr"], streams=["w_ptr", "x_ptr"], tensor_cores=True, step=16, exact_fma=True,
+        # See TILES in linear_quantised.py.
+        instruction="HMMA",
         # For a number of 4 bits 2.4 to 2.8 instructions: 78 to 91% of an H200's issue slots, 106 to 122% of a B200's.
         bulk=["w_ptr"], most_slots=1.25, most_trips=4, least_programs=0.4,
+        # Those of the integer zero points of groups: 1.5. One for each number would be 16 or 32.
+        most_conversions=2,
     ),
     # For groups of 32 columns or fewer, as in GGUF files: what a slice needs beside its numbers takes half of the time.
     "_linear_quantised, short slices": Facts(
         ["w_ptr", "scale_ptr", "minimum_ptr", "bias_ptr"], streams=["w_ptr"], tensor_cores=True, step=16,
-        exact_fma=True, bulk=["w_ptr"], most_slots=2.5, most_trips=4, least_programs=0.4,
+        exact_fma=True, instruction="HMMA", bulk=["w_ptr"], most_slots=2.5, most_trips=4, least_programs=0.4,
     ),
     "_dequantise": Facts(
         ["w_ptr", "scale_ptr", "minimum_ptr"], early=["w_ptr", "scale_ptr"], streams=["w_ptr"], most_trips=2,
@@ -151,14 +159,17 @@ def kernel_name(launch: Launch) -> str:
     return launch.kernel
 
 
-def instructions_per_16_bytes(code: MachineCode, pointers: Sequence[str]) -> float:
-    """Instructions of a thread per 16 streamed bytes, in the loop that streams the most, or outside of loops."""
+def per_16_bytes(counted: Mapping[str, int], code: MachineCode, pointers: Sequence[str]) -> float:
+    """Of instructions of a thread, counted by loop: those per 16 streamed bytes.
+
+    In the loop that streams the most, or outside of loops.
+    """
     loaded = Counter[str]()
     for access in code.accesses:
         if access.is_load and access.pointers & set(pointers):
             loaded[access.loop] += access.bytes
     loop = max(loaded, key=lambda loop: (loop != "", loaded[loop]), default="")
-    return 16 * code.instructions[loop] / loaded[loop] if loaded else 0.0
+    return 16 * counted[loop] / loaded[loop] if loaded else 0.0
 
 
 def columns_of(tensor_core: str) -> int | None:
@@ -197,9 +208,14 @@ def violations(launch: Launch, code: MachineCode, target: Target, facts: Facts) 
             names = ", ".join(sorted(frozenset().union(*(access.pointers for access in found))))
             wrong.append(f"{what}: {len(found)} of {names or 'no argument'}, as {found[0].instruction}")
 
-    per_16_bytes = instructions_per_16_bytes(code, facts.bulk)
-    if per_16_bytes > facts.most_slots * target.instructions_per_16_bytes:
-        wrong.append(f"slower than memory: {per_16_bytes:.0f} instructions of a thread per 16 streamed bytes")
+    if facts.instruction and (kinds := {name for name in code.tensor_core if name.split(".")[0] != facts.instruction}):
+        wrong.append(f"has other tensor-core instructions than {facts.instruction}: {', '.join(sorted(kinds))}")
+    executed = per_16_bytes(code.instructions, code, facts.bulk)
+    if executed > facts.most_slots * target.instructions_per_16_bytes:
+        wrong.append(f"slower than memory: {executed:.0f} instructions of a thread per 16 streamed bytes")
+    conversions = per_16_bytes(code.conversions, code, facts.bulk)
+    if conversions > facts.most_conversions:
+        wrong.append(f"converts one by one: {conversions:.1f} conversions of a thread per 16 streamed bytes")
     if launch.programs < facts.least_programs * target.multiprocessors:
         wrong.append(f"leaves multiprocessors idle: {launch.programs} programs for {target.multiprocessors}")
     loads = [access for access in code.accesses if access.is_load]
@@ -258,7 +274,7 @@ class Finding(NamedTuple):
 
 def figures(launch: Launch, code: MachineCode, target: Target, facts: Facts) -> dict[str, str]:
     metadata = launch.compiled.metadata
-    per_16_bytes = instructions_per_16_bytes(code, facts.bulk)
+    executed = per_16_bytes(code.instructions, code, facts.bulk)
     loads = [access for access in code.accesses if access.is_load]
     wide = sum(access.bytes >= 16 for access in loads)
     early = sum(not access.may_have_waited for access in loads)
@@ -278,12 +294,23 @@ def figures(launch: Launch, code: MachineCode, target: Target, facts: Facts) -> 
         # Of a program: loads issued before it waits for the first, and waits in sequence.
         "loads, waits": f"{code.flight.ahead}, {code.flight.round_trips}" if target.is_cuda else "-",
         # Of a thread, and the share of its issue slots while memory delivers these bytes at full speed.
-        "instructions/16 B": f"{per_16_bytes:.0f}" if per_16_bytes else "-",
-        "slots": f"{per_16_bytes / target.instructions_per_16_bytes:.0%}" if per_16_bytes else "-",
+        "instructions/16 B": f"{executed:.0f}" if executed else "-",
+        "slots": f"{executed / target.instructions_per_16_bytes:.0%}" if executed else "-",
         "16-byte loads": f"{wide} of {len(loads)}",
         "before wait": f"{early} of {len(loads)}" if code.waits else "-",
         "tensor": ", ".join(f"{count} {name}" for name, count in code.tensor_core.items()) or "-",
     }
+
+
+def repeats(case: Case) -> bool:
+    """Whether other cases of a quantised weight compile to the same code, but for the lengths of its loops.
+
+    Chunks of up to 64 tokens have the tile of batch 1 or of 16, and o_proj that of down_proj; `_dequantise` is the same
+    for all ops.
+    """
+    if case.stored == DENSE:
+        return False
+    return "o_proj" in case.shape or ("chunk" in case.shape and (case.tokens <= 64 or case.op != "linear_add"))
 
 
 def audit_cases(chosen: Sequence[Case], target_name: str) -> list[list[Finding]]:
@@ -375,7 +402,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--kernel", action="append", type=one_of("op", kernels.__all__), help="an op's name; default: all"
     )
     options = parser.parse_args(arguments)
-    chosen = [case for case in cases() if case.op in (options.kernel or kernels.__all__)]
+    chosen = [case for case in cases() if case.op in (options.kernel or kernels.__all__) and not repeats(case)]
     work = [(case, target) for target in options.target or TARGETS for case in chosen]
     findings = audit(work)
     print_table(findings)

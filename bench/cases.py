@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from internlm3.kernels.quantised import Form, QuantisedWeight
+from internlm3.kernels.quantised import SLICES, Form, QuantisedWeight
 
 PAGE = 64
 
@@ -78,9 +78,10 @@ def read_size(path: str | Path) -> Size:
 Arguments = dict[str, Any]
 
 
-# Quantised weights, by the number of columns.
+DENSE = "dense"  # a weight that is a matrix of the dtype
+# Quantised weights, by the number of columns. Groups are of 128, or of fewer columns if 128 do not divide them.
 FORMS: dict[str, Callable[[int], Form]] = {
-    "int4": lambda columns: Form("int4", columns, 128, None),
+    "int4": lambda columns: Form("int4", columns, next(group for group in SLICES if columns % group == 0), None),
     "int8": lambda columns: Form("int8", columns, 0, 0),
     "float8": lambda columns: Form("float8", columns, 0, 0),
     "int4 with minimum": lambda columns: Form("int4", columns, 32, 0, True),
@@ -139,6 +140,7 @@ class Case(NamedTuple):
     context: int | None  # tokens of a sequence, if the op depends on it
     dtype: torch.dtype
     arguments: Callable[[torch.device], Arguments]  # makes new ones, by name
+    stored: str = DENSE  # how its weight is stored: DENSE, or one of FORMS
 
 
 def _embed(make: Inputs, rows: int) -> Arguments:
@@ -159,21 +161,21 @@ def _rope_and_cache(make: Inputs, rows: int, sequences: int, context: int) -> Ar
     return {"qkv": make.random(rows, make.size.qkv), **make.rope(sequences, context)}
 
 
-def _linear(make: Inputs, rows: int, outputs: int, inputs: int, stored: str = "") -> Arguments:
-    weight = make.quantised(outputs, inputs, stored) if stored else make.weight(outputs, inputs)
+def _linear(make: Inputs, rows: int, outputs: int, inputs: int, stored: str = DENSE) -> Arguments:
+    weight = make.weight(outputs, inputs) if stored == DENSE else make.quantised(outputs, inputs, stored)
     return {"x": make.random(rows, inputs), "weight": weight}
 
 
-def _linear_add(make: Inputs, rows: int, outputs: int, inputs: int, stored: str = "") -> Arguments:
+def _linear_add(make: Inputs, rows: int, outputs: int, inputs: int, stored: str = DENSE) -> Arguments:
     return {**_linear(make, rows, outputs, inputs, stored), "residual": make.random(rows, outputs)}
 
 
-def _norm_linear(make: Inputs, rows: int, outputs: int, stored: str = "") -> Arguments:
+def _norm_linear(make: Inputs, rows: int, outputs: int, stored: str = DENSE) -> Arguments:
     hidden = make.size.hidden
     return {**_linear(make, rows, outputs, hidden, stored), "norm": make.random(hidden), "eps": 1e-5}
 
 
-def _norm_qkv_rope_cache(make: Inputs, rows: int, sequences: int, context: int, stored: str = "") -> Arguments:
+def _norm_qkv_rope_cache(make: Inputs, rows: int, sequences: int, context: int, stored: str = DENSE) -> Arguments:
     return {**_norm_linear(make, rows, make.size.qkv, stored), "bias": None, **make.rope(sequences, context)}
 
 
@@ -288,10 +290,18 @@ def _ops(size: Size, dtype: torch.dtype, tokens: int, sequences: int, contexts: 
     decode = tokens == sequences
     name = f"batch {tokens}" if decode else f"chunk {tokens}"
 
-    def case(op: str, make: Callable[..., Arguments], *shape: Any, part: str = "", context: int | None = None) -> Case:
+    def case(
+        op: str,
+        make: Callable[..., Arguments],
+        *shape: Any,
+        part: str = "",
+        context: int | None = None,
+        stored: str = DENSE,
+    ) -> Case:
+        part = f"{part} {stored}".strip() if stored != DENSE else part
         words = ", ".join(filter(None, (name, part, f"context {context}" if context else "")))
-        arguments = partial(_make, make, size, dtype, (tokens, *shape))
-        return Case(op, words, tokens, context, dtype, arguments)
+        shape = (tokens, *shape) if stored == DENSE else (tokens, *shape, stored)
+        return Case(op, words, tokens, context, dtype, partial(_make, make, size, dtype, shape), stored)
 
     yield case("embed", _embed)
     yield case("rms_norm", _rms_norm)
@@ -301,22 +311,22 @@ def _ops(size: Size, dtype: torch.dtype, tokens: int, sequences: int, contexts: 
     yield case("linear_add", _linear_add, size.hidden, size.intermediate, part="down_proj")
     yield case("rms_norm_swiglu", _norm_linear, 2 * size.intermediate)
     for stored in FORMS:
-        yield case("linear_add", _linear_add, size.hidden, size.hidden, stored, part=f"o_proj {stored}")
+        yield case("linear_add", _linear_add, size.hidden, size.hidden, part="o_proj", stored=stored)
     for stored in OWN_FORMS:
-        yield case("linear_add", _linear_add, size.hidden, size.intermediate, stored, part=f"down_proj {stored}")
-        yield case("rms_norm_swiglu", _norm_linear, 2 * size.intermediate, stored, part=stored)
+        yield case("linear_add", _linear_add, size.hidden, size.intermediate, part="down_proj", stored=stored)
+        yield case("rms_norm_swiglu", _norm_linear, 2 * size.intermediate, stored=stored)
     for context in contexts:
         yield case("rope_and_cache", _rope_and_cache, sequences, context, context=context)
         yield case("rms_norm_qkv_rope_cache", _norm_qkv_rope_cache, sequences, context, context=context)
         for stored in OWN_FORMS:
-            arguments = sequences, context, stored
-            yield case("rms_norm_qkv_rope_cache", _norm_qkv_rope_cache, *arguments, part=stored, context=context)
+            shape = sequences, context
+            yield case("rms_norm_qkv_rope_cache", _norm_qkv_rope_cache, *shape, context=context, stored=stored)
         yield case("paged_attention", _attention, sequences, context, context=context)
         if not decode:
             yield case("paged_attention", _attention_of_last_row, sequences, context, part="last row", context=context)
     if decode:
         yield case("rms_norm_linear", _norm_linear, size.vocabulary, part="lm_head")
-        yield case("rms_norm_linear", _norm_linear, size.vocabulary, "int8", part="lm_head int8")
+        yield case("rms_norm_linear", _norm_linear, size.vocabulary, part="lm_head", stored="int8")
         yield case("sample", _greedy, part="greedy")
         yield case("sample", _sampled, part="recommended")
         yield case("sample", _top_p_only, part="top_p only")

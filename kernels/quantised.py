@@ -117,22 +117,21 @@ class QuantisedWeight(NamedTuple):
 
     def dense(self) -> Tensor:
         """The weight in float32, in the order of x's columns."""
-        q = _unpacked(self.words, self.form)[:, : self.form.columns].float()
-        scale, zero = self._scales_and_zeros()
-        grouped = q.unflatten(1, (self.form.groups, -1))
-        weight = (grouped - zero.T[:, :, None]) * scale.T[:, :, None]
+        q, scale, zero = self.unpacked()
+        weight = (q.float().unflatten(1, (self.form.groups, -1)) - zero[:, :, None]) * scale[:, :, None]
         if self.minimum is not None:
             weight += self.minimum.T[:, :, None]
         weight = weight.flatten(1)
         return weight if self.order is None else torch.empty_like(weight).index_copy_(1, self.order, weight)
 
-    def _scales_and_zeros(self) -> tuple[Tensor, Tensor]:
-        """[G, O] float32 each."""
+    def unpacked(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What `pack` packs: q [O, C]; scale and zero [O, G] in float32."""
+        q = _unpacked(self.words, self.form)[:, : self.form.columns]
+        scales = self.scales.T.contiguous()
         if self.form.zero is not None:
-            return self.scales, torch.full_like(self.scales, self.form.zero)
-        bits = self.scales.contiguous().view(torch.int32)
-        unused = 32 - _ZERO_BITS
-        return ((bits >> _ZERO_BITS) << _ZERO_BITS).view(torch.float32), ((bits << unused) >> unused).float()
+            return q, scales, torch.full_like(scales, self.form.zero)
+        bits, unused = scales.view(torch.int32), 32 - _ZERO_BITS
+        return q, ((bits >> _ZERO_BITS) << _ZERO_BITS).view(torch.float32), ((bits << unused) >> unused).float()
 
 
 Weight = Tensor | QuantisedWeight  # what a linear op takes
