@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from internlm3.kernels.quantised import BITS, QuantisedWeight
 
-from .cases import DENSE, FORMS, Arguments, Case
+from .cases import DENSE, OWN_FORMS, Arguments, Case
 from .timing import Call
 
 SECONDS = 120  # time limit for a peer to get ready, compiling included
@@ -133,7 +133,7 @@ def _eager(op: str, arguments: Arguments) -> tuple[Callable[..., Any], Arguments
     return _dequantised(op), rest | stored
 
 
-@peer("PyTorch", *EAGER, weights=(DENSE, *FORMS))
+@peer("PyTorch", *EAGER, weights=(DENSE, *OWN_FORMS))
 def _pytorch(op: str, arguments: Arguments) -> Call:
     function, given = _eager(op, arguments)
     return lambda: function(**given)
@@ -146,7 +146,7 @@ def _compile(function: Callable[..., Any], *_: Any) -> Callable[..., Any]:
     return torch.compile(function, dynamic=False, fullgraph=True)
 
 
-@peer("torch.compile", *EAGER, weights=(DENSE, *FORMS))
+@peer("torch.compile", *EAGER, weights=(DENSE, *OWN_FORMS))
 def _compiled(op: str, arguments: Arguments) -> Call:
     function, given = _eager(op, arguments)
     tensors = (x for x in given.values() if isinstance(x, torch.Tensor))
