@@ -152,7 +152,7 @@ def _pack_settings(host: _HostBuffer, request: Request) -> None:
     p, length = request.params, len(request.prompt_ids)
     host["max_len"][0] = length + request.max_tokens
     host["min_len"][0] = min(length + p.min_tokens, _INT32_MAX)  # never, beyond any context
-    host["most_drafts"][0] = _INT32_MAX
+    host["most_drafts"][0] = _INT32_MAX if p.speculation else 0
     host["seed"][0], host["stream"][0] = request.seed, request.answer
     for name in STATE:
         value = getattr(p, name)
