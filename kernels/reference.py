@@ -20,6 +20,7 @@ reference rounds every row in the same way, and ignores it.
 
 `decode_step` states for attention of one token per sequence (T = 1) which inputs are older than the step: seq_lens, the
 block table, and the keys and values of all tokens but the newest. It lets a GPU load them early, and changes no value.
+Rows that share a block table, as those that verify drafts, read what others of them write: they are no decode step.
 
 `sample` is in a second reference file, `reference_sampling.py`.
 """
@@ -234,20 +235,20 @@ def draft(
             continue
         tokens = history[b, :length]
         opens = int(min_len[b]) if length < min_len[b] else length + K
-        n = max(min(K - 1, int(most_drafts[b]), int(max_len[b]) - length - 1, opens - length - 1), 0)
         place = _longest_match(tokens)
-        n = 0 if place is None else n
+        n = min(K - 1, int(most_drafts[b]), int(max_len[b]) - length - 1, opens - length - 1) if place else 0
+        n = max(n, 0)
         report[b, -1] = n
         drafts[b, 0] = tokens[-1]
-        draft_lens[b, : n + 1] = length + torch.arange(n + 1, device=tokens.device)
+        draft_lens[b, : n + 1] = torch.arange(length, length + n + 1, dtype=torch.int32, device=tokens.device)
         for i in range(n):
             drafts[b, i + 1] = tokens[place + i % (length - place)]
 
 
-def _longest_match(tokens: Tensor) -> int | None:
-    """The place of the longest match of the end of `tokens` [L], the last one of equals; None below 2 tokens."""
-    longest = None
-    places = torch.arange(1, len(tokens), device=tokens.device)
+def _longest_match(tokens: Tensor) -> int:
+    """The place of the longest match of the end of `tokens` [L], the last one of equals; 0 below 2 tokens."""
+    longest = 0
+    places = torch.arange(1, len(tokens), dtype=torch.int64, device=tokens.device)
     for back in range(1, LONGEST_MATCH + 1):
         places = places[places >= back]
         places = places[tokens[places - back] == tokens[len(tokens) - back]]  # those whose match has `back` tokens

@@ -21,6 +21,9 @@ from .launch import cdiv, check, check_first, jit, next_power_of_2, options
 # Places per program: 4 per thread.
 BLOCK = 512
 NUM_WARPS = 4
+# Numbers per iteration, one for each block: those of 32768 tokens. Rows of a sequence, or more if there are.
+BLOCKS = 64
+LANES = 16
 
 
 @jit()
@@ -61,8 +64,11 @@ def _draft(
     row = tl.program_id(0).to(tl.int64)
     length = tl.load(lens_ptr + row)
     max_len, min_len, most = tl.load(max_len_ptr + row), tl.load(min_len_ptr + row), tl.load(most_ptr + row)
-    block = tl.arange(0, BLOCKS)
-    best = tl.max(tl.load(best_ptr + row * blocks + block, mask=block < blocks, other=0), axis=0)
+    best = tl.full((), 0, tl.int64)
+    for first in range(0, blocks, BLOCKS):
+        block = first + tl.arange(0, BLOCKS)
+        found = tl.load(best_ptr + row * blocks + block, mask=block < blocks, other=0)
+        best = tl.maximum(best, tl.max(found, axis=0))
     place = (best & 0xFFFFFFFF).to(tl.int32)
     count = tl.minimum(tl.minimum(K - 1, most), max_len - length - 1)
     count = tl.where(length < min_len, tl.minimum(count, min_len - length - 1), count)
@@ -114,5 +120,5 @@ def draft(
     _draft[(batch,)](
         history, seq_lens, max_len, min_len, most_drafts, best, report, drafts, draft_lens,
         history.stride(0), report.stride(0), drafts.stride(0), draft_lens.stride(0), report.shape[1] - 1, rows, blocks,
-        BLOCKS=next_power_of_2(blocks), LANES=next_power_of_2(rows), num_warps=1, **options(device),
+        BLOCKS=BLOCKS, LANES=max(LANES, next_power_of_2(rows)), num_warps=1, **options(device),
     )  # fmt: skip

@@ -20,7 +20,7 @@ ROOMS = {
 }
 # The only files of the runtime that import kernels: the model runs them, hooks penalise and filter on the host, the
 # state needs the limit of a small top-k, and the warm-up the list of launches to compile.
-MEETS_KERNELS = {"engine/hooks", "engine/state", "engine/warm_up", "model/model"}
+MEETS_KERNELS = {"engine/draft_rows", "engine/hooks", "engine/state", "engine/warm_up", "model/model"}
 
 
 def modules(path: Path) -> set[tuple[str, ...]]:
