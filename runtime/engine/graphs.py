@@ -133,10 +133,11 @@ class StepQueue:
         buffer = flight.buffer
         if buffer.arrived is not None:
             buffer.arrived.synchronize()
-        logprobs = buffer.report.view(torch.float32).tolist()
+        report = buffer.report[: len(flight.readers)]
+        rows = zip(flight.readers, report.tolist(), report.view(torch.float32).tolist(), strict=True)
         reports = [
             (reader, _report(numbers, floats))
-            for reader, numbers, floats in zip(flight.readers, buffer.report.tolist(), logprobs, strict=False)
+            for reader, numbers, floats in rows
             if reader is not None and numbers[0] >= 0
         ]
         self._idle.append(buffer)

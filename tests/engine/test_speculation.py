@@ -426,3 +426,22 @@ def test_a_warm_up_captures_all_steps_and_measures_their_cost(model, monkeypatch
     assert all(map(torch.equal, engine.kv_cache.layers, before))
     run(model, requests_of([GREEDY], [ids(20) * 3, ids(9)]), engine)
     assert len(captured) == 44
+
+
+def test_a_warm_up_after_a_cancel_writes_no_page(model, monkeypatch):
+    """The cancelled request had drafts, and its pages may serve later prompts."""
+    asked, prompts = [{**GREEDY, "ignore_eos": True, "max_tokens": 90}], [ids(9)]
+    [plain] = requests_of(asked, prompts)
+    run(model, [plain], speculation=False)
+    monkeypatch.setattr(cpu, "draft", planted([plain]))
+    recorder, [request] = Recorder(monkeypatch), requests_of(asked, prompts)
+    engine = Engine(model, max_batch_size=2, max_seq_len=WINDOW_TOKENS, speculation=True, capture=recorder.capture)
+    engine.add([request])
+    while not request.accepted:
+        engine.step()
+    engine.cancel([request])
+    before = [kv.clone() for kv in engine.kv_cache.layers]
+    assert (engine._runner.speculation.rows.batch.seq_lens > 0).all()
+    engine.warm_up()
+    for kv, old in zip(engine.kv_cache.layers, before, strict=True):
+        assert torch.equal(kv.nan_to_num(), old.nan_to_num())
