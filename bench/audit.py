@@ -134,6 +134,10 @@ FACTS = {
     "_penalize": Facts(
         streams=["logits_ptr", "bias_ptr", "prompt_counts_ptr", "output_counts_ptr"], bulk=["logits_ptr"], most_trips=2
     ),
+    # The other waits are of the loop over the drafts before a row, four at a time.
+    "_penalize, drafts": Facts(
+        streams=["logits_ptr", "bias_ptr", "prompt_counts_ptr", "output_counts_ptr"], bulk=["logits_ptr"], most_trips=7
+    ),
     # Two to three of the waits are of the loop over the maxima of blocks, which are in L1 by then.
     "_collect": Facts(streams=["x_ptr"], bulk=["x_ptr"], most_trips=6),
     "_weigh": Facts(bulk=["candidate_ptr"], most_trips=5),
@@ -142,6 +146,9 @@ FACTS = {
     "_narrow_few": Facts(bulk=["candidate_ptr"], most_trips=6),
     "_add_up": Facts(streams=["x_ptr"], bulk=["x_ptr"], most_trips=4),
     "_pick": Facts(most_trips=4),
+    # The third is of the loop over further tokens of a match.
+    "_match": Facts(bulk=["history_ptr"], most_trips=3),
+    "_draft": Facts(most_trips=2),
     "_advance": Facts(most_trips=4),
     "_count_prompt": Facts(bulk=["request_ptr"], most_trips=3),
     "_store_row": Facts(bulk=["row_ptr"], most_trips=3),
@@ -156,6 +163,8 @@ def kernel_name(launch: Launch) -> str:
         return f"{launch.kernel}, decode step"
     if launch.kernel == "_linear_quantised" and launch.constants["L"] < 64:
         return "_linear_quantised, short slices"
+    if launch.kernel == "_penalize" and "drafts_ptr" in launch.arguments:
+        return "_penalize, drafts"
     return launch.kernel
 
 

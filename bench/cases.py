@@ -231,6 +231,13 @@ def _typical_p_only(make: Inputs, rows: int) -> Arguments:
     }
 
 
+def _drafted(make: Inputs, rows: int) -> Arguments:
+    """As `_sampled`, for one sequence whose rows verify drafts."""
+    tables = ("prompt_counts", "output_counts")
+    own = {name: make.full((1, make.size.vocabulary), 0, torch.int32) for name in tables}
+    return {**_sampled(make, rows), **own, "drafts": make.full((1, rows), 0, torch.int64)}
+
+
 def _advance(make: Inputs, rows: int) -> Arguments:
     """Sequences that do not end at this step."""
     vocabulary = make.size.vocabulary
@@ -241,9 +248,33 @@ def _advance(make: Inputs, rows: int) -> Arguments:
         "logprob": make.full((rows,), 0, torch.float32),
         "token": make.full((rows,), 0, torch.int64),
         **{name: make.full((rows,), value, torch.int32) for name, value in integers.items()},
-        "report": make.full((rows, 3), 0, torch.int32),
+        "history": make.full((rows, 2048), 0, torch.int32),
+        "report": make.full((rows, 4), 0, torch.int32),
         "output_counts": make.full((rows, vocabulary), 0, torch.int32),
         **{name: make.full((rows, -(-vocabulary // 32)), 0, torch.int32) for name in masks},
+    }
+
+
+def _advance_of_drafts(make: Inputs, rows: int) -> Arguments:
+    """One sequence, all of whose drafts are right."""
+    return {
+        **_advance(make, 1),
+        "sampled": make.full((rows,), 0, torch.int64),
+        "logprob": make.full((rows,), 0, torch.float32),
+        "report": make.full((1, 3 * rows + 1), rows - 1, torch.int32),
+        "drafts": make.full((1, rows), 0, torch.int64),
+    }
+
+
+def _draft(make: Inputs, rows: int, context: int) -> Arguments:
+    """Random tokens, of which most places match none. 16 rows verify the drafts of all sequences."""
+    numbers = {"seq_lens": context, "max_len": 2**31 - 1, "min_len": 0, "most_drafts": 15}
+    return {
+        "history": torch.randint(make.size.vocabulary, (rows, context), dtype=torch.int32, device=make.device),
+        **{name: make.full((rows,), value, torch.int32) for name, value in numbers.items()},
+        "report": make.full((rows, 49), 0, torch.int32),
+        "drafts": make.full((rows, 16 // rows), 0, torch.int64),
+        "draft_lens": make.full((rows, 16 // rows), 0, torch.int32),
     }
 
 
@@ -253,6 +284,7 @@ def _count_prompt(make: Inputs, tokens: int) -> Arguments:
     return {
         "request": torch.randint(vocabulary, (tokens,), dtype=torch.int32, device=make.device),
         "lengths": torch.tensor([tokens, 0], dtype=torch.int32, device=make.device),
+        "history": make.full((tokens,), 0, torch.int32),
         **{name: make.full((vocabulary,), 0, torch.int32) for name in ("prompt_counts", "output_counts")},
         "logit_bias": make.full((vocabulary,), 0, torch.float32),
     }
@@ -332,6 +364,11 @@ def _ops(size: Size, dtype: torch.dtype, tokens: int, sequences: int, contexts: 
         yield case("sample", _top_p_only, part="top_p only")
         yield case("sample", _typical_p_only, part="typical_p only")
         yield case("advance", _advance)
+        if 1 < tokens <= 16:
+            yield case("sample", _drafted, part="recommended, drafts")
+            yield case("advance", _advance_of_drafts, part="drafts")
+        for context in contexts if tokens <= 8 else ():
+            yield case("draft", _draft, context, context=context)
         yield case("store_row", _store_row)
     else:
         yield case("count_prompt", _count_prompt)

@@ -45,7 +45,7 @@ def bytes_moved(op: str, arguments: Arguments, result: Any) -> int:
         tokens = touched["qkv" if op == "rope_and_cache" else "x"].shape[0]
         total += 2 * tokens * cache.shape[1] * cache.shape[3] * cache.element_size()
     elif op == "advance":
-        for table in ("end_mask", "output_counts", "permitted", "allowed"):
+        for table in ("history", "end_mask", "output_counts", "permitted", "allowed"):
             del touched[table]  # one word of each
     elif op == "store_row":
         touched["rows"] = touched["row"]

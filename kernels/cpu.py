@@ -18,6 +18,7 @@ from .quantised import QuantisedWeight, Weight
 from .reference import FEW_ROWS
 from .reference import advance as advance
 from .reference import count_prompt as count_prompt
+from .reference import draft as draft
 from .reference import store_row as store_row
 
 _AMX = torch.cpu._is_amx_tile_supported()
@@ -42,6 +43,8 @@ NEUTRAL = {
     "temperature": 0, "top_k": 0, "top_p": 1, "min_p": 0, "typical_p": 1,
     "repetition_penalty": 1, "presence_penalty": 0, "frequency_penalty": 0,
 }  # fmt: skip
+# Those that use how often a token was generated.
+COUNTING = ("repetition_penalty", "presence_penalty", "frequency_penalty")
 
 
 def embed(token_ids: Tensor, table: Tensor) -> Tensor:
@@ -166,6 +169,7 @@ def sample(
     output_counts: Tensor | None = None,
     logit_bias: Tensor | None = None,
     allowed: Tensor | None = None,
+    drafts: Tensor | None = None,
     seed: Tensor,
     stream: Tensor,
     position: Tensor,
@@ -175,20 +179,33 @@ def sample(
 
     Four rows of 49152 tokens at once take twice as long as one by one.
     """
-    arguments: dict[str, Any] = {
+    settings: dict[str, Any] = {
         "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "typical_p": typical_p,
         "repetition_penalty": repetition_penalty, "presence_penalty": presence_penalty,
-        "frequency_penalty": frequency_penalty, "prompt_counts": prompt_counts, "output_counts": output_counts,
-        "logit_bias": logit_bias, "allowed": allowed, "seed": seed, "stream": stream, "position": position,
+        "frequency_penalty": frequency_penalty, "seed": seed, "stream": stream, "position": position,
+    }  # fmt: skip
+    tables = {
+        "prompt_counts": prompt_counts, "output_counts": output_counts, "logit_bias": logit_bias, "allowed": allowed,
     }  # fmt: skip
     results = []
+    rows_of_each = 1 if drafts is None else drafts.shape[1]
     for row in range(len(logits)):
-        own: dict[str, Any] = {name: None if x is None else x[row : row + 1] for name, x in arguments.items()}
+        sequence, draft = divmod(row, rows_of_each)
+        own: dict[str, Any] = {name: None if x is None else x[row : row + 1] for name, x in settings.items()}
+        own |= {name: None if x is None else x[sequence : sequence + 1] for name, x in tables.items()}
         # A stage whose setting changes nothing is turned off: over a whole vocabulary it takes milliseconds.
         for name, neutral in NEUTRAL.items():
             setting = own[name]
             if setting is not None and bool(setting <= 0 if name == "top_k" else setting == neutral):
                 own[name] = None
+        if (
+            drafts is not None
+            and draft
+            and output_counts is not None
+            and any(own[name] is not None for name in COUNTING)
+        ):
+            counted = drafts[sequence, None, 1 : draft + 1]
+            own["output_counts"] = own["output_counts"].scatter_add(1, counted, torch.ones_like(counted).int())
         results.append(reference_sampling.sample(logits[row : row + 1], **own))
     tokens, logprobs = zip(*results, strict=True)
     return torch.cat(tokens), torch.cat(logprobs)

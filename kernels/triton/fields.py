@@ -84,7 +84,7 @@ def ptx(kind: Kind, dtype: torch.dtype, zero: int | None, field: int) -> str:
 
 def _pair(value: float, dtype: torch.dtype) -> str:
     """The bits of two equal 16-bit floats. Raises ValueError if the dtype does not have the value."""
-    number = torch.tensor(value, dtype=torch.float64)
+    number = torch.tensor(value, dtype=torch.float64, device="cpu")
     if number.to(dtype).double() != number:
         raise ValueError(f"{dtype} does not have {value}")
     bits = int(number.to(dtype).view(torch.int16)) & 0xFFFF

@@ -7,6 +7,7 @@ vocabulary size that is a multiple of 8 has compiled everything once it has run
     one sequence of T tokens, for every T of `token_counts`      (a chunk of a prompt, and its logits)
     a decode step of B rows, for every B of `batch_sizes`, with every set of stages that its sampling can have, and
     every dtype of logits
+    a step with drafts of B sequences, for every B that has them, with the same sets of stages; and its `draft`
 
 With another vocabulary size, the alignment of a row of logits decides how wide its loads are.
 """

@@ -22,9 +22,9 @@ ROOMS = {
 # state needs the limit of a small top-k, and the warm-up the list of launches to compile. The rest is about quantised
 # weights, whose layout the kernels define.
 MEETS_KERNELS = {
-    "engine/hooks", "engine/state", "engine/warm_up", "model/model", "model/quantised_linear",
-    "checkpoint/weight_files", "checkpoint/gguf/weights", "checkpoint/quantised/integers",
-    "checkpoint/quantised/quantised_files",
+    "engine/draft_rows", "engine/hooks", "engine/state", "engine/warm_up", "model/model", "model/quantised_linear",
+    "checkpoint/weight_files", "checkpoint/quantise/rounded_files", "checkpoint/gguf/weights",
+    "checkpoint/quantised/integers", "checkpoint/quantised/quantised_files",
 }  # fmt: skip
 
 

@@ -23,6 +23,7 @@ from internlm3 import InternLM3Config
 from internlm3.kernels.quantised import Form, Layout
 from internlm3.kernels.triton.warmup import batch_sizes
 from internlm3.runtime.engine import decode, prefill, staging
+from internlm3.runtime.engine.draft_rows import MOST_SEQUENCES, ROWS, DraftRows
 from internlm3.runtime.engine.layout import state_layout
 from internlm3.runtime.engine.pages import PageAllocator
 from internlm3.runtime.engine.state import DecodeState, Tier
@@ -56,9 +57,10 @@ class Server:
         cache = torch.empty(pages, 2, CONFIG.num_key_value_heads, PAGE, CONFIG.head_dim, **factory)
         self.kv_cache = SimpleNamespace(layer=lambda _: cache.unbind(1))
         self.pages = PageAllocator(pages)
-        layout = state_layout(slots, CONFIG.vocab_size, CONFIG.head_dim)
+        layout = state_layout(slots, CONFIG.vocab_size, CONFIG.head_dim, ROWS)
         buffer = torch.zeros(rows * layout.words, dtype=torch.int32, device=device)
         self.state = DecodeState.of(layout, buffer)
+        self.rows = DraftRows.like(self.state)
         with mock.patch.object(staging, "_HostBuffer"):  # needs memory
             self.staging = staging.Staging(CONFIG, layout, buffer, pages, prefill.CHUNK)
 
@@ -75,12 +77,20 @@ class Server:
         for tier in Tier:
             decode.step(self.model, self.kv_cache, self.state.slots(first, last), tier)
 
+    def verify(self, sequences):
+        slots, rows = self.state.slots(0, sequences), self.rows.of(sequences)
+        for tier in Tier:
+            decode.verify(self.model, self.kv_cache, slots, rows, tier)
+        decode.draft(self.model.model.ops, slots, rows)
+
 
 def warm(device, quantised):
     server = Server(device, 40, 16, 32, quantised)
     compile_kernels(server.model, server.kv_cache, server.staging, server.pages, max_seq_len=9000)
     for rows in batch_sizes(40):
         server.step(0, rows)
+    for sequences in range(1, MOST_SEQUENCES + 1):
+        server.verify(sequences)
 
 
 def serve(device, quantised):
@@ -101,6 +111,7 @@ def serve(device, quantised):
         server.first_token()
         first = rng.randrange(rows)
         server.step(first, rng.randint(first + 1, rows))
+        server.verify(rng.randint(1, min(MOST_SEQUENCES, rows)))
 
 
 def main(targets: Iterable[str]) -> None:

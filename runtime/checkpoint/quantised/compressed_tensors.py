@@ -225,8 +225,8 @@ class FP4:
         check_scales("weight_scale", self._scale(parts), "not negative")
 
     def numbers(self, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> Integers:
-        twice = looked_up(torch.tensor(FP4_VALUES).mul(2).to(torch.int8), parts["weight_packed"], low_first=True)
-        return Integers(twice, self._scale(parts) / 2)
+        twice = torch.tensor([int(2 * value) for value in FP4_VALUES], dtype=torch.int8, device="cpu")
+        return Integers(looked_up(twice, parts["weight_packed"], low_first=True), self._scale(parts) / 2)
 
     def _scale(self, parts: Mapping[str, Tensor]) -> Tensor:
         if self.nv:
