@@ -20,7 +20,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,7 +38,7 @@ class Form(NamedTuple):
     errors.
     """
 
-    form: str
+    form: Literal["int4", "int8", "fp8"]
     group: int = 128
     symmetric: bool = False
     scaled: bool = False

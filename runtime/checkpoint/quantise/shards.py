@@ -37,7 +37,7 @@ class Shards:
         if count == 1:
             self._draft(0).rename(self._folder / SINGLE)
             return
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for index, names in enumerate(self._written):
             shard = self._folder / f"model-{index + 1:05d}-of-{count:05d}.safetensors"
             self._draft(index).rename(shard)
