@@ -29,7 +29,7 @@ def tensors(integers: Integers, kind: Kind) -> dict[str, Tensor]:
     packed = {
         "weight_packed": pack(integers.q, 1),
         "weight_scale": integers.scale,
-        "weight_shape": torch.tensor(integers.q.shape),
+        "weight_shape": torch.tensor(integers.q.shape, dtype=torch.int64, device="cpu"),
     }
     if integers.zero is not None and not kind.symmetric:
         packed["weight_zero_point"] = pack(integers.zero, 0)
