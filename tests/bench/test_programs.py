@@ -9,8 +9,10 @@ import sys
 import pytest
 import torch
 
-from bench import ROOT, batching, demo_model, gpu, ops, peers, record, report, roofline
+from bench import ROOT, batching, demo_model, gpu, ops, peers, quantised_accuracy, record, report, roofline
 from bench.roofline import Roofline
+from internlm3 import InternLM3Tokenizer
+from internlm3.tests.support.checkpoints import load, make
 
 README = (ROOT / "bench" / "README.md").read_text("utf-8")
 COMMANDS = [
@@ -126,3 +128,57 @@ def test_batching(tmp_path, monkeypatch, capsys):
     # Two slots: 0, 2 and 4 steps in one, 8 in the other. Two batches: 8 and 4 steps.
     assert rows["questions, continuous"].about["steps"] == 8 and rows["questions, static"].about["steps"] == 12
     assert "2.00 times as fast as static (2.00 to 2.00); the ratio of steps is 1.50" in capsys.readouterr().out
+
+
+@pytest.fixture
+def small(demo_model, tmp_path, monkeypatch):
+    """A small model in the demo model's place, with its tokenizer: heads share values, no size equals another."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    for path in demo_model.glob("*token*"):
+        shutil.copy(path, folder)
+    shape = {"hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 2, "head_dim": 16, "vocab_size": 49152,
+             "initializer_range": 0.05}  # fmt: skip
+    make(5, torch.bfloat16, **shape).save_pretrained(folder)
+    monkeypatch.setattr("internlm3.runtime.checkpoint.demo_model.demo_model_checkpoint", lambda **_: folder)
+    return folder
+
+
+def test_the_permuted_model_computes_the_same(small, tmp_path):
+    quantised_accuracy.permuted(small, tmp_path / "permuted")
+    one, other = (load(folder, dtype=torch.float32) for folder in (small, tmp_path / "permuted"))
+    ids = torch.randint(0, 49152, (1, 20))
+    torch.testing.assert_close(one(ids).logits, other(ids).logits, rtol=1e-4, atol=1e-4)
+    state = other.state_dict()
+    assert not [
+        name for name, weight in one.state_dict().items() if weight.dim() == 2 and torch.equal(weight, state[name])
+    ]
+
+
+def test_quantised_accuracy(small, tmp_path, capsys):
+    (tmp_path / "text").write_text('A lazy @-@ eyed dog ( brown ) , 1 @,@ 000 years old , said " no " . \n' * 30)
+    arguments = [
+        str(tmp_path / "text"),
+        "--windows",
+        "1",
+        "--form",
+        "int8",
+        "int4 g32",
+        "--json",
+        str(tmp_path / "run.json"),
+    ]
+    assert quantised_accuracy.main(arguments) == 0
+    rows = {row.name: row for row in record.load(tmp_path / "run.json").rows}
+    plain = quantised_accuracy.plain((tmp_path / "text").read_text())
+    assert plain.startswith('A lazy-eyed dog (brown), 1,000 years old, said "no".')
+    ids = InternLM3Tokenizer.from_pretrained(small).encode(plain)[:512]
+    with torch.no_grad():
+        logits = load(small, dtype=torch.float32)(torch.tensor([ids])).logits[0, :-1]
+    perplexity = torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:])).exp().item()
+    assert rows["bfloat16"].value == pytest.approx(perplexity, rel=1e-4)
+    # 8 bits and a scale of 16 for each output, which has 96, 160 or 64 weights; the head outweighs the rest.
+    assert rows["int8"].about["bits"] == pytest.approx(8 + 16 / 96, abs=0.01)
+    assert rows["int8, goal"].state == "pass" and abs(rows["int8"].about["change"]) < 0.01
+    assert f"| int8 | 8.17 | {rows['int8'].value:.4f} |" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        quantised_accuracy.main([str(tmp_path / "text"), "--windows", "90"])

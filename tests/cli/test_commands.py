@@ -5,6 +5,7 @@ signals, its environment) start one.
 """
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import internlm3
 from internlm3 import LLM, InternLM3Config, InternLM3Tokenizer, SamplingParams
@@ -21,9 +23,10 @@ from internlm3.runtime.checkpoint.gguf.folder import locate
 from internlm3.runtime.checkpoint.sizes import read_per_token, weight_bytes
 from internlm3.runtime.cli import main as cli
 from internlm3.runtime.cli.sampling_switches import given_settings
+from internlm3.tests.support.checkpoints import make
 from internlm3.tests.support.command_line import FIGURES, run_command
 from internlm3.tests.support.gguf_files import write
-from internlm3.tests.support.quantised import Checkpoint, awq
+from internlm3.tests.support.quantised import SHAPE, Checkpoint, awq
 
 COMMAND = [sys.executable, "-m", "internlm3.runtime.cli.main"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -121,6 +124,46 @@ def test_perplexity_of_a_file_and_of_standard_input(demo_model, run, tmp_path):
     assert "in windows of 16 that begin 8 apart" in printed and printed.startswith("perplexity ")
     assert run("perplexity", demo_model, "-", *options, stdin=text).stdout == printed
     assert "nothing.txt" in run("perplexity", demo_model, tmp_path / "nothing.txt", expect=1).stderr
+
+
+@pytest.fixture(scope="module")
+def small(demo_model, tmp_path_factory):
+    """A small model of random weights with the demo model's tokenizer."""
+    folder = tmp_path_factory.mktemp("small")
+    for path in demo_model.glob("*token*"):
+        shutil.copy(path, folder)
+    make(5, torch.bfloat16, **SHAPE, vocab_size=49152, initializer_range=0.05).save_pretrained(folder)
+    return folder
+
+
+def test_quantize(small, run, tmp_path):
+    (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 3)
+    options = {
+        "4": ("--group", 32),
+        "4c": ("--calibrate", tmp_path / "text.txt"),
+        "4s": ("--symmetric",),
+        "8": (),
+        "fp8": (),
+    }
+    stored = {}
+    for name, given in options.items():
+        assert not run("quantize", small, tmp_path / name, "--bits", name.strip("cs"), *given).stdout
+        stored[name] = load_file(tmp_path / name / "model.safetensors")
+        llm = LLM(tmp_path / name, device="cpu", max_seq_len=64, progress=False)
+        assert llm.generate("Hello", temperature=0, max_tokens=2).outputs[0].token_ids
+    norm = "model.layers.0.input_layernorm.weight"
+    assert not torch.equal(stored["4"][norm], stored["4c"][norm]) and torch.equal(
+        stored["8"][norm], stored["fp8"][norm]
+    )
+    assert not any(name.endswith("zero_point") for name in stored["4s"])
+    assert stored["fp8"]["lm_head.weight"].dtype == torch.int8
+    again = run("quantize", small, tmp_path / "4", "--bits", "4", expect=1).stderr
+    assert "is there already: name a folder" in again
+    given = ("quantize", small, tmp_path / "new", "--bits", "8")
+    assert "are for 4 bits, and bits is 8" in run(*given, "--group", 64, expect=1).stderr
+    assert "is quantised already" in run("quantize", tmp_path / "8", tmp_path / "new", "--bits", "4", expect=1).stderr
+    (tmp_path / "empty.txt").write_text("")
+    assert "text" in run(*given[:-1], "4", "--calibrate", tmp_path / "empty.txt", expect=1).stderr
 
 
 def test_info_says_how_a_checkpoint_is_stored(tmp_path, run):
