@@ -14,11 +14,14 @@ MB of W at InternLM3-8B's shapes (C = 4096, I = 10240), and us to read them at 3
 
 Tensor cores multiply 1 to 64 rows alike: a program multiplies a tile of W by up to 16 rows of x, so a row has the same
 bits alone and among others. Programs of further rows read the tile from L2. A word's fields become slices of W in
-registers, 16-bit floats that are exactly q - zero. This is the order of a sum, all in float32:
-    - slices of W (16 to 128 columns: `Form.width`) in ascending order of their columns
+registers, 16-bit floats that are exactly q - zero. A warp converts numbers at a fraction of the rate at which memory
+delivers them, and W's rows alone are enough for two warps of a multiprocessor. So the warps of a program share the
+columns, block by block of words (the slices of all fields: `Form`). This is the order of a sum, all in float32:
+    - part p of PARTS has blocks p, p + PARTS, ... in ascending order; y = ((part 0 + part 1) + part 2) + part 3
+    - slices of a block (16 to 128 columns: `Form.width`) in ascending order of their columns
     - within a slice the tensor core's steps of 16 columns in ascending order
-    - with groups, a slice is summed by itself, from zero, and y = fma(slice, scale, y)
-    - with one scale for all columns, slices are summed in sequence, and the scale multiplies the sum
+    - with groups, a slice is summed by itself, from zero, and part = fma(slice, scale, part)
+    - with one scale for all columns, slices are summed in sequence, and the scale multiplies y
 """
 
 from typing import Any, NamedTuple
@@ -28,7 +31,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..quantised import QuantisedWeight
+from ..quantised import Form, QuantisedWeight
 from .fields import constants, field_of, scale_and_zero
 from .launch import cdiv, jit, options
 from .linear_fused import ALIGNED, NO_CACHE, residual_tile, row_places, store_result, weight_rows
@@ -36,21 +39,15 @@ from .rms_norm import rms_norm
 
 
 class Tile(NamedTuple):
-    """The tile of a program: rows of W, warps, stages of the pipeline.
-
-    A warp has 16 rows of W: more warps would share rows, and each convert the same numbers.
-    """
+    """The tile of a program: rows of W, stages of the pipeline."""
 
     rows: int
-    warps: int
     stages: int
 
 
-# By the rows of x of a program, padded. Two warps use the same instruction for 8 and 16 rows, which keeps the bits of a
-# row; four would use another one for 16 (sm_90). Chosen by machine code: nothing spills, and a program's shared memory
-# fits. None has been measured.
-TILES = {8: Tile(32, 2, 6), 16: Tile(32, 2, 4)}
-TILE_OF_AMD = Tile(32, 2, 2)
+PARTS = 4  # of a row's columns; each has a warp, which converts the numbers of no other
+WIDE = 16384  # rows of W, above which all multiprocessors have several programs
+TILE_OF_AMD = Tile(32, 2)
 AHEAD = 16  # cache lines per row of W that a program prefetches into L2 before it waits
 
 
@@ -58,29 +55,39 @@ AHEAD = 16  # cache lines per row of W that a program prefetches into L2 before 
 def _block(
     y, words, b, scale_rows, x_rows, row, R,
     OUT: tl.constexpr, C: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, KIND: tl.constexpr, L: tl.constexpr,
-    PTX: tl.constexpr, OFFSET: tl.constexpr,
+    PTX: tl.constexpr, OFFSET: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """y [BO, BR] + the product of block b of W, words [BO, L], and its columns of x."""
+    """y [PARTS, BO, BR] + the products of W's blocks b [PARTS, 1, 1], words [PARTS, BO, L], and their columns of x."""
     dtype = x_rows.dtype.element_ty
     FIELDS: tl.constexpr = 4 if KIND == "int4" else 2
     for i in tl.static_range(FIELDS):
+        slice_ = b * FIELDS + i
         zero = None
         if GROUP:
             # Padding may be a group of its own, which has no scale.
-            group = tl.minimum(b * FIELDS + i, (C - 1) // L) * L // GROUP
+            group = tl.minimum(slice_, (C - 1) // L) * L // GROUP
             scale, zero = scale_and_zero(scale_rows + group * OUT, ZERO)
         numbers = field_of(words, zero, i, KIND, PTX, OFFSET, ZERO, dtype)
-        columns = ((b * FIELDS + i) * L + tl.arange(0, L))[None, :]
+        columns = slice_ * L + tl.arange(0, L)[None, None, :]
         mask = row < R
-        if C % (FIELDS * L):
+        if C % (PARTS * FIELDS * L):
             mask &= columns < C
         x = tl.load(x_rows + columns, mask=mask, other=0.0, eviction_policy="evict_last")
         if GROUP:
-            part = tl.dot(numbers, x.trans(), tl.zeros_like(y), input_precision="ieee")
-            y = tl.fma(part, scale, y)
+            summed = tl.dot(numbers, x.permute(0, 2, 1), tl.zeros_like(y), input_precision="ieee")
+            y = tl.fma(summed, scale, y)
         else:
-            y = tl.dot(numbers, x.trans(), y, input_precision="ieee")
+            y = tl.dot(numbers, x.permute(0, 2, 1), y, input_precision="ieee")
     return y
+
+
+@triton.jit
+def _sum_of_parts(y):
+    """[4, BO, BR] -> [BO, BR], in ascending order."""
+    even, odd = y.permute(1, 2, 0).reshape(y.shape[1], y.shape[2], 2, 2).split()
+    part_0, part_2 = even.split()
+    part_1, part_3 = odd.split()
+    return ((part_0 + part_1) + part_2) + part_3
 
 
 @jit(f"scale_ptr {ALIGNED}")
@@ -92,15 +99,16 @@ def _linear_quantised(
     OUT: tl.constexpr, C: tl.constexpr, WORDS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr,
     KIND: tl.constexpr, L: tl.constexpr, PTX: tl.constexpr, OFFSET: tl.constexpr,
     HALF: tl.constexpr, H: tl.constexpr, K: tl.constexpr, S: tl.constexpr,
-    BO: tl.constexpr, BR: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
+    BO: tl.constexpr, BR: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Pointers are None for inputs that the op does not have. L: the columns of a slice. BR: R padded."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     row_tile, tile = tl.program_id(0), tl.program_id(1)  # programs of one tile of W are neighbours, and share L2
     rows = weight_rows(tile, OUT, HALF, BO)
-    w_rows = w_ptr + rows.to(tl.int64)[:, None] * WORDS + tl.arange(0, L)[None, :]
-    scale_rows = scale_ptr + rows[:, None]
+    w_rows = w_ptr + rows.to(tl.int64)[None, :, None] * WORDS + tl.arange(0, L)[None, None, :]
+    scale_rows = scale_ptr + rows[None, :, None]
     LINE: tl.constexpr = 64  # words of a cache line
     if PDL:
         line = tl.minimum(tl.arange(0, AHEAD), (WORDS - 1) // LINE)[None, :]
@@ -124,18 +132,37 @@ def _linear_quantised(
             tile, row, R, inv_freq_ptr, inv_freq_stride, block_table_ptr, table_stride, seq_lens_ptr, positions_ptr,
             tokens, pages, slots, S, HALF, BO,
         )  # fmt: skip
-    x_row = row_tile * BR + tl.arange(0, BR)[:, None]
+    x_row = row_tile * BR + tl.arange(0, BR)[None, :, None]
     x_rows = x_ptr + x_row.to(tl.int64) * x_stride
-    y = tl.zeros((BO, BR), tl.float32)
-    for b in tl.range(0, WORDS // L, num_stages=STAGES):
-        words = tl.load(w_rows + b * L, eviction_policy="evict_first")
-        y = _block(y, words, b, scale_rows, x_rows, x_row, R, OUT, C, GROUP, ZERO, KIND, L, PTX, OFFSET)
+    parts = tl.zeros((PARTS, BO, BR), tl.float32)
+    for first in tl.range(0, WORDS // L, PARTS, num_stages=STAGES):
+        b = first + tl.arange(0, PARTS)[:, None, None]
+        if WORDS // L % PARTS:
+            words = tl.load(w_rows + b * L, mask=b < WORDS // L, other=0, eviction_policy="evict_first")
+        else:
+            words = tl.load(w_rows + b * L, eviction_policy="evict_first")
+        parts = _block(parts, words, b, scale_rows, x_rows, x_row, R, OUT, C, GROUP, ZERO, KIND, L, PTX, OFFSET, PARTS)
+    y = _sum_of_parts(parts)
     if GROUP == 0:
-        y *= tl.load(scale_rows)
+        y *= tl.load(scale_ptr + rows[:, None])
     store_result(
         tile, row, y, bias, residual, places, R, y_ptr, k_cache_ptr, k_page_stride, k_head_stride, k_token_stride,
         v_cache_ptr, v_page_stride, v_head_stride, v_token_stride, OUT, HALF, H, K, BO,
     )  # fmt: skip
+
+
+def tile_of(form: Form, outputs: int, padded: int) -> Tile:
+    """The tile for W [outputs, ...] and so many rows of x, padded.
+
+    The product of all parts at once is HMMA on all of NVIDIA's GPUs, for any tile, which keeps the bits of a row. Tiles
+    are chosen by machine code (nothing spills, and a program's shared memory fits) and by a simulation
+    (bench/predictions.md). None has been measured.
+    """
+    # Every program reads all of x: with many rows of x, programs must be few.
+    wide = outputs > WIDE
+    rows = 32 if padded == 16 or (wide and form.kind == "int4") else 16
+    iterations = form.words // form.width // PARTS
+    return Tile(rows, 3 if iterations >= 4 and not wide else 2)
 
 
 def multiply(
@@ -158,7 +185,7 @@ def multiply(
     rows = x.shape[0]
     form, outputs = weight.form, weight.shape[0]
     padded = 8 if rows <= 8 and not torch.version.hip else 16  # AMD's matrix instructions take 16 columns
-    tile = TILE_OF_AMD if torch.version.hip else TILES[padded]
+    tile = TILE_OF_AMD if torch.version.hip else tile_of(form, outputs, padded)
     if norm is not None:
         x = rms_norm(x, norm, eps)
     if weight.order is not None:
@@ -166,6 +193,6 @@ def multiply(
     _linear_quantised[(cdiv(rows, padded), cdiv(outputs, tile.rows))](
         x, x.stride(0), weight.words, weight.scales, bias,
         residual, residual.stride(0) if residual is not None else None, y, rows, **(cache or NO_CACHE),
-        OUT=outputs, **constants(form, x.dtype), HALF=half, BO=tile.rows, BR=padded, STAGES=tile.stages,
-        AHEAD=AHEAD, num_warps=tile.warps, **options(x.device),
+        OUT=outputs, **constants(form, x.dtype), HALF=half, BO=tile.rows, BR=padded, PARTS=PARTS,
+        STAGES=tile.stages, AHEAD=AHEAD, num_warps=PARTS, **options(x.device),
     )  # fmt: skip
