@@ -33,7 +33,7 @@ from torch import Tensor
 
 from ..quantised import Form, QuantisedWeight
 from .fields import constants, field_of, scale_and_zero
-from .launch import cdiv, jit, options
+from .launch import cdiv, is_hopper, jit, options
 from .linear_fused import ALIGNED, NO_CACHE, residual_tile, row_places, store_result, weight_rows
 from .rms_norm import rms_norm
 
@@ -47,6 +47,8 @@ class Tile(NamedTuple):
 
 PARTS = 4  # of a row's columns; each has a warp, which converts the numbers of no other
 WIDE = 16384  # rows of W, above which all multiprocessors have several programs
+WIDEST = 65536  # and above which there are so many that a last wave takes little of the time
+FLOAT32 = Tile(16, 1)  # for tests: no tensor core multiplies float32 exactly
 TILE_OF_AMD = Tile(32, 2)
 AHEAD = 16  # cache lines per row of W that a program prefetches into L2 before it waits
 
@@ -151,18 +153,17 @@ def _linear_quantised(
     )  # fmt: skip
 
 
-def tile_of(form: Form, outputs: int, padded: int) -> Tile:
-    """The tile for W [outputs, ...] and so many rows of x, padded.
+def tile_of(form: Form, outputs: int, padded: int, hopper: bool) -> Tile:
+    """The tile for W [outputs, ...] and so many rows of x, padded. hopper: sm_90 and newer have more shared memory.
 
     The product of all parts at once is HMMA on all of NVIDIA's GPUs, for any tile, which keeps the bits of a row. Tiles
     are chosen by machine code (nothing spills, and a program's shared memory fits) and by a simulation
     (bench/predictions.md). None has been measured.
     """
-    # Every program reads all of x: with many rows of x, programs must be few.
-    wide = outputs > WIDE
-    rows = 32 if padded == 16 or (wide and form.kind == "int4") else 16
+    # Every program reads all of x: with many rows of x, or a head, programs must be few.
+    few = padded == 16 or outputs > (WIDE if form.kind == "int4" else WIDEST)
     iterations = form.words // form.width // PARTS
-    return Tile(rows, 3 if iterations >= 4 and not wide else 2)
+    return Tile(32 if few else 16, 3 if hopper and iterations >= 4 and outputs <= WIDE else 2)
 
 
 def multiply(
@@ -185,7 +186,9 @@ def multiply(
     rows = x.shape[0]
     form, outputs = weight.form, weight.shape[0]
     padded = 8 if rows <= 8 and not torch.version.hip else 16  # AMD's matrix instructions take 16 columns
-    tile = TILE_OF_AMD if torch.version.hip else tile_of(form, outputs, padded)
+    tile = tile_of(form, outputs, padded, is_hopper(x.device))
+    if torch.version.hip or x.dtype == torch.float32:
+        tile = TILE_OF_AMD if torch.version.hip else FLOAT32
     if norm is not None:
         x = rms_norm(x, norm, eps)
     if weight.order is not None:
