@@ -10,6 +10,7 @@ On NVIDIA's GPUs an instruction handles the same field of two words. Instruction
 Elsewhere, and in float32, numbers are computed one by one with ordinary operations, to the same values.
 """
 
+import struct
 from functools import lru_cache
 from typing import Any
 
@@ -84,11 +85,12 @@ def ptx(kind: Kind, dtype: torch.dtype, zero: int | None, field: int) -> str:
 
 def _pair(value: float, dtype: torch.dtype) -> str:
     """The bits of two equal 16-bit floats. Raises ValueError if the dtype does not have the value."""
-    number = torch.tensor(value, dtype=torch.float64, device="cpu")
-    if number.to(dtype).double() != number:
+    wide = dtype == torch.bfloat16  # which is the upper half of float32
+    packed = struct.pack(">f" if wide else ">e", value)
+    if struct.unpack(">f" if wide else ">e", packed)[0] != value or (wide and any(packed[2:])):
         raise ValueError(f"{dtype} does not have {value}")
-    bits = int(number.to(dtype).view(torch.int16)) & 0xFFFF
-    return f"0x{bits:04X}{bits:04X}"
+    bits = packed[:2].hex().upper()
+    return f"0x{bits}{bits}"
 
 
 @triton.jit
