@@ -41,8 +41,8 @@ class Chunk:
     decode_tps: float
     peak_memory: float
     cached_tokens: int
-    drafted: int
-    accepted: int
+    drafted: int = 0
+    accepted: int = 0
 
 
 @dataclass(frozen=True)

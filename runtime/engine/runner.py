@@ -217,10 +217,11 @@ class Runner:
             for tier in Tier:
                 self._steps.execute(Step(batch_size, tier))
         if self.speculation is not None:
-            sizes = {count: self._padded(count) for count in slots[:MOST_SEQUENCES]}
-            costs = costs_of_drafts(
-                self._steps, self._state, self.speculation.rows, self.pages, set(sizes.values()), self._max_seq_len
-            )
+            # Without a capture sizes between two powers of two would run, too: they need no compilation of their own.
+            sizes = {count: _padded(count, self._max_batch_size) for count in slots[:MOST_SEQUENCES]}
+            tiers = () if self._eager and self._model.device.type == "cpu" else Tier
+            rows, distinct = self.speculation.rows, set(sizes.values())
+            costs = costs_of_drafts(self._steps, self._state, rows, self.pages, distinct, tiers, self._max_seq_len)
             self.speculation.costs = {count: costs[batch_size] for count, batch_size in sizes.items()}
         self._prefill.warm_up(self._max_seq_len)
 

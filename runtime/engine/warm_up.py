@@ -61,29 +61,28 @@ def costs_of_drafts(
     rows: DraftRows,
     pages: PageAllocator,
     batch_sizes: Iterable[int],
+    tiers: Iterable[Tier],
     max_seq_len: int,
 ) -> dict[int, Cost]:
-    """Compiles or captures every step with drafts. Returns what they cost, by batch size. No slot may have a request.
+    """Compiles or captures steps with drafts. Returns what they cost, by batch size. No slot may have a request.
 
     All rows have the same pages and the same context, which is as short or as long as can be.
     """
     allocated = pages.allocate(pages_of(max_seq_len))
 
     def seconds(step: Step, context: int) -> float:
-        """The shortest of some runs."""
-        times = []
-        for _ in range(4):
-            for batch in (state.batch, rows.batch):
-                batch.seq_lens.fill_(context)
-            _synchronize(state)
-            began = time.perf_counter()
-            steps.execute(step)
-            _synchronize(state)
-            times.append(time.perf_counter() - began)
-        return min(times)
+        for batch in (state.batch, rows.batch):
+            batch.seq_lens.fill_(context)
+        _synchronize(state)
+        began = time.perf_counter()
+        steps.execute(step)
+        _synchronize(state)
+        return time.perf_counter() - began
 
     def cost(batch_size: int, context: int) -> float:
-        with_drafts, without = (seconds(Step(batch_size, Tier.GREEDY, drafts), context) for drafts in (True, False))
+        with_drafts, without = (
+            min(seconds(Step(batch_size, Tier.GREEDY, drafts), context) for _ in range(3)) for drafts in (True, False)
+        )
         return with_drafts / without - 1
 
     try:
@@ -91,10 +90,10 @@ def costs_of_drafts(
             batch.block_table[:, : len(allocated)] = torch.tensor(allocated, dtype=torch.int32, device="cpu")
         costs = {}
         for batch_size in sorted(batch_sizes):
-            for tier in Tier:
+            for tier in tiers:
                 seconds(Step(batch_size, tier, drafts=True), 1)
             short, long = cost(batch_size, 1), cost(batch_size, max_seq_len)
-            costs[batch_size] = Cost(short, (long - short) / max_seq_len)
+            costs[batch_size] = Cost(max(short, 0), max(long - short, 0) / max_seq_len)
         return costs
     finally:
         for batch in (state.batch, rows.batch):

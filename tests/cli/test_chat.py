@@ -47,8 +47,12 @@ def test_a_conversation_grows(monkeypatch, capsys):
 
 
 def test_a_turn_shows_what_was_reused_and_how_fast(capsys):
-    for reused, words in ((0, "2.00 GB]\n"), (512, "2.00 GB] [512 of the prompt's tokens reused]\n")):
-        show(iter([Chunk("hi", [1], [0.0], None, None, None, 600, 1, 900.0, 30.0, 2.0, reused)]))
+    for reused, drafted, words in (
+        (0, 0, "2.00 GB]\n"),
+        (512, 0, "2.00 GB] [512 of the prompt's tokens reused]\n"),
+        (0, 30, "2.00 GB] [12 of 30 drafted tokens were right]\n"),
+    ):
+        show(iter([Chunk("hi", [1], [0.0], None, None, None, 600, 1, 900.0, 30.0, 2.0, reused, drafted, 12)]))
         printed = capsys.readouterr().err
         assert (
             FIGURES.search(printed).groups() == ("600", "1") and "30.0 tokens/s" in printed and printed.endswith(words)
