@@ -17,7 +17,7 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from multiprocessing import get_context
@@ -32,7 +32,7 @@ from triton import knobs
 from internlm3 import kernels
 
 from . import ROOT
-from .cases import Case, cases
+from .cases import DENSE, Case, cases
 from .machine_code.launches import Launch, compile_launches
 from .machine_code.reader import MachineCode, read
 from .machine_code.sass import Access
@@ -57,12 +57,18 @@ class Facts(NamedTuple):
     # Pointer arguments that are streamed: each of their loads is 16 bytes wide.
     streams: Sequence[str] = ()
     tensor_cores: bool = False
+    # Whether its fused 16-bit operations are exact: tests/kernels/test_fields.py computes all of them.
+    exact_fma: bool = False
     # The columns that one tensor-core instruction adds to a sum, if their order must be the same in every launch.
     step: int = 0
+    # The one tensor-core instruction of NVIDIA's GPUs that it may have, if tiles must give the same bits.
+    instruction: str = ""
     # Pointer arguments whose bytes take most of the launch's time, and the share of the issue slots that the threads
     # may use while memory delivers those bytes.
     bulk: Sequence[str] = ()
     most_slots: float = math.inf
+    # Instructions per 16 of these bytes that convert numbers or move their bytes: I2F, F2F, PRMT and the like.
+    most_conversions: float = math.inf
     # Waits for memory, each for something requested after the previous one.
     most_trips: float = math.inf
     # Programs per multiprocessor, over the whole launch.
@@ -95,6 +101,25 @@ FACTS = {
         # Half of an H200's multiprocessors can stream W: 64 programs of 64 rows took half the time of 128 of 32.
         bulk=["w_ptr"], most_slots=0.9, most_trips=3, least_programs=0.4,
     ),
+    "_linear_quantised": Facts(
+        ["w_ptr", "scale_ptr", "bias_ptr"], streams=["w_ptr", "x_ptr"], tensor_cores=True, step=16, exact_fma=True,
+        # See TILES in linear_quantised.py.
+        instruction="HMMA",
+        # For a number of 4 bits 2.4 to 2.8 instructions: 78 to 91% of an H200's issue slots, 106 to 122% of a B200's.
+        bulk=["w_ptr"], most_slots=1.25, most_trips=4, least_programs=0.4,
+        # Those of the integer zero points of groups: 1.5. One for each number would be 16 or 32.
+        most_conversions=2,
+    ),
+    # For groups of 32 columns or fewer, as in GGUF files: what a slice needs beside its numbers takes half of the time.
+    "_linear_quantised, short slices": Facts(
+        ["w_ptr", "scale_ptr", "minimum_ptr", "bias_ptr"], streams=["w_ptr"], tensor_cores=True, step=16,
+        exact_fma=True, instruction="HMMA", bulk=["w_ptr"], most_slots=2.5, most_trips=4, least_programs=0.4,
+    ),
+    "_dequantise": Facts(
+        ["w_ptr", "scale_ptr", "minimum_ptr"], early=["w_ptr", "scale_ptr"], streams=["w_ptr"], most_trips=2,
+        exact_fma=True,
+    ),
+    "_slice_sums": Facts(streams=["x_ptr"], most_trips=1),
     # new_k_ptr and new_v_ptr are the caches again: the newest token's key and value are not older than the step. Of the
     # waits the first two, for the length and the pages, are before that for the predecessor; three are of the loop over
     # further tiles.
@@ -109,6 +134,10 @@ FACTS = {
     "_penalize": Facts(
         streams=["logits_ptr", "bias_ptr", "prompt_counts_ptr", "output_counts_ptr"], bulk=["logits_ptr"], most_trips=2
     ),
+    # The other waits are of the loop over the drafts before a row, four at a time.
+    "_penalize, drafts": Facts(
+        streams=["logits_ptr", "bias_ptr", "prompt_counts_ptr", "output_counts_ptr"], bulk=["logits_ptr"], most_trips=7
+    ),
     # Two to three of the waits are of the loop over the maxima of blocks, which are in L1 by then.
     "_collect": Facts(streams=["x_ptr"], bulk=["x_ptr"], most_trips=6),
     "_weigh": Facts(bulk=["candidate_ptr"], most_trips=5),
@@ -117,6 +146,9 @@ FACTS = {
     "_narrow_few": Facts(bulk=["candidate_ptr"], most_trips=6),
     "_add_up": Facts(streams=["x_ptr"], bulk=["x_ptr"], most_trips=4),
     "_pick": Facts(most_trips=4),
+    # The third is of the loop over further tokens of a match.
+    "_match": Facts(bulk=["history_ptr"], most_trips=3),
+    "_draft": Facts(most_trips=2),
     "_advance": Facts(most_trips=4),
     "_count_prompt": Facts(bulk=["request_ptr"], most_trips=3),
     "_store_row": Facts(bulk=["row_ptr"], most_trips=3),
@@ -124,22 +156,29 @@ FACTS = {
 
 
 def kernel_name(launch: Launch) -> str:
-    """The kernel's name in FACTS, which has linear layers of one row and attention in a decode step separately."""
+    """The kernel's name in FACTS, which has some variants of a kernel separately."""
     if launch.kernel == "_linear_few_rows" and launch.constants["BR"] == 1:
         return "_linear_few_rows, one row"
     if launch.kernel in ("_attend", "_combine") and launch.constants["EARLY"]:
         return f"{launch.kernel}, decode step"
+    if launch.kernel == "_linear_quantised" and launch.constants["L"] < 64:
+        return "_linear_quantised, short slices"
+    if launch.kernel == "_penalize" and "drafts_ptr" in launch.arguments:
+        return "_penalize, drafts"
     return launch.kernel
 
 
-def instructions_per_16_bytes(code: MachineCode, pointers: Sequence[str]) -> float:
-    """Instructions of a thread per 16 streamed bytes, in the loop that streams the most, or outside of loops."""
+def per_16_bytes(counted: Mapping[str, int], code: MachineCode, pointers: Sequence[str]) -> float:
+    """Of instructions of a thread, counted by loop: those per 16 streamed bytes.
+
+    In the loop that streams the most, or outside of loops.
+    """
     loaded = Counter[str]()
     for access in code.accesses:
         if access.is_load and access.pointers & set(pointers):
             loaded[access.loop] += access.bytes
     loop = max(loaded, key=lambda loop: (loop != "", loaded[loop]), default="")
-    return 16 * code.instructions[loop] / loaded[loop] if loaded else 0.0
+    return 16 * counted[loop] / loaded[loop] if loaded else 0.0
 
 
 def columns_of(tensor_core: str) -> int | None:
@@ -167,7 +206,7 @@ def violations(launch: Launch, code: MachineCode, target: Target, facts: Facts) 
     # The order of roundings is part of an op's definition.
     if launch.compiled.metadata.enable_fp_fusion:
         wrong.append("is launched with enable_fp_fusion: a product and a sum would be rounded once")
-    if code.fused_16_bits:
+    if code.fused_16_bits and not facts.exact_fma:
         wrong.append(f"fused 16-bit operations: {len(code.fused_16_bits)}, as {code.fused_16_bits[0]}")
     if not target.is_cuda:
         return wrong
@@ -178,9 +217,14 @@ def violations(launch: Launch, code: MachineCode, target: Target, facts: Facts) 
             names = ", ".join(sorted(frozenset().union(*(access.pointers for access in found))))
             wrong.append(f"{what}: {len(found)} of {names or 'no argument'}, as {found[0].instruction}")
 
-    per_16_bytes = instructions_per_16_bytes(code, facts.bulk)
-    if per_16_bytes > facts.most_slots * target.instructions_per_16_bytes:
-        wrong.append(f"slower than memory: {per_16_bytes:.0f} instructions of a thread per 16 streamed bytes")
+    if facts.instruction and (kinds := {name for name in code.tensor_core if name.split(".")[0] != facts.instruction}):
+        wrong.append(f"has other tensor-core instructions than {facts.instruction}: {', '.join(sorted(kinds))}")
+    executed = per_16_bytes(code.instructions, code, facts.bulk)
+    if executed > facts.most_slots * target.instructions_per_16_bytes:
+        wrong.append(f"slower than memory: {executed:.0f} instructions of a thread per 16 streamed bytes")
+    conversions = per_16_bytes(code.conversions, code, facts.bulk)
+    if conversions > facts.most_conversions:
+        wrong.append(f"converts one by one: {conversions:.1f} conversions of a thread per 16 streamed bytes")
     if launch.programs < facts.least_programs * target.multiprocessors:
         wrong.append(f"leaves multiprocessors idle: {launch.programs} programs for {target.multiprocessors}")
     loads = [access for access in code.accesses if access.is_load]
@@ -239,7 +283,7 @@ class Finding(NamedTuple):
 
 def figures(launch: Launch, code: MachineCode, target: Target, facts: Facts) -> dict[str, str]:
     metadata = launch.compiled.metadata
-    per_16_bytes = instructions_per_16_bytes(code, facts.bulk)
+    executed = per_16_bytes(code.instructions, code, facts.bulk)
     loads = [access for access in code.accesses if access.is_load]
     wide = sum(access.bytes >= 16 for access in loads)
     early = sum(not access.may_have_waited for access in loads)
@@ -259,12 +303,23 @@ def figures(launch: Launch, code: MachineCode, target: Target, facts: Facts) -> 
         # Of a program: loads issued before it waits for the first, and waits in sequence.
         "loads, waits": f"{code.flight.ahead}, {code.flight.round_trips}" if target.is_cuda else "-",
         # Of a thread, and the share of its issue slots while memory delivers these bytes at full speed.
-        "instructions/16 B": f"{per_16_bytes:.0f}" if per_16_bytes else "-",
-        "slots": f"{per_16_bytes / target.instructions_per_16_bytes:.0%}" if per_16_bytes else "-",
+        "instructions/16 B": f"{executed:.0f}" if executed else "-",
+        "slots": f"{executed / target.instructions_per_16_bytes:.0%}" if executed else "-",
         "16-byte loads": f"{wide} of {len(loads)}",
         "before wait": f"{early} of {len(loads)}" if code.waits else "-",
         "tensor": ", ".join(f"{count} {name}" for name, count in code.tensor_core.items()) or "-",
     }
+
+
+def repeats(case: Case) -> bool:
+    """Whether other cases of a quantised weight compile to the same code, but for the lengths of its loops.
+
+    Chunks of up to 64 tokens have the tile of batch 1 or of 16, and o_proj that of down_proj; `_dequantise` is the same
+    for all ops.
+    """
+    if case.stored == DENSE:
+        return False
+    return "o_proj" in case.shape or ("chunk" in case.shape and (case.tokens <= 64 or case.op != "linear_add"))
 
 
 def audit_cases(chosen: Sequence[Case], target_name: str) -> list[list[Finding]]:
@@ -356,7 +411,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--kernel", action="append", type=one_of("op", kernels.__all__), help="an op's name; default: all"
     )
     options = parser.parse_args(arguments)
-    chosen = [case for case in cases() if case.op in (options.kernel or kernels.__all__)]
+    chosen = [case for case in cases() if case.op in (options.kernel or kernels.__all__) and not repeats(case)]
     work = [(case, target) for target in options.target or TARGETS for case in chosen]
     findings = audit(work)
     print_table(findings)

@@ -5,6 +5,7 @@ context 1024" is a chunk of a prompt: 512 tokens of one sequence, the last of 10
 """
 
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from internlm3.kernels.quantised import SLICES, Form, QuantisedWeight
 
 PAGE = 64
 
@@ -75,6 +78,17 @@ def read_size(path: str | Path) -> Size:
 Arguments = dict[str, Any]
 
 
+DENSE = "dense"  # a weight that is a matrix of the dtype
+# Quantised weights, by the number of columns. Groups are of 128, or of fewer columns if 128 do not divide them.
+FORMS: dict[str, Callable[[int], Form]] = {
+    "int4": lambda columns: Form("int4", columns, next(group for group in SLICES if columns % group == 0), None),
+    "int8": lambda columns: Form("int8", columns, 0, 0),
+    "float8": lambda columns: Form("float8", columns, 0, 0),
+    "int4 with minimum": lambda columns: Form("int4", columns, 32, 0, True),
+}
+OWN_FORMS = ("int4", "int8", "float8")  # those that LLM(quantization=...) makes
+
+
 class Inputs(NamedTuple):
     """Makes new inputs of a model's shapes, in a dtype, on a device."""
 
@@ -87,6 +101,18 @@ class Inputs(NamedTuple):
 
     def weight(self, outputs: int, inputs: int) -> Tensor:
         return self.random(outputs, inputs, scale=inputs**-0.5)
+
+    def quantised(self, outputs: int, inputs: int, stored: str) -> QuantisedWeight:
+        """A weight in one of the forms FORMS."""
+        form = FORMS[stored](inputs)
+        words = torch.randint(-(2**15), 2**15, (outputs, form.words), dtype=torch.int16, device=self.device)
+        if form.kind == "float8":
+            words &= 0x3F3F  # no NaN
+        # A power of two as scale. Without form.zero, its low bits are the zero point.
+        bits = (127 - math.ceil(math.log2(8 * inputs**0.5)) << 23) | (7 if form.zero is None else 0)
+        scales = self.full((form.groups, outputs), bits, torch.int32).view(torch.float32)
+        minimum = self.full((form.groups, outputs), -8 / (8 * inputs**0.5), torch.float32) if form.minimum else None
+        return QuantisedWeight(form, words, scales, minimum)
 
     def full(self, shape: Sequence[int], value: float, dtype: torch.dtype) -> Tensor:
         return torch.full(shape, value, dtype=dtype, device=self.device)
@@ -114,6 +140,7 @@ class Case(NamedTuple):
     context: int | None  # tokens of a sequence, if the op depends on it
     dtype: torch.dtype
     arguments: Callable[[torch.device], Arguments]  # makes new ones, by name
+    stored: str = DENSE  # how its weight is stored: DENSE, or one of FORMS
 
 
 def _embed(make: Inputs, rows: int) -> Arguments:
@@ -134,21 +161,22 @@ def _rope_and_cache(make: Inputs, rows: int, sequences: int, context: int) -> Ar
     return {"qkv": make.random(rows, make.size.qkv), **make.rope(sequences, context)}
 
 
-def _linear(make: Inputs, rows: int, outputs: int, inputs: int) -> Arguments:
-    return {"x": make.random(rows, inputs), "weight": make.weight(outputs, inputs)}
+def _linear(make: Inputs, rows: int, outputs: int, inputs: int, stored: str = DENSE) -> Arguments:
+    weight = make.weight(outputs, inputs) if stored == DENSE else make.quantised(outputs, inputs, stored)
+    return {"x": make.random(rows, inputs), "weight": weight}
 
 
-def _linear_add(make: Inputs, rows: int, outputs: int, inputs: int) -> Arguments:
-    return {**_linear(make, rows, outputs, inputs), "residual": make.random(rows, outputs)}
+def _linear_add(make: Inputs, rows: int, outputs: int, inputs: int, stored: str = DENSE) -> Arguments:
+    return {**_linear(make, rows, outputs, inputs, stored), "residual": make.random(rows, outputs)}
 
 
-def _norm_linear(make: Inputs, rows: int, outputs: int) -> Arguments:
+def _norm_linear(make: Inputs, rows: int, outputs: int, stored: str = DENSE) -> Arguments:
     hidden = make.size.hidden
-    return {**_linear(make, rows, outputs, hidden), "norm": make.random(hidden), "eps": 1e-5}
+    return {**_linear(make, rows, outputs, hidden, stored), "norm": make.random(hidden), "eps": 1e-5}
 
 
-def _norm_qkv_rope_cache(make: Inputs, rows: int, sequences: int, context: int) -> Arguments:
-    return {**_norm_linear(make, rows, make.size.qkv), "bias": None, **make.rope(sequences, context)}
+def _norm_qkv_rope_cache(make: Inputs, rows: int, sequences: int, context: int, stored: str = DENSE) -> Arguments:
+    return {**_norm_linear(make, rows, make.size.qkv, stored), "bias": None, **make.rope(sequences, context)}
 
 
 def _attention(make: Inputs, rows: int, sequences: int, context: int) -> Arguments:
@@ -203,6 +231,13 @@ def _typical_p_only(make: Inputs, rows: int) -> Arguments:
     }
 
 
+def _drafted(make: Inputs, rows: int) -> Arguments:
+    """As `_sampled`, for one sequence whose rows verify drafts."""
+    tables = ("prompt_counts", "output_counts")
+    own = {name: make.full((1, make.size.vocabulary), 0, torch.int32) for name in tables}
+    return {**_sampled(make, rows), **own, "drafts": make.full((1, rows), 0, torch.int64)}
+
+
 def _advance(make: Inputs, rows: int) -> Arguments:
     """Sequences that do not end at this step."""
     vocabulary = make.size.vocabulary
@@ -213,9 +248,33 @@ def _advance(make: Inputs, rows: int) -> Arguments:
         "logprob": make.full((rows,), 0, torch.float32),
         "token": make.full((rows,), 0, torch.int64),
         **{name: make.full((rows,), value, torch.int32) for name, value in integers.items()},
-        "report": make.full((rows, 3), 0, torch.int32),
+        "history": make.full((rows, 2048), 0, torch.int32),
+        "report": make.full((rows, 4), 0, torch.int32),
         "output_counts": make.full((rows, vocabulary), 0, torch.int32),
         **{name: make.full((rows, -(-vocabulary // 32)), 0, torch.int32) for name in masks},
+    }
+
+
+def _advance_of_drafts(make: Inputs, rows: int) -> Arguments:
+    """One sequence, all of whose drafts are right."""
+    return {
+        **_advance(make, 1),
+        "sampled": make.full((rows,), 0, torch.int64),
+        "logprob": make.full((rows,), 0, torch.float32),
+        "report": make.full((1, 3 * rows + 1), rows - 1, torch.int32),
+        "drafts": make.full((1, rows), 0, torch.int64),
+    }
+
+
+def _draft(make: Inputs, rows: int, context: int) -> Arguments:
+    """Random tokens, of which most places match none. 16 rows verify the drafts of all sequences."""
+    numbers = {"seq_lens": context, "max_len": 2**31 - 1, "min_len": 0, "most_drafts": 15}
+    return {
+        "history": torch.randint(make.size.vocabulary, (rows, context), dtype=torch.int32, device=make.device),
+        **{name: make.full((rows,), value, torch.int32) for name, value in numbers.items()},
+        "report": make.full((rows, 49), 0, torch.int32),
+        "drafts": make.full((rows, 16 // rows), 0, torch.int64),
+        "draft_lens": make.full((rows, 16 // rows), 0, torch.int32),
     }
 
 
@@ -225,6 +284,7 @@ def _count_prompt(make: Inputs, tokens: int) -> Arguments:
     return {
         "request": torch.randint(vocabulary, (tokens,), dtype=torch.int32, device=make.device),
         "lengths": torch.tensor([tokens, 0], dtype=torch.int32, device=make.device),
+        "history": make.full((tokens,), 0, torch.int32),
         **{name: make.full((vocabulary,), 0, torch.int32) for name in ("prompt_counts", "output_counts")},
         "logit_bias": make.full((vocabulary,), 0, torch.float32),
     }
@@ -262,10 +322,18 @@ def _ops(size: Size, dtype: torch.dtype, tokens: int, sequences: int, contexts: 
     decode = tokens == sequences
     name = f"batch {tokens}" if decode else f"chunk {tokens}"
 
-    def case(op: str, make: Callable[..., Arguments], *shape: Any, part: str = "", context: int | None = None) -> Case:
+    def case(
+        op: str,
+        make: Callable[..., Arguments],
+        *shape: Any,
+        part: str = "",
+        context: int | None = None,
+        stored: str = DENSE,
+    ) -> Case:
+        part = f"{part} {stored}".strip() if stored != DENSE else part
         words = ", ".join(filter(None, (name, part, f"context {context}" if context else "")))
-        arguments = partial(_make, make, size, dtype, (tokens, *shape))
-        return Case(op, words, tokens, context, dtype, arguments)
+        shape = (tokens, *shape) if stored == DENSE else (tokens, *shape, stored)
+        return Case(op, words, tokens, context, dtype, partial(_make, make, size, dtype, shape), stored)
 
     yield case("embed", _embed)
     yield case("rms_norm", _rms_norm)
@@ -274,19 +342,33 @@ def _ops(size: Size, dtype: torch.dtype, tokens: int, sequences: int, contexts: 
     yield case("linear_add", _linear_add, size.hidden, size.hidden, part="o_proj")
     yield case("linear_add", _linear_add, size.hidden, size.intermediate, part="down_proj")
     yield case("rms_norm_swiglu", _norm_linear, 2 * size.intermediate)
+    for stored in FORMS:
+        yield case("linear_add", _linear_add, size.hidden, size.hidden, part="o_proj", stored=stored)
+    for stored in OWN_FORMS:
+        yield case("linear_add", _linear_add, size.hidden, size.intermediate, part="down_proj", stored=stored)
+        yield case("rms_norm_swiglu", _norm_linear, 2 * size.intermediate, stored=stored)
     for context in contexts:
         yield case("rope_and_cache", _rope_and_cache, sequences, context, context=context)
         yield case("rms_norm_qkv_rope_cache", _norm_qkv_rope_cache, sequences, context, context=context)
+        for stored in OWN_FORMS:
+            shape = sequences, context
+            yield case("rms_norm_qkv_rope_cache", _norm_qkv_rope_cache, *shape, context=context, stored=stored)
         yield case("paged_attention", _attention, sequences, context, context=context)
         if not decode:
             yield case("paged_attention", _attention_of_last_row, sequences, context, part="last row", context=context)
     if decode:
         yield case("rms_norm_linear", _norm_linear, size.vocabulary, part="lm_head")
+        yield case("rms_norm_linear", _norm_linear, size.vocabulary, part="lm_head", stored="int8")
         yield case("sample", _greedy, part="greedy")
         yield case("sample", _sampled, part="recommended")
         yield case("sample", _top_p_only, part="top_p only")
         yield case("sample", _typical_p_only, part="typical_p only")
         yield case("advance", _advance)
+        if 1 < tokens <= 16:
+            yield case("sample", _drafted, part="recommended, drafts")
+            yield case("advance", _advance_of_drafts, part="drafts")
+        for context in contexts if tokens <= 8 else ():
+            yield case("draft", _draft, context, context=context)
         yield case("store_row", _store_row)
     else:
         yield case("count_prompt", _count_prompt)

@@ -11,6 +11,7 @@ from unittest import mock
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import keystr, tree_leaves_with_path
 
 
 class Fault(AssertionError):
@@ -65,6 +66,11 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
     )
 
 
+def tensors_in(x: Any) -> list[tuple[Any, Tensor]]:
+    """The tensors of an argument, which may be a tuple such as a quantised weight, and their places in it."""
+    return [(path, leaf) for path, leaf in tree_leaves_with_path(x) if isinstance(leaf, Tensor)]
+
+
 def call(op: Callable[..., Any], *args: Any, writes: Sequence[Tensor] = (), **kwargs: Any) -> Any:
     """Returns op(*args, **kwargs), run with poisoned outputs.
 
@@ -72,7 +78,7 @@ def call(op: Callable[..., Any], *args: Any, writes: Sequence[Tensor] = (), **kw
     argument that has guards.
     """
     given = {f"argument {i + 1}": x for i, x in enumerate(args)} | kwargs
-    tensors = {name: x for name, x in given.items() if isinstance(x, Tensor)}
+    tensors = {name + keystr(path): x for name, arg in given.items() for path, x in tensors_in(arg)}
     before = {name: x.clone() for name, x in tensors.items() if not any(x is written for written in writes)}
     within = {name: x for name, x in tensors.items() if x.numel() and guarded(x)}
     # Triton's interpreter runs on numpy, which warns of overflows that a GPU ignores.

@@ -28,7 +28,7 @@ import torch
 from internlm3 import kernels
 
 from . import peers, roofline, tables, user_kernels, verify
-from .cases import INTERNLM3_8B, SMALL, Arguments, Case, Size, cases, read_size
+from .cases import DENSE, INTERNLM3_8B, SMALL, Arguments, Case, Size, cases, read_size
 from .options import one_of, output, positive
 from .record import Part, Record, Row, first_line, stamp
 from .timing import Call, name_of, replayed, rounds_of
@@ -53,10 +53,10 @@ def engines(case: Case, device: torch.device, wanted: Sequence[str], user_ops: U
     name, make = ours(device)
     found = {name: make} if not wanted or name in wanted else {}
     for peer, about in peers.PEERS.items():
-        if case.op in about.ops and (not wanted or peer in wanted):
+        if about.takes(case) and (not wanted or peer in wanted):
             found[peer] = partial(peers.make, peer, device=device)
     for file, ops in user_ops.items():
-        if case.op in ops:
+        if case.op in ops and (case.stored == DENSE or user_kernels.takes_quantised(ops[case.op])):
             found[file] = partial(_user_call, ops)
     return found
 

@@ -1,7 +1,8 @@
 """Other implementations of the ops, to compare with: one small function per library.
 
 To add a peer, write a function that takes an op's name and arguments and returns a call without arguments. Register it
-with the ops that it implements. Only the call is timed, not what the function does first. `python -m bench.ops`
+with the ops that it implements, and with the forms of weights that it takes (bench/cases.py: DENSE, FORMS). Only the
+call is timed, not what the function does first: it may store a weight in a layout of its own. `python -m bench.ops`
 compares its result with the reference before timing it, and shows what it raises in the table: raise `Unfit` with the
 reason why it can't run here.
 """
@@ -17,7 +18,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .cases import Arguments
+from internlm3.kernels.quantised import BITS, QuantisedWeight
+
+from .cases import DENSE, OWN_FORMS, Arguments, Case
 from .timing import Call
 
 SECONDS = 120  # time limit for a peer to get ready, compiling included
@@ -33,16 +36,25 @@ class Peer(NamedTuple):
     module: str  # what it imports
     package: str  # its name on PyPI
     gpu: bool  # needs a GPU
+    weights: tuple[str, ...] = (DENSE,)  # the forms of a weight that it takes
+
+    def takes(self, case: Case) -> bool:
+        return case.op in self.ops and case.stored in self.weights
 
 
 PEERS: dict[str, Peer] = {}
 
 
 def peer(
-    name: str, *ops: str, module: str = "torch", package: str = "torch", gpu: bool = False
+    name: str,
+    *ops: str,
+    module: str = "torch",
+    package: str = "torch",
+    gpu: bool = False,
+    weights: tuple[str, ...] = (DENSE,),
 ) -> Callable[[Callable[[str, Arguments], Call]], Callable[[str, Arguments], Call]]:
     def register(make: Callable[[str, Arguments], Call]) -> Callable[[str, Arguments], Call]:
-        PEERS[name] = Peer(ops, make, module, package, gpu)
+        PEERS[name] = Peer(ops, make, module, package, gpu, weights)
         return make
 
     return register
@@ -98,23 +110,48 @@ EAGER: dict[str, Callable[..., Any]] = {
 }
 
 
-@peer("PyTorch", *EAGER)
+@functools.cache
+def _dequantised(op: str) -> Callable[..., Any]:
+    """The op with the weight (q - zero) * scale, rounded to x's dtype. q [O, G, C / G], scale and zero [O, G, 1]."""
+
+    def call(q: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, **arguments: Any) -> Any:
+        weight = ((q.float() - zero) * scale).flatten(1).to(arguments["x"].dtype)
+        return EAGER[op](weight=weight, **arguments)
+
+    return call
+
+
+def _eager(op: str, arguments: Arguments) -> tuple[Callable[..., Any], Arguments]:
+    """PyTorch's function and its arguments: that of EAGER, or one that dequantises the weight first."""
+    weight = arguments.get("weight")
+    if not isinstance(weight, QuantisedWeight):
+        return EAGER[op], arguments
+    q, scale, zero = weight.unpacked()
+    q = q.to(torch.int8) if weight.form.kind == "int4" else q
+    stored = {"q": q.unflatten(1, (scale.shape[1], -1)), "scale": scale[:, :, None], "zero": zero[:, :, None]}
+    rest = {name: x for name, x in arguments.items() if name != "weight"}
+    return _dequantised(op), rest | stored
+
+
+@peer("PyTorch", *EAGER, weights=(DENSE, *OWN_FORMS))
 def _pytorch(op: str, arguments: Arguments) -> Call:
-    return lambda: EAGER[op](**arguments)
+    function, given = _eager(op, arguments)
+    return lambda: function(**given)
 
 
 @functools.lru_cache(maxsize=1)
-def _compile(op: str, *_: Any) -> Callable[..., Any]:
-    """Compiles for these shapes and this dtype. Forgets earlier ones: torch.compile keeps only a few per function."""
+def _compile(function: Callable[..., Any], *_: Any) -> Callable[..., Any]:
+    """Compiles for these shapes and dtypes. Forgets earlier ones: torch.compile keeps only a few per function."""
     torch._dynamo.reset()
-    return torch.compile(EAGER[op], dynamic=False, fullgraph=True)
+    return torch.compile(function, dynamic=False, fullgraph=True)
 
 
-@peer("torch.compile", *EAGER)
+@peer("torch.compile", *EAGER, weights=(DENSE, *OWN_FORMS))
 def _compiled(op: str, arguments: Arguments) -> Call:
-    tensors = (x for x in arguments.values() if isinstance(x, torch.Tensor))
-    compiled = _compile(op, *((x.shape, x.dtype) for x in tensors))
-    return lambda: compiled(**arguments)
+    function, given = _eager(op, arguments)
+    tensors = (x for x in given.values() if isinstance(x, torch.Tensor))
+    compiled = _compile(function, *((x.shape, x.dtype) for x in tensors))
+    return lambda: compiled(**given)
 
 
 @peer("cuBLAS", "linear", "linear_add", gpu=True)
@@ -189,16 +226,51 @@ def _liger(op: str, arguments: Arguments) -> Call:
     return lambda: functional.liger_swiglu(gate, up)
 
 
-@peer("GemLite", "linear", module="gemlite", package="gemlite", gpu=True)
+def _with_residual(arguments: Arguments, product: Call) -> Call:
+    """linear or, with a residual, linear_add."""
+    if "residual" not in arguments:
+        return product
+    return lambda: arguments["residual"] + product()
+
+
+@peer("torch packed", "linear", "linear_add", weights=("int4", "int8"))
+def _packed(op: str, arguments: Arguments) -> Call:
+    """PyTorch's own kernels for weights of 4 and 8 bits. Those of a GPU have not been run."""
+    x, weight = arguments["x"], arguments["weight"]
+    q, scale, zero = weight.unpacked()
+    if weight.form.kind == "int8":
+        per_row = scale.flatten().to(x.dtype)
+        return _with_residual(arguments, lambda: torch._weight_int8pack_mm(x, q, per_row))
+    group = q.shape[1] // scale.shape[1]
+    # (q - 8) * scale + the second of each pair
+    pairs = torch.stack([scale, (8 - zero) * scale], -1).transpose(0, 1).to(x.dtype).contiguous()
+    if x.is_cuda:
+        bytes_ = (q[:, ::2] << 4 | q[:, 1::2]).to(torch.uint8)
+        words = torch._convert_weight_to_int4pack(bytes_, 8)
+        return _with_residual(arguments, lambda: torch._weight_int4pack_mm(x, words, group, pairs))
+    words = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.int(), 1)
+    return _with_residual(arguments, lambda: torch.ops.aten._weight_int4pack_mm_for_cpu(x, words, group, pairs))
+
+
+@peer(
+    "GemLite", "linear", "linear_add", module="gemlite", package="gemlite", gpu=True, weights=(DENSE, "int4", "int8")
+)  # fmt: skip
 def _gemlite(op: str, arguments: Arguments) -> Call:
-    """With 16-bit weights, as ours are; it is made for fewer bits."""
+    """Not run yet with quantised weights, which it is made for."""
     from gemlite.core import TORCH_TO_DTYPE, GemLiteLinearTriton
 
     x, weight = arguments["x"], arguments["weight"]
     outputs, inputs = weight.shape
-    kind = TORCH_TO_DTYPE[x.dtype]
-    layer = GemLiteLinearTriton(
-        16, group_size=inputs, in_features=inputs, out_features=outputs, input_dtype=kind, output_dtype=kind
-    )
-    layer.pack(weight, scales=None, zeros=None, bias=None)
-    return lambda: layer(x)
+    dtype = TORCH_TO_DTYPE[x.dtype]
+    sizes = {"in_features": inputs, "out_features": outputs, "input_dtype": dtype, "output_dtype": dtype}
+    if not isinstance(weight, QuantisedWeight):
+        layer = GemLiteLinearTriton(16, group_size=inputs, **sizes)
+        layer.pack(weight, scales=None, zeros=None, bias=None)
+    else:
+        q, scale, zero = weight.unpacked()
+        layer = GemLiteLinearTriton(BITS[weight.form.kind], group_size=inputs // scale.shape[1], **sizes)
+        if weight.form.kind == "int4":
+            layer.pack(q.to(torch.uint8), scales=scale.to(x.dtype), zeros=zero.to(x.dtype), bias=None)
+        else:
+            layer.pack(q.contiguous(), scales=scale.to(x.dtype), zeros=None, bias=None)
+    return _with_residual(arguments, lambda: layer(x))

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from internlm3 import kernels
 
@@ -26,7 +27,8 @@ COPY = "copy, read and written"  # the name of its row
 
 
 def nbytes(*values: Any) -> int:
-    return sum(value.numel() * value.element_size() for value in values if isinstance(value, Tensor))
+    """Of tensors, and of tuples such as a quantised weight."""
+    return sum(x.numel() * x.element_size() for x in tree_leaves(values) if isinstance(x, Tensor))
 
 
 def bytes_moved(op: str, arguments: Arguments, result: Any) -> int:
@@ -43,7 +45,7 @@ def bytes_moved(op: str, arguments: Arguments, result: Any) -> int:
         tokens = touched["qkv" if op == "rope_and_cache" else "x"].shape[0]
         total += 2 * tokens * cache.shape[1] * cache.shape[3] * cache.element_size()
     elif op == "advance":
-        for table in ("end_mask", "output_counts", "permitted", "allowed"):
+        for table in ("history", "end_mask", "output_counts", "permitted", "allowed"):
             del touched[table]  # one word of each
     elif op == "store_row":
         touched["rows"] = touched["row"]
@@ -59,8 +61,8 @@ def flops(op: str, arguments: Arguments) -> int:
         # The last token attends to the whole context, each token before it to one less.
         attended = sequences * (tokens * context - tokens * (tokens - 1) // 2)
         return 4 * heads * dim * attended
-    if "weight" in arguments and arguments["weight"].dim() == 2:
-        return 2 * arguments["x"].shape[0] * arguments["weight"].numel()
+    if "weight" in arguments and len(arguments["weight"].shape) == 2:
+        return 2 * arguments["x"].shape[0] * arguments["weight"].shape.numel()
     return 0
 
 

@@ -21,6 +21,7 @@ from .machine_code.launches import Launch, compile_launches
 from .machine_code.reader import MachineCode, cached, read
 from .machine_code.sass import Access
 from .machine_code.targets import TARGETS
+from .roofline import nbytes
 from .simulation import Programs, Work
 
 LAYERS = 48
@@ -61,8 +62,8 @@ class Shape(NamedTuple):
 
 def from_memory(x: Arguments, launch: Launch, shape: Shape) -> int:
     """Bytes that the launch must load from memory, because a step leaves them in no cache."""
-    if launch.kernel == "_linear_few_rows":
-        return x["weight"].numel() * x["weight"].element_size()
+    if launch.kernel in ("_linear_few_rows", "_linear_quantised"):
+        return nbytes(x["weight"])
     if launch.kernel == "_attend":
         return shape.batch * shape.context * 2 * SIZE.kv_heads * SIZE.head_dim * x["k_cache"].element_size()
     if launch.kernel == "_embed":

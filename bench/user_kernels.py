@@ -1,4 +1,7 @@
-"""A user's kernels: a Python file with functions named like ops, which take and return what the ops do."""
+"""A user's kernels: a Python file with functions named like ops, which take and return what the ops do.
+
+Linear ops get quantised weights too if the file imports QuantisedWeight, by which it says that it knows them.
+"""
 
 import importlib.util
 import sys
@@ -7,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from internlm3 import kernels
+from internlm3.kernels.quantised import QuantisedWeight
 
 from .options import unknown
 
@@ -33,3 +37,8 @@ def load(path: str) -> dict[str, Callable[..., Any]]:
         hint = f"; {unknown('op', public[0], kernels.__all__)}" if public else ""
         raise ValueError(f"{path} has no function named like an op{hint}")
     return ops
+
+
+def takes_quantised(op: Callable[..., Any]) -> bool:
+    """Whether the file of a user's op imports QuantisedWeight."""
+    return any(x is QuantisedWeight for x in vars(sys.modules[op.__module__]).values())

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = [
     "advance",
     "count_prompt",
+    "draft",
     "embed",
     "linear",
     "linear_add",

@@ -18,8 +18,12 @@ zero. A sequence with seq_lens[b] == 0 is idle: all of its tokens are padding. k
 `batch_invariant` asks a linear op to make a row bit-identical alone and in any batch of up to INVARIANT_ROWS rows. The
 reference rounds every row in the same way, and ignores it.
 
+The weight of a linear op is a tensor of x's dtype or a `QuantisedWeight`, whose numbers are float32. For more than 64
+rows a backend may round these to x's dtype.
+
 `decode_step` states for attention of one token per sequence (T = 1) which inputs are older than the step: seq_lens, the
 block table, and the keys and values of all tokens but the newest. It lets a GPU load them early, and changes no value.
+Rows that share a block table, as those that verify drafts, read what others of them write: they are no decode step.
 
 `sample` is in a second reference file, `reference_sampling.py`.
 """
@@ -30,10 +34,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .quantised import QuantisedWeight, Weight
 from .reference_sampling import sample as sample
 
 # Launches of up to this many rows are bound by reading the weights, on every device.
 FEW_ROWS = 16
+# The most tokens of a match that `draft` compares.
+LONGEST_MATCH = 32
 # Every backend states up to how many rows `batch_invariant` holds, and whether the bits of a row may depend on the
 # number of rows in launches of more.
 INVARIANT_ROWS = FEW_ROWS
@@ -55,9 +62,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (wide * scale).to(x.dtype) * weight
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, batch_invariant: bool = False) -> Tensor:
+def _wide(weight: Weight) -> Tensor:
+    """A weight [O, C] in float32."""
+    return weight.dense() if isinstance(weight, QuantisedWeight) else weight.float()
+
+
+def linear(x: Tensor, weight: Weight, bias: Tensor | None = None, *, batch_invariant: bool = False) -> Tensor:
     """x @ weight^T (+ bias), accumulated in float32. x [..., C], weight [O, C], bias [O] -> [..., O]."""
-    y = x.float() @ weight.float().mT
+    y = x.float() @ _wide(weight).mT
     if bias is not None:
         y = y + bias.float()
     return y.to(x.dtype)
@@ -70,21 +82,21 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
 
 def linear_add(
-    x: Tensor, weight: Tensor, residual: Tensor, bias: Tensor | None = None, *, batch_invariant: bool = False
+    x: Tensor, weight: Weight, residual: Tensor, bias: Tensor | None = None, *, batch_invariant: bool = False
 ) -> Tensor:
     """residual + linear(x). x [R, C], weight [O, C], residual [R, O] -> [R, O]."""
     return residual + linear(x, weight, bias)
 
 
 def rms_norm_linear(
-    x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None, *, batch_invariant: bool = False
+    x: Tensor, norm: Tensor, eps: float, weight: Weight, bias: Tensor | None = None, *, batch_invariant: bool = False
 ) -> Tensor:
     """linear(rms_norm(x)). x [R, C], norm [C], weight [O, C] -> [R, O]."""
     return linear(rms_norm(x, norm, eps), weight, bias)
 
 
 def rms_norm_swiglu(
-    x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None, *, batch_invariant: bool = False
+    x: Tensor, norm: Tensor, eps: float, weight: Weight, bias: Tensor | None = None, *, batch_invariant: bool = False
 ) -> Tensor:
     """swiglu(linear(rms_norm(x))), the first half of an MLP. weight [2I, C], the gate rows first -> [R, I]."""
     return swiglu(linear(rms_norm(x, norm, eps), weight, bias))
@@ -94,7 +106,7 @@ def rms_norm_qkv_rope_cache(
     x: Tensor,
     norm: Tensor,
     eps: float,
-    weight: Tensor,
+    weight: Weight,
     bias: Tensor | None,
     inv_freq: Tensor,
     k_cache: Tensor,
@@ -191,12 +203,78 @@ def paged_attention(
     return out.flatten(1)
 
 
+def draft(
+    history: Tensor,
+    seq_lens: Tensor,
+    max_len: Tensor,
+    min_len: Tensor,
+    most_drafts: Tensor,
+    *,
+    report: Tensor,
+    drafts: Tensor,
+    draft_lens: Tensor,
+) -> None:
+    """Draft the tokens that follow each sequence: those that followed its end where that occurs earlier in it.
+
+    B sequences, of which some are idle (seq_lens 0), in K rows each, which a decode step can run as K positions.
+
+        history      [B, Z] int32     the tokens of each sequence; max_len <= Z
+        seq_lens     [B] int32        their number L
+        max_len      [B] int32        a sequence ends when it has this many tokens
+        min_len      [B] int32        the length at which more tokens are allowed (see `advance`)
+        most_drafts  [B] int32        the most drafts of each sequence, 0 for none
+        report       [B, X] int32     the last number of a row becomes the number n of drafts
+        drafts       [B, K] int64     becomes token L - 1, which the next step reads anyway, and n drafts; then 0
+        draft_lens   [B, K] int32     becomes L, L + 1, ... L + n; then 0, which makes a row idle
+
+    The match at place p, 0 < p < L, is the longest suffix of the L tokens, of at most LONGEST_MATCH, that also ends
+    just before p. The longest match, of equal ones the last, gives the drafts if it has 2 tokens or more: the tokens
+    from p on, and where the L tokens end before the drafts do, those from p on again.
+
+    n < K, so that every draft has a row, and no row samples a token beyond max_len, nor one at which `allowed` has
+    changed: while L < min_len, rows sample at positions below min_len.
+    """
+    B, K = drafts.shape
+    report[:, -1] = 0
+    drafts.zero_()
+    draft_lens.zero_()
+    for b in range(B):
+        length = int(seq_lens[b])
+        if length == 0:
+            continue
+        tokens = history[b, :length]
+        opens = int(min_len[b]) if length < min_len[b] else length + K
+        place = _longest_match(tokens)
+        n = min(K - 1, int(most_drafts[b]), int(max_len[b]) - length - 1, opens - length - 1) if place else 0
+        n = max(n, 0)
+        report[b, -1] = n
+        drafts[b, 0] = tokens[-1]
+        draft_lens[b, : n + 1] = torch.arange(length, length + n + 1, dtype=torch.int32, device=tokens.device)
+        for i in range(n):
+            drafts[b, i + 1] = tokens[place + i % (length - place)]
+
+
+def _longest_match(tokens: Tensor) -> int:
+    """The place of the longest match of the end of `tokens` [L], the last one of equals; 0 below 2 tokens."""
+    longest = 0
+    places = torch.arange(1, len(tokens), dtype=torch.int64, device=tokens.device)
+    for back in range(1, LONGEST_MATCH + 1):
+        places = places[places >= back]
+        places = places[tokens[places - back] == tokens[len(tokens) - back]]  # those whose match has `back` tokens
+        if not len(places):
+            break
+        if back >= 2:
+            longest = int(places[-1])
+    return longest
+
+
 def advance(
     sampled: Tensor,
     logprob: Tensor,
     *,
     token: Tensor,
     seq_lens: Tensor,
+    history: Tensor,
     max_len: Tensor,
     end_mask: Tensor,
     report: Tensor,
@@ -204,50 +282,76 @@ def advance(
     min_len: Tensor,
     permitted: Tensor,
     allowed: Tensor,
+    drafts: Tensor | None = None,
 ) -> None:
     """End a decode step, in place: write the tokens that `sample` returned into the state of the next step.
 
-    B rows, each one sequence or idle (seq_lens 0). V: vocabulary size, W = ceil(V / 32) words of a bit mask, in which
-    token i is bit i % 32 of word i // 32.
+    B sequences, each one live or idle (seq_lens 0), in K rows each. V: vocabulary size, W = ceil(V / 32) words of a bit
+    mask, in which token i is bit i % 32 of word i // 32.
 
-        sampled        [B] int64       the next token of each row
-        logprob        [B] float32     its log-probability
-        token          [B] int64       becomes `sampled`
-        seq_lens       [B] int32       grows by one, or becomes 0 if the row ends
-        max_len        [B] int32       a row ends when it has this many tokens
-        end_mask       [B, W] int32    tokens that end a row
-        report         [B, 3] int32    for the host: the token; why the row ended; the bits of its log-probability
-        output_counts  [B, V] int32    how often each token was generated: one more for this one
-        min_len        [B] int32       a row may end once it has this many tokens
+        sampled        [B*K] int64     the next token of each row
+        logprob        [B*K] float32   its log-probability
+        token          [B] int64       becomes the last token of each sequence
+        seq_lens       [B] int32       grows by the number of tokens, or becomes 0 if the sequence ends
+        history        [B, Z] int32    the tokens; gets the new ones, at places below Z
+        max_len        [B] int32       a sequence ends when it has this many tokens
+        end_mask       [B, W] int32    tokens that end a sequence
+        report         [B, 3M+1] int32 for the host, for each of up to M tokens, M >= K: the token; why the sequence
+                                       ended with it; the bits of its log-probability. Instead of a token that did not
+                                       come: -1. The last number stays: how many drafts n the step had
+        output_counts  [B, V] int32    how often each token was generated: one more for each new one
+        min_len        [B] int32       a sequence may end once it has this many tokens
         permitted      [B, W] int32    tokens that may be sampled then
         allowed        [B, W] int32    tokens that may be sampled now; becomes `permitted` at min_len
+        drafts         [B, K] int64    what the rows read; None where K is 1
 
-    Why a row ended: 0 it did not, 1 a token of `end_mask`, 2 `max_len`, 3 its log-probability is NaN: no token can be
-    sampled from such logits, 4 `sampled` is -1: no token was left to choose; 0 is written in its place. For an idle row
-    only the reported token changes, to -1.
+    Row 0 of a sequence samples its next token. Row j read draft j, which stands for what row j - 1 samples. So its own
+    token counts if the sequence has that draft (j <= n), it is right, and the sequence has not ended with it.
+
+    Why a sequence ended: 0 it did not, 1 a token of `end_mask`, 2 `max_len`, 3 the log-probability is NaN: no token can
+    be sampled from such logits, 4 `sampled` is -1: no token was left to choose; 0 is written in its place. For an idle
+    sequence only the reported tokens change, to -1.
     """
-    live, nothing_left = seq_lens > 0, sampled < 0
-    sampled = sampled.clamp(min=0)
-    words = end_mask.gather(1, (sampled // 32)[:, None])[:, 0]
-    length = seq_lens + 1
-    end = torch.where((words >> (sampled % 32) & 1).bool(), 1, 2 * (length >= max_len))
-    end = end.masked_fill(nothing_left, 4).masked_fill(logprob.isnan(), 3)
-    fresh = torch.stack((sampled.int(), end.int(), logprob.view(torch.int32)), 1)
-    report.copy_(torch.where(live[:, None], fresh, report))
-    report[:, 0].masked_fill_(~live, -1)
-    token.copy_(torch.where(live, sampled, token))
-    output_counts.scatter_add_(1, sampled[:, None], live.int()[:, None])
-    allowed.copy_(torch.where((live & (length == min_len))[:, None], permitted, allowed))
-    seq_lens.copy_(torch.where(live & (end == 0), length, 0))
+    B, M = len(seq_lens), report.shape[1] // 3
+    sampled, logprob = sampled.view(B, -1), logprob.view(B, -1)
+    report[:, : 3 * M : 3] = -1
+    live = seq_lens > 0
+    for j in range(sampled.shape[1]):
+        if drafts is not None and j > 0:
+            live = live & (seq_lens > 0) & (j <= report[:, -1]) & (drafts[:, j] == sampled[:, j - 1])
+            if not live.any():
+                break
+        nothing_left, new = sampled[:, j] < 0, sampled[:, j].clamp(min=0)
+        words = end_mask.gather(1, (new // 32)[:, None])[:, 0]
+        length = seq_lens + 1
+        end = torch.where((words >> (new % 32) & 1).bool(), 1, 2 * (length >= max_len))
+        end = end.masked_fill(nothing_left, 4).masked_fill(logprob[:, j].isnan(), 3)
+        fresh = torch.stack((new.int(), end.int(), logprob[:, j].view(torch.int32)), 1)
+        own = report[:, 3 * j : 3 * j + 3]
+        own.copy_(torch.where(live[:, None], fresh, own))
+        token.copy_(torch.where(live, new, token))
+        place = seq_lens.long().clamp(max=history.shape[1] - 1)[:, None]
+        kept = ~live | (seq_lens >= history.shape[1])
+        history.scatter_(1, place, torch.where(kept[:, None], history.gather(1, place), new[:, None].int()))
+        output_counts.scatter_add_(1, new[:, None], live.int()[:, None])
+        allowed.copy_(torch.where((live & (length == min_len))[:, None], permitted, allowed))
+        seq_lens.copy_(torch.where(live, torch.where(end == 0, length, 0), seq_lens))
 
 
 def count_prompt(
-    request: Tensor, lengths: Tensor, *, prompt_counts: Tensor, output_counts: Tensor, logit_bias: Tensor
+    request: Tensor,
+    lengths: Tensor,
+    *,
+    history: Tensor,
+    prompt_counts: Tensor,
+    output_counts: Tensor,
+    logit_bias: Tensor,
 ) -> None:
-    """Write the vocabulary-sized part of a new request's state, from its prompt and its few biases.
+    """Write the long part of a new request's state, from its prompt and its few biases.
 
         request        [N] int32       P tokens of the prompt; then Q tokens; then the bits of their Q biases, float32
         lengths        [2] int32       P and Q, with P + 2 Q <= N
+        history        [Z] int32       gets the P tokens of the prompt, P <= Z
         prompt_counts  [V] int32       becomes how often each token is in the prompt
         output_counts  [V] int32       becomes 0
         logit_bias     [V] float32     becomes the bias of each token, 0 without one
@@ -256,6 +360,7 @@ def count_prompt(
     """
     tokens, biases = lengths.tolist()
     prompt, biased, bits = request[: tokens + 2 * biases].split([tokens, biases, biases])
+    history[:tokens] = prompt
     prompt_counts.zero_().index_add_(0, prompt.long(), torch.ones_like(prompt))
     output_counts.zero_()
     logit_bias.zero_()

@@ -64,6 +64,7 @@ def sample(
     output_counts: Tensor | None = None,
     logit_bias: Tensor | None = None,
     allowed: Tensor | None = None,
+    drafts: Tensor | None = None,
     seed: Tensor,
     stream: Tensor,
     position: Tensor,
@@ -76,6 +77,10 @@ def sample(
     count each token's occurrences in the prompt and in the generated text, `logit_bias` is float32 [B, V], `allowed` an
     int32 bit mask [B, ceil(V / 32)] (bit i % 32 of word i // 32: token i may be sampled). `seed`, `stream` and
     `position`, int64 (`position` may be int32), are the key of a row's one random number.
+
+    `drafts` int64 [S, K]: the rows are K consecutive positions of S sequences, B = S * K, and the tensors over the
+    vocabulary (counts, bias, mask) have one row for each sequence. Row j of a sequence counts its drafts 1 to j as
+    generated.
 
     `few_candidates` is a hint that every sampled row with a top-k or a top-p has a `top_k` of 1 to `FEW_TOKENS`: a GPU
     then searches in fewer launches. The tokens are the same even where the hint is wrong.
@@ -93,6 +98,7 @@ def sample(
         output_counts=output_counts,
         logit_bias=logit_bias,
         allowed=allowed,
+        drafts=drafts,
     )
     token = x.max(-1).indices
     if temperature is not None:
@@ -118,6 +124,7 @@ def penalize(
     output_counts: Tensor | None = None,
     logit_bias: Tensor | None = None,
     allowed: Tensor | None = None,
+    drafts: Tensor | None = None,
 ) -> Tensor:
     """Logits after bias, penalties and mask: float32 [B, V], finite or -inf. Arguments as in `sample`.
 
@@ -125,6 +132,12 @@ def penalize(
     presence: subtract `frequency_penalty * count` and `presence_penalty` for tokens in the output.
     """
     x = logits.float()
+    if drafts is not None:
+        prompt_counts, logit_bias, allowed = (
+            None if table is None else table.repeat_interleave(drafts.shape[1], 0)
+            for table in (prompt_counts, logit_bias, allowed)
+        )
+        output_counts = None if output_counts is None else _with_drafts(output_counts, drafts)
     if logit_bias is not None:
         x = x + logit_bias
     check_counts(repetition_penalty, presence_penalty, frequency_penalty, prompt_counts, output_counts)
@@ -195,6 +208,16 @@ def check_counts(
         for name, penalty in (("presence_penalty", presence_penalty), ("frequency_penalty", frequency_penalty)):
             if penalty is not None:
                 raise ValueError(f"{name} needs output_counts, how often each token occurs in the generated text")
+
+
+def _with_drafts(output_counts: Tensor, drafts: Tensor) -> Tensor:
+    """[S * K, V]: what each row of S sequences has generated if drafts [S, K] 1 to j stand before row j."""
+    S, K = drafts.shape
+    counts = output_counts[:, None].repeat(1, K, 1)
+    for j in range(1, K):
+        drafted = drafts[:, j, None, None].expand(S, K - j, 1)
+        counts[:, j:].scatter_add_(2, drafted, torch.ones_like(drafted, dtype=counts.dtype))
+    return counts.flatten(0, 1)
 
 
 def _seen(prompt_counts: Tensor | None, output_counts: Tensor | None) -> Tensor:

@@ -37,6 +37,8 @@ _PREDICATE = re.compile(r"!?(U?P(?:T|\d+))")
 _SHAPE = re.compile(r"\d+(x\d+)+|16816|1688")
 TENSOR_CORE = re.compile(r"(HMMA|IMMA|QMMA|OMMA|[HIQ]GMMA|UTC\w*MMA)$")
 
+# Instructions that convert a number or move its bytes: they are slow, and a stream of numbers needs few.
+_CONVERSIONS = {"I2F", "I2FP", "I2I", "F2I", "F2F", "F2FP", "PRMT"}
 _GLOBAL_LOADS = {"LDG", "LD", "LDGSTS", "UBLKCP", "UTMALDG"}
 _GLOBAL_STORES = {"STG", "ST", "ATOM", "ATOMG", "RED", "REDG", "UTMASTG", "UTMAREDG"}
 _SHARED_LOADS = {"LDS", "LDSM"}
@@ -335,6 +337,7 @@ class Trace(NamedTuple):
     instructions: Counter[str]  # how many, by innermost loop; "": outside of loops
     barriers: Counter[str]  # the same
     matrix: Counter[str]  # the same: tensor-core instructions that a warp waits for
+    conversions: Counter[str]  # the same: conversions of numbers, and moves of their bytes
     instructions_unwaited: int  # before the wait for the predecessor, outside of loops
 
 
@@ -348,7 +351,7 @@ def trace(text: str, arguments: dict[int, str]) -> Trace:
     reached = _reached(blocks, arguments)
     waits = iter(_flight(instructions(text))[1])
     accesses, exits_unwaited, unwaited = [], False, 0
-    counts, barriers, matrix = Counter[str](), Counter[str](), Counter[str]()
+    counts, barriers, matrix, conversions = Counter[str](), Counter[str](), Counter[str](), Counter[str]()
     for label, block in blocks.items():  # in the order of the listing
         for instruction, waits_before in zip(block.instructions, waits, strict=False):
             if label not in reached:
@@ -357,6 +360,7 @@ def trace(text: str, arguments: dict[int, str]) -> Trace:
             counts[loops[label]] += instruction.base != "NOP"
             barriers[loops[label]] += instruction.base == "BAR"
             matrix[loops[label]] += instruction.base == "HMMA"
+            conversions[loops[label]] += instruction.base in _CONVERSIONS
             unwaited += not state.may_have_waited and not loops[label]
             if instruction.base in _GLOBAL_LOADS | _GLOBAL_STORES:
                 pointers = state.read(instruction.guard, [instruction.address])
@@ -365,7 +369,7 @@ def trace(text: str, arguments: dict[int, str]) -> Trace:
                 accesses.append(Access(str(instruction), is_load, instruction.bytes, pointers, *where))
             exits_unwaited |= instruction.base == "EXIT" and not state.waited
             state.step(instruction)
-    return Trace(accesses, exits_unwaited, counts, barriers, matrix, unwaited)
+    return Trace(accesses, exits_unwaited, counts, barriers, matrix, conversions, unwaited)
 
 
 def triggers_unwaited(text: str) -> bool:

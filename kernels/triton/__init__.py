@@ -6,6 +6,7 @@ the op, never its file.
 
 from .advance import advance as advance
 from .count_prompt import count_prompt as count_prompt
+from .draft import draft as draft
 from .embed import embed as embed
 from .linear import linear as linear
 from .linear import linear_add as linear_add

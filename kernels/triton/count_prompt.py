@@ -1,7 +1,8 @@
-"""The vocabulary-sized part of a new request's state: counts of its prompt's tokens, and its biases.
+"""The long part of a new request's state: its prompt's tokens, their counts, and its biases.
 
 Each program clears a part of the vocabulary, then reads the whole request and writes what falls into its part. So no
-program waits for another, and the lengths stay on the device. Counts are sums of integers: exact in any order.
+program waits for another, and the lengths stay on the device. Counts are sums of integers: exact in any order. Each
+program also copies some blocks of the prompt.
 
 Bytes at InternLM3-8B's shapes (V = 128512): 1.5 MB written; the request is read by 126 programs, from the L2 cache.
 Operations: none.
@@ -20,7 +21,7 @@ NUM_WARPS = 4
 
 @jit()
 def _count_prompt(
-    request_ptr, lengths_ptr, prompt_counts_ptr, output_counts_ptr, bias_ptr, V,
+    request_ptr, lengths_ptr, history_ptr, prompt_counts_ptr, output_counts_ptr, bias_ptr, V,
     BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
@@ -40,6 +41,8 @@ def _count_prompt(
         token = tl.load(request_ptr + at, mask=at < tokens, other=-1)
         mine = (token >= first) & (token < end)
         tl.atomic_add(prompt_counts_ptr + token, 1, mask=mine, sem="relaxed")
+        copies = (at < tokens) & (start // BLOCK % tl.num_programs(0) == tl.program_id(0))
+        tl.store(history_ptr + at, token, mask=copies)
     for start in range(0, biases, BLOCK):
         at = start + tl.arange(0, BLOCK)
         token = tl.load(request_ptr + tokens + at, mask=at < biases, other=-1)
@@ -49,9 +52,15 @@ def _count_prompt(
 
 
 def count_prompt(
-    request: Tensor, lengths: Tensor, *, prompt_counts: Tensor, output_counts: Tensor, logit_bias: Tensor
+    request: Tensor,
+    lengths: Tensor,
+    *,
+    history: Tensor,
+    prompt_counts: Tensor,
+    output_counts: Tensor,
+    logit_bias: Tensor,
 ) -> None:
-    """`reference.count_prompt`: the counts and biases change in place.
+    """`reference.count_prompt`: the history, counts and biases change in place.
 
     Raises TypeError for a wrong dtype, ValueError for a wrong shape, device or stride.
     """
@@ -59,12 +68,13 @@ def count_prompt(
     (vocab,) = prompt_counts.shape
     for name, x, dtype, size in (
         ("lengths", lengths, torch.int32, 2),
+        ("history", history, torch.int32, -1),
         ("prompt_counts", prompt_counts, torch.int32, vocab),
         ("output_counts", output_counts, torch.int32, vocab),
         ("logit_bias", logit_bias, torch.float32, vocab),
     ):
         check(name, x, dtype, request.device, size)
     _count_prompt[(cdiv(vocab, BLOCK),)](
-        request, lengths, prompt_counts, output_counts, logit_bias, vocab,
+        request, lengths, history, prompt_counts, output_counts, logit_bias, vocab,
         BLOCK=BLOCK, num_warps=NUM_WARPS, **options(request.device),
     )  # fmt: skip

@@ -30,12 +30,6 @@ programs that fit a multiprocessor (one row), KB of shared memory of a program (
     rms_norm_linear (head)        94          5               80            221 218 228   100  96  96
 Two programs of 100 KB fit a multiprocessor. Before the wait a program of up to 16 rows has loaded 64 KB of W, of up to
 32 rows 48 KB, of up to 64 rows 16 or 32 KB.
-
-SwiGLU combines W's row i with row i + I, and a rotation combines row d of a head with row d + D/2. Both pairs are HALF
-rows apart in a group of 2 HALF rows. One program computes both rows of a pair, so that they are in its registers:
-
-    row of a program's tile   0        1         2          3        ...
-    row of W                  p    p + HALF    p + 1  p + 1 + HALF   ...      HALF = I or D/2; 0 without pairs
 """
 
 from typing import Any, NamedTuple
@@ -46,9 +40,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import cdiv, is_hopper, jit, next_power_of_2, options
+from .linear_fused import ALIGNED, NO_CACHE, in_registers, residual_tile, row_places, store_result, weight_rows
 from .rms_norm import rms_norm
-from .rope_and_cache import cos_sin, rotate
-from .swiglu import silu
 
 
 class Tile(NamedTuple):
@@ -80,24 +73,6 @@ ROWS_WIDE = {16: Tile(64, 4, 4), 32: Tile(64, 4, 3), 64: Tile(64, 4, 3)}
 WIDE = 16384  # AMD's GPUs always use ROWS_WIDE: ROWS needs more than their 64 KB of shared memory per program
 FLOAT32 = {16: Tile(32, 4), 32: Tile(32, 8), 64: Tile(32, 8)}  # for tests: no tensor core multiplies float32 exactly
 AHEAD = 8  # cache lines per row of W that a program of several rows prefetches into L2 before it waits
-
-NO_CACHE = dict.fromkeys(
-    [
-        *("inv_freq_ptr", "inv_freq_stride", "k_cache_ptr", "k_page_stride", "k_head_stride", "k_token_stride"),
-        *("v_cache_ptr", "v_page_stride", "v_head_stride", "v_token_stride", "block_table_ptr", "table_stride"),
-        *("seq_lens_ptr", "positions_ptr", "tokens", "pages", "slots", "H", "K", "S"),
-    ]
-)
-
-
-@triton.jit
-def _weight_rows(OUT: tl.constexpr, HALF: tl.constexpr, BO: tl.constexpr):
-    """The rows of W in this program's tile. Rows past the end repeat the last one; their results are not stored."""
-    i = tl.program_id(0) * BO + tl.arange(0, BO)
-    if HALF == 0:
-        return tl.minimum(i, OUT - 1)
-    pair = tl.minimum(i // 2, OUT // 2 - 1)
-    return pair // HALF * (2 * HALF) + pair % HALF + i % 2 * HALF
 
 
 @triton.jit
@@ -169,18 +144,6 @@ def _last_chunks(rows_ptr, mask, C: tl.constexpr, BC: tl.constexpr, N: tl.conste
 
 
 @triton.jit
-def _in_registers(x, PDL: tl.constexpr):
-    """x of 16 bits, which stays in registers until here.
-
-    The compiler would write it to shared memory as soon as it is loaded: each load would wait for the one before.
-    """
-    if PDL:
-        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], x.dtype, is_pure=False, pack=2)
-    else:
-        return x
-
-
-@triton.jit
 def _rows(
     early, w_rows, x_ptr, x_stride, R,
     C: tl.constexpr, BO: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr,
@@ -208,37 +171,12 @@ def _rows(
                 part = zero
         part = tl.dot(w, x.trans(), part, input_precision="ieee")
     for i in tl.static_range(len(early)):
-        x = _in_registers(xs[i], PDL)
-        part = tl.dot(_in_registers(early[i], PDL), x.trans(), part, input_precision="ieee")
+        x = in_registers(xs[i], PDL)
+        part = tl.dot(in_registers(early[i], PDL), x.trans(), part, input_precision="ieee")
     return y + part if PARTS > 1 else part
 
 
-@triton.jit
-def _places(
-    R, inv_freq_ptr, inv_freq_stride, block_table_ptr, table_stride, seq_lens_ptr, positions_ptr, tokens, pages, slots,
-    S: tl.constexpr, HALF: tl.constexpr, BO: tl.constexpr, BR: tl.constexpr,
-):  # fmt: skip
-    """Cosines and sines [BO / 2, BR] of the rows' tokens. [1, BR] each: not padding, has a page, the page, the slot."""
-    row = tl.arange(0, BR)[None, :]
-    sequence = (row // tokens).to(tl.int64)
-    position = tl.load(seq_lens_ptr + sequence, mask=row < R, other=0) - tokens + row % tokens
-    live = (position >= 0) & (row < R)
-    column = ((tl.program_id(0) * (BO // 2) + tl.arange(0, BO // 2)) % HALF)[:, None]
-    inv_freq = tl.load(inv_freq_ptr + sequence * inv_freq_stride + column, mask=live, other=0.0)
-    rotation = position
-    if positions_ptr is not None:
-        rotation = tl.load(positions_ptr + row, mask=live, other=0)
-    cos, sin = cos_sin(rotation.to(tl.float32) * inv_freq)
-    paged = live & (position // S < slots)
-    page = tl.load(block_table_ptr + sequence * table_stride + position // S, mask=paged, other=0).to(tl.int64)
-    tl.device_assert((page >= 0) & (page < pages), "block_table has a page that is not in the cache")
-    return cos, sin, live, paged & (page >= 0) & (page < pages), page, (position % S).to(tl.int64)
-
-
-@jit(
-    "x_ptr x_stride norm_ptr w_ptr bias_ptr residual_ptr residual_stride y_ptr inv_freq_ptr k_cache_ptr "
-    "k_page_stride k_head_stride k_token_stride v_cache_ptr v_page_stride v_head_stride v_token_stride"
-)
+@jit(f"norm_ptr {ALIGNED}")
 def _linear_few_rows(
     x_ptr, x_stride, norm_ptr, eps, w_ptr, bias_ptr, residual_ptr, residual_stride, y_ptr, R,
     inv_freq_ptr, inv_freq_stride, k_cache_ptr, k_page_stride, k_head_stride, k_token_stride,
@@ -253,7 +191,8 @@ def _linear_few_rows(
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     dtype = y_ptr.dtype.element_ty
-    rows = _weight_rows(OUT, HALF, BO)
+    tile = tl.program_id(0)
+    rows = weight_rows(tile, OUT, HALF, BO)
     w_rows = w_ptr + rows.to(tl.int64)[:, None] * W_STRIDE
     if BR == 1:
         ws = _chunks(w_rows, C, BC, "evict_first")
@@ -268,58 +207,31 @@ def _linear_few_rows(
         tl.inline_asm_elementwise(
             "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [lines.to(tl.int64)], tl.int32, is_pure=False, pack=1
         )
+    bias = None
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + rows).to(tl.float32)[:, None]
     if PDL:
         tl.extra.cuda.gdc_wait()
 
     row = tl.arange(0, BR)[None, :]
-    output = (tl.program_id(0) * BO + tl.arange(0, BO))[:, None]
+    residual = None
+    places = None
     if residual_ptr is not None:
-        residual_rows = residual_ptr + row.to(tl.int64) * residual_stride
-        residual = tl.load(residual_rows + output, mask=(row < R) & (output < OUT), other=0.0)
+        residual = residual_tile(tile, row, residual_ptr, residual_stride, R, OUT, BO)
     if inv_freq_ptr is not None:
-        places = _places(
-            R, inv_freq_ptr, inv_freq_stride, block_table_ptr, table_stride, seq_lens_ptr, positions_ptr,
-            tokens, pages, slots, S, HALF, BO, BR,
+        places = row_places(
+            tile, row, R, inv_freq_ptr, inv_freq_stride, block_table_ptr, table_stride, seq_lens_ptr, positions_ptr,
+            tokens, pages, slots, S, HALF, BO,
         )  # fmt: skip
     if BR == 1:
         y = _one_row(ws, norms, x_ptr, eps, C, BC, PDL)
     else:
         y = _rows(early, w_rows, x_ptr, x_stride, R, C, BO, BC, BR, PARTS, STAGES, PDL)
 
-    if bias_ptr is not None:
-        y += bias
-    y = y.to(dtype).to(tl.float32)
-    if HALF == 0:
-        if residual_ptr is not None:
-            y += residual.to(tl.float32)
-        tl.store(y_ptr + row * OUT + output, y.to(dtype), mask=(row < R) & (output < OUT))
-    else:
-        first, second = y.reshape(BO // 2, 2, BR).permute(0, 2, 1).split()
-        pair = (tl.program_id(0) * (BO // 2) + tl.arange(0, BO // 2))[:, None]
-        inside = (row < R) & (pair < OUT // 2)
-        if inv_freq_ptr is None:
-            y = silu(first).to(dtype).to(tl.float32) * second
-            tl.store(y_ptr + row * (OUT // 2) + pair, y.to(dtype), mask=inside)
-        else:
-            cos, sin, live, paged, page, slot = places
-            head, column = pair // HALF, pair % HALF
-            turned_first, turned_second = rotate(first, second, cos, sin, dtype)
-            is_q = inside & (head < H)
-            q = y_ptr + (row * H + head) * (2 * HALF) + column
-            tl.store(q, tl.where(live, turned_first, 0.0).to(dtype), mask=is_q)
-            tl.store(q + HALF, tl.where(live, turned_second, 0.0).to(dtype), mask=is_q)
-            is_k = inside & paged & (head >= H) & (head < H + K)
-            place = page * k_page_stride + (head - H).to(tl.int64) * k_head_stride + slot * k_token_stride
-            k = k_cache_ptr + place + column
-            tl.store(k, turned_first.to(dtype), mask=is_k)
-            tl.store(k + HALF, turned_second.to(dtype), mask=is_k)
-            is_v = inside & paged & (head >= H + K)
-            place = page * v_page_stride + (head - H - K).to(tl.int64) * v_head_stride + slot * v_token_stride
-            v = v_cache_ptr + place + column
-            tl.store(v, first.to(dtype), mask=is_v)
-            tl.store(v + HALF, second.to(dtype), mask=is_v)
+    store_result(
+        tile, row, y, bias, residual, places, R, y_ptr, k_cache_ptr, k_page_stride, k_head_stride, k_token_stride,
+        v_cache_ptr, v_page_stride, v_head_stride, v_token_stride, OUT, HALF, H, K, BO,
+    )  # fmt: skip
 
 
 def parts(outputs: int, columns: int) -> int:

@@ -59,8 +59,8 @@ def _sum_of(x):
 )
 def _penalize(
     logits_ptr, bias_ptr, repetition_ptr, frequency_ptr, presence_ptr, prompt_counts_ptr, output_counts_ptr,
-    allowed_ptr, x_ptr, best_ptr, first_ptr, peak_ptr, spread_ptr, search_ptr,
-    V, logits_stride, bias_stride, prompt_counts_stride, output_counts_stride, allowed_stride,
+    allowed_ptr, drafts_ptr, x_ptr, best_ptr, first_ptr, peak_ptr, spread_ptr, search_ptr,
+    V, K, logits_stride, bias_stride, prompt_counts_stride, output_counts_stride, allowed_stride, drafts_stride,
     BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
@@ -68,25 +68,30 @@ def _penalize(
     row, block, blocks = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     token = block * BLOCK + tl.arange(0, BLOCK)
     inside = token < V
+    sequence = row if drafts_ptr is None else (tl.program_id(0) // K).to(tl.int64)
     if PDL:
         tl.extra.cuda.gdc_wait()
     x = tl.load(logits_ptr + row * logits_stride + token, mask=inside, other=-INF).to(tl.float32)
     if bias_ptr is not None:
-        bias = tl.load(bias_ptr + row * bias_stride + token, mask=inside, other=0.0)
+        bias = tl.load(bias_ptr + sequence * bias_stride + token, mask=inside, other=0.0)
     generated = tl.zeros_like(token)
     if output_counts_ptr is not None:
-        generated = tl.load(output_counts_ptr + row * output_counts_stride + token, mask=inside, other=0)
+        generated = tl.load(output_counts_ptr + sequence * output_counts_stride + token, mask=inside, other=0)
+    if drafts_ptr is not None:
+        for draft in range(1, tl.program_id(0) % K + 1):
+            drafted = tl.load(drafts_ptr + sequence * drafts_stride + draft)
+            generated += (token == drafted).to(tl.int32)
     seen = generated
     if repetition_ptr is not None:
         penalty = tl.load(repetition_ptr + row)
         if prompt_counts_ptr is not None:
-            seen |= tl.load(prompt_counts_ptr + row * prompt_counts_stride + token, mask=inside, other=0)
+            seen |= tl.load(prompt_counts_ptr + sequence * prompt_counts_stride + token, mask=inside, other=0)
     if frequency_ptr is not None:
         frequency = tl.load(frequency_ptr + row)
     if presence_ptr is not None:
         presence = tl.load(presence_ptr + row)
     if allowed_ptr is not None:
-        word = tl.load(allowed_ptr + row * allowed_stride + token // 32, mask=inside, other=0)
+        word = tl.load(allowed_ptr + sequence * allowed_stride + token // 32, mask=inside, other=0)
     partial = row * blocks + block
     peak = tl.maximum(tl.max(x, axis=0), -LARGEST)
     tl.store(peak_ptr + partial, peak)
@@ -204,6 +209,7 @@ def sample(
     output_counts: Tensor | None = None,
     logit_bias: Tensor | None = None,
     allowed: Tensor | None = None,
+    drafts: Tensor | None = None,
     seed: Tensor,
     stream: Tensor,
     position: Tensor,
@@ -217,6 +223,8 @@ def sample(
     rows, vocab = logits.shape
     device = logits.device
     words = cdiv(vocab, 32)
+    rows_of_each = 1 if drafts is None else drafts.shape[-1]
+    sequences = rows // rows_of_each
     for name, x, dtype, shape in (
         ("temperature", temperature, torch.float32, (rows,)),
         ("top_k", top_k, torch.int64, (rows,)),
@@ -226,10 +234,11 @@ def sample(
         ("repetition_penalty", repetition_penalty, torch.float32, (rows,)),
         ("presence_penalty", presence_penalty, torch.float32, (rows,)),
         ("frequency_penalty", frequency_penalty, torch.float32, (rows,)),
-        ("prompt_counts", prompt_counts, torch.int32, (rows, vocab)),
-        ("output_counts", output_counts, torch.int32, (rows, vocab)),
-        ("logit_bias", logit_bias, torch.float32, (rows, vocab)),
-        ("allowed", allowed, torch.int32, (rows, words)),
+        ("prompt_counts", prompt_counts, torch.int32, (sequences, vocab)),
+        ("output_counts", output_counts, torch.int32, (sequences, vocab)),
+        ("logit_bias", logit_bias, torch.float32, (sequences, vocab)),
+        ("allowed", allowed, torch.int32, (sequences, words)),
+        ("drafts", drafts, torch.int64, (sequences, rows_of_each)),
         ("seed", seed, torch.int64, (rows,)),
         ("stream", stream, torch.int64, (rows,)),
         ("position", position, torch.int32 if position.dtype == torch.int32 else torch.int64, (rows,)),
@@ -257,9 +266,9 @@ def sample(
     all_blocks = {"BLOCKS": next_power_of_2(blocks)}
     _penalize[(rows, blocks)](
         logits, logit_bias, repetition_penalty, frequency_penalty, presence_penalty, prompt_counts, output_counts,
-        allowed, x, best, first, peak, spread, search,
-        vocab, logits.stride(0), stride(logit_bias), stride(prompt_counts), stride(output_counts), stride(allowed),
-        **per_block,
+        allowed, drafts, x, best, first, peak, spread, search,
+        vocab, rows_of_each, logits.stride(0), stride(logit_bias), stride(prompt_counts), stride(output_counts),
+        stride(allowed), stride(drafts), **per_block,
     )  # fmt: skip
     if search is not None:
         find_thresholds(x, best, *filters, search, BLOCK, few_candidates)

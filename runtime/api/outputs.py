@@ -26,7 +26,7 @@ class Chunk:
         prompt_tps: prompt tokens per second, from the call to the first token.
         decode_tps: tokens per second after the first token; 0.0 while there are none.
         peak_memory: the most memory so far, in gigabytes, of the GPU or of the process.
-        cached_tokens: as in RequestOutput.
+        cached_tokens, drafted, accepted: as in RequestOutput, so far.
     """
 
     text: str
@@ -41,6 +41,8 @@ class Chunk:
     decode_tps: float
     peak_memory: float
     cached_tokens: int
+    drafted: int
+    accepted: int
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,8 @@ class RequestOutput:
         sampling_params: the parameters that were used.
         cached_tokens: prompt tokens whose keys and values an earlier prompt or answer left in the cache: whole
             pages of 64, or with batch_invariant whole chunks of 512; all of them if the same prompt ran beside it.
+        drafted, accepted: how many tokens of the answers were drafted, and how many drafts were right, each of which
+            saved a step; see the LLM's `speculation`.
         timings: how long it took.
     """
 
@@ -106,6 +110,8 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     sampling_params: SamplingParams
     cached_tokens: int
+    drafted: int = field(compare=False)
+    accepted: int = field(compare=False)
     timings: Timings = field(compare=False)
 
     @property
@@ -147,6 +153,8 @@ def chunk_of(update: Update, called: float, device: torch.device) -> Chunk:
         (read - 1) / (times[-1] - times[0]) if read > 1 else 0.0,
         peak_memory(device),
         request.cached_tokens,
+        request.drafted,
+        request.accepted,
     )
 
 

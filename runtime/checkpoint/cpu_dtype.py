@@ -2,6 +2,7 @@
 
 import platform
 import sys
+from collections.abc import Callable
 
 import torch
 
@@ -22,21 +23,23 @@ def multiplies(dtype: torch.dtype) -> bool:
     return True
 
 
-def cpu_dtype(stored: torch.dtype, parameters: int, *, report: bool) -> torch.dtype:
-    """float32 in place of a `stored` dtype that this CPU does not multiply, if that many parameters fit into memory.
+def cpu_dtype(stored: torch.dtype, size: Callable[[torch.dtype], int], *, report: bool) -> torch.dtype:
+    """float32 in place of a `stored` dtype that this CPU does not multiply, if the model then fits into memory.
 
+    size: the bytes of the model in a dtype.
     report: say in one line on stderr what was chosen, where the CPU lacks the stored dtype.
     """
     if multiplies(stored):
         return stored
-    needed, free = parameters * torch.float32.itemsize, free_memory(torch.device("cpu"))
+    needed, free = size(torch.float32), free_memory(torch.device("cpu"))
     fits = needed <= free * _MOST_OF_FREE_MEMORY
     if report and sys.stderr is not None:
-        name, size = str(stored).removeprefix("torch."), f"{needed / 1e9:.2f} GB"
+        name, takes = str(stored).removeprefix("torch."), f"{needed / 1e9:.2f} GB"
         print(
-            f"This CPU has no {name} products: loading in float32, {size}. (dtype={name!r} keeps it small and is slow.)"
+            f"This CPU has no {name} products: loading in float32, {takes}. "
+            f"(dtype={name!r} keeps it small and is slow.)"
             if fits
-            else f"This CPU has no {name} products, and float32 needs {size} of {free / 1e9:.2f} GB of free memory: "
+            else f"This CPU has no {name} products, and float32 needs {takes} of {free / 1e9:.2f} GB of free memory: "
             "prompts will be slow",
             file=sys.stderr,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,12 +16,15 @@ from ..common.progress import hides_bar
 from ..common.shown import shown
 from ..model.config import InternLM3Config
 from ..model.model import LanguageModel
+from ..model.quantised_linear import Rows, biases, quantise_layers
 from .cpu_dtype import cpu_dtype
 from .gguf.folder import WEIGHTS as GGUF_WEIGHTS
 from .gguf.reader import GGUFHeader
 from .gguf.weights import GGUFWeights
-from .quantised.dense_files import DenseFiles
+from .quantise.rounded_files import RoundedFiles
+from .quantise.rounding import FORMS, Form
 from .quantised.methods import KEY, method_of
+from .quantised.quantised_files import QuantisedFiles
 from .quantised.scheme import Method
 from .weight_files import FLOATS, WeightFiles, tied_names
 
@@ -44,11 +48,13 @@ def load_model(
     batch_invariant: bool = False,
     use_safetensors: bool = False,
     fast_on_cpu: bool = False,
+    keep_quantised: bool = False,
+    quantization: str | None = None,
     progress: bool = True,
 ) -> Model:
     """Loads a checkpoint from a local folder into a new `cls`, in evaluation mode.
 
-    Host memory stays below the size of the model plus one shard.
+    Host memory stays below the size of the model plus one shard, or, of a quantised one, plus a few tensors.
 
     Args:
         cls: LanguageModel, or a subclass with the same constructor.
@@ -60,6 +66,9 @@ def load_model(
         use_safetensors: refuse pickled weights, which otherwise are read if there is nothing else.
         fast_on_cpu: with dtype None or "auto", a CPU that has no products of the checkpoint's dtype loads it in float32
             where memory allows.
+        keep_quantised: quantised weights stay so in memory, where the ops take their form.
+        quantization: "int4", "int8" or "fp8" quantises the weights that are read, with keep_quantised. The name of a
+            method states what the checkpoint is; None: whatever it is.
         progress: show a progress bar on a terminal, and say if fast_on_cpu changes the dtype.
 
     Raises:
@@ -76,6 +85,7 @@ def load_model(
         )
     files.check_layers(config.num_hidden_layers)
     method = method_of(folder, config.extra)
+    form = _form(quantization, folder, files, method)
     model = cls(_dense(config), device="meta")
     load_weights(
         model,
@@ -84,6 +94,8 @@ def load_model(
         dtype=wanted or DTYPES.get(config.dtype or ""),
         device=target,
         fast_on_cpu=fast_on_cpu and wanted is None,
+        keep_quantised=keep_quantised,
+        form=form,
         progress=progress,
     )
     model.model.batch_invariant = batch_invariant
@@ -98,13 +110,16 @@ def load_weights(
     dtype: torch.dtype | None,
     device: torch.device,
     fast_on_cpu: bool,
+    keep_quantised: bool = False,
+    form: Form | None = None,
     progress: bool,
 ) -> None:
     """Gives a module on the meta device its weights, as `dtype` (None: as they are stored), or as `cpu_dtype` has it.
 
     A parameter that the module has under two names may be stored under either; under both, they must be equal.
-    `method` says how the files are quantised, None if they are not. Quantised weights are computed in float32 and
-    rounded once, to `dtype`.
+    `method` says how the files are quantised, None if they are not. With keep_quantised, quantised weights stay as they
+    are where the ops take their form; all others are computed in float32 and rounded once, to `dtype`. With it, `form`
+    quantises weights that are not.
 
     Raises:
         ValueError: files that are damaged, or whose tensors are not those of the module; the message names them.
@@ -118,20 +133,28 @@ def load_weights(
     shapes = {stored(name): tuple(weight.shape) for name, weight in module.state_dict().items()}
     shapes = {name: shape for name, shape in shapes.items() if name not in tied}
     if method is not None:
-        files = DenseFiles.of(files, method, shapes)
+        files = QuantisedFiles.of(files, method, shapes)
+    elif form is not None:
+        files = RoundedFiles.of(files, form, shapes)
     _check(files, shapes, tied)
+    places: dict[str, Rows] = {}
+    if keep_quantised:
+        layouts = {name: files.layouts[stored(name)] for name in module.state_dict() if stored(name) in files.layouts}
+        places = quantise_layers(module, layouts)
     dtype = dtype or _stored_dtype(files)
     if fast_on_cpu and device.type == "cpu":
-        dtype = cpu_dtype(dtype, sum(weight.numel() for weight in module.parameters()), report=progress)
+        dtype = cpu_dtype(dtype, partial(_bytes, module), report=progress)
     _check_memory(module, dtype, device)
 
     _allocate(module, dtype, device)
-    weights = {stored(name): weight for name, weight in module.state_dict().items()}
+    targets: dict[str, Any] = {stored(name): weight for name, weight in module.state_dict().items()}
+    targets |= {stored(name): target for name, target in (*places.items(), *biases(places))}
+    packed = {stored(name) for name in places}
     bar = tqdm(total=len(shapes), desc="Loading weights", unit="tensor", disable=hides_bar(progress))
     with bar:
         for path in files.headers:
-            for name, tensor in files.read(path, shapes.keys(), device):
-                weights[name].copy_(tensor)
+            for name, weight in files.read(path, shapes.keys(), device, packed):
+                targets[name].copy_(weight)
                 bar.update()
 
 
@@ -178,6 +201,28 @@ def _open(folder: Path, config: InternLM3Config) -> WeightFiles:
         header = GGUFHeader.read((folder / GGUF_WEIGHTS).resolve())
         return GGUFWeights.of(header, config.num_attention_heads, config.num_key_value_heads)
     return WeightFiles.open(folder)
+
+
+def _form(quantization: str | None, folder: Path, files: WeightFiles, method: Method | None) -> Form | None:
+    """What to quantise the weights to. Raises ValueError for what the checkpoint is not, or cannot become."""
+    quantised = method is not None or bool(files.layouts)
+    if quantization is not None and not isinstance(quantization, str):
+        raise TypeError(f"quantization must be a string, not {shown(quantization)}")
+    if quantization in FORMS:
+        if quantised:
+            summary = method.summary if method is not None else "GGUF"
+            raise ValueError(
+                f"quantization={quantization!r}: {folder} is quantised already ({summary}): leave quantization away, "
+                "or name the checkpoint that it was made from"
+            )
+        return quantization
+    own = method.name if method is not None else "gguf" if files.layouts else None
+    if quantization is not None and quantization.removesuffix("_marlin") != own:  # vLLM names its kernels, too
+        raise ValueError(
+            f"quantization {shown(quantization)}: {folder} is {shown(own) if own else 'not quantised'}. What a "
+            f"checkpoint is needs no switch; {', '.join(map(repr, FORMS))} quantise one that is not"
+        )
+    return None
 
 
 def _dense(config: InternLM3Config) -> InternLM3Config:
@@ -227,7 +272,9 @@ def _check(files: WeightFiles, shapes: Mapping[str, tuple[int, ...]], tied: Mapp
 
 def _tensor(files: WeightFiles, name: str) -> Tensor:
     """One tensor in float32."""
-    return next(tensor for _, tensor in files.read(files.file_of[name], {name}, torch.device("cpu"))).float()
+    (weight,) = (weight for _, weight in files.read(files.file_of[name], {name}, torch.device("cpu")))
+    assert isinstance(weight, Tensor)  # nothing was asked for packed
+    return weight.float()
 
 
 def _stored_dtype(files: WeightFiles) -> torch.dtype:
@@ -239,7 +286,7 @@ def _check_memory(module: nn.Module, dtype: torch.dtype, device: torch.device) -
     """Raises MemoryError, with the arithmetic, if the weights don't fit into the free memory of a GPU."""
     if device.type != "cuda":
         return
-    needed = sum(weight.numel() for weight in module.parameters()) * dtype.itemsize
+    needed = _bytes(module, dtype)
     free, total = torch.cuda.mem_get_info(device)
     if needed > free:
         raise MemoryError(
@@ -248,9 +295,17 @@ def _check_memory(module: nn.Module, dtype: torch.dtype, device: torch.device) -
         )
 
 
+def _bytes(module: nn.Module, dtype: torch.dtype) -> int:
+    """The memory of a module whose floating-point parameters have this dtype."""
+    return sum(
+        weight.numel() * (dtype if weight.is_floating_point() else weight.dtype).itemsize
+        for weight in module.parameters()
+    )
+
+
 @torch.inference_mode(False)
 def _allocate(module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
-    """Gives a module on the meta device uninitialised memory, keeping tied parameters tied.
+    """Gives a module on the meta device uninitialised memory, keeping tied parameters tied, and integers as they are.
 
     (`Module.to_empty` imports sympy, which takes half a second.)
     """
@@ -258,7 +313,8 @@ def _allocate(module: nn.Module, dtype: torch.dtype, device: torch.device) -> No
     for part in module.modules():
         for name, weight in list(part.named_parameters(recurse=False)):
             if weight not in allocated:
-                empty = torch.empty(weight.shape, dtype=dtype, device=device)
+                kept = dtype if weight.is_floating_point() else weight.dtype
+                empty = torch.empty(weight.shape, dtype=kept, device=device)
                 allocated[weight] = nn.Parameter(empty, requires_grad=False)
             setattr(part, name, allocated[weight])
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from ...kernels.quantised import Layout, Weight
 from ..common.checks import is_unicode
 from ..common.files import has_file, read_json
 from ..common.hub import weight_names
@@ -41,11 +42,13 @@ class WeightFiles:
         folder: the checkpoint.
         headers: the header of each file.
         file_of: tensor name -> the file that contains it.
+        layouts: of the weights that can be read in the form of the ops' quantised weights.
     """
 
     folder: Path
     headers: dict[Path, Header]
     file_of: dict[str, Path]
+    layouts: Mapping[str, Layout]
 
     @classmethod
     def open(cls, folder: Path) -> WeightFiles:
@@ -74,10 +77,19 @@ class WeightFiles:
                 raise ValueError(
                     f"{index} says that {shown(name)} is in {expected}, but {found} contains it; fetch both again"
                 )
-        return cls(folder, headers, file_of)
+        return cls(folder, headers, file_of, {})
 
-    def read(self, path: Path, names: Collection[str], device: torch.device) -> Iterator[tuple[str, Tensor]]:
-        """Yields the tensors of one file that are in `names`, one at a time (those of a .bin file on the CPU)."""
+    def read(
+        self, path: Path, names: Collection[str], device: torch.device, packed: Collection[str] = ()
+    ) -> Iterator[tuple[str, Weight]]:
+        """Yields the weights of one file that are in `names`, one at a time (those of a .bin file on the CPU).
+
+        Those in `packed`, which are in `layouts`, are quantised weights; all others are tensors.
+        """
+        yield from self.tensors(path, names, device)
+
+    def tensors(self, path: Path, names: Collection[str], device: torch.device) -> Iterator[tuple[str, Tensor]]:
+        """Yields tensors as they are stored."""
         if path.suffix == ".bin":
             yield from ((name, tensor) for name, tensor in _unpickle(path).items() if name in names)
             return

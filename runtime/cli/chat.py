@@ -133,6 +133,7 @@ def show(chunks: Iterator[Chunk]) -> tuple[str, bool]:
             f"answer {chunk.decode_tokens} tokens, {chunk.decode_tps:.1f} tokens/s; "
             f"peak memory {chunk.peak_memory:.2f} GB]"
             + (f" [{chunk.cached_tokens} of the prompt's tokens reused]" if chunk.cached_tokens else "")
+            + (f" [{chunk.accepted} of {chunk.drafted} drafted tokens were right]" if chunk.drafted else "")
         )
         if failed:
             raise ValueError(chunk.stop_reason)

@@ -106,7 +106,7 @@ def _info(args: argparse.Namespace) -> None:
     from ..api.inputs import check_window, checkpoint_defaults
     from ..checkpoint.gguf.folder import locate
     from ..checkpoint.load import resolve_dtype
-    from ..checkpoint.quantised.methods import method_of
+    from ..checkpoint.sizes import read_per_token, stored_as, weight_bytes
     from ..model.config import InternLM3Config
     from ..model.kv_cache import PAGE, page_bytes, pages_of
     from ..model.model import LanguageModel
@@ -116,7 +116,7 @@ def _info(args: argparse.Namespace) -> None:
     config = InternLM3Config.from_file(folder / "config.json")
     dtype = resolve_dtype(args.dtype) or resolve_dtype(config.dtype or "bfloat16")
     assert dtype is not None
-    size = dtype.itemsize
+    sizes = weight_bytes(folder, config, dtype)
     parameters = sum(weight.numel() for weight in LanguageModel(config, device="meta").parameters())
     per_token = page_bytes(config, dtype) // PAGE
     length = check_window(config, args.length, "--length")
@@ -127,9 +127,10 @@ def _info(args: argparse.Namespace) -> None:
         print(f"{key:24} {value}")
     print()
     print(f"{'parameters':24} {parameters:,}")
-    print(f"{'weights':24} {parameters * size / 1e9:.2f} GB in {str(dtype).removeprefix('torch.')}")
-    if method := method_of(folder, config.extra):
-        print(f"{'stored as':24} {method.summary}; computed in the precision above when it is loaded")
+    name, quantised = str(dtype).removeprefix("torch."), stored_as(folder, config)
+    how = f"as {quantised}; what is not quantised in {name}" if quantised else f"in {name}"
+    print(f"{'weights':24} {sum(sizes.values()) / 1e9:.2f} GB {how}")
+    print(f"{'read per decoded token':24} {read_per_token(sizes) / 1e9:.2f} GB of weights, and the KV cache so far")
     print(f"{'KV cache':24} {per_token:,} bytes per token, {length * per_token / 1e9:.2f} GB at {length:,} tokens")
     print(f"{'KV cache of LLM':24} {windows:.2f} GB for 16 sequences, but at most half of the memory that is free")
     page = f"{page_bytes(config, dtype) / 1e6:.2f} MB for {PAGE} tokens, {pages_of(length):,} of them for {length:,}"
@@ -184,6 +185,7 @@ def _load(args: argparse.Namespace, *, progress: bool | None = None) -> LLM:
         dtype=args.dtype,
         device=args.device,
         max_seq_len=args.max_seq_len,
+        quantization=args.quantization,
         revision=args.revision,
         local_files_only=args.local_files_only,
         progress=sys.stderr.isatty() if progress is None else progress,
@@ -266,6 +268,7 @@ def _parser() -> argparse.ArgumentParser:
         if each is quantise:
             continue
         group.add_argument("--max-seq-len", type=int, help="context length: prompt and answer together, in tokens")
+        group.add_argument("--quantization", help="quantise the weights on load: int4, int8 or fp8")
         if each is score:
             continue
         group = each.add_argument_group("conversation")

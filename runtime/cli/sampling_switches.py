@@ -28,7 +28,7 @@ def given_settings(args: argparse.Namespace) -> dict[str, Any]:
 
 def _add_switch(group: argparse._ArgumentGroup, setting: Setting) -> None:
     name = setting.name.replace("_", "-")
-    if setting.name == "skip_special_tokens":  # the only one that is on by default
+    if setting.name in ("skip_special_tokens", "speculation"):  # those that are on by default
         group.add_argument(
             f"--no-{name}", dest=setting.name, action="store_false", default=None, help=setting.help
         )  # fmt: skip

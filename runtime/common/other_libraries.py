@@ -25,7 +25,6 @@ LLM: Neutral = {
     "hf_token": (),
     "download_dir": (),
     "served_model_name": (),
-    "quantization": (),
     "rope_scaling": ({},),
     "rope_theta": (),
     "enable_lora": (False,),
@@ -116,6 +115,8 @@ LLM_COUNTERPARTS = {
     "use_tqdm": "progress=False",
     "disable_tqdm": "progress=False",
     "chat_template": "llm.tokenizer.chat_template",
+    "speculative_config": "speculation",
+    "num_speculative_tokens": "speculation",
     "override_generation_config": "llm.default_params",
     "seed": "SamplingParams(seed=...)",
 }

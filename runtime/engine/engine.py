@@ -43,6 +43,7 @@ class Engine(Exclusive):
             at most half of the free memory.
         capture: turns a step into a replayable callable: CUDA graphs on a GPU by default, the step itself on a CPU.
         depth: how many steps are in flight while the host reads; by default 2, on a CPU 1.
+        speculation: whether steps verify drafts (see `Speculation`); by default where they cost little: on a GPU.
 
     Raises MemoryError, with the arithmetic, if not even one sequence of max_seq_len fits.
     """
@@ -56,13 +57,14 @@ class Engine(Exclusive):
         cache_tokens: int | None = None,
         capture: Capture | None = None,
         depth: int | None = None,
+        speculation: bool | None = None,
     ):
         super().__init__()
         device = self._device = model.device
         self.max_batch_size, self.max_seq_len = max_batch_size, max_seq_len
         count = page_budget(model.config, model.dtype, device, max_batch_size, max_seq_len, cache_tokens)
         with self._on_device():
-            self._runner = Runner(model, count, max_batch_size, max_seq_len, capture, depth)
+            self._runner = Runner(model, count, max_batch_size, max_seq_len, capture, depth, speculation)
 
     @property
     def pages(self) -> PageAllocator:

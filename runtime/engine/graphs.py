@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,13 +45,24 @@ def cuda_graphs() -> Capture:
     return capture
 
 
+class Step(NamedTuple):
+    """A decode step of the first slots, as it is captured: with which stages of sampling, with or without drafts."""
+
+    batch_size: int
+    tier: Tier
+    drafts: bool = False
+
+
 @dataclass
 class Report:
-    """What one step reports of one slot; see the op `advance`."""
+    """What one step reports of one slot; see the ops `advance` and `draft`.
 
-    token: int
-    end: int
-    logprob: float
+    tokens: of each new token, in order, its id, its log-probability, and why the sequence ended with it.
+    drafts: how many drafts the next step has.
+    """
+
+    tokens: list[tuple[int, float, int]]
+    drafts: int
 
 
 @dataclass
@@ -62,58 +73,75 @@ class _HostBuffer:
     arrived: Any  # torch.cuda.Event; None on a CPU
 
 
+@dataclass
+class _InFlight:
+    """A step in flight: where its report arrives, who reads it, and whether the step had drafts."""
+
+    buffer: _HostBuffer
+    readers: Sequence[Any]
+    drafts: bool
+
+
 class StepQueue:
     """Decode steps in flight, oldest first.
 
     Args:
-        step: (batch size, tier) -> None: one decode step of the first slots, on the device's tensors alone.
-        report: [B, 3] int32 on the device, where a step writes what the host must know.
+        run: executes one decode step, on the device's tensors alone.
+        report: [B, 3M+1] int32 on the device, where a step writes what the host must know.
     """
 
-    def __init__(self, step: Callable[[int, Tier], None], report: Tensor, capture: Capture):
-        self._step, self._report, self._capture = step, report, capture
-        self._captured: dict[tuple[int, Tier], Callable[[], None]] = {}
+    def __init__(self, run: Callable[[Step], None], report: Tensor, capture: Capture):
+        self._run, self._report, self._capture = run, report, capture
+        self._captured: dict[Step, Callable[[], None]] = {}
         self._idle: list[_HostBuffer] = []
-        self._in_flight: deque[tuple[_HostBuffer, Sequence[Any]]] = deque()
+        self._in_flight: deque[_InFlight] = deque()
 
     def __len__(self) -> int:
         """The number of steps in flight."""
         return len(self._in_flight)
 
-    def launch(self, batch_size: int, tier: Tier, readers: Sequence[Any]) -> None:
+    def of(self, reader: Any) -> int:
+        """The number of steps in flight whose report somebody reads."""
+        return sum(reader in flight.readers for flight in self._in_flight)
+
+    def launch(self, step: Step, readers: Sequence[Any]) -> None:
         """Launches one step. `readers` has an object for each slot, None for a slot that nobody reads."""
-        if not self.capture(batch_size, tier):
-            self._captured[batch_size, tier]()
-        self.copy_report(readers)
+        self.execute(step)
+        self.copy_report(readers, step.drafts)
 
-    def capture(self, batch_size: int, tier: Tier) -> bool:
-        """Captures the step for (batch size, tier) if it is new. Returns True if that executed it."""
-        if (batch_size, tier) in self._captured:
-            return False
-        self._captured[batch_size, tier] = self._capture(partial(self._step, batch_size, tier))
-        return True
+    def execute(self, step: Step) -> None:
+        """Executes one step, and captures it if it is new. Nobody reads its report."""
+        if step in self._captured:
+            self._captured[step]()
+        else:  # which executes it, too
+            self._captured[step] = self._capture(partial(self._run, step))
 
-    def copy_report(self, readers: Sequence[Any]) -> None:
+    def copy_report(self, readers: Sequence[Any], drafts: bool = False) -> None:
         """Queues a copy of the present report to the host."""
         buffer = self._idle.pop() if self._idle else self._new_buffer()
         buffer.report.copy_(self._report, non_blocking=True)
         if buffer.arrived is not None:
             buffer.arrived.record()
-        self._in_flight.append((buffer, readers))
+        self._in_flight.append(_InFlight(buffer, readers, drafts))
 
-    def collect(self) -> list[tuple[Any, Report]]:
-        """Waits for the oldest step, and returns each reader with its slot's report. Idle slots report nothing."""
-        buffer, readers = self._in_flight.popleft()
+    def collect(self) -> tuple[bool, list[tuple[Any, Report]]]:
+        """Waits for the oldest step: whether it had drafts, and each reader with its slot's report.
+
+        Idle slots report nothing.
+        """
+        flight = self._in_flight.popleft()
+        buffer = flight.buffer
         if buffer.arrived is not None:
             buffer.arrived.synchronize()
-        logprobs = buffer.report.view(torch.float32)[:, 2].tolist()
+        report = buffer.report[: len(flight.readers)]
+        rows = zip(flight.readers, report.tolist(), report.view(torch.float32).tolist(), strict=True)
         reports = [
-            (reader, Report(token, end, logprob))
-            for reader, (token, end, _), logprob in zip(readers, buffer.report.tolist(), logprobs, strict=False)
-            if reader is not None and token >= 0
+            (reader, _report(numbers, floats))
+            for reader, numbers, floats in rows
+            if reader is not None and numbers[0] >= 0
         ]
         self._idle.append(buffer)
-        return reports
+        return flight.drafts, reports
 
     def drain(self) -> None:
         """Waits for all steps in flight, and drops their reports."""
@@ -124,3 +152,11 @@ class StepQueue:
         on_gpu = self._report.is_cuda
         report = torch.empty(self._report.shape, dtype=torch.int32, device="cpu", pin_memory=on_gpu)
         return _HostBuffer(report, torch.cuda.Event() if on_gpu else None)
+
+
+def _report(numbers: list[int], floats: list[float]) -> Report:
+    """The report [3M+1] of one slot, given as integers and as the floats of the same bits."""
+    *triples, drafts = numbers
+    ends = (at for at in range(0, len(triples), 3) if triples[at] < 0)
+    count = next(ends, len(triples))
+    return Report([(numbers[at], floats[at + 2], numbers[at + 1]) for at in range(0, count, 3)], drafts)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..model.kv_cache import PAGE
 from ..sampling.settings import STATE
 
 
@@ -60,14 +61,19 @@ class Layout:
         return views
 
 
-def state_layout(pages: int, vocab_size: int, head_dim: int) -> Layout:
-    """The layout of a DecodeState for sequences of up to `pages` pages. The vocabulary-sized fields come first."""
+def state_layout(pages: int, vocab_size: int, head_dim: int, tokens: int = 1) -> Layout:
+    """The layout of a DecodeState for sequences of up to `pages` pages. What the op `count_prompt` writes comes first.
+
+    tokens: the most that one step generates for a sequence.
+    """
     bits = vector(-(-vocab_size // 32))
     dtypes = {**dict.fromkeys(("token", "seed", "stream"), "int64"), **STATE}
-    dtypes |= dict.fromkeys(("seq_lens", "max_len", "min_len"), "int32")
+    dtypes |= dict.fromkeys(("seq_lens", "max_len", "min_len", "most_drafts"), "int32")
+    report = 3 * tokens + 1
     numbers = {name: number(getattr(torch, dtype)) for name, dtype in dtypes.items()}
     return Layout(
         {
+            "history": vector(pages * PAGE),
             "prompt_counts": vector(vocab_size),
             "output_counts": vector(vocab_size),
             "logit_bias": vector(vocab_size, torch.float32),
@@ -78,6 +84,6 @@ def state_layout(pages: int, vocab_size: int, head_dim: int) -> Layout:
             "allowed": bits,
             # The 64-bit ones first: only an even number of words is before them.
             **dict(sorted(numbers.items(), key=lambda named: -named[1].words)),
-            "report": Field(torch.int32, (3,), 3),  # not padded: it is copied to the host
+            "report": Field(torch.int32, (report,), report),  # not padded: it is copied to the host
         }
     )

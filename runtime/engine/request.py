@@ -36,6 +36,7 @@ class Request:
         token_ids, logprobs, top_logprobs, times: for each generated token its id, log-probability, alternatives, and
             the time.perf_counter() at which the host received it.
         cached_tokens: prompt tokens whose keys and values were in the cache already.
+        drafted, accepted: how many drafts steps have verified, and how many tokens those gave.
         began: the time.perf_counter() at which the request got a slot.
         reader: whoever reads the answer. When it is gone, the request ends with "abort"; None: nobody need be there.
         finish_reason: None while it runs, then "stop" (an end token or stop string), "length", "error" or "abort".
@@ -56,6 +57,8 @@ class Request:
     top_logprobs: list[dict[int, float]] = field(default_factory=list)
     times: list[float] = field(default_factory=list)
     cached_tokens: int = 0
+    drafted: int = 0
+    accepted: int = 0
     began: float = 0.0
     reader: weakref.ref[Any] | None = None
     finish_reason: str | None = None

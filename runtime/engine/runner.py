@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import math
+import time
 import weakref
 from collections.abc import Iterable, Iterator
 from functools import partial
@@ -14,12 +16,14 @@ from ..model.kv_cache import PagedKVCache, pages_of
 from ..model.model import LanguageModel
 from ..model.weights import WeightsState
 from . import decode, prefill
-from .graphs import Capture, StepQueue, cuda_graphs, eager
+from .draft_rows import MOST_SEQUENCES, ROWS, DraftRows
+from .graphs import Capture, Step, StepQueue, cuda_graphs, eager
 from .hooks import sample_with_hooks
 from .layout import state_layout
 from .pages import PageAllocator
 from .request import Request
 from .scheduler import Scheduler
+from .speculation import MOST_COST, Speculation
 from .staging import Staging
 from .state import DecodeState, Slot, Tier
 from .warm_up import compile_kernels, steps_to_compile
@@ -34,11 +38,12 @@ class Runner:
 
     Args:
         num_pages: of the KV cache.
-        max_batch_size, max_seq_len, capture, depth: as for Engine.
+        max_batch_size, max_seq_len, capture, depth, speculation: as for Engine.
 
     Attributes:
         scheduler: which requests wait, and which have a slot.
         pages, kv_cache: the pages and what is on them.
+        speculation: which steps verify drafts; None if none does.
     """
 
     def __init__(
@@ -49,6 +54,7 @@ class Runner:
         max_seq_len: int,
         capture: Capture | None,
         depth: int | None,
+        speculation: bool | None,
     ):
         config, device = model.config, model.device
         self._model: LanguageModel = weakref.proxy(model)  # type: ignore[assignment]
@@ -60,16 +66,21 @@ class Runner:
         self.pages = PageAllocator(num_pages)
         self.scheduler = Scheduler(config, max_batch_size, self.pages, model.model.batch_invariant, self._padded)
         self.kv_cache = PagedKVCache(config, num_pages, model.dtype, device)
-        layout = state_layout(pages_of(max_seq_len), config.vocab_size, config.head_dim)
+        speculates = device.type != "cpu" if speculation is None else speculation
+        tokens = ROWS if speculates else 1
+        layout = state_layout(pages_of(max_seq_len), config.vocab_size, config.head_dim, tokens)
         rows = torch.zeros(max_batch_size * layout.words, dtype=torch.int32, device=device)
         self._state = DecodeState.of(layout, rows)
         self._staging = Staging(config, layout, rows, self.kv_cache.spare, prefill.CHUNK)
+        most_cost = MOST_COST if speculation is None else math.inf
+        self.speculation = Speculation(self._state, most_cost) if speculates else None
         self._begin()
 
     def _begin(self) -> None:
         """Without any captured step, for the weights as they are."""
-        step = partial(_decode_step, self._model, self.kv_cache, self._state)
-        self._steps = StepQueue(step, self._state.report, self._capture)
+        rows = None if self.speculation is None else self.speculation.rows
+        run = partial(_run_step, self._model, self.kv_cache, self._state, rows)
+        self._steps = StepQueue(run, self._state.report, self._capture)
         capture = None if self._eager else self._capture
         self._prefill = prefill.Prefill(self._model, self.kv_cache, self._state, self._staging, capture)
         self._weights = WeightsState(self._model)
@@ -113,7 +124,6 @@ class Runner:
         slot = scheduled[0]
         if self._prefill.captured is not None and len(scheduled) == 1 and not slot.request.needs_host:
             self._prefill.captured.run_to_first_token(slot)
-            slot.launched = 1
             self._steps.copy_report([*[None] * slot.index, slot])
         else:
             self._sample_first_tokens(scheduled, self._prefill.run(scheduled))
@@ -126,7 +136,7 @@ class Runner:
         readers: list[Slot | None] = [None] * batch_size
         on_host: list[Request | None] = [None] * batch_size
         for slot in scheduled:
-            slot.launched, readers[slot.index] = 1, slot
+            readers[slot.index] = slot
             if slot.request.needs_host:
                 on_host[slot.index] = slot.request
         for begin, end in _neighbours(scheduled):
@@ -143,13 +153,18 @@ class Runner:
     def _launch_ahead(self) -> None:
         """Launches steps until `depth` are in flight, but none after the last token that any slot may have."""
         while len(self._steps) < self._depth:
-            unfinished = [slot for slot in self.scheduler.active if slot.launched < slot.request.max_tokens]
+            # A step generates at least one token.
+            unfinished = [
+                slot
+                for slot in self.scheduler.active
+                if len(slot.request.token_ids) + self._steps.of(slot) < slot.request.max_tokens
+            ]
             if not unfinished:
                 return
             batch_size = self._batch_size()
-            for slot in unfinished:
-                slot.launched += 1
-            self._steps.launch(batch_size, max(slot.tier for slot in unfinished), self.scheduler.slots[:batch_size])
+            slots = self.scheduler.slots[:batch_size]
+            drafts = self.speculation is not None and self.speculation.prepare(slots)
+            self._steps.launch(Step(batch_size, max(slot.tier for slot in unfinished), drafts), slots)
 
     def _step_on_host(self) -> list[Request]:
         """One step whose logits the host sees. No other is in flight: processors need all tokens before it."""
@@ -163,18 +178,22 @@ class Runner:
         requests = [None if slot is None else slot.request for slot in slots]
         sample_with_hooks(self._model.model.ops, logits, state, tier, requests)
         self.free_ended()
-        for slot in active:
-            slot.launched += 1
+        if self.speculation is not None:
+            self.speculation.drop_drafts()
         self._steps.copy_report(slots)
         return self._collect()
 
     def _collect(self) -> list[Request]:
         """Gives the tokens of the oldest step in flight to their requests; frees the slots of those that end."""
         moved = []
-        for slot, report in self._steps.collect():
+        drafts, reports = self._steps.collect()
+        if self.speculation is not None:
+            self.speculation.account(drafts, reports)
+        for slot, report in reports:
             request = slot.request
             if request.finish_reason is None:  # else it was cancelled meanwhile
-                request.append(report.token, report.logprob, report.end)
+                for token, logprob, end in report.tokens:
+                    request.append(token, logprob, end)
                 moved.append(request)
                 if request.finish_reason is not None:  # the step has made the slot idle
                     self.scheduler.free(slot)
@@ -192,18 +211,52 @@ class Runner:
         """Compiles every kernel and captures every step that requests can need. No request may have a slot."""
         if self._model.device.type != "cpu":
             compile_kernels(self._model, self.kv_cache, self._staging, self.pages, self._max_seq_len)
-        sizes: Iterable[int] = range(1, self._max_batch_size + 1)
-        if self._eager:  # a step only needs to be compiled
-            sizes = steps_to_compile(self._model, self._max_batch_size)
-        for batch_size in sorted({self._padded(slots) for slots in sizes}):
+        slots = range(1, self._max_batch_size + 1)
+        # A step that is not captured only needs to be compiled.
+        sizes = {self._padded(each) for each in (steps_to_compile(self._model, slots[-1]) if self._eager else slots)}
+        for batch_size in sorted(sizes):
             for tier in Tier:
-                self._steps.capture(batch_size, tier)
+                self._steps.execute(Step(batch_size, tier))
+        if self.speculation is not None:
+            self._warm_up_drafts(self.speculation, slots[:MOST_SEQUENCES])
         self._prefill.warm_up(self._max_seq_len)
 
+    def _warm_up_drafts(self, speculation: Speculation, slots: Iterable[int]) -> None:
+        """Compiles or captures every step with drafts, and measures what each costs."""
+        for count in slots:
+            batch_size = self._padded(count)
+            # First without, which leaves the rows idle: those of a request that was cancelled may still have drafts.
+            without = self._seconds(Step(batch_size, Tier.GREEDY))
+            for tier in Tier:
+                self._steps.execute(Step(batch_size, tier, drafts=True))
+            speculation.costs[count] = self._seconds(Step(batch_size, Tier.GREEDY, drafts=True)) / without - 1
 
-def _decode_step(model: LanguageModel, kv_cache: PagedKVCache, state: DecodeState, batch_size: int, tier: Tier) -> None:
-    """A decode step of the first slots."""
-    decode.step(model, kv_cache, state.slots(0, batch_size), tier)
+    def _seconds(self, step: Step) -> float:
+        """The shortest of some runs of a step on idle slots."""
+        seconds = []
+        for _ in range(4):
+            began = time.perf_counter()
+            self._steps.execute(step)
+            if self._model.device.type == "cuda":
+                torch.cuda.synchronize(self._model.device)
+            seconds.append(time.perf_counter() - began)
+        return min(seconds)
+
+
+def _run_step(
+    model: LanguageModel, kv_cache: PagedKVCache, state: DecodeState, rows: DraftRows | None, step: Step
+) -> None:
+    """A decode step of the first slots; then their drafts for the next one, if there are rows to verify them."""
+    slots = state.slots(0, step.batch_size)
+    if rows is None or step.batch_size > MOST_SEQUENCES:
+        decode.step(model, kv_cache, slots, step.tier)
+        return
+    own = rows.of(step.batch_size)
+    if step.drafts:
+        decode.verify(model, kv_cache, slots, own, step.tier)
+    else:
+        decode.step(model, kv_cache, slots, step.tier)
+    decode.draft(model.model.ops, slots, own)
 
 
 def _padded(slots: int, limit: int | None) -> int:

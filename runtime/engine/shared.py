@@ -12,12 +12,14 @@ class SharedEngine(Exclusive):
     """The engine of one model, made on first use, and replaced if it is too small or the model was moved.
 
     Args:
-        cache_tokens, capture: as for Engine.
+        cache_tokens, capture, speculation: as for Engine.
     """
 
-    def __init__(self, cache_tokens: int | None = None, capture: Capture | None = None):
+    def __init__(
+        self, cache_tokens: int | None = None, capture: Capture | None = None, speculation: bool | None = None
+    ):
         super().__init__()
-        self._cache_tokens, self._capture = cache_tokens, capture
+        self._cache_tokens, self._capture, self._speculation = cache_tokens, capture, speculation
         self._engine: Engine | None = None
 
     def get(self, model: LanguageModel, max_batch_size: int, max_seq_len: int) -> Engine:
@@ -42,6 +44,7 @@ class SharedEngine(Exclusive):
                 max_seq_len=max_seq_len,
                 cache_tokens=self._cache_tokens,
                 capture=self._capture,
+                speculation=self._speculation,
             )
             return self._engine
 

@@ -29,8 +29,8 @@ class Staging:
     """One request's state, before it is stored in a slot of the batch, and what else its first launches read.
 
     Both are in one buffer on the device, at fixed addresses, so that captured launches can read them. The host packs
-    them with NumPy, without an operation of PyTorch, and leaves out the vocabulary-sized fields: the op `count_prompt`
-    makes those from the prompt and the biases.
+    them with NumPy, without an operation of PyTorch, and leaves out the long fields: the op `count_prompt` makes those
+    from the prompt and the biases.
 
     Args:
         layout, rows: of the batch's state, and its buffer.
@@ -56,7 +56,7 @@ class Staging:
                 "request": vector(pages * PAGE + 2 * config.vocab_size),
             }
         )
-        # Both layouts in one buffer. The host writes all but the vocabulary-sized fields, which come first.
+        # Both layouts in one buffer. The host writes all but the fields that `count_prompt` writes, which come first.
         inputs_start = -(-layout.words // 4) * 4
         places = [(layout, 0), (inputs_layout, inputs_start)]
         of_all = {name: (start + at, field) for each, at in places for name, start, field in each}
@@ -106,8 +106,8 @@ class Staging:
         return self._hosts[0]
 
     def count_prompt(self, ops: ModuleType) -> None:
-        """Writes the vocabulary-sized fields."""
-        names = ("prompt_counts", "output_counts", "logit_bias")
+        """Writes the fields that the host does not pack."""
+        names = ("history", "prompt_counts", "output_counts", "logit_bias")
         ops.count_prompt(self._request, self._lengths, **{name: getattr(self.state, name)[0] for name in names})
 
     def store(self, ops: ModuleType) -> None:
@@ -152,6 +152,7 @@ def _pack_settings(host: _HostBuffer, request: Request) -> None:
     p, length = request.params, len(request.prompt_ids)
     host["max_len"][0] = length + request.max_tokens
     host["min_len"][0] = min(length + p.min_tokens, _INT32_MAX)  # never, beyond any context
+    host["most_drafts"][0] = _INT32_MAX if p.speculation else 0
     host["seed"][0], host["stream"][0] = request.seed, request.answer
     for name in STATE:
         value = getattr(p, name)

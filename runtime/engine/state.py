@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from enum import IntEnum
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from ...kernels.reference_sampling import FEW_TOKENS
 from ..model.kv_cache import BatchMetadata
 from ..sampling.settings import STATE
+from .gain import Gain
 from .layout import Layout
 from .request import Request
 
@@ -56,7 +57,8 @@ class Slot:
         pages: pages of the KV cache, in order.
         tier: the stages of sampling that the request needs.
         twin: another slot, scheduled at the same time, with the same prompt: its prefill serves both.
-        launched: the number of tokens whose steps were launched.
+        drafts: how many drafts the next step has.
+        gain: what drafts have cost and gained so far.
     """
 
     request: Request
@@ -64,7 +66,8 @@ class Slot:
     pages: list[int]
     tier: Tier
     twin: Slot | None = None
-    launched: int = 0
+    drafts: int = 0
+    gain: Gain = field(default_factory=Gain)
 
 
 @dataclass
@@ -75,9 +78,11 @@ class DecodeState:
         batch: block tables, lengths and rotary frequencies. `seq_lens` counts the token that the next step reads, so it
             is also the position of the token that the step generates.
         token: [B] int64, what the next step reads.
+        history: [B, Z] int32, the tokens of prompt and answer, the first seq_lens of which count.
         max_len: [B] int32, the sequence length at which a request has all its tokens.
         min_len: [B] int32, the sequence length from which it may end.
-        report: [B, 3] int32, the step's report to the host (see `advance`).
+        most_drafts: [B] int32, the most drafts of a step (see `draft`).
+        report: [B, 3M+1] int32, the step's report to the host, of up to M tokens (see `advance` and `draft`).
         end_mask: [B, W] int32, tokens that end the answer.
         seed, stream: [B] int64. top_k: [B] int64. temperature ... frequency_penalty: [B] float32.
         prompt_counts, output_counts: [B, V] int32, how often each token is in the prompt and in the answer.
@@ -88,8 +93,10 @@ class DecodeState:
 
     batch: BatchMetadata
     token: Tensor
+    history: Tensor
     max_len: Tensor
     min_len: Tensor
+    most_drafts: Tensor
     report: Tensor
     end_mask: Tensor
     seed: Tensor
@@ -140,9 +147,10 @@ class DecodeState:
 
     def advance_arguments(self) -> dict[str, Tensor]:
         """The arguments of the op `advance` besides what was sampled."""
-        names = ("token", "max_len", "end_mask", "report", "output_counts", "min_len", "permitted", "allowed")
+        masks = ("end_mask", "permitted", "allowed")
+        names = ("token", "history", "max_len", "min_len", *masks, "output_counts", "report")
         return {"seq_lens": self.batch.seq_lens, **{name: getattr(self, name) for name in names}}
 
 
 _BATCH_FIELDS: Any = ("block_table", "seq_lens", "inv_freq")
-_SLOT_FIELDS: Any = tuple(field.name for field in fields(DecodeState) if field.name != "batch")
+_SLOT_FIELDS: Any = tuple(each.name for each in fields(DecodeState) if each.name != "batch")

@@ -27,6 +27,7 @@ class SamplingKeywords(TypedDict, total=False):
     include_stop_str_in_output: bool | None
     logprobs: int | None
     skip_special_tokens: bool | None
+    speculation: bool | None
     suppress_tokens: Sequence[int] | None
     begin_suppress_tokens: Sequence[int] | None
     bad_words_ids: Sequence[Sequence[int]] | None

@@ -114,6 +114,10 @@ class SamplingParams:
     skip_special_tokens: bool = True
     """Special tokens are left out of the text."""
 
+    speculation: bool = True
+    """Where the text repeats an earlier part of itself, a step may generate several tokens; they are the same tokens.
+    True leaves that to the LLM's `speculation`, False generates one token a step."""
+
     suppress_tokens: Sequence[int] | None = None
     """Tokens that are never chosen."""
 

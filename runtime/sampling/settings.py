@@ -119,6 +119,7 @@ SETTINGS = (
     Setting("include_stop_str_in_output", "bool", help="print the stop string that ended the answer"),
     Setting("logprobs", "integer", "[0, inf)", none=True),
     Setting("skip_special_tokens", "bool", help="print special tokens too"),
+    Setting("speculation", "bool", help="do not draft tokens from what the text repeats"),
     Setting("suppress_tokens", "token ids", none=True, generate="suppress_tokens", help="never these tokens"),
     Setting(
         "begin_suppress_tokens", "token ids", none=True, generate="begin_suppress_tokens",

@@ -25,9 +25,9 @@ def sampled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     counts: list[int] = []
     copy_report = StepQueue.copy_report
 
-    def counting(steps: StepQueue, readers: Sequence[Any]) -> None:
+    def counting(steps: StepQueue, readers: Sequence[Any], drafts: bool = False) -> None:
         counts.append(sum(reader is not None for reader in readers))
-        copy_report(steps, readers)
+        copy_report(steps, readers, drafts)
 
     monkeypatch.setattr(StepQueue, "copy_report", counting)
     return counts

@@ -156,7 +156,6 @@ def test_neutral_words_of_other_libraries(tiny, tiny_folder, words):
     [
         ({"tensor_parallel_size": 2}, ValueError, "tensor_parallel_size=2 is not supported; it can only be 1"),
         ({"tensor_parallel_size": True}, ValueError, "tensor_parallel_size=True is not supported"),
-        ({"quantization": "awq"}, ValueError, "quantization='awq' is not supported; it can only be None"),
         ({"tokenizer": "owner/other"}, ValueError, "tokenizer='owner/other' is not supported; it can only be"),
         ({"swap_space": 16}, ValueError, "swap_space=16 is not supported"),
         ({"logits_all": True}, ValueError, "logits_all=True is not supported"),

@@ -50,6 +50,8 @@ EXPECTED = {
     "matrix": set(),
     "early x": {"loads of a predecessor's work before the wait"},
     "no early chunk": {"nothing of it is loaded before the wait"},
+    "another instruction": {"has other tensor-core instructions than HMMA"},
+    "converts one by one": {"converts one by one"},
     "other steps": {"adds columns to a sum in other steps than 16"},
     "trigger before the last keys": {"loads after the successor may start"},
     "trigger on one path": {"accesses before the successor may start"},
@@ -333,13 +335,17 @@ def test_barriers_waits_and_what_is_before_the_wait_are_counted():
         "LDG.E R6, [R2.64]",
         "BAR.SYNC.DEFER_BLOCKING 0x0",
         ".L_x_0:",
+        "I2FP.F32.S32 R6, R6",
         "HMMA.16816.F32 R8, R6, R10, R8",
+        "PRMT R6, R6, 0x5410, R7",
         "BAR.SYNC.DEFER_BLOCKING 0x0",
         "@P0 BRA `(.L_x_0)",
+        "F2FP.BF16.F32.PACK_AB R8, R8, R9",
         "STG.E [R2.64], R8",
         "EXIT",
     )
     assert traced.instructions_unwaited == 4  # the wait itself is one
     assert traced.barriers == {"": 1, ".L_x_0": 1}
     assert traced.matrix == {"": 0, ".L_x_0": 1}
+    assert traced.conversions == {"": 1, ".L_x_0": 2}
     assert [access.waits for access in traced.accesses] == [0, 1, 2]

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from bench import ROOT, ops, peers, record, roofline, tables, verify
-from bench.cases import Inputs, Size, cases, read_size
+from bench.cases import DENSE, FORMS, Inputs, Size, cases, read_size
 from bench.roofline import Roofline
 from internlm3 import kernels
 from internlm3.kernels import reference
@@ -126,6 +126,45 @@ def test_bytes_and_operations():
     )
 
 
+@pytest.mark.parametrize(("stored", "weight"), [("int4", 32 * 64 // 2 + 3 * 32 * 4), ("int8", 32 * 64 + 32 * 4)])
+def test_bytes_and_operations_of_a_quantised_weight(stored, weight):
+    """Its words and scales once: of 48 columns, which are 3 groups of 16, and padding up to 64."""
+    (case,) = (c for c in cases(TINY, batches=[2], chunks=[]) if c.shape == f"batch 2, down_proj {stored}")
+    arguments = case.arguments(torch.device("cpu"))
+    result = reference.linear_add(**arguments)
+    assert case.stored == stored
+    moved, operations = roofline.bytes_moved(case.op, arguments, result), roofline.flops(case.op, arguments)
+    assert (moved, operations) == (weight + (2 * 48 + 2 * 2 * 32) * 2, 2 * 2 * 48 * 32)
+
+
+@pytest.mark.parametrize("stored", FORMS)
+def test_what_is_wrong_with_a_quantised_product_is_found(stored):
+    (case,) = (c for c in cases(TINY, batches=[2], chunks=[]) if c.shape == f"batch 2, o_proj {stored}")
+    arguments = case.arguments(torch.device("cpu"))
+    kept = arguments["weight"].words.clone()
+
+    def error(change, strict=False):
+        def run(given):
+            change(given)
+            return kernels.for_device(torch.device("cpu")).linear_add(**given)
+
+        return verify.error_of(case.op, arguments, run, strict)
+
+    def wrong_zero(given):
+        weight = given["weight"]
+        given["weight"] = weight._replace(scales=2 * weight.scales)
+
+    def writes(tensor):
+        return lambda given: tensor(given["weight"]).view(-1)[-1:].add_(1)
+
+    assert error(lambda given: None) == error(lambda given: None, strict=True) == ""
+    assert "the result (bfloat16 [2, 32]) is wrong" in error(wrong_zero)
+    for changed in (lambda weight: weight.words, lambda weight: weight.scales):
+        late = lambda given, changed=changed: writes(changed)(given)  # noqa: E731
+        assert error(late) != "" and "weight" in error(late, strict=True)
+    assert torch.equal(arguments["weight"].words, kept)
+
+
 def test_the_slower_of_reading_and_multiplying_bounds_an_op():
     ceilings = Roofline(1e12, 1e12, {"bfloat16": 1e14})
     assert ceilings.share("bfloat16", 10**6, 10**6, 2.0) == ("read", 0.5)
@@ -195,7 +234,7 @@ def test_pytest_benchmark_reports_the_same_cases():
     assert done.returncode == 0, done.stdout
     assert "the ops' PyTorch backend, a small model's shapes; not Triton" in done.stdout
     assert "test_op[embed, chunk 512]" in done.stdout
-    assert "8 passed" in done.stdout
+    assert "9 passed" in done.stdout
 
 
 # --- peers
@@ -204,6 +243,17 @@ def test_pytest_benchmark_reports_the_same_cases():
 def test_peers_implement_known_ops():
     for name, about in peers.PEERS.items():
         assert about.ops and set(about.ops) <= set(kernels.__all__), name
+        assert about.weights and set(about.weights) <= {DENSE, *FORMS}, name
+
+
+def test_only_peers_that_take_a_quantised_weight_are_asked(capsys):
+    """cuBLAS is not shown as failing."""
+    assert ops.main(["--list", "--op", "linear_add", "--batch", "1"]) == 0
+    found = {line[24:53].strip(): {*line[63:].split(", ")} for line in capsys.readouterr().out.splitlines()}
+    eager = {"cpu", "PyTorch", "torch.compile"}
+    assert found["batch 1, o_proj"] == {*eager, "cuBLAS", "GemLite"}
+    assert found["batch 1, o_proj int4"] == found["batch 1, o_proj int8"] == {*eager, "torch packed", "GemLite"}
+    assert found["batch 1, o_proj float8"] == eager
 
 
 @pytest.mark.parametrize("name", ["PyTorch", "cuBLAS", "SDPA"])
@@ -211,10 +261,23 @@ def test_peers_implement_known_ops():
 def test_a_peer_computes_the_op(name, dtype):
     """Those that can run on a CPU."""
     for case in cases(TINY, [dtype], [1, 3], [5], [100]):
-        if case.op in peers.PEERS[name].ops:
+        if peers.PEERS[name].takes(case):
             arguments = case.arguments(torch.device("cpu"))
             run = lambda given, op=case.op: peers.PEERS[name].make(op, given)()  # noqa: E731
             assert verify.error_of(case.op, arguments, run) == "", (case.op, case.shape)
+
+
+@pytest.mark.parametrize("stored", ["int4", "int8"])
+def test_kernels_of_pytorch_take_a_quantised_weight(stored):
+    """With zero points of 3 instead of 7, since a multiple of 8 could be taken for another."""
+    size = TINY._replace(hidden=256)
+    (case,) = (c for c in cases(size, batches=[3], chunks=[]) if c.shape == f"batch 3, o_proj {stored}")
+    arguments = case.arguments(torch.device("cpu"))
+    if stored == "int4":
+        arguments["weight"].scales.view(torch.int32).bitwise_xor_(4)
+        assert arguments["weight"].unpacked()[2].unique().tolist() == [3]
+    run = lambda given: peers.PEERS["torch packed"].make("linear_add", given)()  # noqa: E731
+    assert verify.error_of(case.op, arguments, run) == ""
 
 
 def run_with(make, config, capsys, more=()):
@@ -305,6 +368,23 @@ def test_user_kernel(body, message, fast, config, tmp_path, capsys):
     else:
         assert code == 1 and message in row
         assert "run the same inputs again with --seed 3" in out
+
+
+LINEAR_ADD = """
+from internlm3.kernels import reference
+{import_}
+def linear_add(x, weight, residual):
+    return reference.linear_add(x, weight, residual)
+"""
+KNOWS = "from internlm3.kernels.quantised import QuantisedWeight"
+
+
+@pytest.mark.parametrize(("import_", "rows"), [("", 2), (KNOWS, 8)])
+def test_a_user_kernel_gets_quantised_weights_if_it_knows_them(import_, rows, config, tmp_path, capsys):
+    mine = tmp_path / "mine.py"
+    mine.write_text(LINEAR_ADD.format(import_=import_))
+    assert ops.main(["--list", "--kernel", str(mine), "--batch", "1"]) == 0
+    assert sum(" mine.py" in line for line in capsys.readouterr().out.splitlines()) == rows
 
 
 @pytest.mark.parametrize(

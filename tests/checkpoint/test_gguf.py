@@ -16,8 +16,10 @@ from internlm3.runtime.checkpoint.gguf.blocks import BLOCKS, numbers
 from internlm3.runtime.checkpoint.gguf.folder import locate
 from internlm3.runtime.checkpoint.gguf.reader import GGUFHeader
 from internlm3.runtime.checkpoint.load import load_model
+from internlm3.runtime.checkpoint.quantised.integers import Integers
 from internlm3.runtime.common import hub
 from internlm3.runtime.model.model import LanguageModel
+from internlm3.runtime.model.quantised_linear import QuantisedLinear
 from internlm3.runtime.tokenization.tokenizer import InternLM3Tokenizer
 from internlm3.tests.support.gguf_files import (
     FLOATS_OF,
@@ -33,8 +35,8 @@ SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TEXTS = [*CORPUS[:5], "", " ", "  two  spaces\n\n\nand lines\t", "can't I'LL 12345 3.14", "书生·浦语 é ﬁ 👍🏽"]
 
 
-def loaded(path, dtype="float32"):
-    return load_model(LanguageModel, locate(path), dtype=dtype, device="cpu", progress=False)
+def loaded(path, dtype="float32", **options):
+    return load_model(LanguageModel, locate(path), dtype=dtype, device="cpu", progress=False, **options)
 
 
 # -------------------------------------------------------------------- weights
@@ -48,9 +50,14 @@ def test_blocks(name):
     data = random_blocks(rng, kind, 6, 512) if name in FLOATS_OF else gguf.quantize(values, kind)
     expected = gguf.dequantize(data, kind).astype(np.float32)
     found = numbers(kind.value, torch.from_numpy(data.copy()).view(torch.uint8).flatten(), (6, 512))
+    assert isinstance(found, Integers) == (name not in FLOATS)
+    if isinstance(found, Integers):
+        torch.testing.assert_close(found.as_weight(packed=True).dense(), torch.from_numpy(expected), rtol=0, atol=0)
+        found = found.weight()
     torch.testing.assert_close(found, torch.from_numpy(expected), rtol=0, atol=0)
 
 
+FLOATS = ["F32", "F16", "BF16"]
 KINDS = ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K"]
 
 
@@ -70,6 +77,23 @@ def test_a_whole_model_of_mixed_types(tmp_path, shape):
     different = {key for key in theirs if ours[key] != theirs[key]}
     assert different <= {"torch_dtype", "initializer_range", "pad_token_id", "attention_dropout", "rms_norm_eps"}
     assert ours["rms_norm_eps"] == pytest.approx(config.rms_norm_eps, rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in FLOATS])
+def test_weights_stay_quantised(tmp_path, kind):
+    """All layers and the head; the memory is that of the integers and their scales."""
+    weights, config = write(tmp_path / "a.gguf", lambda name: kind, **SHAPE)
+    model = loaded(tmp_path / "a.gguf", keep_quantised=True)
+    layers = {path: layer for path, layer in model.named_modules() if isinstance(layer, QuantisedLinear)}
+    assert len(layers) == 4 * config.num_hidden_layers + 1
+    for path, layer in layers.items():
+        parent, _, name = path.rpartition(".")
+        parts = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}.get(name, [name])
+        expected = torch.cat([weights[f"{parent}.{part}.weight".removeprefix(".")] for part in parts])
+        torch.testing.assert_close(layer.weight.dense(), expected, rtol=0, atol=0, msg=path)
+        size = sum(tensor.numel() * tensor.itemsize for tensor in layer.parameters())
+        group, minimum = 16 if kind == "Q6_K" else 32, kind in ("Q4_1", "Q5_1", "Q4_K", "Q5_K")
+        assert size * 8 == expected.numel() * ((4 if "Q4" in kind else 8) + 32 * (1 + minimum) / group)
 
 
 def test_the_dtype_is_the_files(tmp_path):

@@ -19,10 +19,13 @@ from safetensors.torch import load_file
 
 import internlm3
 from internlm3 import LLM, InternLM3Config, InternLM3Tokenizer, SamplingParams
+from internlm3.runtime.checkpoint.gguf.folder import locate
+from internlm3.runtime.checkpoint.sizes import read_per_token, weight_bytes
 from internlm3.runtime.cli import main as cli
 from internlm3.runtime.cli.sampling_switches import given_settings
 from internlm3.tests.support.checkpoints import make
 from internlm3.tests.support.command_line import FIGURES, run_command
+from internlm3.tests.support.gguf_files import write
 from internlm3.tests.support.quantised import SHAPE, Checkpoint, awq
 
 COMMAND = [sys.executable, "-m", "internlm3.runtime.cli.main"]
@@ -146,8 +149,15 @@ def test_quantize(small, run, tmp_path):
     for name, given in options.items():
         assert not run("quantize", small, tmp_path / name, "--bits", name.strip("cs"), *given).stdout
         stored[name] = load_file(tmp_path / name / "model.safetensors")
-        llm = LLM(tmp_path / name, device="cpu", max_seq_len=64, progress=False)
-        assert llm.generate("Hello", temperature=0, max_tokens=2).outputs[0].token_ids
+    # Without a text to scale by, it is what quantising on load makes.
+    for name, form in (("8", "int8"), ("fp8", "fp8")):
+        loads = ((tmp_path / name, {}), (small, {"quantization": form}), (small, {}))
+        file, on_load, plain = (
+            LLM(folder, device="cpu", max_seq_len=64, progress=False, **options).perplexity([*range(20, 60)])
+            for folder, options in loads
+        )
+        assert file == on_load != plain
+    assert LLM(tmp_path / "4c", max_seq_len=64, progress=False).generate("Hello", max_tokens=2).text
     norm = "model.layers.0.input_layernorm.weight"
     assert not torch.equal(stored["4"][norm], stored["4c"][norm]) and torch.equal(
         stored["8"][norm], stored["fp8"][norm]
@@ -164,8 +174,30 @@ def test_quantize(small, run, tmp_path):
 
 
 def test_info_says_how_a_checkpoint_is_stored(tmp_path, run):
-    folder = Checkpoint(tmp_path, {"quant_method": "awq", "bits": 4, "group_size": 32}).quantise(awq).save()
-    assert "AWQ, 4 bits in groups of 32; computed in the precision above" in run("info", folder).stdout
+    checkpoint = Checkpoint(tmp_path, {"quant_method": "awq", "bits": 4, "group_size": 32})
+    checkpoint.quantise(awq).save()
+    # Of each projection 4 bits, and 16 of a scale and 4 of a zero point for 32 inputs; all else in bfloat16.
+    layers = sum(w.numel() for name, w in checkpoint.weights.items() if name.endswith("_proj.weight"))
+    rest = sum(w.numel() for w in checkpoint.weights.values()) - layers
+    size = layers * (4 + 20 / 32) / 8 + 2 * rest
+    found = weight_bytes(tmp_path, InternLM3Config.from_file(tmp_path / "config.json"), torch.bfloat16)
+    assert sum(found.values()) == size
+    read = size - 2 * checkpoint.weights["model.embed_tokens.weight"].numel()
+    assert read_per_token(found) == read
+    printed = run("info", tmp_path, "--dtype", "bfloat16").stdout
+    assert "GB as AWQ, 4 bits in groups of 32; what is not quantised in bfloat16" in printed
+    assert f"{read / 1e9:.2f} GB of weights, and the KV cache so far" in printed
+
+
+def test_info_of_a_gguf_file(tmp_path, run):
+    weights, _ = write(tmp_path / "a.gguf", lambda name: "Q4_K" if "mlp" in name else "Q8_0", hidden_size=256,
+                       intermediate_size=256, head_dim=64, num_hidden_layers=2)  # fmt: skip
+    assert "GB as GGUF (Q4_K, Q8_0); what is not quantised in bfloat16" in run("info", tmp_path / "a.gguf").stdout
+    folder = locate(tmp_path / "a.gguf")
+    found = weight_bytes(folder, InternLM3Config.from_file(folder / "config.json"), torch.bfloat16)
+    for name, size in found.items():
+        bits = 16 if "norm" in name or "embed" in name else 144 * 8 / 256 if "mlp" in name else 34 * 8 / 32
+        assert size * 8 == weights[name].numel() * bits
 
 
 def test_info_of_the_8b_needs_its_config_only(tmp_path, run):

@@ -138,7 +138,7 @@ def answer(messages):
     for word in ("one", " two", " three"):
         yield SimpleNamespace(
             text=word, finish_reason=None, prompt_tokens=1, decode_tokens=1, prompt_tps=1, decode_tps=1, peak_memory=1,
-            cached_tokens=0,
+            cached_tokens=0, drafted=0, accepted=0,
         )
         if word == " two":
             print("<typing>", flush=True)

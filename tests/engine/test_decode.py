@@ -15,6 +15,7 @@ from internlm3.kernels.reference import FEW_ROWS
 from internlm3.kernels.reference_sampling import FEW_TOKENS
 from internlm3.runtime.engine import decode, prefill
 from internlm3.runtime.engine.engine import Engine
+from internlm3.runtime.engine.graphs import Step
 from internlm3.runtime.engine.hooks import log_probability, top_logprobs
 from internlm3.runtime.engine.layout import state_layout
 from internlm3.runtime.engine.request import Request
@@ -327,7 +328,7 @@ def test_late_steps_write_no_page(model):
     _, engine = answers(model, 3)
     before = [kv.clone() for kv in engine.kv_cache.layers]
     with torch.inference_mode():
-        engine._runner._steps._step(4, Tier.FULL)
+        engine._runner._steps._run(Step(4, Tier.FULL))
     for kv, old in zip(engine.kv_cache.layers, before, strict=True):
         assert torch.equal(kv.nan_to_num(), old.nan_to_num())
     assert (engine._runner._state.report[:, 0] == -1).all()

@@ -40,9 +40,9 @@ def test_places_of_fields(slots, pages, vocab_size, half_dim):
     """Every vector begins at a multiple of 16 bytes in every slot, every number at one of its size; none overlap."""
     layout = state_layout(pages, vocab_size, 2 * half_dim)
     buffer = torch.zeros(slots * layout.words, dtype=torch.int32)
-    for number, x in enumerate(layout.views(buffer).values(), start=1):
+    for number, (name, x) in enumerate(layout.views(buffer).items(), start=1):
         place = x.storage_offset() * x.element_size()
-        if x.dim() == 2 and x.shape[1] != 3:
+        if x.dim() == 2 and name != "report":
             assert place % 16 == 0 and (x.stride(0) * x.element_size()) % 16 == 0
         assert place % x.element_size() == 0 and (x == 0).all()
         x.fill_(number)
@@ -53,7 +53,7 @@ def test_places_of_fields(slots, pages, vocab_size, half_dim):
 
 
 def expected(request, pages, config):
-    """The fields of a request's slot. `block_table` only as far as the pages go."""
+    """The fields of a request's slot. `block_table` and `history` only as far as its own go."""
     p, ids = request.params, request.prompt_ids
     vocab = config.vocab_size
     words = -(-vocab // 32)
@@ -69,7 +69,9 @@ def expected(request, pages, config):
         **{name: torch.tensor(value, dtype=getattr(torch, STATE[name])).item() for name, value in settings.items()},
         "top_k": min(max(p.top_k, 0), 2**31 - 1),
         "token": 0,
-        "report": [0, 0, 0],
+        "report": [0, 0, 0, 0],
+        "history": ids,
+        "most_drafts": 2**31 - 1,
         "seq_lens": len(ids),
         "max_len": len(ids) + request.max_tokens,
         "min_len": len(ids) + p.min_tokens,
@@ -126,7 +128,8 @@ def test_each_request_fills_its_slot_and_no_other(requests):
         known[index] = expected(request, pages, config)
         for slot, wanted in known.items():
             found = {name: x[slot].tolist() for name, x in fields(state).items() if x is not None}
-            found["block_table"] = found["block_table"][: len(wanted["block_table"])]
+            for name in ("block_table", "history"):
+                found[name] = found[name][: len(wanted[name])]
             for name, value in wanted.items():
                 value = torch.tensor(value, dtype=torch.float32).tolist() if name == "logit_bias" else value
                 assert found[name] == value, name

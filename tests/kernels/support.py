@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from bench.harness import GUARD, difference, poison
 from bench.harness import call as call
@@ -69,9 +70,8 @@ def run(backend: str, op: str, *args: Any, writes: Sequence[Tensor] = (), **opti
     function = getattr(MODULES[backend], op)
     if backend == "triton":
         return call(function, *args, writes=writes, **options)
-    on_cpu = {id(x): x.cpu() for x in (*args, *options.values()) if isinstance(x, Tensor)}
-    moved = [on_cpu.get(id(x), x) for x in args]
-    keywords = {name: on_cpu.get(id(x), x) for name, x in options.items()}
+    on_cpu = {id(x): x.cpu() for x in tree_leaves((args, options)) if isinstance(x, Tensor)}
+    moved, keywords = tree_map_only(Tensor, lambda x: on_cpu[id(x)], (args, options))
     result = call(function, *moved, writes=[on_cpu[id(x)] for x in writes], **keywords)
     for x in writes:
         x.copy_(on_cpu[id(x)])

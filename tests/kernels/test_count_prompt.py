@@ -24,12 +24,14 @@ def make(seed, vocab, tokens, biases, spare):
     given = {
         "request": request,
         "lengths": torch.tensor([tokens, len(biased)], dtype=torch.int32),
+        "history": torch.randint(9, (tokens + spare,), generator=rng, dtype=torch.int32),
         "prompt_counts": torch.randint(9, (vocab,), generator=rng, dtype=torch.int32),
         "output_counts": torch.randint(9, (vocab,), generator=rng, dtype=torch.int32),
         "logit_bias": torch.randn(vocab, generator=rng),
     }
     counted, bias = Counter(prompt.tolist()), dict(zip(biased.tolist(), values.tolist(), strict=True))
     expected = {
+        "history": torch.cat((prompt.int(), given["history"][tokens:])),
         "prompt_counts": torch.tensor([counted[token] for token in range(vocab)], dtype=torch.int32),
         "output_counts": torch.zeros(vocab, dtype=torch.int32),
         "logit_bias": torch.tensor([bias.get(token, 0.0) for token in range(vocab)]),
@@ -68,6 +70,7 @@ def test_the_vocabulary_of_internlm3():
         ({"request": torch.zeros(9, dtype=torch.int64)}, TypeError, "request is torch.int64, must be torch.int32"),
         ({"lengths": torch.zeros(3, dtype=torch.int32)}, ValueError, r"lengths has shape \[3\], must have \[2\]"),
         ({"output_counts": torch.zeros(8, dtype=torch.int32)}, ValueError, r"output_counts has shape \[8\], must have"),
+        ({"history": torch.zeros(9, dtype=torch.int64)}, TypeError, "history is torch.int64, must be torch.int32"),
         ({"logit_bias": torch.zeros(9, dtype=torch.float64)}, TypeError, "logit_bias is torch.float64"),
         ({"prompt_counts": torch.zeros(18, dtype=torch.int32)[::2]}, ValueError, "prompt_counts has strides"),
         ({"lengths": torch.zeros(2, dtype=torch.int32, device="meta")}, ValueError, "lengths is on meta"),

@@ -179,6 +179,28 @@ def test_batch_invariance(monkeypatch):
         assert logits(ids[:1]).equal(logits(ids)) == invariant
 
 
+def test_drafts_change_no_bit(monkeypatch):
+    """With batch_invariant: two texts that repeat themselves, sampled with penalties, in captured steps."""
+    recorder = Recorder(monkeypatch, triton)
+    settings = [{"temperature": 0, "frequency_penalty": 0.1, "logit_bias": {5: 99.0}}, {"seed": 2, "top_k": 2}]
+
+    def answers(speculation):
+        model = make(torch.bfloat16, num_hidden_layers=1, max_position_embeddings=64)
+        model.model.batch_invariant = True
+        options = {"capture": recorder.capture, "depth": 2, "speculation": speculation}
+        engine = Engine(model, max_batch_size=2, max_seq_len=64, **options)
+        requests = [Request([5, 6, 7, 8] * 3, SamplingParams(**each), 14) for each in settings]
+        engine.add(requests)
+        while engine.busy:
+            engine.step()
+        return [(each.token_ids, each.logprobs) for each in requests], [each.accepted for each in requests]
+
+    with np.errstate(all="ignore"):
+        expected, _ = answers(False)
+        found, accepted = answers(True)
+    assert found == expected and accepted[0] > 5
+
+
 def test_forward_with_padding_and_positions(monkeypatch):
     """transformers' forward: padding anywhere, explicit positions, a growing cache, hidden states."""
     model = make(torch.float32, num_hidden_layers=1)

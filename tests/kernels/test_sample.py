@@ -139,6 +139,33 @@ def test_sample(data, seed, dtype, rows, sizes_and_vocab, shape, padding):
         compare(logits, arguments)
 
 
+@pytest.mark.op(name="sample")
+@settings(max_examples=30)
+@given(st.data(), seeds, st.integers(1, 3), st.integers(1, 5), blocks_and_vocabs)
+def test_drafts(data, seed, sequences, rows, sizes_and_vocab):
+    """Each row samples as if its sequence's drafts before it had been generated one by one."""
+    rng, (sizes, vocab) = generator(seed), sizes_and_vocab
+    arguments = {**data.draw(stages(sequences * rows)), **random_numbers(rng, sequences * rows)}
+    tables = dict.fromkeys(arguments)
+    add_tables(data.draw, rng, tables, sequences, vocab, 3)
+    tables = {name: x for name, x in tables.items() if x is not None}
+    logits = make_logits(rng, sequences * rows, vocab, "ordinary", torch.float32)
+    # Few different drafts, so that a row counts some twice.
+    drafts = torch.randint(min(vocab, 4), (sequences, rows), generator=rng).to(DEVICE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launcher, "BLOCK", sizes[0])
+        patch.setattr(sample_search, "CHUNK", sizes[1])
+        patch.setattr(sample_search, "FEW", sizes[1])
+        found = compare(logits, {**arguments, **tables, "drafts": drafts})
+    for row in range(sequences * rows):
+        sequence, before = divmod(row, rows)
+        own = {name: x[row : row + 1] if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}
+        own |= {name: x[sequence : sequence + 1].clone() for name, x in tables.items()}
+        for draft in drafts[sequence, 1 : before + 1].tolist() if "output_counts" in own else ():
+            own["output_counts"][0, draft] += 1
+        assert_same(found[row : row + 1], alone=reference_sampling.sample(logits[row : row + 1], **own)[0])
+
+
 FILTERS = ("top_k", "top_p", "min_p", "typical_p")
 
 

@@ -19,8 +19,13 @@ ROOMS = {
     "cli": {"common", "sampling", "model", "checkpoint", "api"},
 }
 # The only files of the runtime that import kernels: the model runs them, hooks penalise and filter on the host, the
-# state needs the limit of a small top-k, and the warm-up the list of launches to compile.
-MEETS_KERNELS = {"engine/hooks", "engine/state", "engine/warm_up", "model/model"}
+# state needs the limit of a small top-k, and the warm-up the list of launches to compile. The rest is about quantised
+# weights, whose layout the kernels define.
+MEETS_KERNELS = {
+    "engine/draft_rows", "engine/hooks", "engine/state", "engine/warm_up", "model/model", "model/quantised_linear",
+    "checkpoint/weight_files", "checkpoint/quantise/rounded_files", "checkpoint/gguf/weights",
+    "checkpoint/quantised/integers", "checkpoint/quantised/quantised_files",
+}  # fmt: skip
 
 
 def modules(path: Path) -> set[tuple[str, ...]]:

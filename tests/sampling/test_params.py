@@ -97,7 +97,8 @@ def test_switches_are_those_of_the_table():
     add_switches(parser.add_argument_group())
     shown = parser.format_help()
     for setting in SETTINGS:
-        switch = f"--{setting.name.replace('_', '-')} " if setting.name != "skip_special_tokens" else "--no-skip-"
+        on = getattr(SamplingParams(), setting.name) is True
+        switch = f"--{'no-' if on else ''}{setting.name.replace('_', '-')} "
         assert (switch in shown.replace("\n", " ").replace("]", " ")) == (setting.help is not None), setting.name
     given = vars(parser.parse_args(["--temp", "0.5", "-n", "7"]))
     assert (given["temperature"], given["max_tokens"]) == (0.5, 7)

@@ -95,7 +95,7 @@ class Recorder:
 
 
 class CapturedEngines:
-    """Makes every engine that LLM and `generate` use capture its steps.
+    """Makes every engine that LLM and `generate` use capture its steps; those with several in flight verify drafts.
 
     Attributes:
         recorder: records the ops of all models.
@@ -107,7 +107,8 @@ class CapturedEngines:
 
         class Captured(Engine):
             def __init__(engine, *args: Any, **options: Any):
-                super().__init__(*args, **{**options, "capture": recorder.capture, "depth": depth})
+                own = {"capture": recorder.capture, "depth": depth, "speculation": depth > 1}
+                super().__init__(*args, **{**options, **own})
                 made.add(engine)
 
         monkeypatch.setattr(shared, "Engine", Captured)
@@ -120,9 +121,9 @@ class CapturedEngines:
             engine._runner._prefill.captured._first_tokens.clear()
 
 
-@pytest.fixture(scope="module", params=[None, 1, 3], ids=["eager", "captured, depth 1", "captured, depth 3"])
+@pytest.fixture(scope="module", params=[None, 1, 3], ids=["eager", "captured, depth 1", "captured, depth 3, drafts"])
 def capture(request: pytest.FixtureRequest) -> Any:
-    """Runs the module's tests with eager steps, and with captured ones of which up to `depth` are in flight.
+    """Runs the module's tests with eager steps, and with captured ones of which up to 3 are in flight, with drafts.
 
     None, or the CapturedEngines.
     """

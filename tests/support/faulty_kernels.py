@@ -51,6 +51,8 @@ FAULTS: dict[str, dict[str, Any]] = {  # name -> launch options
     "early x": {},
     "no early chunk": {},
     "other steps": {},
+    "another instruction": {},
+    "converts one by one": {},
     "trigger before the last keys": {},
     "trigger on one path": {},
 }
@@ -58,11 +60,14 @@ OF_ATTENTION = {
     *("attention", "early query", "early newest key", "late older keys"),
     *("trigger before the last keys", "trigger on one path"),
 }
-OF_MATRICES = {"matrix", "early x", "no early chunk", "other steps", "too much shared memory"}
+OF_MATRICES = {
+    *("matrix", "early x", "no early chunk", "other steps", "too much shared memory", "another instruction"),
+    "converts one by one",
+}
 OF_DEPENDENT_LAUNCH = {
     *("late trigger", "no trigger", "early activation", "early store", "no wait", "wait on one path"),
     *("exit before the wait", "late weight", "serial", "launched without", "early trigger"),
-    *("matrix", "early x", "no early chunk"),
+    *("matrix", "early x", "no early chunk", "another instruction"),
     *OF_ATTENTION,
 }
 
@@ -178,8 +183,8 @@ def matrix_product(
         columns = c + tl.arange(0, BC)
         w = tl.load(w_ptr + rows[:, None] * C + columns[None, :])
         x = tl.load(x_ptr + rows[:, None] * C + columns[None, :])
-        y = tl.dot(w, x.trans(), y)
-    y = tl.dot(w_last, x_last.trans(), y)
+        y = tl.dot(w.to(x.dtype), x.trans(), y)
+    y = tl.dot(w_last.to(x_last.dtype), x_last.trans(), y)
     tl.store(y_ptr + rows[:, None] * N + rows[None, :], y)
 
 
@@ -193,6 +198,8 @@ def launch(x: torch.Tensor, w: torch.Tensor, fault: str) -> None:
     elif fault in OF_MATRICES:
         if fault == "other steps":  # TF32, of which an instruction adds 8 columns
             x, w = x.float(), w.float()
+        elif fault == "converts one by one":
+            w = w.to(torch.int8)
         matrix_product[(1,)](x, w, y, 64, COLUMNS, 256 if fault == "too much shared memory" else 64, fault, **options)
     else:
         stride = w.stride(0) + (fault == "narrow weight")
@@ -220,9 +227,14 @@ def main(targets: Iterable[str]) -> None:
             if fault in OF_ATTENTION:
                 facts = Facts(older=["lens_ptr", "k_ptr"], early=["lens_ptr"], triggers_last=True)
             if fault in OF_MATRICES:
-                facts = Facts(["w_ptr"], streams=["w_ptr", "x_ptr"], tensor_cores=True, step=16)
+                facts = Facts(["w_ptr"], streams=["w_ptr", "x_ptr"], tensor_cores=True, step=16, bulk=["w_ptr"])
+                facts = facts._replace(most_conversions=2)
                 if fault in OF_DEPENDENT_LAUNCH:
                     facts = facts._replace(begun=["w_ptr"])
+                if fault == "another instruction":
+                    facts = facts._replace(instruction="HMMA")
+                if fault == "converts one by one":
+                    facts = facts._replace(streams=["x_ptr"])  # loads of w are narrow as well
 
             def arguments(device: torch.device, fault: str = fault) -> dict:
                 x = torch.empty(ROWS, COLUMNS, dtype=torch.bfloat16, device=device)

@@ -20,14 +20,33 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..quantised.integers import Integers
+
+
+class Numbers(NamedTuple):
+    """What N blocks hold: w = (q - zero) * scale + minimum.
+
+    Attributes:
+        q: [N, size] uint8, of `bits`, or int8.
+        scale, minimum: [N, groups] float32; minimum is None where there is none.
+    """
+
+    q: Tensor
+    scale: Tensor
+    minimum: Tensor | None = None
+    zero: int = 0
+    bits: int = 8
+
 
 class Block(NamedTuple):
-    """A type: numbers and bytes of a block, and what turns blocks [N, bytes] uint8 into numbers [N, size] float32."""
+    """A type: numbers and bytes of a block, and what reads blocks [N, bytes] uint8, as [N, size] float32 if they are
+    floats.
+    """
 
     name: str
     size: int
     bytes: int
-    numbers: Callable[[Tensor], Tensor]
+    read: Callable[[Tensor], Numbers | Tensor]
 
 
 def _as(blocks: Tensor, dtype: torch.dtype) -> Tensor:
@@ -46,30 +65,30 @@ def _bits(words: Tensor, count: int) -> Tensor:
     return ((words[:, :, None] >> shifts) & 1).flatten(1)[:, :count]
 
 
-def _q4_0(x: Tensor) -> Tensor:
-    return (_halves(x[:, 2:]).float() - 8) * _as(x[:, :2], torch.float16)
+def _q4_0(x: Tensor) -> Numbers:
+    return Numbers(_halves(x[:, 2:]), _as(x[:, :2], torch.float16), zero=8, bits=4)
 
 
-def _q4_1(x: Tensor) -> Tensor:
-    return _halves(x[:, 4:]).float() * _as(x[:, :2], torch.float16) + _as(x[:, 2:4], torch.float16)
+def _q4_1(x: Tensor) -> Numbers:
+    return Numbers(_halves(x[:, 4:]), _as(x[:, :2], torch.float16), _as(x[:, 2:4], torch.float16), bits=4)
 
 
-def _q5_0(x: Tensor) -> Tensor:
+def _q5_0(x: Tensor) -> Numbers:
     q = _halves(x[:, 6:]) | _bits(x[:, 2:6], 32) << 4
-    return (q.float() - 16) * _as(x[:, :2], torch.float16)
+    return Numbers(q.to(torch.int8) - 16, _as(x[:, :2], torch.float16))
 
 
-def _q5_1(x: Tensor) -> Tensor:
+def _q5_1(x: Tensor) -> Numbers:
     q = _halves(x[:, 8:]) | _bits(x[:, 4:8], 32) << 4
-    return q.float() * _as(x[:, :2], torch.float16) + _as(x[:, 2:4], torch.float16)
+    return Numbers(q.to(torch.int8), _as(x[:, :2], torch.float16), _as(x[:, 2:4], torch.float16))
 
 
-def _q8_0(x: Tensor) -> Tensor:
-    return _as(x[:, 2:], torch.int8) * _as(x[:, :2], torch.float16)
+def _q8_0(x: Tensor) -> Numbers:
+    return Numbers(x[:, 2:].contiguous().view(torch.int8), _as(x[:, :2], torch.float16))
 
 
 def _scales_and_minima(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The products d s and m t of a Q4_K or Q5_K block's eight groups, [N, 8, 1] each.
+    """The scales d s and minima -m t of a Q4_K or Q5_K block's eight groups, [N, 8] each.
 
     Of the 12 bytes the first four have s, the next four t of groups 0 to 3 in their low six bits. The last four have
     the low four bits of s and t of groups 4 to 7, whose high two bits are on top of the first eight bytes.
@@ -78,30 +97,26 @@ def _scales_and_minima(x: Tensor) -> tuple[Tensor, Tensor]:
     s, t, rest = x[:, 4:8], x[:, 8:12], x[:, 12:16]
     scales = torch.cat([s & 63, (rest & 15) | s >> 6 << 4], 1)
     minima = torch.cat([t & 63, rest >> 4 | t >> 6 << 4], 1)
-    return (d * scales.float())[:, :, None], (m * minima.float())[:, :, None]
+    return d * scales.float(), -(m * minima.float())
 
 
-def _q4_k(x: Tensor) -> Tensor:
-    scales, minima = _scales_and_minima(x)
-    q = _halves(x[:, 16:].unflatten(1, (4, 32))).reshape(-1, 8, 32)
-    return (scales * q.float() - minima).flatten(1)
+def _q4_k(x: Tensor) -> Numbers:
+    return Numbers(_halves(x[:, 16:].unflatten(1, (4, 32))).flatten(1), *_scales_and_minima(x), bits=4)
 
 
-def _q5_k(x: Tensor) -> Tensor:
-    scales, minima = _scales_and_minima(x)
+def _q5_k(x: Tensor) -> Numbers:
     groups = torch.arange(8, dtype=torch.uint8, device=x.device)[:, None]
     fifth = (x[:, None, 16:48] >> groups) & 1  # bit g of byte i belongs to number i of group g
     q = _halves(x[:, 48:].unflatten(1, (4, 32))).reshape(-1, 8, 32) | fifth << 4
-    return (scales * q.float() - minima).flatten(1)
+    return Numbers(q.flatten(1).to(torch.int8), *_scales_and_minima(x))
 
 
-def _q6_k(x: Tensor) -> Tensor:
+def _q6_k(x: Tensor) -> Numbers:
     low = _halves(x[:, :128].unflatten(1, (2, 64))).flatten(1)  # of each half 64 numbers low, then 64 high
     shifts = torch.arange(0, 8, 2, dtype=torch.uint8, device=x.device)[:, None]
     high = ((x[:, 128:192].unflatten(1, (2, 1, 32)) >> shifts) & 3).flatten(1)
-    q = (low | high << 4).float() - 32
-    scales = _as(x[:, 208:210], torch.float16) * _as(x[:, 192:208], torch.int8)
-    return (scales[:, :, None] * q.unflatten(1, (16, 16))).flatten(1)
+    q = (low | high << 4).to(torch.int8) - 32
+    return Numbers(q, _as(x[:, 208:210], torch.float16) * _as(x[:, 192:208], torch.int8))
 
 
 # By the numbers of the types in a file.
@@ -120,8 +135,8 @@ BLOCKS = {
 }
 
 
-def numbers(kind: int, data: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """The numbers of a tensor in float32.
+def numbers(kind: int, data: Tensor, shape: tuple[int, ...]) -> Integers | Tensor:
+    """What a tensor holds: a matrix as integers, or floats in float32.
 
     Args:
         kind: a key of BLOCKS.
@@ -129,4 +144,9 @@ def numbers(kind: int, data: Tensor, shape: tuple[int, ...]) -> Tensor:
         shape: its shape.
     """
     block = BLOCKS[kind]
-    return block.numbers(data.view(-1, block.bytes)).view(shape)
+    found = block.read(data.view(-1, block.bytes))
+    if isinstance(found, Tensor):
+        return found.view(shape)
+    rows = shape[:-1]
+    minimum = None if found.minimum is None else found.minimum.view(*rows, -1)
+    return Integers(found.q.view(shape), found.scale.view(*rows, -1), found.zero, found.bits, minimum)

@@ -11,7 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ....kernels.quantised import Layout, Weight
 from ...common.shown import shown
+from ..quantised.integers import Integers
 from ..weight_files import WeightFiles
 from .blocks import numbers
 from .reader import GGUFHeader, StoredTensor
@@ -59,10 +61,13 @@ class GGUFWeights(WeightFiles):
                 raise ValueError(f"{header.path}: {shown(name)} is a tensor that InternLM3 has no place for")
             full = f"{beginning}.{layer}.{target}.{kind}" if beginning else f"{target}.{kind}"
             sources[full] = _Source(tensor, in_pairs.get(rest, 0))
+        layouts = {name: layout for name, source in sources.items() if (layout := _layout(source.tensor)) is not None}
         tensors = {name: (source.tensor.shape, torch.float32) for name, source in sources.items()}
-        return cls(header.path.parent, {header.path: tensors}, dict.fromkeys(sources, header.path), sources)
+        return cls(header.path.parent, {header.path: tensors}, dict.fromkeys(sources, header.path), layouts, sources)
 
-    def read(self, path: Path, names: Collection[str], device: torch.device) -> Iterator[tuple[str, Tensor]]:
+    def read(
+        self, path: Path, names: Collection[str], device: torch.device, packed: Collection[str] = ()
+    ) -> Iterator[tuple[str, Weight]]:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as content:
             for name, (tensor, heads) in self.sources.items():
                 if name in names:
@@ -71,8 +76,24 @@ class GGUFWeights(WeightFiles):
                         content, dtype=torch.uint8, count=tensor.end - tensor.begin, offset=tensor.begin
                     )
                     data = data.to(device, copy=True)
-                    weight = numbers(tensor.kind, data, tensor.shape)
-                    yield name, unpermute(weight, heads) if heads else weight
+                    found = numbers(tensor.kind, data, tensor.shape)
+                    if heads:
+                        found = _in_order(found, heads)
+                    yield name, found if isinstance(found, Tensor) else found.as_weight(packed=name in packed)
+
+
+def _layout(tensor: StoredTensor) -> Layout | None:
+    """How the ops take a matrix, None if they don't."""
+    found = numbers(tensor.kind, torch.empty(tensor.end - tensor.begin, dtype=torch.uint8, device="meta"), tensor.shape)
+    return None if isinstance(found, Tensor) or len(tensor.shape) != 2 else found.layout()
+
+
+def _in_order(found: Integers | Tensor, heads: int) -> Integers | Tensor:
+    """`unpermute` of the rows of a weight."""
+    if isinstance(found, Tensor):
+        return unpermute(found, heads)
+    minimum = None if found.minimum is None else unpermute(found.minimum, heads)
+    return found._replace(q=unpermute(found.q, heads), scale=unpermute(found.scale, heads), minimum=minimum)
 
 
 def unpermute(weight: Tensor, heads: int) -> Tensor:

@@ -159,7 +159,7 @@ class _Source:
     def read(self, names: Sequence[str], device: torch.device) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         for path in dict.fromkeys(self.files.file_of[name] for name in names):
-            found |= {name: tensor.to(device) for name, tensor in self.files.read(path, names, device)}
+            found |= {name: tensor.to(device) for name, tensor in self.files.tensors(path, names, device)}
         return {name: found[name] for name in names}
 
 

@@ -43,28 +43,24 @@ def form_of(name: str, form: Form) -> Form | None:
     return form if layer.endswith(_PROJECTION) else None
 
 
-def rounded(name: str, weight: Tensor, form: Form, group: int = GROUPS[0], symmetric: bool = False) -> Integers | None:
-    """A weight of a model that is quantised to `form`; None if it stays as it is.
+def to_integers(
+    name: str, weight: Tensor, scale_dtype: torch.dtype, form: Form, group: int, symmetric: bool
+) -> Integers:
+    """A weight rounded to a form.
 
     Args:
-        name: of the parameter in a checkpoint.
-        weight: [O, I], of any floating-point dtype; scales get the same one.
+        name: for errors.
+        weight: [O, I], of any floating-point dtype.
+        scale_dtype: what scales are stored in.
+        form: see the module, and `form_of`.
         group: for int4: the number of inputs that share a scale. If it does not divide I, the largest smaller one of
             GROUPS that does.
         symmetric: int4 without zero points of its own.
 
     Raises:
         ValueError: the weight contains inf or NaN; or, for int4, no group size divides its inputs. The message names
-            the layer.
+            the weight.
     """
-    own = form_of(name, form)
-    return None if own is None else to_integers(name, weight, weight.dtype, own, group, symmetric)
-
-
-def to_integers(
-    name: str, weight: Tensor, scale_dtype: torch.dtype, form: Form, group: int, symmetric: bool
-) -> Integers:
-    """As `rounded`, with scales of another dtype than the weight, and without a look at what kind of layer it is."""
     size = group_size(name, weight.shape[1], group) if form == "int4" else -1
     parts = []
     for rows in weight.split(max(_CHUNK // weight.shape[1], 1)):
@@ -75,8 +71,12 @@ def to_integers(
             parts.append(int4(rows, scale_dtype, size, symmetric))
         else:
             parts.append(int8(rows, scale_dtype) if form == "int8" else fp8(rows, scale_dtype))
-    q, scale, zero = zip(*parts, strict=True)
-    return Integers(torch.cat(q), torch.cat(scale), torch.cat(zero) if form == "int4" else None)
+    zeros = [part.zero for part in parts if isinstance(part.zero, Tensor)]
+    return parts[0]._replace(
+        q=torch.cat([part.q for part in parts]),
+        scale=torch.cat([part.scale for part in parts]),
+        zero=torch.cat(zeros) if zeros else parts[0].zero,
+    )
 
 
 def group_size(name: str, inputs: int, wanted: int) -> int:
@@ -88,17 +88,17 @@ def group_size(name: str, inputs: int, wanted: int) -> int:
 
 
 def int4(weight: Tensor, scale_dtype: torch.dtype, group: int, symmetric: bool) -> Integers:
-    """q and zero are uint8 from 0 to 15. weight: [O, I] float32; `group` divides I."""
+    """q and zero are from 0 to 15. weight: [O, I] float32; `group` divides I."""
     groups = weight.unflatten(1, (-1, group))
     if symmetric:
         scale = _stored(groups.abs().amax(-1) / 7.5, scale_dtype)
-        zero = torch.full_like(scale, 8, dtype=torch.float32)
-    else:
-        low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
-        scale = _stored((high - low) / 15, scale_dtype)
-        zero = (-low / scale.float()).round().clamp(0, 15)
+        q = (groups / scale.float()[..., None]).round() + 8
+        return Integers(q.clamp(0, 15).flatten(1).to(torch.uint8), scale, 8, bits=4)
+    low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+    scale = _stored((high - low) / 15, scale_dtype)
+    zero = (-low / scale.float()).round().clamp(0, 15)
     q = ((groups / scale.float()[..., None]).round() + zero[..., None]).clamp(0, 15)
-    return Integers(q.flatten(1).to(torch.uint8), scale, zero.to(torch.uint8))
+    return Integers(q.flatten(1).to(torch.uint8), scale, zero.to(torch.uint8), bits=4)
 
 
 def int8(weight: Tensor, scale_dtype: torch.dtype) -> Integers:

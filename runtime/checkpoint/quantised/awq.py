@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .integers import multiplied, unpack
+from .integers import Integers, unpack
 from .scheme import FLOATS, OneScheme, Part, Settings, check_scales, groups, in_groups
 
 _PLACE = (0, 4, 1, 5, 2, 6, 3, 7)  # the field of each of the 8 outputs of a word
@@ -30,7 +30,7 @@ def method(settings: Settings) -> OneScheme:
     settings.one_of("bits", 4, default=settings.get("w_bit"))
     settings.refuse(dynamic="this runtime reads one setting for all layers")
     size = settings.group_size("group_size" if settings.get("group_size") else "q_group_size")
-    return OneScheme(AWQ(size), f"AWQ, 4 bits {in_groups(size)}")
+    return OneScheme("awq", AWQ(size), f"AWQ, 4 bits {in_groups(size)}")
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,9 @@ class AWQ:
     def check(self, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> None:
         check_scales("scales", parts["scales"])
 
-    def weight(self, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> Tensor:
+    def numbers(self, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> Integers:
         q, zero = _in_order(parts["qweight"]), _in_order(parts["qzeros"])
-        return multiplied(q.T, parts["scales"].T, zero.T)
+        return Integers(q.T, parts["scales"].T, zero.T, bits=4)
 
 
 def _in_order(words: Tensor) -> Tensor:

@@ -22,18 +22,19 @@ from torch import Tensor
 
 from ...common.shown import shown
 from .four_bit_floats import looked_up
+from .integers import Integers
 from .scheme import OneScheme, Part, Settings, check_scales
 
 
 def method(settings: Settings) -> OneScheme:
     """Raises ValueError for settings that this runtime does not read."""
     if settings.get("load_in_8bit"):
-        return OneScheme(Int8(), "bitsandbytes, 8 bits per output")
+        return OneScheme("bitsandbytes", Int8(), "bitsandbytes, 8 bits per output")
     settings.one_of("load_in_4bit", True)
     settings.one_of("bnb_4bit_quant_storage", "uint8", default="uint8")
     kind = settings.one_of("bnb_4bit_quant_type", "nf4", "fp4")
     scheme = FourBits(kind, nested=settings.one_of("bnb_4bit_use_double_quant", False, True, default=False))
-    return OneScheme(scheme, f"bitsandbytes, 4 bits ({kind})")
+    return OneScheme("bitsandbytes", scheme, f"bitsandbytes, 4 bits ({kind})")
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,8 @@ class Int8:
         if "weight_format" in parts and parts["weight_format"].item() != 0:
             raise ValueError(f"weight_format is {parts['weight_format'].item()}; this runtime reads 0 (rows) only")
 
-    def weight(self, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> Tensor:
-        return parts["weight"].float() * (parts["SCB"] / 127)[:, None]
+    def numbers(self, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> Integers:
+        return Integers(parts["weight"], (parts["SCB"] / 127)[:, None])
 
 
 @dataclass(frozen=True)
@@ -87,11 +88,11 @@ class FourBits:
             raise ValueError(f"{self._state} describes another shape than the {list(shape)} that config.json makes it")
         check_scales("weight.absmax", absmax, "not negative")
 
-    def weight(self, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> Tensor:
+    def numbers(self, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> Tensor:
         absmax, size = self._absmax(parts), shape[0] * shape[1]
         values = looked_up(parts["weight.quant_map"], parts["weight"].flatten(), low_first=False)[:size]
         block = self._number(parts, "blocksize")
-        return (values * absmax.repeat_interleave(block)[:size]).view(shape)
+        return (values * absmax.to(values.device).repeat_interleave(block)[:size]).view(shape)
 
     def _absmax(self, parts: Mapping[str, Tensor]) -> Tensor:
         """The scale of each block, float32."""

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ...common.shown import shown
 from .four_bit_floats import FP4_VALUES, looked_up
-from .integers import check_groups, multiplied, unpack
+from .integers import Integers, check_groups, unpack
 from .scheme import FLOATS, Part, Scheme, Settings, check_scales, groups, in_groups
 
 _ACTIVATIONS = ("input_scale", "input_zero_point", "input_global_scale")  # of activations, which are not quantised
@@ -40,6 +40,7 @@ class CompressedTensors:
 
     schemes: Sequence[tuple[Sequence[str], Scheme]]
     ignored: Sequence[str]
+    name: str = "compressed-tensors"
 
     @property
     def summary(self) -> str:
@@ -177,7 +178,7 @@ class Scaled:
         if "weight_g_idx" in parts:
             check_groups("weight_g_idx", parts["weight_g_idx"], parts["weight_scale"].shape[1], in_sequence=False)
 
-    def weight(self, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> Tensor:
+    def numbers(self, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> Integers | Tensor:
         outputs, inputs = shape
         scale, zero, half = parts["weight_scale"], parts.get("weight_zero_point"), 2 ** (self.bits - 1)
         q = parts["weight"] if "weight" in parts else unpack(parts["weight_packed"], self.bits, 1)[:, :inputs]
@@ -189,9 +190,11 @@ class Scaled:
             scale = scale.expand(outputs, 1)
             zeros = zeros.expand(outputs, 1) if isinstance(zeros, Tensor) else zeros
         if self.block is not None:
-            blocks = scale.float().repeat_interleave(self.block[0], 0).repeat_interleave(self.block[1], 1)
-            return q.float() * blocks[:outputs, :inputs]
-        return multiplied(q, scale, zeros, parts.get("weight_g_idx"))
+            scale = scale.repeat_interleave(self.block[0], 0)[:outputs]
+            if inputs % self.block[1]:
+                return q.float() * scale.float().to(q.device).repeat_interleave(self.block[1], 1)[:, :inputs]
+        group_of = parts["weight_g_idx"].long() if "weight_g_idx" in parts else None
+        return Integers(q, scale, zeros, self.bits, group_of=group_of)
 
 
 @dataclass(frozen=True)
@@ -221,8 +224,9 @@ class FP4:
         # The scale of a group of zeros may be too small for 8 bits.
         check_scales("weight_scale", self._scale(parts), "not negative")
 
-    def weight(self, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> Tensor:
-        return multiplied(looked_up(FP4_VALUES, parts["weight_packed"], low_first=True), self._scale(parts))
+    def numbers(self, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> Integers:
+        twice = torch.tensor([int(2 * value) for value in FP4_VALUES], dtype=torch.int8, device="cpu")
+        return Integers(looked_up(twice, parts["weight_packed"], low_first=True), self._scale(parts) / 2)
 
     def _scale(self, parts: Mapping[str, Tensor]) -> Tensor:
         if self.nv:

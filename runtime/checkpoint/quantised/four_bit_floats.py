@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -12,7 +10,7 @@ _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 FP4_VALUES = (*_E2M1, *(-value for value in _E2M1))
 
 
-def looked_up(values: Sequence[float] | Tensor, packed: Tensor, *, low_first: bool) -> Tensor:
+def looked_up(values: Tensor, packed: Tensor, *, low_first: bool) -> Tensor:
     """values[field] of the two fields of each byte.
 
     Args:
@@ -21,8 +19,8 @@ def looked_up(values: Sequence[float] | Tensor, packed: Tensor, *, low_first: bo
         low_first: whether the low field is the first.
 
     Returns:
-        [..., 2 N] float32.
+        [..., 2 N] of the dtype of values.
     """
     low, high = packed & 15, packed >> 4
     fields = torch.stack([low, high] if low_first else [high, low], -1).flatten(-2)
-    return torch.as_tensor(values, dtype=torch.float32, device=packed.device)[fields.long()]
+    return values.to(packed.device)[fields.long()]

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .integers import check_groups, multiplied, unpack
+from .integers import Integers, check_groups, unpack
 from .scheme import FLOATS, OneScheme, Part, Settings, check_scales, groups, in_groups
 
 _ONES = {4: 0x11111111, 8: 0x01010101}  # a one in every field of a word
@@ -42,7 +42,7 @@ def method(settings: Settings) -> OneScheme:
         reordered=settings.one_of("desc_act", False, True, default=False),
         stored_less_one=version == "gptq",
     )
-    return OneScheme(scheme, f"GPTQ, {scheme.bits} bits {in_groups(scheme.group_size)}")
+    return OneScheme("gptq", scheme, f"GPTQ, {scheme.bits} bits {in_groups(scheme.group_size)}")
 
 
 @dataclass(frozen=True)
@@ -73,11 +73,10 @@ class GPTQ:
             check_groups("g_idx", parts["g_idx"], len(parts["scales"]), in_sequence=not self.reordered)
         self._zeros(parts["qzeros"])
 
-    def weight(self, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> Tensor:
+    def numbers(self, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> Integers:
         q = unpack(parts["qweight"], self.bits, 0).T
-        return multiplied(
-            q, parts["scales"].T, self._zeros(parts["qzeros"]), parts.get("g_idx") if self.reordered else None
-        )
+        group_of = parts["g_idx"].long() if self.reordered else None
+        return Integers(q, parts["scales"].T, self._zeros(parts["qzeros"]), self.bits, group_of=group_of)
 
     def _zeros(self, words: Tensor) -> Tensor | int:
         """[O, G], or one number for all."""

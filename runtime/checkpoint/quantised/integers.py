@@ -7,23 +7,65 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ....kernels.quantised import Kind, Layout, QuantisedWeight, Weight, pack
+
 
 class Integers(NamedTuple):
-    """A quantised weight [O, I]: w = (q - zero) * scale. G groups of I / G inputs in sequence.
+    """A quantised weight [O, I]: w = (q - zero) * scale + minimum.
 
     Attributes:
-        q: [O, I] uint8 or int8, or float8_e4m3fn in the place of integers.
+        q: [O, I] uint8 or int8; or float8_e4m3fn in the place of integers.
         scale: [O, G], of any floating-point dtype.
-        zero: [O, G] of the dtype of q; None for 0.
+        zero: [O, G] of the dtype of q, or one number for all groups.
+        bits: of the integers, whose range has 2^bits values: from 0 in uint8, from -2^(bits - 1) in int8.
+        minimum: [O, G] float32, or None; in the order of the inputs only.
+        group_of: [I], the group of each input; None: I / G inputs in sequence are a group.
     """
 
     q: Tensor
     scale: Tensor
-    zero: Tensor | None = None
+    zero: Tensor | int = 0
+    bits: int = 8
+    minimum: Tensor | None = None
+    group_of: Tensor | None = None
 
     def weight(self) -> Tensor:
         """[O, I] float32, without any rounding but that of the product."""
-        return multiplied(self.q, self.scale, 0 if self.zero is None else self.zero)
+        weight = multiplied(self.q, self.scale, self.zero, self.group_of)
+        if self.minimum is None:
+            return weight
+        return weight.unflatten(1, (self.scale.shape[1], -1)).add_(self.minimum[:, :, None]).flatten(1)
+
+    def as_weight(self, *, packed: bool) -> Weight:
+        """What the ops take: a quantised weight, or [O, I] in float32. Raises ValueError for NaNs."""
+        return self._packed() if packed else self.weight()
+
+    def layout(self) -> Layout | None:
+        """That of the quantised weight, or None if there is none. q may be on the meta device."""
+        try:
+            weight = self._packed()
+        except ValueError:
+            return None
+        return Layout(weight.form, weight.order)
+
+    def _packed(self) -> QuantisedWeight:
+        """Raises ValueError if the ops do not take such a weight."""
+        q, zero, order = self.q, self.zero, None
+        if self.group_of is not None:
+            order = torch.argsort(self.group_of, stable=True)
+            sizes = torch.bincount(self.group_of, minlength=self.scale.shape[1])
+            if (sizes != sizes[0]).any():
+                raise ValueError("its groups have different sizes")
+            q = q[:, order.to(q.device)]
+        kind: Kind = "float8" if q.dtype == torch.float8_e4m3fn else "int4" if self.bits == 4 else "int8"
+        # int4 begins at 0, and int8 at -128.
+        shift = {torch.uint8: 0, torch.int8: 8}[q.dtype] if kind == "int4" else -128 * (q.dtype == torch.uint8)
+        if shift:
+            q = q.to(torch.int16) + shift
+            zero = zero.to(torch.int16) + shift if isinstance(zero, Tensor) else zero + shift
+        if kind != "int4" and isinstance(zero, int) and zero != 0:
+            zero = torch.full_like(self.scale, zero, dtype=torch.int16)
+        return pack(kind, q, self.scale, zero, self.minimum, order)
 
 
 def unpack(words: Tensor, bits: int, dim: int) -> Tensor:

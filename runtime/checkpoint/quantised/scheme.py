@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...common.shown import shown
+from .integers import Integers
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -40,16 +41,23 @@ class Scheme(Protocol):
     def check(self, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> None:
         """Raises ValueError if the small tensors of a layer have values that no tool writes."""
 
-    def weight(self, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> Tensor:
-        """The weight [O, I] in float32, without any rounding but that of the product, on the device of the parts."""
+    def numbers(self, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> Integers | Tensor:
+        """The weight as integers; or [O, I] in float32 where it is no product of integers and scales.
+
+        On the device of the large parts.
+        """
 
 
 class Method(Protocol):
     """A quantisation method with the settings of one checkpoint.
 
     Attributes:
+        name: its quant_method in config.json.
         summary: in a few words, for `internlm3 info`.
     """
+
+    @property
+    def name(self) -> str: ...
 
     @property
     def summary(self) -> str: ...
@@ -62,6 +70,7 @@ class Method(Protocol):
 class OneScheme:
     """A method that quantises all layers alike. Which layers it left as they were, their tensors say."""
 
+    name: str
     of_all: Scheme
     summary: str
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .integers import multiplied
+from .integers import Integers
 from .scheme import OneScheme, Part, Settings, check_scales
 
 _DTYPES = {"int8": torch.int8, "float8_e4m3fn": torch.float8_e4m3fn}
@@ -25,7 +25,7 @@ _DTYPES = {"int8": torch.int8, "float8_e4m3fn": torch.float8_e4m3fn}
 def method(settings: Settings) -> OneScheme:
     """Raises ValueError for settings that this runtime does not read."""
     dtype = settings.one_of("quant_dtype", *_DTYPES, default="int8")
-    return OneScheme(SmoothQuant(_DTYPES[dtype]), f"SmoothQuant, {dtype} per output")
+    return OneScheme("smooth_quant", SmoothQuant(_DTYPES[dtype]), f"SmoothQuant, {dtype} per output")
 
 
 @dataclass(frozen=True)
@@ -43,5 +43,5 @@ class SmoothQuant:
     def check(self, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> None:
         check_scales("scale", parts["scale"])
 
-    def weight(self, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> Tensor:
-        return multiplied(parts["weight"], parts["scale"])
+    def numbers(self, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> Integers:
+        return Integers(parts["weight"], parts["scale"])

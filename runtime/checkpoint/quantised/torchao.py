@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ...common.shown import shown
-from .integers import multiplied
+from .integers import Integers
 from .scheme import FLOATS, OneScheme, Part, Settings, check_scales
 
 _TYPES = ("Int8WeightOnlyConfig", "Float8WeightOnlyConfig", "IntxWeightOnlyConfig")
@@ -31,7 +31,7 @@ def method(settings: Settings) -> OneScheme:
     if not isinstance(default, Mapping) or set(kind) != {"default"} or default.get("_type") not in _TYPES:
         raise ValueError(f"quant_type is {shown(kind)}; this runtime reads {', '.join(_TYPES)} for all layers only")
     scheme = TorchAO(torch.float8_e4m3fn if default["_type"].startswith("Float8") else torch.int8)
-    return OneScheme(scheme, f"torchao, {default['_type']}")
+    return OneScheme("torchao", scheme, f"torchao, {default['_type']}")
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,6 @@ class TorchAO:
             raise ValueError(f"_weight_zero_point has shape {list(zero.shape)}, and _weight_scale {list(scale.shape)}")
         check_scales("_weight_scale", scale)
 
-    def weight(self, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> Tensor:
+    def numbers(self, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> Integers:
         scale, zero = parts["_weight_scale"], parts.get("_weight_zero_point")
-        return multiplied(parts["_weight_qdata"], scale, 0 if zero is None else zero)
+        return Integers(parts["_weight_qdata"], scale, 0 if zero is None else zero)

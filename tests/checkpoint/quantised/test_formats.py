@@ -7,6 +7,9 @@ import pytest
 import torch
 
 from internlm3 import InternLM3Config
+from internlm3.runtime.checkpoint.load import load_model
+from internlm3.runtime.model.model import LanguageModel
+from internlm3.runtime.model.quantised_linear import QuantisedLinear
 from internlm3.tests.support.checkpoints import IDS, load
 from internlm3.tests.support.quantised import (
     FP4,
@@ -22,15 +25,42 @@ GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": False, "desc
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
 
 
-def check(checkpoint, dtype="float32"):
-    """Loads a checkpoint, and compares every weight."""
+STACKS = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+ALL = {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}
+
+
+def check(checkpoint, dtype="float32", packed=frozenset(ALL)):
+    """Loads a checkpoint as floats, and as it is, and compares every weight.
+
+    packed: the layers that the ops take as they are.
+    """
     model = load(checkpoint.save(), dtype=dtype)
     found = model.state_dict()
     assert found.keys() == checkpoint.weights.keys()
     for name, weight in checkpoint.weights.items():
         torch.testing.assert_close(found[name], weight.to(getattr(torch, dtype)), rtol=0, atol=0, msg=name)
     assert "quantization_config" not in model.config.to_dict()
+    check_packed(checkpoint, dtype, packed)
     return model
+
+
+def check_packed(checkpoint, dtype, packed):
+    kept = load_model(LanguageModel, checkpoint.folder, dtype=dtype, device="cpu", keep_quantised=True)
+    quantised = {path: layer for path, layer in kept.named_modules() if isinstance(layer, QuantisedLinear)}
+    assert {path.rpartition(".")[2] for path in quantised} == packed
+    weights = dict(checkpoint.weights)
+    for path, layer in quantised.items():
+        parent, _, name = path.rpartition(".")
+        parts = [weights.pop(f"{parent}.{part}.weight") for part in STACKS.get(name, [name])]
+        torch.testing.assert_close(layer.weight.dense(), torch.cat(parts), rtol=0, atol=0, msg=path)
+        numbers = sum(part.numel() for part in parts)
+        bits = {"int4": 4, "int8": 8, "float8": 8}[layer.form.kind]
+        # 96 columns are padded to 128.
+        stored = sum(tensor.numel() * tensor.itemsize for tensor in (layer.words, layer.scales))
+        assert stored * 8 / numbers <= bits * 1.34 + 32 / (layer.form.group or 64) + 1e-9
+    rest = kept.state_dict()
+    for name, weight in weights.items():
+        torch.testing.assert_close(rest[name], weight.to(rest[name].dtype), rtol=0, atol=0, msg=name)
 
 
 # -------------------------------------------------------------------- GPTQ and AWQ
@@ -47,7 +77,9 @@ def test_gptq(tmp_path, version, bits, group, kind):
         settings["checkpoint_format"] = "gptq_v2"
     # In version 1 a zero of 0 borrows from its neighbour.
     options = {"bits": bits, "group": group, "symmetric": symmetric, "reordered": reordered, "least_zero": 0}
-    check(Checkpoint(tmp_path, settings).quantise(gptq(bits, less_one=2 - version), **options))
+    # Each layer has an order of its own here, and a stack needs one for all.
+    packed = {"o_proj", "down_proj"} if reordered and group != -1 else ALL
+    check(Checkpoint(tmp_path, settings).quantise(gptq(bits, less_one=2 - version), **options), packed=packed)
 
 
 def test_symmetric_gptq_of_version_2_that_says_version_1(tmp_path):
@@ -86,7 +118,8 @@ def test_packed_integers(tmp_path, bits, kind, strategy):
     )
     options = {"bits": bits, "symmetric": symmetric, "reordered": reordered, "dtype": torch.bfloat16, "least_zero": 0}
     group = 32 if strategy == "group" else -1
-    check(Checkpoint(tmp_path, settings).quantise(compressed(bits, symmetric, reordered), group=group, **options))
+    checkpoint = Checkpoint(tmp_path, settings).quantise(compressed(bits, symmetric, reordered), group=group, **options)
+    check(checkpoint, packed={"o_proj", "down_proj"} if reordered else ALL)
 
 
 def scaled(checkpoint, make_parts):
@@ -137,7 +170,7 @@ def test_eight_bits(tmp_path, format, strategy):
                 weight[o, i] = q[o, i].float() * scale[at].float()
         return weight, {"weight": q, "weight_scale": scale, "input_scale": torch.ones(1)}
 
-    check(scaled(checkpoint, parts))
+    check(scaled(checkpoint, parts), packed={"down_proj"} if strategy == "block" else ALL)  # 48 divides its 96 inputs
 
 
 def test_eight_bits_asymmetric(tmp_path):
@@ -198,7 +231,7 @@ def test_patterns(tmp_path):
         compressed(4, True), [name for name in linears(checkpoint.model) if mlp in name], symmetric=True
     )
     checkpoint.quantise(compressed(8, True), [one, rest], bits=8, symmetric=True)
-    check(checkpoint)
+    check(checkpoint, packed={"gate_up_proj", "down_proj"})  # q, k and v have different forms, and o none
 
 
 # -------------------------------------------------------------------- other methods
@@ -252,7 +285,7 @@ def test_bitsandbytes_4_bits(tmp_path, kind, nested):
             **tensors,
         }
 
-    check(scaled(checkpoint, parts))
+    check(scaled(checkpoint, parts), packed=set())  # a table of values is no product
 
 
 def test_bitsandbytes_8_bits(tmp_path):

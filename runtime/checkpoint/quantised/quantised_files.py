@@ -1,4 +1,4 @@
-"""A quantised checkpoint as if its files contained the weights that they stand for."""
+"""The files of a quantised checkpoint, by the weights that they stand for."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ....kernels.quantised import Layout, Weight
 from ...common.shown import shown
 from ..weight_files import Header, WeightFiles
 from .scheme import Method, Part, Scheme
@@ -29,8 +30,8 @@ class _Layer(NamedTuple):
 
 
 @dataclass(frozen=True)
-class DenseFiles(WeightFiles):
-    """The files of a quantised checkpoint, with each quantised layer's weight in float32 in the place of its parts.
+class QuantisedFiles(WeightFiles):
+    """The files of a quantised checkpoint, with each quantised layer's weight in the place of its parts.
 
     Attributes:
         stored: the files as they are.
@@ -41,7 +42,7 @@ class DenseFiles(WeightFiles):
     layers: Mapping[str, _Layer]
 
     @classmethod
-    def of(cls, stored: WeightFiles, method: Method, shapes: Mapping[str, tuple[int, ...]]) -> DenseFiles:
+    def of(cls, stored: WeightFiles, method: Method, shapes: Mapping[str, tuple[int, ...]]) -> QuantisedFiles:
         """Reads headers, and to check them all tensors but those that hold weights.
 
         Args:
@@ -74,21 +75,38 @@ class DenseFiles(WeightFiles):
             (path,) = {stored.file_of[part] for part in found.suffix_of if part not in found.small}
             headers[path][name] = found.shape, torch.float32
         file_of = {name: path for path, header in headers.items() for name in header}
-        files = cls(stored.folder, headers, file_of, stored, layers)
+        layouts: dict[str, Layout] = {}
+        files = cls(stored.folder, headers, file_of, layouts, stored, layers)
         for path in headers:
             for name, parts in files._parts(path, headers[path].keys() & layers.keys(), _CPU, large=False):
                 with _naming(path, name):
                     layers[name].scheme.check(parts, layers[name].shape)
+                if layout := files._layout(name, parts):
+                    layouts[name] = layout
         return files
 
-    def read(self, path: Path, names: Collection[str], device: torch.device) -> Iterator[tuple[str, Tensor]]:
+    def read(
+        self, path: Path, names: Collection[str], device: torch.device, packed: Collection[str] = ()
+    ) -> Iterator[tuple[str, Weight]]:
         yield from self.stored.read(path, self.headers[path].keys() & set(names) - self.layers.keys(), device)
         wanted = self.headers[path].keys() & set(names) & self.layers.keys()
         for name, parts in self._parts(path, wanted, device, large=True):
             layer = self.layers[name]
             with _naming(path, name):
-                weight = layer.scheme.weight(parts, layer.shape)
+                numbers = layer.scheme.numbers(parts, layer.shape)
+                weight = numbers if isinstance(numbers, Tensor) else numbers.as_weight(packed=name in packed)
             yield name, weight
+
+    def _layout(self, name: str, small: Mapping[str, Tensor]) -> Layout | None:
+        """How the ops take a layer's weight, from its small tensors; None if they don't."""
+        layer = self.layers[name]
+        parts = dict(small)
+        for part, suffix in layer.suffix_of.items():
+            if part not in layer.small:
+                shape, dtype = self.stored.headers[self.stored.file_of[part]][part]
+                parts[suffix] = torch.empty(shape, dtype=dtype, device="meta")
+        numbers = layer.scheme.numbers(parts, layer.shape)
+        return None if isinstance(numbers, Tensor) else numbers.layout()
 
     def _parts(
         self, path: Path, names: Collection[str], device: torch.device, *, large: bool
@@ -103,7 +121,7 @@ class DenseFiles(WeightFiles):
         held: dict[str, dict[str, Tensor]] = {name: {} for name in names}
         others = {self.stored.file_of[part] for part in layer_of} - {path}
         for each in (*sorted(others), path):
-            for part, tensor in self.stored.read(each, layer_of.keys(), device):
+            for part, tensor in self.stored.tensors(each, layer_of.keys(), device):
                 name = layer_of[part]
                 held[name][self.layers[name].suffix_of[part]] = tensor
                 if len(held[name]) == len(needed[name]):
@@ -175,7 +193,7 @@ def _zero_bias(files: WeightFiles, name: str) -> set[str]:
     if name not in files.file_of:
         return set()
     path = files.file_of[name]
-    for _, bias in files.read(path, [name], _CPU):
+    for _, bias in files.tensors(path, [name], _CPU):
         if bias.any():
             raise ValueError(f"{path}: {shown(name)} is not zero, and config.json describes a model without it")
     return {name}
