@@ -149,8 +149,15 @@ def test_quantize(small, run, tmp_path):
     for name, given in options.items():
         assert not run("quantize", small, tmp_path / name, "--bits", name.strip("cs"), *given).stdout
         stored[name] = load_file(tmp_path / name / "model.safetensors")
-        llm = LLM(tmp_path / name, device="cpu", max_seq_len=64, progress=False)
-        assert llm.generate("Hello", temperature=0, max_tokens=2).outputs[0].token_ids
+    # Without a text to scale by, it is what quantising on load makes.
+    for name, form in (("8", "int8"), ("fp8", "fp8")):
+        loads = ((tmp_path / name, {}), (small, {"quantization": form}), (small, {}))
+        file, on_load, plain = (
+            LLM(folder, device="cpu", max_seq_len=64, progress=False, **options).perplexity([*range(20, 60)])
+            for folder, options in loads
+        )
+        assert file == on_load != plain
+    assert LLM(tmp_path / "4c", max_seq_len=64, progress=False).generate("Hello", max_tokens=2).text
     norm = "model.layers.0.input_layernorm.weight"
     assert not torch.equal(stored["4"][norm], stored["4c"][norm]) and torch.equal(
         stored["8"][norm], stored["fp8"][norm]

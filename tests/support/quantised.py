@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from internlm3.runtime.checkpoint.quantise.rounding import form_of, to_integers
 from internlm3.tests.support.checkpoints import make
 
 SHAPE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "num_hidden_layers": 1}
@@ -91,6 +92,12 @@ class Checkpoint:
         else:
             save_file(tensors, self.folder / self.file)
         return self.folder
+
+
+def rounded(name, weight, form, group=128, symmetric=False):
+    """The integers of a weight in a model that is quantised to `form`; None if it stays as it is."""
+    own = form_of(name, form)
+    return None if own is None else to_integers(name, weight, weight.dtype, own, group, symmetric)
 
 
 # ---------------------------------------------------------------------------------------------------- formats

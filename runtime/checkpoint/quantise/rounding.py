@@ -43,28 +43,24 @@ def form_of(name: str, form: Form) -> Form | None:
     return form if layer.endswith(_PROJECTION) else None
 
 
-def rounded(name: str, weight: Tensor, form: Form, group: int = GROUPS[0], symmetric: bool = False) -> Integers | None:
-    """A weight of a model that is quantised to `form`; None if it stays as it is.
+def to_integers(
+    name: str, weight: Tensor, scale_dtype: torch.dtype, form: Form, group: int, symmetric: bool
+) -> Integers:
+    """A weight rounded to a form.
 
     Args:
-        name: of the parameter in a checkpoint.
-        weight: [O, I], of any floating-point dtype; scales get the same one.
+        name: for errors.
+        weight: [O, I], of any floating-point dtype.
+        scale_dtype: what scales are stored in.
+        form: see the module, and `form_of`.
         group: for int4: the number of inputs that share a scale. If it does not divide I, the largest smaller one of
             GROUPS that does.
         symmetric: int4 without zero points of its own.
 
     Raises:
         ValueError: the weight contains inf or NaN; or, for int4, no group size divides its inputs. The message names
-            the layer.
+            the weight.
     """
-    own = form_of(name, form)
-    return None if own is None else to_integers(name, weight, weight.dtype, own, group, symmetric)
-
-
-def to_integers(
-    name: str, weight: Tensor, scale_dtype: torch.dtype, form: Form, group: int, symmetric: bool
-) -> Integers:
-    """As `rounded`, with scales of another dtype than the weight, and without a look at what kind of layer it is."""
     size = group_size(name, weight.shape[1], group) if form == "int4" else -1
     parts = []
     for rows in weight.split(max(_CHUNK // weight.shape[1], 1)):

@@ -13,12 +13,12 @@ from internlm3.runtime.checkpoint.quantise.activation_scaling import scale
 from internlm3.runtime.checkpoint.quantise.calibration import Calibration
 from internlm3.runtime.checkpoint.quantise.checkpoint import quantise_checkpoint
 from internlm3.runtime.checkpoint.quantise.compressed import pack
-from internlm3.runtime.checkpoint.quantise.rounding import rounded, to_integers
+from internlm3.runtime.checkpoint.quantise.rounding import to_integers
 from internlm3.runtime.checkpoint.quantised import compressed_tensors
 from internlm3.runtime.checkpoint.quantised.integers import unpack
 from internlm3.runtime.checkpoint.quantised.scheme import Settings
 from internlm3.tests.support.checkpoints import INDEX, contents, load, make, shards
-from internlm3.tests.support.quantised import SHAPE
+from internlm3.tests.support.quantised import SHAPE, rounded
 
 # Groups of 128 take 128 inputs, and 64 the 192 of down_proj.
 MODEL = {**SHAPE, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2, "vocab_size": 40}
@@ -107,7 +107,7 @@ def test_compressed_tensors_unpacks_it_to_the_same(source, target, name):
             found = BaseCompressor.get_value_from_registry(scheme.format).decompress(parts, scheme)["weight"]
             exact = weights[f"{each}.weight"]
             assert torch.equal(found.float(), exact.to(found.dtype).float()), each
-            assert torch.equal(ours.scheme(each).weight(parts, tuple(exact.shape)), exact), each
+            assert torch.equal(ours.scheme(each).numbers(parts, tuple(exact.shape)).weight(), exact), each
 
 
 @pytest.mark.parametrize("name", ["int4 symmetric", "int8", "fp8"])
