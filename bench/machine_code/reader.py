@@ -148,7 +148,11 @@ def _read_amd(launch: Launch) -> MachineCode:
         field("private_segment_fixed_size"),
         Counter(re.findall(r"\bv_s?mfma\w*", text)),
         [Access(name, kind == "load", widths[width]) for name, kind, width in found],
-        *(Counter() for _ in range(5)),
+        Counter(),
+        Counter(),
+        Counter(),
+        Counter(),
+        Counter(),
     )
 
 
