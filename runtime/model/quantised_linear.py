@@ -33,6 +33,13 @@ class QuantisedLinear(Layer):
         self.order = None if layout.order is None else _parameter(torch.empty_like(layout.order, device=device))
         self.bias = linear.bias
 
+    @classmethod
+    def of(cls, linear: Linear, weight: QuantisedWeight) -> QuantisedLinear:
+        """A layer with this weight, in the place of `linear`."""
+        made = cls(linear, Layout(weight.form, weight.order))
+        Rows(made, 0, weight.shape[0]).copy_(weight)
+        return made
+
     @property
     def weight(self) -> QuantisedWeight:
         minimum = None if self.minimum is None else self.minimum.view(torch.float32)
