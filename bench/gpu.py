@@ -54,6 +54,7 @@ PARTS = {
     "decode": Limit("bench.parts.decode", 300, shares=True),
     "launch_profile": Limit("bench.parts.launch_profile", 60, shares=True),
     "first_token": Limit("bench.parts.first_token", 200, shares=True),
+    "speculation": Limit("bench.parts.speculation", 150),
     "peers": Limit("bench.parts.peer_models", 500, shares=True),
     "trial": Limit("bench.parts.trial", 350, by_default=False),
 }

@@ -15,8 +15,8 @@ from internlm3 import kernels
 from internlm3.kernels.triton.sample_search import PASSES, TOP_K, TOP_P, TYPICAL_P
 
 from .audit import CACHE, FACTS, Facts, digest, kernel_name
+from .cases import DENSE, PAGE, Arguments, Case, cases
 from .cases import INTERNLM3_8B as SIZE
-from .cases import PAGE, Arguments, Case, cases
 from .machine_code.launches import Launch, compile_launches
 from .machine_code.reader import MachineCode, cached, read
 from .machine_code.sass import Access
@@ -58,6 +58,7 @@ class Shape(NamedTuple):
     batch: int
     context: int
     sampling: str = "recommended"
+    weights: str = DENSE  # how those of the layers are stored; if they are quantised, lm_head's is int8
 
 
 def from_memory(x: Arguments, launch: Launch, shape: Shape) -> int:
@@ -121,6 +122,7 @@ def programs(case: Case, launch: Launch, code: MachineCode, shape: Shape, splits
 
     others = [x for x in loads if x not in bulk and x.may_have_waited]
     from_l2 = sum(x.bytes * threads * share(x) * (tiles if x.loop == loop else runs(x.loop)) for x in others)
+    matrix = code.chains if launch.kernel == "_linear_quantised" else code.matrix
     # Waits in sequence: before the wait for the predecessor, after it until the late bytes are requested, and others.
     before = min((x.waits for x in bulk if not x.may_have_waited), default=0)
     first = min((x.waits for x in loads if x.may_have_waited), default=0)
@@ -147,9 +149,9 @@ def programs(case: Case, launch: Launch, code: MachineCode, shape: Shape, splits
             max(waits, 0),
             total(code.barriers),
             total(code.instructions) - code.instructions_unwaited,
-            total(code.matrix),
+            total(matrix),
         ),
-        Work(0, code.barriers[loop], code.instructions[loop], code.matrix[loop]) if loop else Work(),
+        Work(0, code.barriers[loop], code.instructions[loop], matrix[loop]) if loop else Work(),
         # Attention of a single tile may trigger on a path of its own.
         "loads" if launch.kernel == "_attend" and early and not late else trigger(code),
         launch.kernel == "_attend" or 2 * constants.get("HALF", 0) * constants.get("W_STRIDE", 0) >= FAR,
@@ -183,9 +185,17 @@ def step(shape: Shape) -> Iterator[tuple[Case, bool]]:
         "advance": False,
     }
     known = [*cases(SIZE, batches=[shape.batch], chunks=[], contexts=[shape.context + PAGE])]
+    quantised = shape.weights != DENSE
     for name, per_layer in ops.items():
         op, _, part = name.partition(", ")
-        yield next(case for case in known if case.op == op and part in ["", *case.shape.split(", ")]), per_layer
+        stored = DENSE
+        if op == "rms_norm_linear":
+            stored = "int8" if quantised else DENSE
+        elif op in ("rms_norm_qkv_rope_cache", "linear_add", "rms_norm_swiglu"):
+            stored = shape.weights
+        parts = {"", part if stored == DENSE or not part else f"{part} {stored}"}
+        found = (case for case in known if case.op == op and case.stored == stored)
+        yield next(case for case in found if parts <= {"", *case.shape.split(", ")}), per_layer
 
 
 def launches(shape: Shape) -> list[StepLaunch]:
@@ -203,7 +213,8 @@ def compiled(shape: Shape, ops: Iterable[tuple[Case, bool]]) -> list[StepLaunch]
     found, splits = [], 1
     for case, per_layer in ops:
         launched = compile_launches(getattr(kernels, case.op), case.arguments, TARGET)
-        if "linear" in case.op and not any(launch.kernel == "_linear_few_rows" for launch in launched):
+        of_rows = ("_linear_few_rows", "_linear_quantised")
+        if "linear" in case.op and not any(launch.kernel in of_rows for launch in launched):
             return []
         for launch in launched:
             if launch.kernel == "_attend":

@@ -17,6 +17,7 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import NamedTuple
 
+from .cases import DENSE, FORMS
 from .record import load
 from .simulation import Gpu, ends
 from .step_launches import LAYERS, SEARCHES, TARGET, Shape, StepLaunch, launches
@@ -95,6 +96,12 @@ def main() -> None:
     parser.add_argument("--context", action="append", type=int, help="default: 1024 and 32768")
     parser.add_argument("--sampling", choices=SEARCHES, default="recommended")
     parser.add_argument(
+        "--weights",
+        choices=[DENSE, *FORMS],
+        default=DENSE,
+        help="of the layers; lm_head's is int8 if they are quantised",
+    )
+    parser.add_argument(
         "--record", action="append", default=[], help="of bench.ops or bench.gpu, for its read bandwidth"
     )
     parser.add_argument("--launches", action="store_true", help="print a line for each launch as well")
@@ -109,7 +116,7 @@ def main() -> None:
         print(f"{name}: {', '.join(f'{key} {value:g}' for key, value in gpu._asdict().items())}")
 
     batches, contexts = options.batch or (1, 4, 16, 32, 64), options.context or (1024, 32768)
-    shapes = [Shape(batch, context, options.sampling) for batch in batches for context in contexts]
+    shapes = [Shape(batch, context, options.sampling, options.weights) for batch in batches for context in contexts]
     with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
         found = dict(zip(shapes, pool.map(launches, shapes), strict=True))
         work = [(name, shape) for name in devices for shape in shapes if found[shape]]

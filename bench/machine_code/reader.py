@@ -44,6 +44,7 @@ class MachineCode(NamedTuple):
     instructions: Counter[str]  # how many, by the innermost loop around them; "": outside of loops
     barriers: Counter[str]  # the same
     matrix: Counter[str]  # the same: tensor-core instructions that a warp waits for
+    chains: Counter[str]  # of these, in each loop, the longest sequence in which each adds to the sum of the one before
     conversions: Counter[str]  # the same: conversions of numbers, and moves of their bytes
     waits: bool = False  # for the predecessor in programmatic dependent launch
     exits_unwaited: bool = False  # on some path
@@ -102,6 +103,7 @@ def _read_nvidia(launch: Launch) -> MachineCode:
         traced.instructions,
         traced.barriers,
         traced.matrix,
+        traced.chains,
         traced.conversions,
         names["ACQBULK"] > 0,
         traced.exits_unwaited,
@@ -146,7 +148,7 @@ def _read_amd(launch: Launch) -> MachineCode:
         field("private_segment_fixed_size"),
         Counter(re.findall(r"\bv_s?mfma\w*", text)),
         [Access(name, kind == "load", widths[width]) for name, kind, width in found],
-        *(Counter(), Counter(), Counter(), Counter()),
+        *(Counter() for _ in range(5)),
     )
 
 

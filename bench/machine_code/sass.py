@@ -337,6 +337,7 @@ class Trace(NamedTuple):
     instructions: Counter[str]  # how many, by innermost loop; "": outside of loops
     barriers: Counter[str]  # the same
     matrix: Counter[str]  # the same: tensor-core instructions that a warp waits for
+    chains: Counter[str]  # of these, in each loop, the longest sequence in which each adds to the sum of the one before
     conversions: Counter[str]  # the same: conversions of numbers, and moves of their bytes
     instructions_unwaited: int  # before the wait for the predecessor, outside of loops
 
@@ -352,6 +353,7 @@ def trace(text: str, arguments: dict[int, str]) -> Trace:
     waits = iter(_flight(instructions(text))[1])
     accesses, exits_unwaited, unwaited = [], False, 0
     counts, barriers, matrix, conversions = Counter[str](), Counter[str](), Counter[str](), Counter[str]()
+    sums: dict[str, list[_Instruction]] = {}
     for label, block in blocks.items():  # in the order of the listing
         for instruction, waits_before in zip(block.instructions, waits, strict=False):
             if label not in reached:
@@ -360,6 +362,8 @@ def trace(text: str, arguments: dict[int, str]) -> Trace:
             counts[loops[label]] += instruction.base != "NOP"
             barriers[loops[label]] += instruction.base == "BAR"
             matrix[loops[label]] += instruction.base == "HMMA"
+            if instruction.base == "HMMA":
+                sums.setdefault(loops[label], []).append(instruction)
             conversions[loops[label]] += instruction.base in _CONVERSIONS
             unwaited += not state.may_have_waited and not loops[label]
             if instruction.base in _GLOBAL_LOADS | _GLOBAL_STORES:
@@ -369,7 +373,17 @@ def trace(text: str, arguments: dict[int, str]) -> Trace:
                 accesses.append(Access(str(instruction), is_load, instruction.bytes, pointers, *where))
             exits_unwaited |= instruction.base == "EXIT" and not state.waited
             state.step(instruction)
-    return Trace(accesses, exits_unwaited, counts, barriers, matrix, conversions, unwaited)
+    chains = Counter({loop: _longest_chain(found) for loop, found in sums.items()})
+    return Trace(accesses, exits_unwaited, counts, barriers, matrix, chains, conversions, unwaited)
+
+
+def _longest_chain(found: Iterable[_Instruction]) -> int:
+    """The most tensor-core instructions each of which adds to the result of the one before."""
+    length: dict[str, int] = {}  # by the first register of a sum
+    for instruction in found:
+        result, *_, addend = (operand.split(".")[0] for operand in instruction.operands)
+        length[result] = length.get(addend, 0) + 1
+    return max(length.values(), default=0)
 
 
 def triggers_unwaited(text: str) -> bool:

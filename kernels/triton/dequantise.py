@@ -46,7 +46,10 @@ def _dequantise(
     if PDL:
         tl.extra.cuda.gdc_wait()
     for i in tl.static_range(FIELDS):
-        numbers = field_of(words, zeros[i] if ZERO is None else None, i, KIND, PTX, OFFSET, ZERO, dtype)
+        if ZERO is None:
+            numbers = field_of(words, zeros[i], i, KIND, PTX, OFFSET, ZERO, dtype)
+        else:
+            numbers = field_of(words, None, i, KIND, PTX, OFFSET, ZERO, dtype)
         y = numbers.to(tl.float32) * scales[i]
         if minimum_ptr is not None:
             y += minima[i]

@@ -14,12 +14,15 @@ MB of W at InternLM3-8B's shapes (C = 4096, I = 10240), and us to read them at 3
 
 Tensor cores multiply 1 to 64 rows alike: a program multiplies a tile of W by up to 16 rows of x, so a row has the same
 bits alone and among others. Programs of further rows read the tile from L2. A word's fields become slices of W in
-registers, 16-bit floats that are exactly q - zero. This is the order of a sum, all in float32:
-    - slices of W (16 to 128 columns: `Form.width`) in ascending order of their columns
+registers, 16-bit floats that are exactly q - zero. A warp converts numbers at a fraction of the rate at which memory
+delivers them, and W's rows alone are enough for two warps of a multiprocessor. So the warps of a program share the
+columns, block by block of words (the slices of all fields: `Form`). This is the order of a sum, all in float32:
+    - part p of PARTS has blocks p, p + PARTS, ... in ascending order; y = ((part 0 + part 1) + part 2) + part 3
+    - slices of a block (16 to 128 columns: `Form.width`) in ascending order of their columns
     - within a slice the tensor core's steps of 16 columns in ascending order
-    - with groups, a slice is summed by itself, from zero, and y = fma(slice, scale, y)
-    - with minima, then y = fma(minimum, sum of the slice of x, y); sums of x are a launch before
-    - with one scale for all columns, slices are summed in sequence, and the scale multiplies the sum
+    - with groups, a slice is summed by itself, from zero, and part = fma(slice, scale, part)
+    - with minima, then part = fma(minimum, sum of the slice of x, part); sums of x are a launch before
+    - with one scale for all columns, slices are summed in sequence, and the scale multiplies y
 """
 
 from typing import Any, NamedTuple
@@ -29,64 +32,70 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..quantised import QuantisedWeight
+from ..quantised import Form, QuantisedWeight
 from .fields import constants, field_of, scale_and_zero
-from .launch import cdiv, jit, options
+from .launch import cdiv, is_hopper, jit, options
 from .linear_fused import ALIGNED, NO_CACHE, residual_tile, row_places, store_result, weight_rows
 from .rms_norm import rms_norm
 
 
 class Tile(NamedTuple):
-    """The tile of a program: rows of W, warps, stages of the pipeline.
-
-    A warp has 16 rows of W: more warps would share rows, and each convert the same numbers.
-    """
+    """The tile of a program: rows of W, stages of the pipeline."""
 
     rows: int
-    warps: int
     stages: int
 
 
-# By the rows of x of a program, padded. Two warps use the same instruction for 8 and 16 rows, which keeps the bits of a
-# row; four would use another one for 16 (sm_90). Chosen by machine code: nothing spills, and a program's shared memory
-# fits. None has been measured.
-TILES = {8: Tile(32, 2, 6), 16: Tile(32, 2, 4)}
-TILE_OF_AMD = Tile(32, 2, 2)
+PARTS = 4  # of a row's columns; each has a warp, which converts the numbers of no other
+WIDE = 16384  # rows of W, above which all multiprocessors have several programs
+WIDEST = 65536  # and above which there are so many that a last wave takes little of the time
+FLOAT32 = Tile(16, 1)  # for tests: no tensor core multiplies float32 exactly
+TILE_OF_AMD = Tile(32, 2)
 SUMS = 32  # slices of a row of x that a program sums
 AHEAD = 16  # cache lines per row of W that a program prefetches into L2 before it waits
 
 
 @triton.jit
 def _block(
-    y, words, b, scale_rows, minimum_rows, x_rows, row, sums_ptr, R,
+    y, words, b, scale_rows, minimum_rows, x_rows, sums_ptr, row, R,
     OUT: tl.constexpr, C: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, KIND: tl.constexpr, L: tl.constexpr,
-    PTX: tl.constexpr, OFFSET: tl.constexpr,
+    PTX: tl.constexpr, OFFSET: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """y [BO, BR] + the product of block b of W, words [BO, L], and its columns of x."""
+    """y [PARTS, BO, BR] + the products of W's blocks b [PARTS, 1, 1], words [PARTS, BO, L], and their columns of x."""
     dtype = x_rows.dtype.element_ty
     FIELDS: tl.constexpr = 4 if KIND == "int4" else 2
     for i in tl.static_range(FIELDS):
+        slice_ = b * FIELDS + i
         zero = None
         if GROUP:
             # Padding may be a group of its own, which has no scale.
-            group = tl.minimum(b * FIELDS + i, (C - 1) // L) * L // GROUP
+            group = tl.minimum(slice_, (C - 1) // L) * L // GROUP
             scale, zero = scale_and_zero(scale_rows + group * OUT, ZERO)
         numbers = field_of(words, zero, i, KIND, PTX, OFFSET, ZERO, dtype)
-        columns = ((b * FIELDS + i) * L + tl.arange(0, L))[None, :]
+        columns = slice_ * L + tl.arange(0, L)[None, None, :]
         mask = row < R
-        if C % (FIELDS * L):
+        if C % (PARTS * FIELDS * L):
             mask &= columns < C
         x = tl.load(x_rows + columns, mask=mask, other=0.0, eviction_policy="evict_last")
         if GROUP:
-            part = tl.dot(numbers, x.trans(), tl.zeros_like(y), input_precision="ieee")
-            y = tl.fma(part, scale, y)
+            summed = tl.dot(numbers, x.permute(0, 2, 1), tl.zeros_like(y), input_precision="ieee")
+            y = tl.fma(summed, scale, y)
             if minimum_rows is not None:
-                minimum = tl.load(minimum_rows + group * OUT)
-                sums = tl.load(sums_ptr + (b * FIELDS + i) * R + row.trans(), mask=row.trans() < R, other=0.0)
-                y = tl.fma(minimum, sums, y)
+                of_rows = row.permute(0, 2, 1)
+                sums = tl.load(sums_ptr + slice_ * R + of_rows, mask=of_rows < R, other=0.0)
+                y = tl.fma(tl.load(minimum_rows + group * OUT), sums, y)
         else:
-            y = tl.dot(numbers, x.trans(), y, input_precision="ieee")
+            y = tl.dot(numbers, x.permute(0, 2, 1), y, input_precision="ieee")
     return y
+
+
+@triton.jit
+def _sum_of_parts(y):
+    """[4, BO, BR] -> [BO, BR], in ascending order."""
+    even, odd = y.permute(1, 2, 0).reshape(y.shape[1], y.shape[2], 2, 2).split()
+    part_0, part_2 = even.split()
+    part_1, part_3 = odd.split()
+    return ((part_0 + part_1) + part_2) + part_3
 
 
 @jit(f"scale_ptr minimum_ptr sums_ptr {ALIGNED}")
@@ -98,16 +107,17 @@ def _linear_quantised(
     OUT: tl.constexpr, C: tl.constexpr, WORDS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr,
     KIND: tl.constexpr, L: tl.constexpr, PTX: tl.constexpr, OFFSET: tl.constexpr,
     HALF: tl.constexpr, H: tl.constexpr, K: tl.constexpr, S: tl.constexpr,
-    BO: tl.constexpr, BR: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
+    BO: tl.constexpr, BR: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Pointers are None for inputs that the op does not have. L: the columns of a slice. BR: R padded."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     row_tile, tile = tl.program_id(0), tl.program_id(1)  # programs of one tile of W are neighbours, and share L2
     rows = weight_rows(tile, OUT, HALF, BO)
-    w_rows = w_ptr + rows.to(tl.int64)[:, None] * WORDS + tl.arange(0, L)[None, :]
-    scale_rows = scale_ptr + rows[:, None]
-    minimum_rows = minimum_ptr + rows[:, None] if minimum_ptr is not None else None
+    w_rows = w_ptr + rows.to(tl.int64)[None, :, None] * WORDS + tl.arange(0, L)[None, None, :]
+    scale_rows = scale_ptr + rows[None, :, None]
+    minimum_rows = minimum_ptr + rows[None, :, None] if minimum_ptr is not None else None
     LINE: tl.constexpr = 64  # words of a cache line
     if PDL:
         line = tl.minimum(tl.arange(0, AHEAD), (WORDS - 1) // LINE)[None, :]
@@ -131,16 +141,22 @@ def _linear_quantised(
             tile, row, R, inv_freq_ptr, inv_freq_stride, block_table_ptr, table_stride, seq_lens_ptr, positions_ptr,
             tokens, pages, slots, S, HALF, BO,
         )  # fmt: skip
-    x_row = row_tile * BR + tl.arange(0, BR)[:, None]
+    x_row = row_tile * BR + tl.arange(0, BR)[None, :, None]
     x_rows = x_ptr + x_row.to(tl.int64) * x_stride
-    y = tl.zeros((BO, BR), tl.float32)
-    for b in tl.range(0, WORDS // L, num_stages=STAGES):
-        words = tl.load(w_rows + b * L, eviction_policy="evict_first")
-        y = _block(
-            y, words, b, scale_rows, minimum_rows, x_rows, x_row, sums_ptr, R, OUT, C, GROUP, ZERO, KIND, L, PTX, OFFSET
-        )
+    parts = tl.zeros((PARTS, BO, BR), tl.float32)
+    for first in tl.range(0, WORDS // L, PARTS, num_stages=STAGES):
+        b = first + tl.arange(0, PARTS)[:, None, None]
+        if WORDS // L % PARTS:
+            words = tl.load(w_rows + b * L, mask=b < WORDS // L, other=0, eviction_policy="evict_first")
+        else:
+            words = tl.load(w_rows + b * L, eviction_policy="evict_first")
+        parts = _block(
+            parts, words, b, scale_rows, minimum_rows, x_rows, sums_ptr, x_row, R,
+            OUT, C, GROUP, ZERO, KIND, L, PTX, OFFSET, PARTS,
+        )  # fmt: skip
+    y = _sum_of_parts(parts)
     if GROUP == 0:
-        y *= tl.load(scale_rows)
+        y *= tl.load(scale_ptr + rows[:, None])
     store_result(
         tile, row, y, bias, residual, places, R, y_ptr, k_cache_ptr, k_page_stride, k_head_stride, k_token_stride,
         v_cache_ptr, v_page_stride, v_head_stride, v_token_stride, OUT, HALF, H, K, BO,
@@ -177,6 +193,19 @@ def padded_rows(rows: int) -> int:
     return 8 if rows <= 8 and not torch.version.hip else 16  # AMD's matrix instructions take 16 columns
 
 
+def tile_of(form: Form, outputs: int, padded: int, hopper: bool) -> Tile:
+    """The tile for W [outputs, ...] and so many rows of x, padded. hopper: sm_90 and newer have more shared memory.
+
+    The product of all parts at once is HMMA on all of NVIDIA's GPUs, for any tile, which keeps the bits of a row. Tiles
+    are chosen by machine code (nothing spills, and a program's shared memory fits) and by a simulation
+    (bench/predictions.md). None has been measured.
+    """
+    # Every program reads all of x: with many rows of x, or a head, programs must be few.
+    few = padded == 16 or outputs > (WIDE if form.kind == "int4" else WIDEST)
+    iterations = form.words // form.width // PARTS
+    return Tile(32 if few else 16, 3 if hopper and iterations >= 4 and outputs <= WIDE else 2)
+
+
 def multiply(
     y: Tensor,
     x: Tensor,
@@ -197,15 +226,20 @@ def multiply(
     rows = x.shape[0]
     form, outputs = weight.form, weight.shape[0]
     padded = padded_rows(rows)
-    tile = TILE_OF_AMD if torch.version.hip else TILES[padded]
+    tile = tile_of(form, outputs, padded, is_hopper(x.device))
+    if torch.version.hip or x.dtype == torch.float32:
+        tile = TILE_OF_AMD if torch.version.hip else FLOAT32
     if norm is not None:
         x = rms_norm(x, norm, eps)
     if weight.order is not None:
         x = x.index_select(1, weight.order)
-    sums = None if weight.minimum is None else slice_sums(x, form.width, form.words // form.width * form.fields)
+    sums = None
+    if weight.minimum is not None:
+        blocks = cdiv(form.words // form.width, PARTS) * PARTS
+        sums = slice_sums(x, form.width, blocks * form.fields)
     _linear_quantised[(cdiv(rows, padded), cdiv(outputs, tile.rows))](
         x, x.stride(0), weight.words, weight.scales, weight.minimum, sums, bias,
         residual, residual.stride(0) if residual is not None else None, y, rows, **(cache or NO_CACHE),
-        OUT=outputs, **constants(form, x.dtype), HALF=half, BO=tile.rows, BR=padded, STAGES=tile.stages,
-        AHEAD=AHEAD, num_warps=tile.warps, **options(x.device),
+        OUT=outputs, **constants(form, x.dtype), HALF=half, BO=tile.rows, BR=padded, PARTS=PARTS,
+        STAGES=tile.stages, AHEAD=AHEAD, num_warps=PARTS, **options(x.device),
     )  # fmt: skip

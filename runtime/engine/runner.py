@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-import time
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -26,7 +25,7 @@ from .scheduler import Scheduler
 from .speculation import MOST_COST, Speculation
 from .staging import Staging
 from .state import DecodeState, Slot, Tier
-from .warm_up import compile_kernels, steps_to_compile
+from .warm_up import compile_kernels, costs_of_drafts, steps_to_compile
 
 # Steps in flight while the host reads reports. The host needs tenths of a millisecond a step and a step takes several,
 # so two hide it; each more would delay the next prompt, and run for nothing after an answer has ended.
@@ -213,34 +212,17 @@ class Runner:
             compile_kernels(self._model, self.kv_cache, self._staging, self.pages, self._max_seq_len)
         slots = range(1, self._max_batch_size + 1)
         # A step that is not captured only needs to be compiled.
-        sizes = {self._padded(each) for each in (steps_to_compile(self._model, slots[-1]) if self._eager else slots)}
-        for batch_size in sorted(sizes):
+        to_run = steps_to_compile(self._model, self._max_batch_size) if self._eager else slots
+        for batch_size in sorted({self._padded(count) for count in to_run}):
             for tier in Tier:
                 self._steps.execute(Step(batch_size, tier))
         if self.speculation is not None:
-            self._warm_up_drafts(self.speculation, slots[:MOST_SEQUENCES])
+            sizes = {count: self._padded(count) for count in slots[:MOST_SEQUENCES]}
+            costs = costs_of_drafts(
+                self._steps, self._state, self.speculation.rows, self.pages, set(sizes.values()), self._max_seq_len
+            )
+            self.speculation.costs = {count: costs[batch_size] for count, batch_size in sizes.items()}
         self._prefill.warm_up(self._max_seq_len)
-
-    def _warm_up_drafts(self, speculation: Speculation, slots: Iterable[int]) -> None:
-        """Compiles or captures every step with drafts, and measures what each costs."""
-        for count in slots:
-            batch_size = self._padded(count)
-            # First without, which leaves the rows idle: those of a request that was cancelled may still have drafts.
-            without = self._seconds(Step(batch_size, Tier.GREEDY))
-            for tier in Tier:
-                self._steps.execute(Step(batch_size, tier, drafts=True))
-            speculation.costs[count] = self._seconds(Step(batch_size, Tier.GREEDY, drafts=True)) / without - 1
-
-    def _seconds(self, step: Step) -> float:
-        """The shortest of some runs of a step on idle slots."""
-        seconds = []
-        for _ in range(4):
-            began = time.perf_counter()
-            self._steps.execute(step)
-            if self._model.device.type == "cuda":
-                torch.cuda.synchronize(self._model.device)
-            seconds.append(time.perf_counter() - began)
-        return min(seconds)
 
 
 def _run_step(

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from internlm3.kernels import cpu
+from internlm3.kernels import cpu, cpu_cache
 from internlm3.runtime.engine import prefill
 from internlm3.runtime.engine.engine import Engine
 from internlm3.runtime.model.kv_cache import PAGE
@@ -207,6 +207,8 @@ def test_prompts_with_different_rotary_bases_share_no_pages():
 def test_batch_invariance_reuses_what_has_the_same_bits(exact, monkeypatch):
     """Whole chunks of prompts: bit-identical to a fresh prefill, log-probabilities included."""
     monkeypatch.setattr(prefill, "CHUNK", 2 * PAGE)
+    # A CPU may run several chunks in one launch, whose attention then has a block for each.
+    monkeypatch.setattr(cpu_cache, "QUERY_BLOCK", 2 * PAGE)
     engine, prompt = Engine(exact, max_batch_size=2, max_seq_len=1024), ids(300)
     (one,) = run(engine, ask(prompt, 100))
     turn = prompt + one.token_ids

@@ -200,22 +200,25 @@ def test_a_row_is_the_same_alone_and_among_others(dtype, kind):
 @pytest.mark.parametrize("kind", [("int4", "groups"), ("int8", 0)])
 @pytest.mark.parametrize("group", [128, 0])
 def test_the_order_of_the_sum(group, kind):
-    """Slices in ascending order, with groups each by itself; within a slice sums of these numbers are exact."""
+    """Four parts of every fourth block, one after another; slices of a block in ascending order, with groups each by
+    itself. Within a slice sums of these numbers are exact. 7168 columns are 14 or 28 blocks.
+    """
     rng = generator(5)
-    weight, *_ = quantised(rng, 40, 1024, group, *kind)
-    sizes = 2.0 ** torch.randint(-9, 9, (8,), generator=rng).repeat_interleave(128)
-    x = torch.randint(-8, 9, (5, 1024), generator=rng) * sizes
+    weight, *_ = quantised(rng, 40, 7168, group, *kind)
+    sizes = 2.0 ** torch.randint(-9, 9, (56,), generator=rng).repeat_interleave(128)
+    x = torch.randint(-8, 9, (5, 7168), generator=rng) * sizes
     x = x.to(DEVICE, torch.bfloat16)
     numbers = weight._replace(scales=unscaled(weight)).dense().double()
     scale = weight.dense().double() / numbers.where(numbers != 0, 1)
-    y = torch.zeros(5, 40)
-    for first in range(0, 1024, weight.form.width):
+    parts = torch.zeros(4, 5, 40)
+    for first in range(0, 7168, weight.form.width):
         some = slice(first, first + weight.form.width)
-        part = x[:, some].double() @ numbers[:, some].mT
+        part = first // (weight.form.fields * weight.form.width) % 4
+        product = x[:, some].double() @ numbers[:, some].mT
         if group:
-            y = (y.double() + part * scale[:, some].amax(1)).float()
-        else:
-            y = (y.double() + part).float()
+            product *= scale[:, some].amax(1)
+        parts[part] = (parts[part].double() + product).float()
+    y = ((parts[0] + parts[1]) + parts[2]) + parts[3]
     if not group:
         y = y * scale.amax(1).float()
     assert_same(y.to(torch.bfloat16), triton=kernels.linear(x, weight))
