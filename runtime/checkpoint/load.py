@@ -139,7 +139,9 @@ def load_weights(
     _check(files, shapes, tied)
     places: dict[str, Rows] = {}
     if keep_quantised:
-        layouts = {name: files.layouts[stored(name)] for name in module.state_dict() if stored(name) in files.layouts}
+        # A head that is the embedding's stays as it is: tables of embeddings are not quantised.
+        own = files.layouts.keys() - {*tied, *tied.values()}
+        layouts = {name: files.layouts[stored(name)] for name in module.state_dict() if stored(name) in own}
         places = quantise_layers(module, layouts)
     dtype = dtype or _stored_dtype(files)
     if fast_on_cpu and device.type == "cpu":
