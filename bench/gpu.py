@@ -52,6 +52,7 @@ PARTS = {
     "ceilings": Limit("bench.parts.ceilings", 90),
     "ops": Limit("bench.parts.ops", 400, shares=True),
     "decode": Limit("bench.parts.decode", 300, shares=True),
+    "quantised": Limit("bench.parts.quantised", 120, shares=True),
     "launch_profile": Limit("bench.parts.launch_profile", 60, shares=True),
     "first_token": Limit("bench.parts.first_token", 200, shares=True),
     "speculation": Limit("bench.parts.speculation", 150),

@@ -33,6 +33,13 @@ class QuantisedLinear(Layer):
         self.order = None if layout.order is None else _parameter(torch.empty_like(layout.order, device=device))
         self.bias = linear.bias
 
+    @classmethod
+    def of(cls, linear: Linear, weight: QuantisedWeight) -> QuantisedLinear:
+        """A layer with this weight, in the place of `linear`."""
+        made = cls(linear, Layout(weight.form, weight.order))
+        Rows(made, 0, weight.shape[0]).copy_(weight)
+        return made
+
     @property
     def weight(self) -> QuantisedWeight:
         minimum = None if self.minimum is None else self.minimum.view(torch.float32)
@@ -82,6 +89,16 @@ def quantise_layers(module: nn.Module, layouts: Mapping[str, Layout]) -> dict[st
                 places[each] = Rows(quantised, first, first + size)
                 first += size
     return places
+
+
+def linear_weights(module: nn.Module) -> list[str]:
+    """The weights that `quantise_layers` can replace, by their names in the state dict."""
+    names = []
+    for path, layer in module.named_modules():
+        if isinstance(layer, Linear):
+            parent, _, name = path.rpartition(".")
+            names += [f"{parent}.{part}.weight".removeprefix(".") for part, _ in _projections(layer, name)]
+    return names
 
 
 def biases(places: Mapping[str, Rows]) -> Iterator[tuple[str, Tensor]]:

@@ -130,7 +130,7 @@ def test_the_parts_with_shares_measure_no_ceiling():
     for name, limit in gpu.PARTS.items():
         source = ROOT.joinpath(*limit.module.split(".")).with_suffix(".py").read_text()
         assert ("roofline.measure" in source) == (limit.module == ceilings.__name__)
-        assert limit.shares == (name in ("ops", "decode", "launch_profile", "first_token", "peers"))
+        assert limit.shares == (name in ("ops", "decode", "quantised", "launch_profile", "first_token", "peers"))
 
 
 @pytest.mark.parametrize("change", [{"device": "another GPU"}, {"dry run": False}])
@@ -200,7 +200,7 @@ def test_every_part_yields_rows():
 
 
 @pytest.mark.parametrize(
-    "parts", [["decode", "first_token", "launch_profile"], ["correctness"], ["trial"]], ids=" ".join
+    "parts", [["decode", "first_token", "launch_profile", "quantised"], ["correctness"], ["trial"]], ids=" ".join
 )
 def test_a_dry_run(tmp_path, parts, capfd):
     """The same code as on a GPU machine, at a toy model's shapes; Triton's ops run in the interpreter."""
@@ -216,7 +216,7 @@ def test_a_dry_run(tmp_path, parts, capfd):
     if "decode" in parts:
         ceilings = Roofline.of(found)
         shares = [row for row in found if "share" in row.about]
-        assert {row.part for row in shares} == {"decode", "first_token"}
+        assert {row.part for row in shares} == {"decode", "first_token", "quantised"}
         for row in shares:
             given = [row.about[key] for key in ("dtype", "bytes", "flops")]
             assert (row.about["bound"], row.about["share"]) == ceilings.share(*given, 1e3 * row.value)

@@ -196,7 +196,7 @@ class TestDamage:
             path.write_bytes(damaged)
             try:
                 header = {path: read_header(path)}
-                files = WeightFiles(path.parent, header, dict.fromkeys(header[path], path))
+                files = WeightFiles(path.parent, header, dict.fromkeys(header[path], path), {})
                 list(files.read(path, weights, torch.device("cpu")))
             except ValueError as error:
                 assert str(path) in str(error), f"seed {seed}: {error}"

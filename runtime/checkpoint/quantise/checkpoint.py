@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ...common.files import has_file, json_bytes, read_json
+from ...common.hub import weight_names
 from ...common.progress import hides_bar
 from ...common.shown import shown
 from ...model.config import InternLM3Config
@@ -32,7 +33,7 @@ from .shards import Shards
 _PREFIX = "model."
 _WEIGHT = ".weight"
 _BLOCK = re.compile(r"(?:model\.)?layers\.\d+\.")
-_OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
+_OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 _CPU = torch.device("cpu")
 
 
@@ -91,8 +92,9 @@ def quantise_checkpoint(
             (draft / "config.json").write_bytes(
                 json_bytes({**read_json(source / "config.json"), KEY: settings(layers, ignored)})
             )
+            replaced = {"config.json", FILE, *(index for _, index in weight_names(source))}
             for path in source.iterdir():
-                if path.is_file() and not path.name.endswith(_OTHER_WEIGHTS) and path.name not in ("config.json", FILE):
+                if path.is_file() and not path.name.endswith(_OTHER_WEIGHTS) and path.name not in replaced:
                     shutil.copyfile(path, draft / path.name)
             if target.exists():
                 target.rmdir()

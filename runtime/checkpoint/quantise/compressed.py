@@ -47,7 +47,7 @@ def settings(layers: Mapping[str, Kind], ignored: list[str]) -> dict[str, Any]:
     for name, kind in layers.items():
         kinds.setdefault(kind, set()).add(name.rpartition(".")[2])
     projections = [kind for kind, names in kinds.items() if names != {HEAD}]
-    groups: dict[str, Any] = {}
+    groups: dict[str, dict[str, Any]] = {}
     # A reader that takes the first match finds the head before the layers in general.
     for kind, names in sorted(kinds.items(), key=lambda item: item[1] != {HEAD}):
         if names == {HEAD}:
