@@ -38,15 +38,11 @@ def _dequantise(
         group = tl.minimum(b * FIELDS + i, (C - 1) // L) * L // GROUP if GROUP else 0
         scale, zero = scale_and_zero(scale_ptr + group * OUT + inside[:, None], ZERO)
         scales += (scale,)  # type: ignore[assignment]
-        if ZERO is None:
-            zeros += (zero,)  # type: ignore[assignment]
+        zeros += (zero,)  # type: ignore[assignment]
     if PDL:
         tl.extra.cuda.gdc_wait()
     for i in tl.static_range(FIELDS):
-        if ZERO is None:
-            numbers = field_of(words, zeros[i], i, KIND, PTX, OFFSET, ZERO, dtype)
-        else:
-            numbers = field_of(words, None, i, KIND, PTX, OFFSET, ZERO, dtype)
+        numbers = field_of(words, zeros[i], i, KIND, PTX, OFFSET, ZERO, dtype)
         y = numbers.to(tl.float32) * scales[i]
         columns = (b * FIELDS + i) * L + column
         place = y_ptr + row.to(tl.int64)[:, None] * C + columns
