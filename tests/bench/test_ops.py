@@ -379,7 +379,7 @@ def linear_add(x, weight, residual):
 KNOWS = "from internlm3.kernels.quantised import QuantisedWeight"
 
 
-@pytest.mark.parametrize(("import_", "rows"), [("", 2), (KNOWS, 8)])
+@pytest.mark.parametrize(("import_", "rows"), [("", 2), (KNOWS, 9)])
 def test_a_user_kernel_gets_quantised_weights_if_it_knows_them(import_, rows, config, tmp_path, capsys):
     mine = tmp_path / "mine.py"
     mine.write_text(LINEAR_ADD.format(import_=import_))
