@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -46,17 +46,26 @@ def _hear(event: str, _: Any) -> None:
 _hook_added = False
 
 
-def _owners() -> Iterator[tuple[str, Any]]:
-    """Modules and classes whose functions check, time and compute the expected values."""
-    yield from {"time": time, "statistics": statistics, "torch": torch, "torch.Tensor": torch.Tensor}.items()
-    yield from {"torch.cuda": torch.cuda, "torch.cuda.Event": torch.cuda.Event}.items()
-    yield from {"torch.cuda.CUDAGraph": torch.cuda.CUDAGraph, "reference": reference}.items()
+# PyTorch's functions that compare and time. Of the others it replaces some itself, when torch.compile is imported.
+TORCH = ("equal", "where", "full", "unravel_index", "empty_strided")
+CUDA = ("synchronize", "Event", "CUDAGraph", "graph", "Stream", "current_stream", "is_available")
+
+
+def _owners() -> Iterator[tuple[str, Any, Sequence[str]]]:
+    """Modules and classes whose functions check, time and compute the expected values, and these functions' names."""
+    yield "torch", torch, TORCH
+    yield "torch.cuda", torch.cuda, CUDA
+    named: dict[str, Any] = {"torch.Tensor": torch.Tensor, "torch.cuda.Event": torch.cuda.Event}
+    named |= {"torch.cuda.CUDAGraph": torch.cuda.CUDAGraph, "reference": reference}
+    named |= {"time": time, "statistics": statistics}
     for name, module in [*sys.modules.items()]:
         if name.startswith("bench.") and isinstance(module, types.ModuleType):
-            yield name, module
+            named[name] = module
             for key, x in vars(module).items():
                 if isinstance(x, type) and x.__module__ == name:
-                    yield f"{name}.{key}", x
+                    named[f"{name}.{key}"] = x
+    for name, owner in named.items():
+        yield name, owner, tuple(vars(owner))
 
 
 def _l2_driver() -> Any:
@@ -73,10 +82,9 @@ class Watch:
     def __init__(self) -> None:
         global _hook_added
         self._functions: list[tuple[str, Any, str, Any, Any]] = []
-        for where, owner in _owners():
-            for name, x in [*vars(owner).items()]:
-                if owner is torch and name in ("empty", "empty_like"):
-                    continue  # bench/harness.py replaces them while a kernel runs
+        for where, owner, names in _owners():
+            for name in names:
+                x = vars(owner)[name]
                 if callable(x) or isinstance(x, (property, staticmethod, classmethod)):
                     self._functions.append((where, owner, name, x, getattr(x, "__code__", None)))
         self._settings = {name: get() for name, (get, _) in SETTINGS.items()}

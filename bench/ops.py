@@ -28,7 +28,7 @@ import torch
 from internlm3 import kernels
 
 from . import peers, roofline, strict, tables, user_kernels, verify
-from .cases import DENSE, INTERNLM3_8B, SMALL, Arguments, Case, Size, cases, read_size
+from .cases import DENSE, INTERNLM3_8B, SIZES, SMALL, Arguments, Case, Size, cases, read_size
 from .integrity import Watch
 from .options import one_of, output, positive
 from .record import Part, Record, Row, first_line, stamp
@@ -207,7 +207,7 @@ def parser(our_name: str) -> argparse.ArgumentParser:
     add("--context", nargs="+", type=positive, help="context lengths; default: 1024")
     add("--dtype", nargs="+", type=one_of("dtype", list(DTYPES)), help="default: bfloat16")
     add("--engine", nargs="+", type=one_of("engine", [our_name, *peers.PEERS]), help="default: all that have the op")
-    add("--config", metavar="PATH", help="a checkpoint's folder or config.json, for its shapes")
+    add("--config", metavar="PATH", help=f"a checkpoint's folder or config.json, for its shapes; or {', '.join(SIZES)}")
     add("--kernel", metavar="FILE.py", nargs="+", help="functions named like ops, checked and timed next to ours")
     add("--rounds", type=positive, help="default: 20")
     add("--seed", type=int, help="seed of the inputs; default: a new one each time")

@@ -91,7 +91,7 @@ def _watched(run: Callable[[Arguments], Any], watching: Watching, first: bool) -
 
     def call(given: Arguments) -> Any:
         with watching(first) as seen:
-            results = run(given)
+            results = run({**given})
         if seen:
             raise Refused(seen[0])
         return results

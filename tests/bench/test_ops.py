@@ -79,6 +79,17 @@ def test_the_shapes_of_a_checkpoint(config):
 
 
 @pytest.mark.parametrize(
+    ("name", "layers", "parameters"), [("llama-3.1-8b", 32, 8030261248), ("Qwen3-8B", 36, 8190735360 - 36 * 2 * 128)]
+)
+def test_the_shapes_of_a_model_by_name(name, layers, parameters):
+    """They add up to the parameters that its authors publish: without Qwen3's norms of heads, which no op has."""
+    size = read_size(name)
+    norms = 2 * size.hidden
+    products = size.hidden * (size.qkv + size.heads * size.head_dim + 3 * size.intermediate)
+    assert layers * (products + norms) + 2 * size.vocabulary * size.hidden + size.hidden == parameters
+
+
+@pytest.mark.parametrize(
     ("content", "message"),
     [
         (None, "can't be read"),
@@ -379,7 +390,7 @@ def linear_add(x, weight, residual):
 KNOWS = "from internlm3.kernels.quantised import QuantisedWeight"
 
 
-@pytest.mark.parametrize(("import_", "rows"), [("", 2), (KNOWS, 8)])
+@pytest.mark.parametrize(("import_", "rows"), [("", 2), (KNOWS, 9)])
 def test_a_user_kernel_gets_quantised_weights_if_it_knows_them(import_, rows, config, tmp_path, capsys):
     mine = tmp_path / "mine.py"
     mine.write_text(LINEAR_ADD.format(import_=import_))
