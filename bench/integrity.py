@@ -59,7 +59,7 @@ def _owners() -> Iterator[tuple[str, Any, Sequence[str]]]:
     named |= {"torch.cuda.CUDAGraph": torch.cuda.CUDAGraph, "reference": reference}
     named |= {"time": time, "statistics": statistics}
     for name, module in [*sys.modules.items()]:
-        if name.startswith("bench.") and isinstance(module, types.ModuleType):
+        if (name.startswith("bench.") or name == "__main__") and isinstance(module, types.ModuleType):
             named[name] = module
             for key, x in vars(module).items():
                 if isinstance(x, type) and x.__module__ == name:
@@ -81,17 +81,18 @@ class Watch:
 
     def __init__(self) -> None:
         global _hook_added
+        if not _hook_added:
+            sys.addaudithook(_hear)  # Python never removes one
+            _hook_added = True
         self._functions: list[tuple[str, Any, str, Any, Any]] = []
         for where, owner, names in _owners():
             for name in names:
                 x = vars(owner)[name]
-                if callable(x) or isinstance(x, (property, staticmethod, classmethod)):
+                constant = where.startswith("bench.") and not name.startswith("__")
+                if constant or callable(x) or isinstance(x, (property, staticmethod, classmethod)):
                     self._functions.append((where, owner, name, x, getattr(x, "__code__", None)))
         self._settings = {name: get() for name, (get, _) in SETTINGS.items()}
         self._driver = _l2_driver()
-        if not _hook_added:
-            sys.addaudithook(_hear)  # Python never removes one
-            _hook_added = True
 
     def mend(self) -> str:
         """What was changed since, in one sentence, or "". Puts it back."""

@@ -7,7 +7,7 @@ was loaded, and its results are compared with the reference as copies, made as s
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from random import SystemRandom
+from random import Random, SystemRandom
 from typing import Any
 
 from torch import Tensor
@@ -17,7 +17,7 @@ from .cases import Arguments
 from .timing import Call
 
 CHECKED = 5  # of the timed rounds, chosen by the operating system's random numbers
-_random = SystemRandom()  # a seed that a file sets does not change these
+_random: Random = SystemRandom()  # a seed that a file sets does not change these
 Draw = Callable[[], Arguments]
 Watching = Callable[[bool], AbstractContextManager[list[str]]]  # Watch.calls of the kernel's file
 

@@ -1,6 +1,7 @@
 """Compare what an engine computes with kernels.reference on the same inputs: only right results are timed."""
 
 from collections.abc import Callable
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from .cases import Arguments
 
 # How far a result may be off, in steps of its dtype relative to the value and to the RMS of its row: an op rounds a
 # handful of times, and in float32 sums of thousands of terms come in any order.
-STEPS = {torch.bfloat16: 4.0, torch.float16: 4.0, torch.float32: 256.0}
+STEPS = MappingProxyType({torch.bfloat16: 4.0, torch.float16: 4.0, torch.float32: 256.0})
 
 
 def copies(arguments: Arguments, copy: Callable[[Tensor], Tensor]) -> Arguments:
