@@ -103,10 +103,10 @@ FACTS = {
     ),
     "_linear_quantised": Facts(
         ["w_ptr", "scale_ptr", "bias_ptr"], streams=["w_ptr", "x_ptr"], tensor_cores=True, step=16, exact_fma=True,
-        # See TILES in linear_quantised.py.
+        # See `tile_of` in linear_quantised.py.
         instruction="HMMA",
-        # For a number of 4 bits 2.4 to 2.8 instructions: 78 to 91% of an H200's issue slots, 106 to 122% of a B200's.
-        bulk=["w_ptr"], most_slots=1.25, most_trips=4, least_programs=0.4,
+        # For a number of 4 bits 2.0 to 2.5 instructions: 65 to 78% of an H200's issue slots, 88 to 105% of a B200's.
+        bulk=["w_ptr"], most_slots=1.1, most_trips=4, least_programs=0.8,
         # Those of the integer zero points of groups: 1.5. One for each number would be 16 or 32.
         most_conversions=2,
     ),

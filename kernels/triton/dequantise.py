@@ -39,17 +39,13 @@ def _dequantise(
         group = tl.minimum(b * FIELDS + i, (C - 1) // L) * L // GROUP if GROUP else 0
         scale, zero = scale_and_zero(scale_ptr + group * OUT + inside[:, None], ZERO)
         scales += (scale,)  # type: ignore[assignment]
+        zeros += (zero,)  # type: ignore[assignment]
         if minimum_ptr is not None:
             minima += (tl.load(minimum_ptr + group * OUT + inside[:, None]),)  # type: ignore[assignment]
-        if ZERO is None:
-            zeros += (zero,)  # type: ignore[assignment]
     if PDL:
         tl.extra.cuda.gdc_wait()
     for i in tl.static_range(FIELDS):
-        if ZERO is None:
-            numbers = field_of(words, zeros[i], i, KIND, PTX, OFFSET, ZERO, dtype)
-        else:
-            numbers = field_of(words, None, i, KIND, PTX, OFFSET, ZERO, dtype)
+        numbers = field_of(words, zeros[i], i, KIND, PTX, OFFSET, ZERO, dtype)
         y = numbers.to(tl.float32) * scales[i]
         if minimum_ptr is not None:
             y += minima[i]

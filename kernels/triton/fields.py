@@ -129,10 +129,13 @@ def field_of(
 
 @triton.jit
 def scale_and_zero(scale_ptr, ZERO: tl.constexpr):
-    """The scales at scale_ptr [n], and the zero points that they hold, in float32: see QuantisedWeight.scales."""
+    """The scales at scale_ptr [n], and the zero points that they hold, in float32: see QuantisedWeight.scales.
+
+    With ZERO, the second means nothing: Triton 3.6 takes no None out of a tuple.
+    """
     scale = tl.load(scale_ptr)
     if ZERO is None:
         bits = scale.to(tl.int32, bitcast=True)
         return (bits & -8192).to(tl.float32, bitcast=True), ((bits << 19) >> 19).to(tl.float32)
     else:
-        return scale, None
+        return scale, scale

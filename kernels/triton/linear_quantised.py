@@ -47,10 +47,11 @@ class Tile(NamedTuple):
 
 
 PARTS = 4  # of a row's columns; each has a warp, which converts the numbers of no other
+NARROW = 4096  # rows of W, up to which at most one or two programs run on a multiprocessor, whatever their stages
 WIDE = 16384  # rows of W, above which all multiprocessors have several programs
 WIDEST = 65536  # and above which there are so many that a last wave takes little of the time
 FLOAT32 = Tile(16, 1)  # for tests: no tensor core multiplies float32 exactly
-TILE_OF_AMD = Tile(32, 2)
+TILE_OF_AMD = Tile(16, 1)
 SUMS = 32  # slices of a row of x that a program sums
 AHEAD = 16  # cache lines per row of W that a program prefetches into L2 before it waits
 
@@ -136,7 +137,8 @@ def _linear_quantised(
     places = None
     if residual_ptr is not None:
         residual = residual_tile(tile, row, residual_ptr, residual_stride, R, OUT, BO)
-    if inv_freq_ptr is not None:
+    PLACES_LATE: tl.constexpr = BR > 8  # the loop needs all registers
+    if inv_freq_ptr is not None and not PLACES_LATE:
         places = row_places(
             tile, row, R, inv_freq_ptr, inv_freq_stride, block_table_ptr, table_stride, seq_lens_ptr, positions_ptr,
             tokens, pages, slots, S, HALF, BO,
@@ -153,6 +155,11 @@ def _linear_quantised(
         parts = _block(
             parts, words, b, scale_rows, minimum_rows, x_rows, sums_ptr, x_row, R,
             OUT, C, GROUP, ZERO, KIND, L, PTX, OFFSET, PARTS,
+        )  # fmt: skip
+    if inv_freq_ptr is not None and PLACES_LATE:
+        places = row_places(
+            tile, row, R, inv_freq_ptr, inv_freq_stride, block_table_ptr, table_stride, seq_lens_ptr, positions_ptr,
+            tokens, pages, slots, S, HALF, BO,
         )  # fmt: skip
     y = _sum_of_parts(parts)
     if GROUP == 0:
@@ -203,7 +210,7 @@ def tile_of(form: Form, outputs: int, padded: int, hopper: bool) -> Tile:
     # Every program reads all of x: with many rows of x, or a head, programs must be few.
     few = padded == 16 or outputs > (WIDE if form.kind == "int4" else WIDEST)
     iterations = form.words // form.width // PARTS
-    return Tile(32 if few else 16, 3 if hopper and iterations >= 4 and outputs <= WIDE else 2)
+    return Tile(32 if few else 16, 3 if hopper and iterations >= 4 and outputs <= NARROW else 2)
 
 
 def multiply(

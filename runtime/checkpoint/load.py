@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from ..common.progress import hides_bar
 from ..common.shown import shown
 from ..model.config import InternLM3Config
 from ..model.model import LanguageModel
-from ..model.quantised_linear import Rows, biases, quantise_layers
+from ..model.quantised_linear import Rows, biases, linear_weights, quantise_layers
 from .cpu_dtype import cpu_dtype
 from .gguf.folder import WEIGHTS as GGUF_WEIGHTS
 from .gguf.reader import GGUFHeader
@@ -138,13 +139,24 @@ def load_weights(
         files = RoundedFiles.of(files, form, shapes)
     _check(files, shapes, tied)
     places: dict[str, Rows] = {}
+    converted: list[str] = []
     if keep_quantised:
-        layouts = {name: files.layouts[stored(name)] for name in module.state_dict() if stored(name) in files.layouts}
+        # A head that is the embedding's stays as it is: tables of embeddings are not quantised.
+        own = files.layouts.keys() - {*tied, *tied.values()}
+        layouts = {name: files.layouts[stored(name)] for name in module.state_dict() if stored(name) in own}
         places = quantise_layers(module, layouts)
+        converted = [name for name in linear_weights(module) if stored(name) in files.quantised]
     dtype = dtype or _stored_dtype(files)
     if fast_on_cpu and device.type == "cpu":
         dtype = cpu_dtype(dtype, partial(_bytes, module), report=progress)
     _check_memory(module, dtype, device)
+    if converted and progress and sys.stderr is not None:
+        others = f" and {len(converted) - 1} more weights are" if len(converted) > 1 else " is"
+        to = str(dtype).removeprefix("torch.")
+        print(
+            f"{shown(converted[0])}{others} converted to {to}: see 'Quantised checkpoints' in runtime/README.md",
+            file=sys.stderr,
+        )
 
     _allocate(module, dtype, device)
     targets: dict[str, Any] = {stored(name): weight for name, weight in module.state_dict().items()}

@@ -13,6 +13,7 @@ from .gguf.blocks import BLOCKS
 from .gguf.folder import WEIGHTS as GGUF_WEIGHTS
 from .gguf.reader import GGUFHeader
 from .gguf.weights import GGUFWeights
+from .quantised.bitsandbytes import FourBits
 from .quantised.compressed_tensors import CompressedTensors
 from .quantised.methods import method_of
 from .weight_files import tied_names
@@ -23,7 +24,7 @@ _EMBEDDING = "model.embed_tokens.weight"
 
 
 def weight_bytes(folder: Path, config: InternLM3Config, dtype: torch.dtype) -> dict[str, int]:
-    """The bytes of each parameter by its name: as it is stored where it is quantised, else in `dtype`.
+    """The bytes of each parameter by its name: as it is stored where it stays quantised, else in `dtype`.
 
     In memory, scales of quantised weights take 32 bits each, which may be a few percent more.
     """
@@ -41,7 +42,7 @@ def weight_bytes(folder: Path, config: InternLM3Config, dtype: torch.dtype) -> d
     layers = (_LAYER, _HEAD) if isinstance(method, CompressedTensors) else (_LAYER,)
     for name in sizes:
         scheme = method.scheme(name.removesuffix(".weight")) if name.endswith(layers) else None
-        if scheme is not None:
+        if scheme is not None and not isinstance(scheme, FourBits):  # which is converted when it is loaded
             parts = scheme.parts((shapes[name][0], shapes[name][1])).values()
             sizes[name] = sum(
                 torch.Size(part.shape).numel() * part.dtypes[0].itemsize

@@ -50,6 +50,11 @@ class WeightFiles:
     file_of: dict[str, Path]
     layouts: Mapping[str, Layout]
 
+    @property
+    def quantised(self) -> Collection[str]:
+        """The weights that are stored quantised, in whatever form."""
+        return ()
+
     @classmethod
     def open(cls, folder: Path) -> WeightFiles:
         """Reads all headers and compares them with the index, if there is one.

@@ -91,6 +91,16 @@ def quantise_layers(module: nn.Module, layouts: Mapping[str, Layout]) -> dict[st
     return places
 
 
+def linear_weights(module: nn.Module) -> list[str]:
+    """The weights that `quantise_layers` can replace, by their names in the state dict."""
+    names = []
+    for path, layer in module.named_modules():
+        if isinstance(layer, Linear):
+            parent, _, name = path.rpartition(".")
+            names += [f"{parent}.{part}.weight".removeprefix(".") for part, _ in _projections(layer, name)]
+    return names
+
+
 def biases(places: Mapping[str, Rows]) -> Iterator[tuple[str, Tensor]]:
     """The biases of the replaced layers, each projection's by its name in the state dict."""
     for name, (layer, first, end) in places.items():

@@ -7,6 +7,7 @@ from torch import Tensor
 from internlm3 import LLM
 from internlm3.runtime.checkpoint.quantise.rounding import to_integers
 from internlm3.runtime.model.quantised_linear import QuantisedLinear
+from internlm3.tests.support.checkpoints import change
 from internlm3.tests.support.llm import PROMPTS, result, same
 
 
@@ -57,6 +58,17 @@ def test_numbers_are_the_nearest(make):
             expected = to_integers(name, weight, torch.bfloat16, "int4", 128, False).weight()
             found = quantised_layers(llm)[name.replace("q_proj.weight", "qkv_proj")].weight.dense()
             assert torch.equal(found[: len(expected)], expected)
+
+
+@pytest.mark.parametrize("stored", ["model.embed_tokens.weight", "lm_head.weight"])
+def test_a_tied_head_stays_as_it_is(make, stored):
+    """Under whichever of its names a checkpoint stores it."""
+    folder = make(tie_word_embeddings=True)
+    change(folder / "model.safetensors", lambda x: x.update({stored: x.pop("model.embed_tokens.weight")}))
+    llm, plain = (LLM(folder, quantization=form, progress=False) for form in ("int8", None))
+    assert "lm_head" not in quantised_layers(llm) and len(quantised_layers(llm)) == 4 * 2
+    assert llm.model.lm_head.weight is llm.model.model.embed_tokens.weight
+    assert torch.equal(llm.model.lm_head.weight, plain.model.lm_head.weight)
 
 
 def test_a_batch_and_one_by_one(make):

@@ -44,6 +44,10 @@ shapes = json.load(open(sys.argv[1]))["shapes"]
 print(json.dumps({
     "steps": {shape: predict([launch(*each) for each in found], H200) for shape, found in shapes.items()},
     "read": compiled(Shape(1, 1024), "embed", "paged_attention", "linear_add"),
+    "int4": compiled(Shape(4, 1024, weights="int4"), "linear_add"),
+    "parts": {
+        each.op + ", " + each.shape: each.stored for each, _ in step_launches.step(Shape(4, 1024, weights="float8"))
+    },
     "cublas": compiled(Shape(128, 1024), "embed", "linear_add"),
     "records": [rates(path) for path in sys.argv[2:]],
 }))
@@ -119,6 +123,24 @@ def test_launches_are_read_from_their_machine_code(result):
     assert attend["early"] == pytest.approx(1024 * 1024 / attend["number"]) and attend["late"] == 0
     assert combine["cached"] >= 17 * 128 and combine["cached"] < 128 * 128
     assert embed["trigger"] == "wait" and embed["early"] == 0 and embed["late"] * embed["number"] == row
+
+
+def test_launches_of_quantised_weights_are_read_from_their_machine_code(result):
+    """o_proj: words of 4 bits, and a scale of 4 bytes for each group of 128. All bytes come in the loop."""
+    linear = result["int4"]["_linear_quantised"]
+    nbytes = 4096 * 4096 // 2 + 4096 * 32 * 4
+    assert linear["early"] == 0 and linear["late"] * linear["number"] == pytest.approx(nbytes)
+    # Two iterations of four blocks of 512 columns; the words of all are prefetched.
+    assert linear["tiles"] == 2 and linear["warps"] == 4
+    assert linear["prefetched"] * linear["number"] == pytest.approx(4096 * 4096 // 2)
+    # Per block four slices, each of 8 steps of 16 columns that add to the same sum.
+    assert linear["tile"][3] == 8
+
+
+def test_a_step_has_the_weights_that_are_asked_for(result):
+    found = {name: stored for name, stored in result["parts"].items() if stored != "dense"}
+    assert sorted(found.values()) == ["float8"] * 4 + ["int8"]
+    assert [name for name, stored in found.items() if stored == "int8"] == ["rms_norm_linear, batch 4, lm_head int8"]
 
 
 def test_a_step_with_cublas_is_left_out(result):

@@ -314,6 +314,21 @@ def test_a_request_whose_logits_the_host_sees_has_no_drafts(model, monkeypatch):
     assert [len(each.top_logprobs) for each in drafted] == [0, len(drafted[1].token_ids), 0]
 
 
+def test_drafts_from_before_a_step_on_the_host_are_not_verified(model, monkeypatch):
+    """The host samples for a request that comes and goes; then the slots are those that the drafts were for."""
+    asked, prompts = [{**GREEDY, "ignore_eos": True, "max_tokens": 90}], [ids(9)]
+    [plain], [request] = (requests_of(asked, prompts) for _ in range(2))
+    run(model, [plain], speculation=False)
+    monkeypatch.setattr(cpu, "draft", planted([plain]))
+    engine = Engine(model, max_batch_size=2, max_seq_len=WINDOW_TOKENS, speculation=True)
+    engine.add([request])
+    while not request.accepted:
+        engine.step()
+    before = request.accepted
+    run(model, requests_of([{**GREEDY, "logprobs": 1, "max_tokens": 5}], [ids(5, 1)]), engine)
+    assert result(request) == result(plain) and request.accepted > before
+
+
 def test_a_text_that_repeats_itself_takes_fewer_steps(model):
     """By the op `draft` itself: a token with a large bias, again and again."""
     asked = [{**GREEDY, "logit_bias": {9: 1000.0}, "max_tokens": 100}]

@@ -122,6 +122,11 @@ def test_a_match_is_as_long_as_its_bound():
     assert check([[5, *part[1:], 1, 6, *part[1:], 2, 5, *part[1:]]], 200, 2) == [[1]]
 
 
+def test_a_match_ends_where_its_sequence_begins():
+    """Before the first token of the second one, the memory has what would make its first match longer."""
+    assert check([[9] * 8 + [5], [1, 2, 8, 1, 2, 9, 5, 1, 2]], 9, 2)[1] == [9]
+
+
 def test_a_context_of_32k():
     text = torch.randint(50, (32768,), generator=generator(4)).tolist()
     text[-40:] = text[777 : 777 + 40]

@@ -146,11 +146,14 @@ def test_drafts(data, seed, sequences, rows, sizes_and_vocab):
     """Each row samples as if its sequence's drafts before it had been generated one by one."""
     rng, (sizes, vocab) = generator(seed), sizes_and_vocab
     arguments = {**data.draw(stages(sequences * rows)), **random_numbers(rng, sequences * rows)}
+    penalty = data.draw(st.sampled_from(["repetition_penalty", "presence_penalty", "frequency_penalty"]))
+    arguments[penalty] = torch.full((sequences * rows,), 2.0, device=DEVICE)
     tables = dict.fromkeys(arguments)
     add_tables(data.draw, rng, tables, sequences, vocab, 3)
     tables = {name: x for name, x in tables.items() if x is not None}
     logits = make_logits(rng, sequences * rows, vocab, "ordinary", torch.float32)
-    # Few different drafts, so that a row counts some twice.
+    # Few different drafts, so that a row counts some twice; and about as likely as one another.
+    logits[:, :4] = 30 + torch.rand(sequences * rows, min(vocab, 4), generator=rng).to(DEVICE)
     drafts = torch.randint(min(vocab, 4), (sequences, rows), generator=rng).to(DEVICE)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launcher, "BLOCK", sizes[0])

@@ -15,7 +15,7 @@ from ....kernels.quantised import Layout, Weight
 from ...common.shown import shown
 from ..quantised.integers import Integers
 from ..weight_files import WeightFiles
-from .blocks import numbers
+from .blocks import BLOCKS, numbers
 from .reader import GGUFHeader, StoredTensor
 
 _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
@@ -45,6 +45,10 @@ class GGUFWeights(WeightFiles):
     """The weights of a GGUF file, in float32."""
 
     sources: Mapping[str, _Source]
+
+    @property
+    def quantised(self) -> Collection[str]:
+        return [name for name, source in self.sources.items() if BLOCKS[source.tensor.kind].size > 1]
 
     @classmethod
     def of(cls, header: GGUFHeader, heads: int, kv_heads: int) -> GGUFWeights:

@@ -41,6 +41,10 @@ class QuantisedFiles(WeightFiles):
     stored: WeightFiles
     layers: Mapping[str, _Layer]
 
+    @property
+    def quantised(self) -> Collection[str]:
+        return self.layers.keys()
+
     @classmethod
     def of(cls, stored: WeightFiles, method: Method, shapes: Mapping[str, tuple[int, ...]]) -> QuantisedFiles:
         """Reads headers, and to check them all tensors but those that hold weights.

@@ -1,5 +1,7 @@
 """Quantised checkpoints: every format is read as the weights that it stands for, bit for bit in float32."""
 
+import contextlib
+import io
 import json
 
 import numpy as np
@@ -44,10 +46,22 @@ def check(checkpoint, dtype="float32", packed=frozenset(ALL)):
     return model
 
 
+def is_float(checkpoint, name):
+    return checkpoint.tensors[name].dtype in (torch.float32, torch.bfloat16, torch.float16)
+
+
 def check_packed(checkpoint, dtype, packed):
-    kept = load_model(LanguageModel, checkpoint.folder, dtype=dtype, device="cpu", keep_quantised=True)
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        kept = load_model(LanguageModel, checkpoint.folder, dtype=dtype, device="cpu", keep_quantised=True)
     quantised = {path: layer for path, layer in kept.named_modules() if isinstance(layer, QuantisedLinear)}
     assert {path.rpartition(".")[2] for path in quantised} == packed
+    # What is converted is said in a line; layers that the checkpoint left alone are not converted.
+    stored = {name for name in checkpoint.weights if name not in checkpoint.tensors or not is_float(checkpoint, name)}
+    parts = [part for layer in packed for part in STACKS.get(layer, [layer])]
+    converted = [name for name in stored if name.split(".")[-2] not in parts]
+    assert bool(converted) == (f"converted to {dtype}" in said.getvalue())
+    assert not converted or len(converted) == 1 or f" and {len(converted) - 1} more weights" in said.getvalue()
     weights = dict(checkpoint.weights)
     for path, layer in quantised.items():
         parent, _, name = path.rpartition(".")
