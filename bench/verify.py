@@ -73,7 +73,7 @@ def judge(op: str, before: Arguments, given: Arguments, results: Any, strict: bo
     """
     after = copies(before, same_strides)
     expected = _tuple(getattr(reference, op)(**after))
-    after_exact = copies(before, lambda x: x.float() if x.is_floating_point() else x.clone())
+    after_exact = copies(before, lambda x: x.to(torch.float32 if x.is_floating_point() else x.dtype, copy=True))
     exact = _tuple(getattr(reference, op)(**after_exact))
     written = [name for name, x in before.items() if isinstance(x, Tensor) and not harness.same_bits(x, after[name])]
 
