@@ -35,22 +35,31 @@ class Size(NamedTuple):
 
 
 INTERNLM3_8B = Size(4096, 10240, 128512, 32, 2, 128)
+# Other models of this size, whose figures are published. Qwen3's norm of each head's q and k is no op here: it is left
+# out.
+SIZES = {
+    "internlm3-8b": INTERNLM3_8B,
+    "llama-3.1-8b": Size(4096, 14336, 128256, 32, 8, 128),
+    "qwen3-8b": Size(4096, 12288, 151936, 32, 8, 128),
+}
 # For a machine without an accelerator, where the 8B's shapes would take minutes.
 SMALL = Size(hidden=512, intermediate=1280, vocabulary=4096, heads=8, kv_heads=2, head_dim=64)
 
 
 def read_size(path: str | Path) -> Size:
-    """The shapes in a checkpoint's config.json; `path` names the file or its folder.
+    """The shapes of a model in SIZES, or in a checkpoint's config.json; `path` names the file or its folder.
 
     Any model with these fields will do. Raises ValueError if there is no such file or a field is missing.
     """
+    if str(path).lower() in SIZES:
+        return SIZES[str(path).lower()]
     path = Path(path)
     file = path / "config.json" if path.is_dir() else path
     try:
         config = json.loads(file.read_text("utf-8"))
     except OSError as error:
         raise ValueError(
-            f"{file} can't be read ({error.strerror}): name a checkpoint's folder or config.json"
+            f"{file} can't be read ({error.strerror}): name a checkpoint's folder or config.json, or {', '.join(SIZES)}"
         ) from None
     except ValueError:
         config = None

@@ -40,16 +40,31 @@ def guarded(x: Tensor) -> bool:
     return all(bool((guard.view(torch.uint8) == 0xFF).all()) for guard in (memory[:GUARD], memory[-GUARD:]))
 
 
+def scramble(x: Tensor) -> None:
+    """Overwrites x with random values of an ordinary size, which no kernel can tell from results."""
+    x = x.detach()
+    if x.is_floating_point():
+        x.normal_()
+    else:
+        x.random_(0, 2)
+
+
 @contextlib.contextmanager
-def poisoned_outputs() -> Iterator[None]:
-    """Makes torch.empty and torch.empty_like return poison between guards. Raises Fault if a guard was overwritten."""
+def poisoned_outputs(ordinary: bool = False) -> Iterator[None]:
+    """Makes torch.empty and torch.empty_like return poison between guards. Raises Fault if a guard was overwritten.
+
+    ordinary: between the guards are random values of an ordinary size instead.
+    """
     memories: list[Tensor] = []
 
     def empty(*size: Any, dtype: torch.dtype | None = None, device: Any = None) -> Tensor:
         shape = torch.Size(size[0] if len(size) == 1 and not isinstance(size[0], int) else size)
         memory = poison(shape.numel() + 2 * GUARD, dtype or torch.get_default_dtype(), device)
         memories.append(memory)
-        return memory[GUARD : memory.numel() - GUARD].view(shape)
+        inner = memory[GUARD : memory.numel() - GUARD]
+        if ordinary:
+            scramble(inner)
+        return inner.view(shape)
 
     def empty_like(x: Tensor, dtype: torch.dtype | None = None, device: Any = None) -> Tensor:
         return empty(x.shape, dtype=dtype or x.dtype, device=device or x.device)
@@ -71,8 +86,10 @@ def tensors_in(x: Any) -> list[tuple[Any, Tensor]]:
     return [(path, leaf) for path, leaf in tree_leaves_with_path(x) if isinstance(leaf, Tensor)]
 
 
-def call(op: Callable[..., Any], *args: Any, writes: Sequence[Tensor] = (), **kwargs: Any) -> Any:
-    """Returns op(*args, **kwargs), run with poisoned outputs.
+def call(
+    op: Callable[..., Any], *args: Any, writes: Sequence[Tensor] = (), ordinary: bool = False, **kwargs: Any
+) -> Any:
+    """Returns op(*args, **kwargs), run with poisoned outputs (see `poisoned_outputs`).
 
     Raises Fault if the op changed an argument that is not in `writes`, or wrote into the guards around an output or an
     argument that has guards.
@@ -82,7 +99,7 @@ def call(op: Callable[..., Any], *args: Any, writes: Sequence[Tensor] = (), **kw
     before = {name: x.clone() for name, x in tensors.items() if not any(x is written for written in writes)}
     within = {name: x for name, x in tensors.items() if x.numel() and guarded(x)}
     # Triton's interpreter runs on numpy, which warns of overflows that a GPU ignores.
-    with poisoned_outputs(), np.errstate(all="ignore"):
+    with poisoned_outputs(ordinary), np.errstate(all="ignore"):
         result = op(*args, **kwargs)
     for name, copy in before.items():
         if not same_bits(tensors[name], copy):

@@ -27,18 +27,19 @@ import torch
 
 from internlm3 import kernels
 
-from . import peers, roofline, tables, user_kernels, verify
-from .cases import DENSE, INTERNLM3_8B, SMALL, Arguments, Case, Size, cases, read_size
+from . import peers, roofline, strict, tables, user_kernels, verify
+from .cases import DENSE, INTERNLM3_8B, SIZES, SMALL, Arguments, Case, Size, cases, read_size
+from .integrity import Watch
 from .options import one_of, output, positive
 from .record import Part, Record, Row, first_line, stamp
-from .timing import Call, name_of, replayed, rounds_of
+from .timing import FLOOR, Call, name_of, replayed, rounds_of
 
 MOST_CALLS = 512  # in one graph
 MOST_BYTES = 8 << 30  # of inputs of one graph
 DTYPES = {name_of(dtype): dtype for dtype in verify.STEPS}
 PART = Part("ops")
 Make = Callable[[str, Arguments], Call]  # from an op's name and arguments, its call
-UserOps = dict[str, dict[str, Callable[..., Any]]]  # file name -> op -> function
+UserOps = dict[str, user_kernels.UserFile]  # by the file's name
 
 
 def ours(device: torch.device) -> tuple[str, Make]:
@@ -55,9 +56,9 @@ def engines(case: Case, device: torch.device, wanted: Sequence[str], user_ops: U
     for peer, about in peers.PEERS.items():
         if about.takes(case) and (not wanted or peer in wanted):
             found[peer] = partial(peers.make, peer, device=device)
-    for file, ops in user_ops.items():
-        if case.op in ops and (case.stored == DENSE or user_kernels.takes_quantised(ops[case.op])):
-            found[file] = partial(_user_call, ops)
+    for name, file in user_ops.items():
+        if case.op in file.ops and (case.stored == DENSE or user_kernels.takes_quantised(file.ops[case.op])):
+            found[name] = partial(_user_call, file.ops)
     return found
 
 
@@ -80,49 +81,79 @@ class Prepared(NamedTuple):
     bytes: int  # of one call
     flops: int  # of one call
     cold: bool
+    kept: Sequence[
+        strict.Kept
+    ] = ()  # the calls, if the results that they return while they are timed are to be checked
 
     def rounds(self) -> Iterator[float]:
         """Microseconds of one call, round after round without end."""
         return rounds_of(self.whole, self.calls)
 
 
-def prepare(case: Case, make: Make, device: torch.device) -> Prepared:
+def prepare(case: Case, make: Make, device: torch.device, keep: bool = False) -> Prepared:
+    """keep: each call keeps its arguments and its newest results, for `strict.checked_rounds`."""
+    kept: list[strict.Kept] = []
+
+    def new(arguments: Arguments) -> Call:
+        call = make(case.op, arguments)
+        if not keep:
+            return call
+        kept.append(strict.Kept(call, arguments))
+        return kept[-1]
+
     arguments = case.arguments(device)
-    call = make(case.op, arguments)
-    size, flops = roofline.bytes_moved(case.op, arguments, call()), roofline.flops(case.op, arguments)
+    size, flops = 0, roofline.flops(case.op, arguments)
+    first = new(arguments)
+    result = first()
+    size = roofline.bytes_moved(case.op, arguments, kept[0].results if keep else result)
     if device.type != "cuda":
-        return Prepared(call, 1, size, flops, cold=False)
+        return Prepared(first, 1, size, flops, False, kept)
     wanted = max(-(-3 * torch.cuda.get_device_properties(device).L2_cache_size // size), 2)
     calls = min(wanted, MOST_CALLS, max(MOST_BYTES // roofline.nbytes(*arguments.values()), 2))
-    made = [call, *(make(case.op, case.arguments(device)) for _ in range(calls - 1))]
-    return Prepared(replayed(made), calls, size, flops, cold=calls == wanted)
+    made = [first, *(new(case.arguments(device)) for _ in range(calls - 1))]
+    return Prepared(replayed(made), calls, size, flops, calls == wanted, kept)
 
 
-def measure(case: Case, engine: str, make: Make, device: torch.device, rounds: int, user: bool = False) -> Row:
-    """The row of an engine: its times; or a note if it is not installed, fails, or computes something else."""
+def measure(
+    case: Case, engine: str, make: Make, device: torch.device, rounds: int, watching: strict.Watching | None = None
+) -> Row:
+    """The row of an engine: its times; or a note if it is not installed, fails, or computes something else.
+
+    watching: of a user's file, whose kernels are checked strictly.
+    """
     dtype = name_of(case.dtype)
     name = f"{case.op}, {case.shape}, {dtype}, {engine}"
     described = {"op": case.op, "shape": case.shape, "dtype": dtype, "tokens": case.tokens, "context": case.context}
     described["engine"] = engine
 
     def failed(note: str) -> Row:
-        if user or engine == ours(device)[0]:
+        if watching or engine == ours(device)[0]:
             return PART.check(name, note, **described)
         return PART.missing(name, note, **described)
 
     def result(given: Arguments) -> Any:
         return make(case.op, given)()
 
+    draw = partial(case.arguments, device)
     try:
         with peers.time_limit(peers.SECONDS):
-            for _ in range(2 if user else 1):
-                error = verify.error_of(case.op, case.arguments(device), result, strict=user)
-                if error:
-                    return failed(f"WRONG, not timed: {error}")
-            prepared = prepare(case, make, device)
-        times = list(islice(prepared.rounds(), rounds))
+            if watching:
+                error = strict.error_of(case.op, draw, result, watching)
+            else:
+                error = verify.error_of(case.op, draw(), result)
+            if error:
+                return failed(f"WRONG, not timed: {error}")
+            prepared = prepare(case, make, device, keep=watching is not None)
+        if watching:
+            times = [*strict.checked_rounds(case.op, prepared.rounds(), rounds, prepared.kept, draw, watching)]
+        else:
+            times = [*islice(prepared.rounds(), rounds)]
+    except strict.Refused as refused:
+        return failed(f"REFUSED: {refused}")
     except Exception as error:  # whatever a peer or a user's kernel raises belongs in its row
         return failed(f"not timed: {reason_of(error)}")
+    if min(times) < FLOOR:
+        return failed(f"REFUSED: a round took {min(times):.3g} us per call, and no call takes less than {FLOOR} us")
     return timed(name, times, prepared, described)
 
 
@@ -146,7 +177,8 @@ def measured(
     reported = set()
     for case in chosen:
         for engine, make in engines(case, device, wanted, user_ops).items():
-            row = measure(case, engine, make, device, rounds, user=engine in user_ops)
+            watching = user_ops[engine].watching if engine in user_ops else None
+            row = measure(case, engine, make, device, rounds, watching)
             if row.rounds or (case.op, engine, row.note) not in reported:
                 reported.add((case.op, engine, row.note))
                 yield row
@@ -175,7 +207,7 @@ def parser(our_name: str) -> argparse.ArgumentParser:
     add("--context", nargs="+", type=positive, help="context lengths; default: 1024")
     add("--dtype", nargs="+", type=one_of("dtype", list(DTYPES)), help="default: bfloat16")
     add("--engine", nargs="+", type=one_of("engine", [our_name, *peers.PEERS]), help="default: all that have the op")
-    add("--config", metavar="PATH", help="a checkpoint's folder or config.json, for its shapes")
+    add("--config", metavar="PATH", help=f"a checkpoint's folder or config.json, for its shapes; or {', '.join(SIZES)}")
     add("--kernel", metavar="FILE.py", nargs="+", help="functions named like ops, checked and timed next to ours")
     add("--rounds", type=positive, help="default: 20")
     add("--seed", type=int, help="seed of the inputs; default: a new one each time")
@@ -196,7 +228,7 @@ def choose(options: argparse.Namespace, user_ops: UserOps, device: torch.device)
     if options.chunk and max(chunks) > max(contexts):
         raise ValueError(f"--chunk {max(chunks)} is longer than the --context {max(contexts)} that includes it")
     dtypes = [DTYPES[name] for name in options.dtype or ["bfloat16"]]
-    users = {op for ops in user_ops.values() for op in ops}
+    users = {op for file in user_ops.values() for op in file.ops}
     ops = options.op or [op for op in kernels.__all__ if not users or op in users]
     chosen = [case for case in cases(size, dtypes, batches, chunks, contexts) if case.op in ops]
     if not chosen:
@@ -241,7 +273,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parse = parser(ours(device)[0])
     options = parse.parse_args(arguments)
     try:
-        user_ops = {Path(path).name: user_kernels.load(path) for path in options.kernel or ()}
+        watch = Watch() if options.kernel else None
+        user_ops = {Path(path).name: user_kernels.watched(path, watch) for path in options.kernel or () if watch}
         chosen, shapes = choose(options, user_ops, device)
     except ValueError as error:
         parse.error(str(error))

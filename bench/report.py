@@ -3,6 +3,7 @@
     python -m bench.report run.json                                        the table
     python -m bench.report run.json --csv run.csv --plot plots             every row as CSV; SVGs (needs matplotlib)
     python -m bench.report before.json after.json                          what changed, and which changes are noise
+    python -m bench.report a100.json h100.json h200.json                   a table of machines, by their newest records
     python -m bench.report OUT/gpu.json --markdown gpu.md                  all tables of python -m bench.gpu
     python -m bench.report OUT/gpu.json --readme                           writes the performance tables of the READMEs
 
@@ -15,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from . import ROOT, plots, tables
+from . import ROOT, machines, plots, tables
 from .compare import compare
 from .options import output
 from .record import Record, load
@@ -57,19 +58,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parse = argparse.ArgumentParser(
         prog="python -m bench.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parse.add_argument("records", nargs="+", metavar="RECORD", help="one to show, or two to compare")
+    parse.add_argument("records", nargs="+", metavar="RECORD", help="one, or two of a machine, or several machines'")
     parse.add_argument("--csv", metavar="OUT", type=output, help="write one line per row")
     parse.add_argument("--markdown", metavar="OUT", type=output, help="write all tables")
     parse.add_argument("--plot", metavar="DIR", help="draw SVGs; needs matplotlib")
     parse.add_argument("--readme", action="store_true", help="write the READMEs' performance tables")
     options = parse.parse_args(arguments)
     try:
-        if len(options.records) > 2:
-            raise ValueError("name one record to show, or two to compare")
         if options.plot:
             plots.check(options.plot)
-        record, *after = map(load, options.records)
-        if after:
+        record, *after = records = [*map(load, options.records)]
+        several = len(records) > 2 or len({each.stamp["device"] for each in records}) > 1
+        if several and (options.csv or options.markdown or options.plot or options.readme):
+            raise ValueError("the table of several machines is only printed: name one record")
+        if several:
+            print(machines.table(records), end="")
+        elif after:
             print("\n".join(compare(record, after[0])))
         elif options.readme:
             if record.stamp.get("dry run"):

@@ -1,12 +1,13 @@
 """Time calls: with CUDA events on a GPU, else by the host's clock."""
 
-import time
 from collections.abc import Callable, Iterator, Sequence
+from time import perf_counter
 from typing import Any
 
 import torch
 
 Call = Callable[[], Any]
+FLOOR = 0.1  # microseconds: no call of an op is faster, on any machine
 
 
 def rounds_of(call: Call, calls: int) -> Iterator[float]:
@@ -24,9 +25,9 @@ def rounds_of(call: Call, calls: int) -> Iterator[float]:
             end.synchronize()
             yield begin.elapsed_time(end) * 1e3 / calls
         else:
-            started = time.perf_counter()
+            started = perf_counter()
             call()
-            yield (time.perf_counter() - started) * 1e6 / calls
+            yield (perf_counter() - started) * 1e6 / calls
 
 
 def replayed(calls: Sequence[Call]) -> Call:

@@ -3,16 +3,41 @@
 Linear ops get quantised weights too if the file imports QuantisedWeight, by which it says that it knows them.
 """
 
+import contextlib
 import importlib.util
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from internlm3 import kernels
 from internlm3.kernels.quantised import QuantisedWeight
 
+from .integrity import Watch
 from .options import unknown
+
+
+class UserFile(NamedTuple):
+    """The ops of a file by name, and what looks at a call of one (see `Watch.calls`)."""
+
+    ops: dict[str, Callable[..., Any]]
+    watching: Callable[[bool], AbstractContextManager[list[str]]]
+
+
+def watched(path: str, watch: Watch) -> UserFile:
+    """As `load`. What the file changes when it is loaded is put back, and every call of its ops reports it."""
+    ops = load(path)
+    changed = watch.mend()
+
+    @contextlib.contextmanager
+    def watching(first: bool) -> Iterator[list[str]]:
+        with watch.calls(os.path.abspath(path), first) as found:
+            yield found
+        found[:0] = [changed] * bool(changed)
+
+    return UserFile(ops, watching)
 
 
 def load(path: str) -> dict[str, Callable[..., Any]]:

@@ -1,6 +1,7 @@
 """Compare what an engine computes with kernels.reference on the same inputs: only right results are timed."""
 
 from collections.abc import Callable
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -14,14 +15,14 @@ from .cases import Arguments
 
 # How far a result may be off, in steps of its dtype relative to the value and to the RMS of its row: an op rounds a
 # handful of times, and in float32 sums of thousands of terms come in any order.
-STEPS = {torch.bfloat16: 4.0, torch.float16: 4.0, torch.float32: 256.0}
+STEPS = MappingProxyType({torch.bfloat16: 4.0, torch.float16: 4.0, torch.float32: 256.0})
 
 
-def _copies(arguments: Arguments, copy: Callable[[Tensor], Tensor]) -> Arguments:
+def copies(arguments: Arguments, copy: Callable[[Tensor], Tensor]) -> Arguments:
     return {name: tree_map_only(Tensor, copy, x) for name, x in arguments.items()}
 
 
-def _same_strides(x: Tensor) -> Tensor:
+def same_strides(x: Tensor) -> Tensor:
     """A copy of x with its strides."""
     return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(x)
 
@@ -41,26 +42,51 @@ def _difference(name: str, found: Tensor, expected: Tensor, exact: Tensor) -> st
     return harness.difference(name, found, exact, bound, f"{steps:.0f} steps of the dtype")
 
 
-def error_of(op: str, arguments: Arguments, run: Callable[[Arguments], Any], strict: bool = False) -> str:
+def error_of(
+    op: str, arguments: Arguments, run: Callable[[Arguments], Any], strict: bool = False, ordinary: bool = False
+) -> str:
     """What is wrong with run(a copy of the arguments), in one sentence; "" if it does what the op does.
 
-    Arguments that the op writes must end as the reference leaves them, all others unchanged to the bit. A result may
-    have another shape with the same elements. With `strict`, which is for a user's kernel, it must have the op's shape,
-    and the kernel runs with guards around its memory. Exceptions of `run` are passed on.
+    strict: for a user's kernel, which runs with guards around its memory; see `judge`.
+    ordinary: with `strict`, outputs begin with random values of an ordinary size, not with NaN.
+    Exceptions of `run` are passed on.
     """
-    after = _copies(arguments, _same_strides)
-    expected = _tuple(getattr(reference, op)(**after))
-    after_exact = _copies(arguments, lambda x: x.float() if x.is_floating_point() else x.clone())
-    exact = _tuple(getattr(reference, op)(**after_exact))
-    written = [name for name, x in arguments.items() if isinstance(x, Tensor) and not harness.same_bits(x, after[name])]
-
-    given = _copies(arguments, harness.between_guards if strict else _same_strides)
+    if not strict:
+        given = copies(arguments, same_strides)
+        return judge(op, arguments, given, run({**given}))
+    given = copies(arguments, harness.between_guards)
+    everything = [x for _, x in harness.tensors_in(given)]  # `judge` compares what was changed
     try:
-        writes = [given[name] for name in written]
-        results = _tuple(harness.call(lambda **kwargs: run(kwargs), writes=writes, **given) if strict else run(given))
+        results = harness.call(lambda **kwargs: run(kwargs), writes=everything, ordinary=ordinary, **given)
     except harness.Fault as fault:
         return str(fault)
+    return judge(op, arguments, given, results, strict=True)
 
+
+def judge(op: str, before: Arguments, given: Arguments, results: Any, strict: bool = False) -> str:
+    """What is wrong with the results of a call and with what it left of its arguments; "" if nothing is.
+
+    before: the arguments as they were before the call. given: those of the call.
+    Arguments that the op writes must end as the reference leaves them, all others unchanged to the bit. A result may
+    have another shape with the same elements; with `strict` it must have the op's shape, and be a plain tensor.
+    The reference runs only here, after the call: while it lasts, no expected value is in memory.
+    """
+    after = copies(before, same_strides)
+    expected = _tuple(getattr(reference, op)(**after))
+    after_exact = copies(before, lambda x: x.to(torch.float32 if x.is_floating_point() else x.dtype, copy=True))
+    exact = _tuple(getattr(reference, op)(**after_exact))
+    written = [name for name, x in before.items() if isinstance(x, Tensor) and not harness.same_bits(x, after[name])]
+
+    for name, x in before.items():
+        pairs = zip(harness.tensors_in(given[name]), harness.tensors_in(x), strict=True)
+        if name not in written and not all(harness.same_bits(one, other) for (_, one), (_, other) in pairs):
+            return f"the kernel changed its input {name}, which the op only reads"
+
+    results = _tuple(results)
+    if strict:
+        for x in results:
+            if isinstance(x, Tensor) and type(x) is not Tensor:
+                return f"it returns a {type(x).__name__}, a subclass that may compute later, and must return a Tensor"
     kinds = [", ".join("a tensor" if isinstance(x, Tensor) else repr(x) for x in xs) for xs in (results, expected)]
     if kinds[0] != kinds[1]:
         return f"it returns {kinds[0]}, and the op {kinds[1]}"
@@ -70,6 +96,8 @@ def error_of(op: str, arguments: Arguments, run: Callable[[Arguments], Any], str
         name = f"result {i + 1}" if len(expected) > 1 else "the result"
         if found.dtype != want.dtype:
             return f"{name} is {found.dtype}, must be {want.dtype}"
+        if found.device != want.device:
+            return f"{name} is on {found.device}, must be on {want.device}"
         if strict and found.shape != want.shape:
             return f"{name} has shape {list(found.shape)}, must have {list(want.shape)}"
         if found.numel() != want.numel():
@@ -81,8 +109,4 @@ def error_of(op: str, arguments: Arguments, run: Callable[[Arguments], Any], str
         error = _difference(name, given[name], after[name], after_exact[name])
         if error:
             return error
-    for name, x in arguments.items():
-        pairs = zip(harness.tensors_in(given[name]), harness.tensors_in(x), strict=True)
-        if name not in written and not all(harness.same_bits(one, other) for (_, one), (_, other) in pairs):
-            return f"it changes {name}, which the op only reads"
     return ""

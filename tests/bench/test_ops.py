@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import ROOT, ops, peers, record, roofline, tables, verify
+from bench import ROOT, harness, ops, peers, record, roofline, tables, verify
 from bench.cases import DENSE, FORMS, Inputs, Size, cases, read_size
 from bench.roofline import Roofline
 from internlm3 import kernels
@@ -74,8 +74,32 @@ def test_the_reference_takes_every_case(dtype):
         assert verify.error_of(case.op, arguments, lambda given, op=case.op: getattr(reference, op)(**given)) == ""
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_the_check_leaves_its_arguments_as_they_are(strict):
+    """Those in float32 and those that the op writes too: what the kernel is compared with is drawn from them."""
+    device = torch.device("cpu")
+    for case in cases(TINY, [torch.float32], [1, 3], [5], [100]):
+        arguments = case.arguments(device)
+        before = verify.copies(arguments, torch.clone)
+        run = lambda given, op=case.op: getattr(kernels.for_device(device), op)(**given)  # noqa: E731
+        assert verify.error_of(case.op, arguments, run, strict) == "", (case.op, case.shape)
+        for (_, x), (_, kept) in zip(harness.tensors_in(arguments), harness.tensors_in(before), strict=True):
+            assert harness.same_bits(x, kept), (case.op, case.shape)
+
+
 def test_the_shapes_of_a_checkpoint(config):
     assert read_size(config) == read_size(config / "config.json") == TINY
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "parameters"), [("llama-3.1-8b", 32, 8030261248), ("Qwen3-8B", 36, 8190735360 - 36 * 2 * 128)]
+)
+def test_the_shapes_of_a_model_by_name(name, layers, parameters):
+    """They add up to the parameters that its authors publish: without Qwen3's norms of heads, which no op has."""
+    size = read_size(name)
+    norms = 2 * size.hidden
+    products = size.hidden * (size.qkv + size.heads * size.head_dim + 3 * size.intermediate)
+    assert layers * (products + norms) + 2 * size.vocabulary * size.hidden + size.hidden == parameters
 
 
 @pytest.mark.parametrize(

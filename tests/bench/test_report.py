@@ -284,10 +284,48 @@ def test_the_readmes_refuse_a_dry_run(tmp_path, capsys):
     assert "its figures mean nothing" in capsys.readouterr().err
 
 
-def test_three_records_are_too_many(tmp_path, capsys):
+def machine(device, date, milliseconds=4.0, part="decode", **stamp):
+    row = op_row("decode step", "batch 1, context 1024", 1, 1024, "internlm3", [milliseconds], part, "ms", bytes=16e9)
+    return Record({**STAMP, "device": device, "date": date, **stamp}, [row])
+
+
+def test_a_table_of_machines_has_the_newest_record_of_each(tmp_path, capsys):
+    """A record of another part, and a dry run, are no newer figures. Shares and tokens a second counted by hand."""
+    made = [
+        machine("NVIDIA H200", "2026-01-02", 4.0),
+        machine("NVIDIA H200", "2026-01-01", 9.0),
+        machine("NVIDIA H200", "2026-01-03", 9.0, part="first_token"),
+        machine("NVIDIA H200", "2026-01-04", 9.0, **{"dry run": True}),
+        machine("a new card", "2026-01-01", 5.0),
+    ]
+    paths = [str(tmp_path / f"{i}.json") for i in range(len(made))]
+    for record_, path in zip(made, paths, strict=True):
+        record_.save(path)
+    assert report.main(paths) == 0
+    _, _, *lines = capsys.readouterr().out.splitlines()
+    assert lines == [
+        "| NVIDIA H200 | 2026-01-02, abc | - | 4.00 ms, 250 tokens/s, 83% of data sheet | - | - |",
+        "| a new card | 2026-01-01, abc | - | 5.00 ms, 200 tokens/s | - | - |",
+    ]
+    assert report.main([paths[0], paths[4]]) == 0
+    assert capsys.readouterr().out.splitlines()[2:] == lines
+
+
+@pytest.mark.parametrize(
+    ("more", "part", "message"),
+    [(["--readme"], "decode", "only printed"), ([], "first_token", "no record has decode steps or ceilings")],
+)
+def test_no_table_of_machines(more, part, message, tmp_path, capsys):
+    for name in "ab":
+        machine(name, "2026-01-02", part=part).save(tmp_path / name)
     with pytest.raises(SystemExit):
-        report.main([saved(tmp_path)] * 3)
-    assert "name one record to show, or two to compare" in capsys.readouterr().err
+        report.main([str(tmp_path / "a"), str(tmp_path / "b"), *more])
+    assert message in capsys.readouterr().err
+
+
+def test_the_stored_records_make_a_table_of_machines(capsys):
+    assert report.main([*map(str, sorted((ROOT / "bench/results").glob("*.json")))]) == 0
+    assert "| NVIDIA H200 | 2026-11-27" in capsys.readouterr().out
 
 
 def test_the_format_is_json_of_stamp_and_rows(tmp_path):
