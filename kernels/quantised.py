@@ -21,6 +21,7 @@ The last F * L columns may be padding, which x does not have.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -172,6 +173,19 @@ def pack(
         scales = (bits | (zero.T.int() & mask)).view(torch.float32)
     minima = None if minimum is None else minimum.float().T.contiguous()
     return QuantisedWeight(form, _packed(q, form), scales, minima, order)
+
+
+def joined(parts: Sequence[QuantisedWeight]) -> QuantisedWeight:
+    """The rows of all parts, which have one layout, in order."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    minima = [part.minimum for part in parts if part.minimum is not None]
+    return first._replace(
+        words=torch.cat([part.words for part in parts]),
+        scales=torch.cat([part.scales for part in parts], 1),
+        minimum=torch.cat(minima, 1) if minima else None,
+    )
 
 
 def _packed(q: Tensor, form: Form) -> Tensor:

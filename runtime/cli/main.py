@@ -140,7 +140,9 @@ def _info(args: argparse.Namespace) -> None:
 
 
 def _perplexity(args: argparse.Namespace) -> None:
-    text = sys.stdin.read() if args.text == "-" else _read(args.text)
+    from ..checkpoint.quantise.calibration import shipped_text
+
+    text = shipped_text() if args.text is None else sys.stdin.read() if args.text == "-" else _read(args.text)
     found = _load(args).perplexity(text, window=args.window, stride=args.stride)
     print(f"perplexity {found.value:.4f} +- {found.standard_error:.4f} (loss {found.loss:.5f} per token)")
     print(f"{found.predicted:,} tokens predicted, in windows of {found.window} that begin {found.stride} apart")
@@ -239,7 +241,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("-p", "--prompt", help=f"answer this and quit (default: {DEMO_QUESTION!r}, then chat)")
     info.add_argument("--length", type=int, help="context length of the KV cache (default: the trained window)")
 
-    score.add_argument("text", help="a file of text; - reads standard input")
+    score.add_argument("text", nargs="?", help="a file of text; - reads standard input (default: one that ships)")
     score.add_argument("--window", type=int, help="tokens that the model sees at once (default: 2048)")
     score.add_argument("--stride", type=int, help="tokens from one window to the next (default: half a window)")
 

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 import internlm3
 from internlm3 import LLM, InternLM3Config, InternLM3Tokenizer, SamplingParams
 from internlm3.runtime.checkpoint.gguf.folder import locate
+from internlm3.runtime.checkpoint.quantise.calibration import shipped_text
 from internlm3.runtime.checkpoint.sizes import read_per_token, weight_bytes
 from internlm3.runtime.cli import main as cli
 from internlm3.runtime.cli.sampling_switches import given_settings
@@ -124,6 +125,11 @@ def test_perplexity_of_a_file_and_of_standard_input(demo_model, run, tmp_path):
     assert "in windows of 16 that begin 8 apart" in printed and printed.startswith("perplexity ")
     assert run("perplexity", demo_model, "-", *options, stdin=text).stdout == printed
     assert "nothing.txt" in run("perplexity", demo_model, tmp_path / "nothing.txt", expect=1).stderr
+
+
+def test_perplexity_of_the_text_that_ships(small, run, tmp_path):
+    (tmp_path / "text.txt").write_text(shipped_text(), encoding="utf-8")
+    assert run("perplexity", small).stdout == run("perplexity", small, tmp_path / "text.txt").stdout
 
 
 @pytest.fixture(scope="module")

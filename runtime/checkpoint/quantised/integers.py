@@ -7,7 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ....kernels.quantised import Kind, Layout, QuantisedWeight, Weight, pack
+from ....kernels.quantised import Kind, Layout, QuantisedWeight, Weight, joined, pack
+
+_PACKED_AT_ONCE = 1 << 24  # numbers, which take several times their memory while they are packed
 
 
 class Integers(NamedTuple):
@@ -50,12 +52,20 @@ class Integers(NamedTuple):
 
     def _packed(self) -> QuantisedWeight:
         """Raises ValueError if the ops do not take such a weight."""
-        q, zero, order = self.q, self.zero, None
+        order = None
         if self.group_of is not None:
             order = torch.argsort(self.group_of, stable=True)
             sizes = torch.bincount(self.group_of, minlength=self.scale.shape[1])
             if (sizes != sizes[0]).any():
                 raise ValueError("its groups have different sizes")
+        step = max(_PACKED_AT_ONCE // self.q.shape[1], 1)
+        return joined([self._packed_rows(slice(row, row + step), order) for row in range(0, len(self.q), step)])
+
+    def _packed_rows(self, rows: slice, order: Tensor | None) -> QuantisedWeight:
+        q, scale = self.q[rows], self.scale[rows]
+        zero = self.zero[rows] if isinstance(self.zero, Tensor) else self.zero
+        minimum = None if self.minimum is None else self.minimum[rows]
+        if order is not None:
             q = q[:, order.to(q.device)]
         kind: Kind = "float8" if q.dtype == torch.float8_e4m3fn else "int4" if self.bits == 4 else "int8"
         # int4 begins at 0, and int8 at -128.
@@ -64,8 +74,8 @@ class Integers(NamedTuple):
             q = q.to(torch.int16) + shift
             zero = zero.to(torch.int16) + shift if isinstance(zero, Tensor) else zero + shift
         if kind != "int4" and isinstance(zero, int) and zero != 0:
-            zero = torch.full_like(self.scale, zero, dtype=torch.int16)
-        return pack(kind, q, self.scale, zero, self.minimum, order)
+            zero = torch.full_like(scale, zero, dtype=torch.int16)
+        return pack(kind, q, scale, zero, minimum, order)
 
 
 def unpack(words: Tensor, bits: int, dim: int) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 
 from internlm3 import InternLM3Config
 from internlm3.runtime.checkpoint.load import load_model
+from internlm3.runtime.checkpoint.quantised import integers
 from internlm3.runtime.model.model import LanguageModel
 from internlm3.runtime.model.quantised_linear import QuantisedLinear
 from internlm3.tests.support.checkpoints import IDS, load
@@ -94,6 +95,14 @@ def test_gptq(tmp_path, version, bits, group, kind):
     # Each layer has an order of its own here, and a stack needs one for all.
     packed = {"o_proj", "down_proj"} if reordered and group != -1 else ALL
     check(Checkpoint(tmp_path, settings).quantise(gptq(bits, less_one=2 - version), **options), packed=packed)
+
+
+@pytest.mark.parametrize("kind", ["asymmetric", "reordered"])
+def test_rows_are_packed_a_few_at_a_time(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(integers, "_PACKED_AT_ONCE", 7 * 64)
+    reordered = kind == "reordered"
+    checkpoint = Checkpoint(tmp_path, {**GPTQ, "desc_act": reordered}).quantise(gptq(), reordered=reordered)
+    check(checkpoint, packed={"o_proj", "down_proj"} if reordered else ALL)
 
 
 def test_symmetric_gptq_of_version_2_that_says_version_1(tmp_path):
