@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -117,8 +117,8 @@ class Watch:
         return found[0] if found else ""
 
     @contextlib.contextmanager
-    def calls(self, path: str, first: bool) -> Iterator[list[str]]:
-        """Adds to the list, in sentences, what code of this file does in the block besides computing.
+    def calls(self, paths: Collection[str], first: bool) -> Iterator[list[str]]:
+        """Adds to the list, in sentences, what code of these files does in the block besides computing.
 
         first: a call that may compile, tune and cache; later ones open no files and start nothing.
         """
@@ -128,13 +128,13 @@ class Watch:
         def heard(event: str) -> None:
             if threading.get_ident() != thread:
                 return
-            if event in SEARCHES and sys._getframe(2).f_code.co_filename == path:
+            if event in SEARCHES and sys._getframe(2).f_code.co_filename in paths:
                 found.append(f"it searches this process by {event}, where others' values are")
             elif event in LATER and not first:
                 found.append(f"it {LATER[event]} in a call that has nothing left to compile")
 
         def trace(frame: types.FrameType, event: str, argument: Any) -> Any:
-            if frame.f_code.co_filename != path:
+            if frame.f_code.co_filename not in paths:
                 return None
             if event == "exception" and not issubclass(argument[0], ORDINARY):
                 line, name = frame.f_lineno, argument[0].__name__

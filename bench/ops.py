@@ -32,10 +32,8 @@ from .cases import DENSE, INTERNLM3_8B, SIZES, SMALL, Arguments, Case, Size, cas
 from .integrity import Watch
 from .options import one_of, output, positive
 from .record import Part, Record, Row, first_line, stamp
-from .timing import FLOOR, Call, name_of, replayed, rounds_of
+from .timing import FLOOR, Call, cold_calls, name_of, replayed, rounds_of
 
-MOST_CALLS = 512  # in one graph
-MOST_BYTES = 8 << 30  # of inputs of one graph
 DTYPES = {name_of(dtype): dtype for dtype in verify.STEPS}
 PART = Part("ops")
 Make = Callable[[str, Arguments], Call]  # from an op's name and arguments, its call
@@ -108,10 +106,9 @@ def prepare(case: Case, make: Make, device: torch.device, keep: bool = False) ->
     size = roofline.bytes_moved(case.op, arguments, kept[0].results if keep else result)
     if device.type != "cuda":
         return Prepared(first, 1, size, flops, False, kept)
-    wanted = max(-(-3 * torch.cuda.get_device_properties(device).L2_cache_size // size), 2)
-    calls = min(wanted, MOST_CALLS, max(MOST_BYTES // roofline.nbytes(*arguments.values()), 2))
+    calls, cold = cold_calls(device, size, roofline.nbytes(*arguments.values()))
     made = [first, *(new(case.arguments(device)) for _ in range(calls - 1))]
-    return Prepared(replayed(made), calls, size, flops, calls == wanted, kept)
+    return Prepared(replayed(made), calls, size, flops, cold, kept)
 
 
 def measure(

@@ -174,7 +174,7 @@ def stamp() -> dict[str, Any]:
         "driver": gpu.pop("driver_version", None),
         "clocks": gpu or {"threads": torch.get_num_threads(), **busy},
         "python": platform.python_version(),
-        **{package: version for package in PACKAGES if (version := _version(package))},
+        **{package: version for package in PACKAGES if (version := version_of(package))},
     }
 
 
@@ -192,7 +192,7 @@ def _output(*command: str) -> str:
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

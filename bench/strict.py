@@ -86,7 +86,7 @@ def _one_element(values: Arguments) -> None:
         x[place] = 3 - x[place]
 
 
-def _watched(run: Callable[[Arguments], Any], watching: Watching, first: bool) -> Callable[[Arguments], Any]:
+def watched(run: Callable[[Arguments], Any], watching: Watching, first: bool) -> Callable[[Arguments], Any]:
     """run, which raises Refused after a call that did something besides computing."""
 
     def call(given: Arguments) -> Any:
@@ -99,12 +99,12 @@ def _watched(run: Callable[[Arguments], Any], watching: Watching, first: bool) -
     return call
 
 
-def error_of(op: str, draw: Draw, run: Callable[[Arguments], Any], watching: Watching) -> str:
+def error_of(op: verify.Op, draw: Draw, run: Callable[[Arguments], Any], watching: Watching) -> str:
     """What is wrong with a kernel, in one sentence; "" if it computes the op in every situation.
 
     Raises Refused if it does something besides computing. Exceptions of `run` are passed on.
     """
-    first, later = (_watched(run, watching, first) for first in (True, False))
+    first, later = (watched(run, watching, first) for first in (True, False))
     for ordinary in (False, True):
         error = verify.error_of(op, draw(), first, strict=True, ordinary=ordinary)
         if error:
@@ -131,7 +131,7 @@ def error_of(op: str, draw: Draw, run: Callable[[Arguments], Any], watching: Wat
 
 
 def checked_rounds(
-    op: str, rounds: Iterator[float], count: int, calls: Sequence[Kept], draw: Draw, watching: Watching
+    op: verify.Op, rounds: Iterator[float], count: int, calls: Sequence[Kept], draw: Draw, watching: Watching
 ) -> Iterator[float]:
     """The next `count` of the rounds, each of which makes all calls. Raises Refused if a result of theirs is wrong.
 

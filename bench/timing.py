@@ -8,6 +8,8 @@ import torch
 
 Call = Callable[[], Any]
 FLOOR = 0.1  # microseconds: no call of an op is faster, on any machine
+MOST_CALLS = 512  # in one round
+MOST_BYTES = 8 << 30  # of the arguments of one round
 
 
 def rounds_of(call: Call, calls: int) -> Iterator[float]:
@@ -28,6 +30,16 @@ def rounds_of(call: Call, calls: int) -> Iterator[float]:
             started = perf_counter()
             call()
             yield (perf_counter() - started) * 1e6 / calls
+
+
+def cold_calls(device: torch.device, moved: int, held: int) -> tuple[int, bool]:
+    """How many calls a round makes on a GPU, each on arguments of its own; whether their inputs come from memory.
+
+    moved: bytes that a call reads and writes. held: bytes of its arguments. False: L2 may keep some from before.
+    """
+    wanted = max(-(-3 * torch.cuda.get_device_properties(device).L2_cache_size // moved), 2)
+    calls = min(wanted, MOST_CALLS, max(MOST_BYTES // held, 2))
+    return calls, calls == wanted
 
 
 def replayed(calls: Sequence[Call]) -> Call:

@@ -7,7 +7,7 @@ import contextlib
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,15 +29,20 @@ class UserFile(NamedTuple):
 def watched(path: str, watch: Watch) -> UserFile:
     """As `load`. What the file changes when it is loaded is put back, and every call of its ops reports it."""
     ops = load(path)
+    return UserFile(ops, watching(watch, [os.path.abspath(path)]))
+
+
+def watching(watch: Watch, paths: Collection[str]) -> Callable[[bool], AbstractContextManager[list[str]]]:
+    """To be called after files were loaded: puts back what they changed, and returns what looks at a call of them."""
     changed = watch.mend()
 
     @contextlib.contextmanager
-    def watching(first: bool) -> Iterator[list[str]]:
-        with watch.calls(os.path.abspath(path), first) as found:
+    def watched(first: bool) -> Iterator[list[str]]:
+        with watch.calls(paths, first) as found:
             yield found
         found[:0] = [changed] * bool(changed)
 
-    return UserFile(ops, watching)
+    return watched
 
 
 def load(path: str) -> dict[str, Callable[..., Any]]:
