@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bench import harness, peers, strict, verify
 from bench.cases import Arguments
-from bench.record import first_line
+from bench.ops import reason_of
 from bench.timing import FLOOR, Call, cold_calls, rounds_of
 
 from .definition import Definition, Reference, Unable
@@ -54,7 +54,12 @@ def verdict(workload: Workload, reference: Reference, loaded: Loaded, device: to
             if error:
                 return Verdict("INCORRECT_NUMERICAL", error, errors)
             kept = _calls(new, loaded, axes, device)
-        rounds = rounds_of(lambda: [call() for call in kept], len(kept))
+
+        def whole() -> None:
+            for call in kept:
+                call()
+
+        rounds = rounds_of(whole, len(kept))
         times = [*strict.checked_rounds(reference, rounds, ROUNDS, kept, new, loaded.watching)]
     except Unable:
         raise
@@ -63,7 +68,7 @@ def verdict(workload: Workload, reference: Reference, loaded: Loaded, device: to
     except peers.Unfit as late:
         return Verdict("TIMEOUT", str(late))
     except Exception as error:  # whatever an author's code raises belongs in the trace
-        return Verdict("RUNTIME_ERROR", first_line(error))
+        return Verdict("RUNTIME_ERROR", reason_of(error))
     if min(times) < FLOOR:
         return Verdict("RUNTIME_ERROR", f"REFUSED: a round took {min(times):.3g} us per call, less than {FLOOR} us")
     slow = islice(rounds_of(partial(reference, **values), 1), REFERENCE_ROUNDS)

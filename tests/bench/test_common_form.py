@@ -129,6 +129,7 @@ def test_exported_references_mean_our_ops(tmp_path):
         (solution(f"def run(a, b, scale, c, total):\n{RIGHT.replace('c =', 'c[:] =')}    total.copy_(c.sum())\n"),
          "PASSED", ""),
         (returning(RIGHT + "    c[-1, -1] += 0.01\n"), "INCORRECT_NUMERICAL", "at [3, 2]"),
+        (returning("    c = (a[:, :3].half() * b + a[:, 3:].half() * scale).float()\n"), "INCORRECT_NUMERICAL", "float32"),
         (returning(values="c * torch.nan, c.sum()"), "INCORRECT_NUMERICAL", "nan instead of"),
         (returning(values="c, c.sum()[None]"), "INCORRECT_SHAPE", "total has shape [1], must have []"),
         (returning(values="c"), "INCORRECT_SHAPE", "returns 1 outputs, must be c, total"),
