@@ -14,9 +14,8 @@ from pathlib import Path
 
 import torch
 
-from bench.integrity import Watch
-from bench.options import output
-
+from ..integrity import Watch
+from ..options import output
 from . import definition, solution, trace, workload
 from .check import Verdict, verdict
 from .export import export

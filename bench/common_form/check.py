@@ -8,11 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bench import harness, peers, strict, verify
-from bench.cases import Arguments
-from bench.ops import reason_of
-from bench.timing import FLOOR, Call, cold_calls, rounds_of
-
+from .. import harness, peers, strict, verify
+from ..cases import Arguments
+from ..ops import reason_of
+from ..timing import FLOOR, Call, cold_calls, rounds_of
 from .definition import Definition, Reference, Unable
 from .solution import Loaded
 from .workload import Workload, check_memory, draw

@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bench.cases import DENSE, INTERNLM3_8B, Case, Size, cases
-from bench.timing import name_of
 from internlm3.kernels import reference
+
+from ..cases import DENSE, INTERNLM3_8B, Case, Size, cases
+from ..timing import name_of
 
 AUTHOR = "internlm3"
 TOKENS = (1, 16)  # of decode steps; and of chunks of a prompt:

@@ -11,10 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bench import user_kernels
-from bench.cases import Arguments
-from bench.integrity import Watch
-
+from .. import user_kernels
+from ..cases import Arguments
+from ..integrity import Watch
 from .definition import Definition, results_of, takes
 from .fields import parse, read_text
 

@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 
-from bench.record import PACKAGES, device_name, version_of
-
+from ..record import PACKAGES, device_name, version_of
 from .check import Verdict
 from .definition import Definition
 from .solution import Solution

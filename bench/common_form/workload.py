@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bench.cases import Arguments
-
+from ..cases import Arguments
 from .definition import Definition, Reference, Spec, Unable
 from .fields import Fields, parse
 

@@ -248,7 +248,10 @@ def test_commands_are_accepted():
             case ["internlm3", *arguments] | ["python", "-m", "internlm3", *arguments]:
                 parsers.append(("internlm3.runtime.cli.main", arguments))
             case ["python", "-m", module, *arguments]:
-                assert (ROOT / f"{module.replace('.', '/')}.py").is_file(), command
+                path = ROOT / module.replace(".", "/")
+                if path.is_dir():
+                    path, module = path / "__main__", f"{module}.__main__"
+                assert path.with_suffix(".py").is_file(), command
                 if not torch.cuda.is_available():  # where our engine has another name
                     arguments = ["cpu" if word == "triton" else word for word in arguments]
                 if arguments:  # the name alone stands for the program
