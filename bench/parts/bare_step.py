@@ -18,25 +18,40 @@ from internlm3.runtime.model import model as runtime_model
 from internlm3.runtime.model.kv_cache import PagedKVCache, pages_of
 from internlm3.runtime.model.rope import inverse_frequencies
 
-# InternLM3-8B-Instruct's config.json.
-EIGHT_B = InternLM3Config(
-    intermediate_size=10240, num_hidden_layers=48, num_key_value_heads=2,
-    rope_scaling={"rope_type": "dynamic", "factor": 6.0},
-)  # fmt: skip
-TOY = InternLM3Config(
-    vocab_size=320, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, head_dim=16, max_position_embeddings=32,
-    rope_scaling={"rope_type": "dynamic", "factor": 6.0},
-)  # fmt: skip
+from ..models import INTERNLM3, MODELS, Size
+
+TOY = Size(hidden=64, intermediate=96, vocabulary=320, heads=4, kv_heads=2, head_dim=16)
 
 
 def device_of(small: bool) -> torch.device:
     return torch.device("cpu") if small else torch.device("cuda", 0)
 
 
-def random_model(small: bool, layers: int | None = None, dtype: torch.dtype | None = None) -> InternLM3ForCausalLM:
-    """InternLM3-8B's shapes in bfloat16; for a dry run a toy's in float16, which the interpreter supports."""
-    config = InternLM3Config.from_dict((TOY if small else EIGHT_B).to_dict())
+def config_of(name: str, small: bool = False) -> InternLM3Config:
+    """The configuration of a model in MODELS; for a dry run, of a toy with its rotary embedding."""
+    model = MODELS[name]
+    size = TOY if small else model.size
+    return InternLM3Config(
+        vocab_size=size.vocabulary,
+        hidden_size=size.hidden,
+        intermediate_size=size.intermediate,
+        num_hidden_layers=2 if small else model.layers,
+        num_attention_heads=size.heads,
+        num_key_value_heads=size.kv_heads,
+        head_dim=size.head_dim,
+        max_position_embeddings=32 if small else model.window,
+        **model.rope,
+    )
+
+
+def random_model(
+    small: bool, name: str = INTERNLM3, *, layers: int | None = None, dtype: torch.dtype | None = None
+) -> InternLM3ForCausalLM:
+    """Shapes of a model in MODELS, in bfloat16; for a dry run a toy's in float16, which the interpreter supports.
+
+    layers: the most that it has.
+    """
+    config = config_of(name, small)
     config.num_hidden_layers = min(layers or config.num_hidden_layers, config.num_hidden_layers)
     torch.manual_seed(1)
     dtype = dtype or (torch.float16 if small else torch.bfloat16)
