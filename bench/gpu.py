@@ -91,9 +91,11 @@ def ceilings_of(out: Path) -> "Roofline | None":
 
 def with_shares(out: Path, rows: Iterable[Row]) -> Iterator[Row]:
     """The rows as they come, with their shares of the ceilings in `out`, if it has any, and decode steps' rates."""
-    ceilings, device = ceilings_of(out), device_name()
+    ceilings = ceilings_of(out)
     for row in rows:
-        yield with_rates(ceilings.with_share(row) if ceilings else row, device)
+        if "bytes" in row.about:  # other rows have neither, and a process without any need not import torch
+            row = with_rates(ceilings.with_share(row) if ceilings else row, device_name())
+        yield row
 
 
 def in_order(parts: Iterable[str], out: Path) -> list[str]:

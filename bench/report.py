@@ -7,7 +7,7 @@
     python -m bench.report OUT/gpu.json --markdown gpu.md                  all tables of python -m bench.gpu
     python -m bench.report OUT/gpu.json --readme                           writes the performance tables of the READMEs
 
-A record of a dry run is refused for the READMEs: its figures mean nothing.
+A record of a dry run or of another model is refused for the READMEs.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from typing import Any
 
 from . import ROOT, machines, plots, tables
 from .compare import compare
+from .models import INTERNLM3, shapes, shapes_of
 from .options import output
 from .record import Record, load
 from .roofline import Roofline
@@ -78,6 +79,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif options.readme:
             if record.stamp.get("dry run"):
                 raise ValueError(f"{options.records[0]} is of a dry run on a CPU: its figures mean nothing")
+            if shapes_of(record.stamp) != shapes(INTERNLM3):
+                of = shapes_of(record.stamp)["of"]
+                raise ValueError(f"{options.records[0]} is of {of}: the READMEs have figures of InternLM3-8B")
             for name, above in ABOVE.items():
                 text = into_readme((ROOT / name).read_text("utf-8"), above, record)
                 (ROOT / name).write_text(text, "utf-8")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from internlm3 import InternLM3Config, InternLM3ForCausalLM
 from internlm3.runtime.engine import decode, prefill
+from internlm3.runtime.engine.draft_rows import MOST_SEQUENCES, DraftRows
 from internlm3.runtime.engine.layout import state_layout
 from internlm3.runtime.engine.state import DecodeState, Tier
 from internlm3.runtime.model import model as runtime_model
@@ -76,7 +77,8 @@ class Steps:
     """A batch of sequences of up to `tokens` tokens each, with pages of their own.
 
     Keys and values are random: uninitialized memory may contain a NaN, which ends a sequence, and its later steps would
-    do less. Raises torch.cuda.OutOfMemoryError, or MemoryError on a CPU, if the pages don't fit.
+    do less. Steps of few sequences end with their drafts, as the engine's do on a GPU. Raises
+    torch.cuda.OutOfMemoryError, or MemoryError on a CPU, if the pages don't fit.
     """
 
     def __init__(self, model: InternLM3ForCausalLM, batch: int, tokens: int):
@@ -88,6 +90,7 @@ class Steps:
             layer.normal_()
         layout = state_layout(pages, config.vocab_size, config.head_dim)
         self.state = DecodeState.of(layout, torch.zeros(batch * layout.words, dtype=torch.int32, device=device))
+        self.rows = DraftRows.like(self.state).of(batch) if batch <= MOST_SEQUENCES else None
         self.state.max_len.fill_(2**30)
         self.state.allowed.fill_(-1)
         self.state.permitted.fill_(-1)
@@ -118,3 +121,5 @@ class Steps:
     @torch.inference_mode()
     def step(self, tier: Tier = Tier.USUAL) -> None:
         decode.step(self.model, self.kv_cache, self.state, tier)
+        if self.rows is not None:
+            decode.draft(self.model.model.ops, self.state, self.rows)

@@ -280,10 +280,14 @@ def test_the_readmes_have_the_figures_of_the_stored_record():
         assert f"{ceilings.read / 1e12:.2f} TB/s" in text[text.index(report.MARKS[1]) :]
 
 
-def test_the_readmes_refuse_a_dry_run(tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("stamp", "message"),
+    [({"dry run": True}, "its figures mean nothing"), ({"shapes": shapes("llama-3.1-8b")}, "is of Llama-3.1-8B: the")],
+)
+def test_records_that_the_readmes_refuse(tmp_path, capsys, stamp, message):
     with pytest.raises(SystemExit):
-        report.main([saved(tmp_path, **{"dry run": True}), "--readme"])
-    assert "its figures mean nothing" in capsys.readouterr().err
+        report.main([saved(tmp_path, **stamp), "--readme"])
+    assert message in capsys.readouterr().err
 
 
 def machine(device, date, milliseconds=4.0, part="decode", **stamp):
