@@ -1,4 +1,4 @@
-"""One table of machines from records that people send: the decode steps that each machine measured."""
+"""One table of machines and models from records that people send: the decode steps that each measured."""
 
 from collections.abc import Iterable
 
