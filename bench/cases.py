@@ -16,32 +16,9 @@ from torch import Tensor
 
 from internlm3.kernels.quantised import SLICES, Form, QuantisedWeight
 
+from .models import INTERNLM3_8B, SIZES, Size
+
 PAGE = 64
-
-
-class Size(NamedTuple):
-    """A model's shapes."""
-
-    hidden: int
-    intermediate: int
-    vocabulary: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-
-    @property
-    def qkv(self) -> int:
-        return (self.heads + 2 * self.kv_heads) * self.head_dim
-
-
-INTERNLM3_8B = Size(4096, 10240, 128512, 32, 2, 128)
-# Other models of this size, whose figures are published. Qwen3's norm of each head's q and k is no op here: it is left
-# out.
-SIZES = {
-    "internlm3-8b": INTERNLM3_8B,
-    "llama-3.1-8b": Size(4096, 14336, 128256, 32, 8, 128),
-    "qwen3-8b": Size(4096, 12288, 151936, 32, 8, 128),
-}
 # For a machine without an accelerator, where the 8B's shapes would take minutes.
 SMALL = Size(hidden=512, intermediate=1280, vocabulary=4096, heads=8, kv_heads=2, head_dim=64)
 

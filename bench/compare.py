@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from .models import shapes_of
 from .record import Record, Row
 
 
@@ -17,15 +18,15 @@ def compare(before: Record, after: Record) -> list[str]:
         raise ValueError(
             f"the records are of two devices, {one['device']} and {two['device']}: times can't be compared"
         )
-    shapes = [{key: x for key, x in stamp.get("shapes", {}).items() if key != "of"} for stamp in (one, two)]
+    shapes = [{key: x for key, x in shapes_of(stamp).items() if key != "of"} for stamp in (one, two)]
     if shapes[0] != shapes[1]:
-        raise ValueError("the records are of two models' shapes: measure both with the same --config")
+        raise ValueError("the records are of two models' shapes: measure both with the same --config or --model")
     old, new = (dict(_measured(record)) for record in (before, after))
     common = [key for key in new if key in old and "ceiling" not in new[key].about]
     if not common:
         raise ValueError("the records have no row in common: measure the same ops, shapes, dtypes and engines")
 
-    names = sorted((one.keys() | two.keys()) - {"date", "command", "clocks", "seed"})
+    names = sorted((one.keys() | two.keys()) - {"date", "command", "clocks", "seed", "shapes"})
     lines = [f"{name}: {one.get(name)} -> {two.get(name)}" for name in names if one.get(name) != two.get(name)]
     drift = 1.0
     for key, row in new.items():

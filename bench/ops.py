@@ -30,6 +30,7 @@ from internlm3 import kernels
 from . import peers, roofline, strict, tables, user_kernels, verify
 from .cases import DENSE, INTERNLM3_8B, SIZES, SMALL, Arguments, Case, Size, cases, read_size
 from .integrity import Watch
+from .models import INTERNLM3, title_of
 from .options import one_of, output, positive
 from .record import Part, Record, Row, first_line, stamp
 from .timing import FLOOR, Call, cold_calls, name_of, replayed, rounds_of
@@ -218,7 +219,7 @@ def choose(options: argparse.Namespace, user_ops: UserOps, device: torch.device)
     """The cases asked for, and the shapes that they have. Raises ValueError if there are none."""
     on_gpu = device.type == "cuda"
     size: Size = read_size(options.config) if options.config else INTERNLM3_8B if on_gpu else SMALL
-    name = options.config or ("InternLM3-8B" if on_gpu else "a small model")
+    name = title_of(options.config or INTERNLM3 if on_gpu or options.config else "a small model")
     contexts = options.context or [1024]
     batches = options.batch or ([] if options.chunk else [1] if options.quick else [1, 16])
     chunks = options.chunk or ([] if options.batch or options.quick else [4, 512])

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from .models import shapes_of
 from .record import Record, Row
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8c564b")  # Okabe and Ito's
@@ -75,7 +76,7 @@ def draw(record: Record, folder: str | Path) -> list[Path]:
 
 def _source(record: Record) -> str:
     stamp = record.stamp
-    shapes = stamp.get("shapes", {"of": "InternLM3-8B"})["of"]
+    shapes = shapes_of(stamp)["of"]
     return f"{stamp['device']}, commit {stamp['commit']}, {stamp['date'][:10]}; shapes of {shapes}"
 
 

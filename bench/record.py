@@ -53,7 +53,9 @@ class Row:
         if self.rounds:
             figure = f"{self.value:.4g} {self.unit} ({min(self.rounds):.4g} to {max(self.rounds):.4g})"
         share = f"{self.about['share']:.1%} of the {self.about['bound']} ceiling" if "bound" in self.about else ""
-        note = "; ".join(filter(None, (share, self.note)))
+        rate = f"{self.about['tokens/s']:.0f} tokens/s" if "tokens/s" in self.about else ""
+        sheet = f"{self.about['of data sheet']:.1%} of the data sheet" if "of data sheet" in self.about else ""
+        note = "; ".join(filter(None, (rate, share, sheet, self.note)))
         return f"{self.state:8}{self.part:12}{self.name:57} {figure:>34}  {note}".rstrip()
 
 

@@ -3,11 +3,11 @@
     python -m bench.report run.json                                        the table
     python -m bench.report run.json --csv run.csv --plot plots             every row as CSV; SVGs (needs matplotlib)
     python -m bench.report before.json after.json                          what changed, and which changes are noise
-    python -m bench.report a100.json h100.json h200.json                   a table of machines, by their newest records
+    python -m bench.report a100.json h100.json h200.json                   a table: the newest of each machine and model
     python -m bench.report OUT/gpu.json --markdown gpu.md                  all tables of python -m bench.gpu
     python -m bench.report OUT/gpu.json --readme                           writes the performance tables of the READMEs
 
-A record of a dry run is refused for the READMEs: its figures mean nothing.
+A record of a dry run or of another model is refused for the READMEs.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from typing import Any
 
 from . import ROOT, machines, plots, tables
 from .compare import compare
+from .models import INTERNLM3, shapes, shapes_of
 from .options import output
 from .record import Record, load
 from .roofline import Roofline
@@ -58,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parse = argparse.ArgumentParser(
         prog="python -m bench.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parse.add_argument("records", nargs="+", metavar="RECORD", help="one, or two of a machine, or several machines'")
+    parse.add_argument("records", nargs="+", metavar="RECORD", help="one, two of a machine and model, or of several")
     parse.add_argument("--csv", metavar="OUT", type=output, help="write one line per row")
     parse.add_argument("--markdown", metavar="OUT", type=output, help="write all tables")
     parse.add_argument("--plot", metavar="DIR", help="draw SVGs; needs matplotlib")
@@ -68,9 +69,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.plot:
             plots.check(options.plot)
         record, *after = records = [*map(load, options.records)]
-        several = len(records) > 2 or len({each.stamp["device"] for each in records}) > 1
+        devices = {each.stamp["device"] for each in records}
+        models = {shapes_of(each.stamp)["of"] for each in records if any(row.part == "decode" for row in each.rows)}
+        several = len(records) > 2 or len(devices) > 1 or len(models) > 1
         if several and (options.csv or options.markdown or options.plot or options.readme):
-            raise ValueError("the table of several machines is only printed: name one record")
+            raise ValueError("the table of several machines or models is only printed: name one record")
         if several:
             print(machines.table(records), end="")
         elif after:
@@ -78,6 +81,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif options.readme:
             if record.stamp.get("dry run"):
                 raise ValueError(f"{options.records[0]} is of a dry run on a CPU: its figures mean nothing")
+            if shapes_of(record.stamp) != shapes(INTERNLM3):
+                of = shapes_of(record.stamp)["of"]
+                raise ValueError(f"{options.records[0]} is of {of}: the READMEs have figures of InternLM3-8B")
             for name, above in ABOVE.items():
                 text = into_readme((ROOT / name).read_text("utf-8"), above, record)
                 (ROOT / name).write_text(text, "utf-8")

@@ -13,6 +13,7 @@ import torch
 
 from internlm3 import kernels
 from internlm3.kernels.triton.sample_search import PASSES, TOP_K, TOP_P, TYPICAL_P
+from internlm3.runtime.engine.draft_rows import MOST_SEQUENCES
 
 from .audit import CACHE, FACTS, Facts, digest, kernel_name
 from .cases import DENSE, PAGE, Arguments, Case, cases
@@ -183,6 +184,7 @@ def step(shape: Shape) -> Iterator[tuple[Case, bool]]:
         "rms_norm_linear": False,
         f"sample, {shape.sampling}": False,
         "advance": False,
+        **({"draft": False} if shape.batch <= MOST_SEQUENCES else {}),
     }
     known = [*cases(SIZE, batches=[shape.batch], chunks=[], contexts=[shape.context + PAGE])]
     quantised = shape.weights != DENSE

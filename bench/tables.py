@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from .data_sheets import with_rates
 from .record import Record, Row
 
 OPS_HEADER = (
@@ -40,7 +41,14 @@ def text(record: Record) -> str:
     lines += [ceilings(record.rows)] if any("ceiling" in row.about for row in record.rows) else []
     ops = [row for row in record.rows if row.part == "ops"]
     others = [row for row in record.rows if row.part != "ops" and "ceiling" not in row.about]
-    return "\n".join([*lines, *([OPS_HEADER] if ops else []), *map(op_line, ops), *map(str, others)])
+    return "\n".join(
+        [
+            *lines,
+            *([OPS_HEADER] if ops else []),
+            *map(op_line, ops),
+            *(str(with_rates(row, record.stamp["device"])) for row in others),
+        ]
+    )
 
 
 def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
@@ -53,6 +61,11 @@ def _by(rows: Iterable[Row], *names: str) -> dict[tuple[Any, ...], Row]:
     return {tuple(row.about[name] for name in names): row for row in rows if all(name in row.about for name in names)}
 
 
+def _share(row: Row) -> str:
+    """Of a ceiling; nothing in a record without ceilings."""
+    return f", {row.about['share']:.0%}" if "share" in row.about else ""
+
+
 def decode_table(rows: Sequence[Row]) -> str:
     """Decode steps by context length (down) and batch size (across): median, and share of the read ceiling."""
     known = _by([row for row in rows if row.part == "decode" and row.rounds], "context", "tokens")
@@ -60,10 +73,27 @@ def decode_table(rows: Sequence[Row]) -> str:
 
     def cell(context: int, batch: int) -> str:
         row = known.get((context, batch))
-        return f"{row.value:.2f} ms, {row.about['share']:.0%}" if row else "-"
+        return f"{row.value:.2f} ms{_share(row)}" if row else "-"
 
     lines = [[str(context), *(cell(context, batch) for batch in batches)] for context in contexts]
     return table(["context", *(f"batch {batch}" for batch in batches)], lines)
+
+
+def step_figures(row: Row | None, device: str) -> list[str]:
+    """A decode step that `device` measured: ms, tokens/s, and the shares of the memory bandwidth that are known."""
+    if row is None:
+        return ["-"]
+    about = with_rates(row, device).about
+    figures = [f"{row.value:.2f} ms", f"{about['tokens/s']:.0f} tokens/s"]
+    shares = {"share": "of measured", "of data sheet": "of data sheet"}
+    return figures + [f"{about[name]:.0%} {words}" for name, words in shares.items() if name in about]
+
+
+def steps_table(rows: Sequence[Row], device: str) -> str:
+    """Every decode step of any engine (down): ms, tokens/s, and shares of the memory bandwidth."""
+    steps = [row for row in rows if row.rounds and row.about.get("op") == "decode step"]
+    lines = [[row.part, row.name, ", ".join(step_figures(row, device))] for row in steps]
+    return table(["part", "decode step", "figures"], lines)
 
 
 def peers_table(rows: Sequence[Row]) -> str:
@@ -86,7 +116,7 @@ def peers_table(rows: Sequence[Row]) -> str:
 def first_token_table(rows: Sequence[Row]) -> str:
     """Time to first token by length of the prompt (across): median, and share of the matmul ceiling."""
     known = sorted(_by([row for row in rows if row.part == "first_token"], "tokens").items())
-    cells = [f"{row.value:.1f} ms, {row.about['share']:.0%}" for _, row in known]
+    cells = [f"{row.value:.1f} ms{_share(row)}" for _, row in known]
     return table(["prompt", *(f"{tokens} tokens" for (tokens,), _ in known)], [["time to first token", *cells]])
 
 
@@ -105,6 +135,10 @@ def markdown(record: Record) -> str:
     text = f"# Results\n\n{dry}{head}"
     if "decode" in parts:
         text += f"\n## Decode steps, and their share of the read ceiling\n\n{decode_table(record.rows)}"
+    steps = [row for part in ("decode", "quantised", "peers") for row in parts.get(part, ())]
+    if any(row.rounds for row in steps):
+        about = "Decode steps in tokens a second, and their shares of the memory bandwidth"
+        text += f"\n## {about}\n\n{steps_table(steps, record.stamp['device'])}"
     if "peers" in parts:
         text += f"\n## Decode steps of other implementations\n\n{peers_table(record.rows)}"
     if "first_token" in parts:

@@ -12,31 +12,47 @@ from torch import Tensor
 
 from internlm3 import InternLM3Config, InternLM3ForCausalLM
 from internlm3.runtime.engine import decode, prefill
+from internlm3.runtime.engine.draft_rows import MOST_SEQUENCES, DraftRows
 from internlm3.runtime.engine.layout import state_layout
 from internlm3.runtime.engine.state import DecodeState, Tier
 from internlm3.runtime.model import model as runtime_model
 from internlm3.runtime.model.kv_cache import PagedKVCache, pages_of
 from internlm3.runtime.model.rope import inverse_frequencies
 
-# InternLM3-8B-Instruct's config.json.
-EIGHT_B = InternLM3Config(
-    intermediate_size=10240, num_hidden_layers=48, num_key_value_heads=2,
-    rope_scaling={"rope_type": "dynamic", "factor": 6.0},
-)  # fmt: skip
-TOY = InternLM3Config(
-    vocab_size=320, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, head_dim=16, max_position_embeddings=32,
-    rope_scaling={"rope_type": "dynamic", "factor": 6.0},
-)  # fmt: skip
+from ..models import INTERNLM3, MODELS, Size
+
+TOY = Size(hidden=64, intermediate=96, vocabulary=320, heads=4, kv_heads=2, head_dim=16)
 
 
 def device_of(small: bool) -> torch.device:
     return torch.device("cpu") if small else torch.device("cuda", 0)
 
 
-def random_model(small: bool, layers: int | None = None, dtype: torch.dtype | None = None) -> InternLM3ForCausalLM:
-    """InternLM3-8B's shapes in bfloat16; for a dry run a toy's in float16, which the interpreter supports."""
-    config = InternLM3Config.from_dict((TOY if small else EIGHT_B).to_dict())
+def config_of(name: str, small: bool = False) -> InternLM3Config:
+    """The configuration of a model in MODELS; for a dry run, of a toy with its rotary embedding."""
+    model = MODELS[name]
+    size = TOY if small else model.size
+    return InternLM3Config(
+        vocab_size=size.vocabulary,
+        hidden_size=size.hidden,
+        intermediate_size=size.intermediate,
+        num_hidden_layers=2 if small else model.layers,
+        num_attention_heads=size.heads,
+        num_key_value_heads=size.kv_heads,
+        head_dim=size.head_dim,
+        max_position_embeddings=32 if small else model.window,
+        **model.rope,
+    )
+
+
+def random_model(
+    small: bool, name: str = INTERNLM3, *, layers: int | None = None, dtype: torch.dtype | None = None
+) -> InternLM3ForCausalLM:
+    """Shapes of a model in MODELS, in bfloat16; for a dry run a toy's in float16, which the interpreter supports.
+
+    layers: the most that it has.
+    """
+    config = config_of(name, small)
     config.num_hidden_layers = min(layers or config.num_hidden_layers, config.num_hidden_layers)
     torch.manual_seed(1)
     dtype = dtype or (torch.float16 if small else torch.bfloat16)
@@ -61,7 +77,8 @@ class Steps:
     """A batch of sequences of up to `tokens` tokens each, with pages of their own.
 
     Keys and values are random: uninitialized memory may contain a NaN, which ends a sequence, and its later steps would
-    do less. Raises torch.cuda.OutOfMemoryError, or MemoryError on a CPU, if the pages don't fit.
+    do less. Steps of few sequences end with their drafts, as the engine's do on a GPU. Raises
+    torch.cuda.OutOfMemoryError, or MemoryError on a CPU, if the pages don't fit.
     """
 
     def __init__(self, model: InternLM3ForCausalLM, batch: int, tokens: int):
@@ -73,6 +90,7 @@ class Steps:
             layer.normal_()
         layout = state_layout(pages, config.vocab_size, config.head_dim)
         self.state = DecodeState.of(layout, torch.zeros(batch * layout.words, dtype=torch.int32, device=device))
+        self.rows = DraftRows.like(self.state).of(batch) if batch <= MOST_SEQUENCES else None
         self.state.max_len.fill_(2**30)
         self.state.allowed.fill_(-1)
         self.state.permitted.fill_(-1)
@@ -103,3 +121,5 @@ class Steps:
     @torch.inference_mode()
     def step(self, tier: Tier = Tier.USUAL) -> None:
         decode.step(self.model, self.kv_cache, self.state, tier)
+        if self.rows is not None:
+            decode.draft(self.model.model.ops, self.state, self.rows)

@@ -23,7 +23,7 @@ from internlm3.runtime.engine.state import Tier
 from internlm3.runtime.sampling.params import SamplingParams
 
 from ..record import Part, Row
-from .bare_step import Steps, on_ops, random_model
+from .bare_step import Steps, config_of, on_ops, random_model
 
 STEPS = 4  # after a prompt
 SETTINGS = (
@@ -34,13 +34,14 @@ SETTINGS = (
 )
 
 
-def rows(small: bool) -> Iterator[Row]:
+def rows(small: bool, name: str) -> Iterator[Row]:
     part = Part("correctness")
-    # The last prompt is longer than the trained window, here and in a dry run.
-    for layers, tokens in [(2, 40)] if small else [(2, 700), (48, 700), (2, 32_760), (2, 40_000)]:
-        name = f"{layers} layers: logits of a prompt of {tokens} tokens and of the steps after it"
-        yield part.check(name, partial(_logits, small, layers, tokens))
-    model = random_model(small, 4)
+    whole = config_of(name, small).num_hidden_layers
+    # The last prompt is longer than InternLM3's trained window, here and in a dry run.
+    for layers, tokens in [(2, 40)] if small else [(2, 700), (whole, 700), (2, 32_760), (2, 40_000)]:
+        checked = f"{layers} layers: logits of a prompt of {tokens} tokens and of the steps after it"
+        yield part.check(checked, partial(_logits, small, layers, tokens, name))
+    model = random_model(small, name, layers=4)
     capture = (lambda: eager) if small else cuda_graphs
     yield part.check("graphs and eager steps give the same tokens and bits", lambda: _graphs(model, small, capture))
     yield from _replays(part, model, small)
@@ -57,8 +58,8 @@ def _ids(count: int, vocab_size: int, seed: int) -> list[int]:
     return torch.randint(1, vocab_size, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def _logits(small: bool, layers: int, prompt: int) -> str:
-    model = random_model(small, layers)
+def _logits(small: bool, layers: int, prompt: int, name: str) -> str:
+    model = random_model(small, name, layers=layers)
     ids = _ids(prompt + (1 if small else STEPS), model.config.vocab_size, prompt)
 
     def logits(model: InternLM3ForCausalLM) -> Tensor:

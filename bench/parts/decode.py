@@ -28,9 +28,9 @@ BATCHES = (1, 2, 4, 8, 16, 32)
 FIRST = ((1024, 1), (32768, 1), (1024, 16))
 
 
-def rows(small: bool) -> Iterator[Row]:
+def rows(small: bool, name: str) -> Iterator[Row]:
     part = Part("decode")
-    model = random_model(small)
+    model = random_model(small, name)
     rest = [(context, batch) for batch in BATCHES for context in CONTEXTS]
     shapes = [(16, 1), (32, 2)] if small else [*FIRST, *(shape for shape in rest if shape not in FIRST)]
     for context, batch in shapes:

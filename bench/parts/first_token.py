@@ -25,9 +25,9 @@ from ..timing import name_of
 from .bare_step import random_model
 
 
-def rows(small: bool) -> Iterator[Row]:
+def rows(small: bool, name: str) -> Iterator[Row]:
     part = Part("first_token")
-    model = random_model(small)
+    model = random_model(small, name)
     weights = sum(weight.numel() for weight in model.model.layers.parameters())
     # 700: one whole chunk, and a short one after it.
     for tokens in (8, 24) if small else (16, 128, 512, 700, 1024, 2048, 8192):
@@ -41,14 +41,14 @@ def rows(small: bool) -> Iterator[Row]:
     if not small:
         torch.cuda.empty_cache()
     for run in ("first", "second"):  # the second finds every kernel compiled
-        command = [sys.executable, "-m", __name__, "small" if small else "8b", str(time.monotonic())]
+        command = [sys.executable, "-m", __name__, "small" if small else "whole", name, str(time.monotonic())]
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
         if done.returncode:
             last = done.stderr.strip().splitlines()[-1:]
             yield part.check(f"process start, {run} run", f"exit code {done.returncode}: {last[0] if last else ''}")
             continue
-        for name, seconds in json.loads(done.stdout.splitlines()[-1]).items():
-            yield part.figure(f"process start, {run} run: {name}", [seconds], "s", start=run)
+        for stage, seconds in json.loads(done.stdout.splitlines()[-1]).items():
+            yield part.figure(f"process start, {run} run: {stage}", [seconds], "s", start=run)
 
 
 def prompt_times(model: InternLM3ForCausalLM, tokens: int, rounds: int) -> list[float]:
@@ -64,7 +64,7 @@ def prompt_times(model: InternLM3ForCausalLM, tokens: int, rounds: int) -> list[
     return times[1:]
 
 
-def start(small: bool, begin: float) -> None:
+def start(small: bool, name: str, begin: float) -> None:
     """Runs in a new process: prints the seconds of each stage. begin: `time.monotonic` before the process started."""
     stages: dict[str, float] = {}
 
@@ -76,7 +76,7 @@ def start(small: bool, begin: float) -> None:
         stages[stage], begin = now - begin, now
 
     done("interpreter and imports")
-    model = random_model(small)
+    model = random_model(small, name)
     done("random weights")
     engine = Engine(model, max_batch_size=1, max_seq_len=64 if small else 2048)
     done("pages and state")
@@ -90,4 +90,4 @@ def start(small: bool, begin: float) -> None:
 
 
 if __name__ == "__main__":
-    start(sys.argv[1] == "small", float(sys.argv[2]))
+    start(sys.argv[1] == "small", sys.argv[2], float(sys.argv[3]))

@@ -27,12 +27,12 @@ SHAPES = ((1, 1024), (1, 32768), (4, 1024), (16, 1024))  # batch size, context l
 REPLAYS = 4
 
 
-def rows(small: bool) -> Iterator[Row]:
+def rows(small: bool, name: str) -> Iterator[Row]:
     part = Part("launch_profile")
     if small:
         yield part.missing("a step, launch by launch", "needs a GPU's graphs")
         return
-    model = random_model(small)
+    model = random_model(small, name)
     for batch, context in SHAPES:
         shape = shape_of(batch, context)
         added = added_times(model, batch, context)

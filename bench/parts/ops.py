@@ -5,16 +5,16 @@ from collections.abc import Iterator
 import torch
 
 from .. import ops, peers
-from ..cases import DENSE, INTERNLM3_8B, SMALL, cases
+from ..cases import DENSE, SIZES, SMALL, cases
 from ..record import Row
 from .bare_step import device_of
 
 
-def rows(small: bool) -> Iterator[Row]:
+def rows(small: bool, name: str) -> Iterator[Row]:
     """The cases that take longest come last, in case the part runs out of time."""
     device, dtype, rounds = device_of(small), torch.bfloat16, 3 if small else 20
     shapes = [([1], [], [1024]), ([1, 16], [], [32768]), ([4, 16], [], [1024]), ([], [512], [1024, 8192])]
-    size = SMALL if small else INTERNLM3_8B
+    size = SMALL if small else SIZES[name]
     chosen = [
         case
         for batches, chunks, contexts in ([([1], [], [64])] if small else shapes)

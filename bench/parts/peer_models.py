@@ -27,9 +27,9 @@ SECONDS = 150  # time limit for a peer to get ready, compiling included
 Peer = Callable[[InternLM3ForCausalLM, int, int], Call]
 
 
-def rows(small: bool) -> Iterator[Row]:
+def rows(small: bool, name: str) -> Iterator[Row]:
     part = Part("peers")
-    model = random_model(small)
+    model = random_model(small, name)
     yield part.check("the plain model gives the step's logits", lambda: _same(model, small))
     # Peers that compile for minutes come last, in case the part runs out of time.
     known = {

@@ -18,10 +18,10 @@ from .decode import shape_of, step_row, step_times
 SHAPES = ((1, 1024), (16, 1024), (4, 1024), (1, 32768))  # batch sizes and context lengths
 
 
-def rows(small: bool) -> Iterator[Row]:
+def rows(small: bool, name: str) -> Iterator[Row]:
     part = Part("quantised")
     for stored in OWN_FORMS:
-        model = quantised_model(small, stored)
+        model = quantised_model(small, name, stored)
         for batch, context in [(1, 16), (9, 16)] if small else SHAPES:
             try:
                 times = step_times(model, batch, context, small)
@@ -31,9 +31,9 @@ def rows(small: bool) -> Iterator[Row]:
             yield step_row(part, times, model, stored, batch, context)
 
 
-def quantised_model(small: bool, stored: str) -> InternLM3ForCausalLM:
+def quantised_model(small: bool, name: str, stored: str) -> InternLM3ForCausalLM:
     """A model of random weights whose projections are of this form of `bench.cases`, and whose head is int8."""
-    model = random_model(small)
+    model = random_model(small, name)
     config = model.config
     size = Size(config.hidden_size, config.intermediate_size, config.vocab_size, config.num_attention_heads,
                 config.num_key_value_heads, config.head_dim)  # fmt: skip
@@ -42,6 +42,6 @@ def quantised_model(small: bool, stored: str) -> InternLM3ForCausalLM:
         if isinstance(layer, Linear):
             outputs, inputs = layer.weight.shape
             weight = make.quantised(outputs, inputs, "int8" if path == "lm_head" else stored)
-            parent, _, name = path.rpartition(".")
-            setattr(model.get_submodule(parent), name, QuantisedLinear.of(layer, weight))
+            parent, _, child = path.rpartition(".")
+            setattr(model.get_submodule(parent), child, QuantisedLinear.of(layer, weight))
     return model

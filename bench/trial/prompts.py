@@ -84,7 +84,7 @@ def products_by_rows(
 
 def chunk_kernels(part: Part, small: bool, layers: int) -> Iterator[Row]:
     """The kernels of one chunk of a prompt after 0, 1536 and 7680 cached tokens, in microseconds of a layer."""
-    model = random_model(small, layers)
+    model = random_model(small, layers=layers)
     chunk, cached_lengths = (16, (0, 48)) if small else (prefill.CHUNK, (0, 1536, 7680))
     steps = Steps(model, 1, max(cached_lengths) + chunk)
     ids = torch.randint(1, model.config.vocab_size, (max(cached_lengths) + chunk,), device=model.device)

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..common.files import draft_of, json_bytes, remove_dead_drafts, write
+from ..common.files import draft_of, json_bytes, remove_dead_drafts, share, write
 from ..common.hub import WEIGHTS
 from .weight_files import tied_names
 
@@ -50,6 +50,7 @@ def save_weights(
     try:
         for path, group in zip(shards, groups, strict=True):
             save_file({name: weights[name].contiguous() for name in group}, path, metadata={"format": "pt"})
+            share(path)
         if target == index:
             weight_map = {name: path.name for path, group in zip(shards, groups, strict=True) for name in group}
             total = sum(weight.nbytes for weight in weights.values())

@@ -96,6 +96,13 @@ def write(path: Path, content: bytes) -> None:
         draft.write_bytes(content)
 
 
+def share(path: Path) -> None:
+    """Gives a file the permissions of any new file: safetensors lets only the owner read those that it writes."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
+
+
 def json_bytes(content: dict[str, Any]) -> bytes:
     """The content of a JSON file: indented, in UTF-8."""
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()

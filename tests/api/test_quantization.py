@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from internlm3 import LLM
+from internlm3.runtime.checkpoint.quantise.checkpoint import quantise_checkpoint
 from internlm3.runtime.checkpoint.quantise.rounding import to_integers
 from internlm3.runtime.model.quantised_linear import QuantisedLinear
 from internlm3.tests.support.checkpoints import change
@@ -99,6 +100,17 @@ def test_a_change_of_a_weight_is_seen(make):
 def test_a_wrong_quantization_is_named(tiny_folder, quantization, error, message):
     with pytest.raises(error, match=message):
         LLM(tiny_folder, quantization=quantization, progress=False)
+
+
+def test_what_a_quantised_checkpoint_is_may_be_said(make, tmp_path):
+    quantise_checkpoint(make(), tmp_path / "out", "int8", progress=False)
+    kept = LLM(tmp_path / "out", progress=False)
+    said = LLM(tmp_path / "out", quantization="compressed-tensors", progress=False)
+    assert len(quantised_layers(kept)) == len(quantised_layers(said)) == 4 * 2 + 1
+    with pytest.raises(ValueError, match=r"out is quantised already \(compressed-tensors, .*leave quantization away"):
+        LLM(tmp_path / "out", quantization="int4", progress=False)
+    with pytest.raises(ValueError, match=r"quantization 'awq': .*out is 'compressed-tensors'. What a checkpoint is"):
+        LLM(tmp_path / "out", quantization="awq", progress=False)
 
 
 def test_a_layer_that_4_bits_cannot_hold(make):

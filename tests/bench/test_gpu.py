@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from bench import ROOT, gpu
+from bench.models import SIZES
 from bench.parts import suite
 from bench.record import Part, Record, load, read_rows
 from bench.roofline import Roofline
@@ -17,7 +18,7 @@ PLANTED = """
 import os, sys, time
 from bench.record import Part
 
-def rows(small):
+def rows(small{argument}):
     part = Part("{name}")
     yield part.check("sound", "")
     yield part.figure("three rounds", [1.0, 2.0, 4.0], "ms", engine="internlm3", context=16, share=0.5)
@@ -29,11 +30,14 @@ def rows(small):
 def plant(tmp_path, monkeypatch):
     """Replaces the parts of bench.gpu, by name and the last line of their code."""
 
-    def plant(parts: dict[str, str], seconds: int = 10**6, shares: Sequence[str] = ()) -> None:
+    def plant(
+        parts: dict[str, str], seconds: int = 10**6, shares: Sequence[str] = (), of_model: Sequence[str] = ()
+    ) -> None:
         limits = {}
         for name, then in parts.items():
-            (tmp_path / f"planted_{name}.py").write_text(PLANTED.format(name=name, then=then))
-            limits[name] = gpu.Limit(f"planted_{name}", seconds, shares=name in shares)
+            argument = ", name" * (name in of_model)
+            (tmp_path / f"planted_{name}.py").write_text(PLANTED.format(name=name, argument=argument, then=then))
+            limits[name] = gpu.Limit(f"planted_{name}", seconds, shares=name in shares, of_model=name in of_model)
         program = ["import sys", "from bench import gpu", f"sys.path.insert(0, {str(tmp_path)!r})"]
         program += [f"gpu.PARTS = {{name: gpu.Limit(name, 0) for name in {[*parts]}}}"]
         program += ["gpu.PARTS = {name: gpu.Limit(f'planted_{name}', 0) for name in gpu.PARTS}", "sys.exit(gpu.main())"]
@@ -88,11 +92,11 @@ def in_process(tmp_path, monkeypatch):
     """Parts run in this process, which saves their start."""
     monkeypatch.syspath_prepend(tmp_path)
 
-    def run(part, out, small, seconds):
+    def run(part, out, small, model, seconds):
         sys.modules.pop(gpu.PARTS[part].module, None)
         (out / f"{part}.jsonl").unlink(missing_ok=True)
         try:
-            gpu.work(part, out, small)
+            gpu.work(part, out, small, model)
         except RuntimeError as error:
             return str(error)
         return ""
@@ -157,7 +161,7 @@ def test_a_part_that_exceeds_its_limit_is_killed(tmp_path, plant, monkeypatch):
             raise subprocess.TimeoutExpired(self.args, timeout)
 
     monkeypatch.setattr(gpu.subprocess, "Popen", Process)
-    assert gpu.run("endless", tmp_path, True, 20.0) == "exceeded its limit of 20 s"
+    assert gpu.run("endless", tmp_path, True, "internlm3-8b", 20.0) == "exceeded its limit of 20 s"
     assert [row.name for row in read_rows(tmp_path / "endless.jsonl")] == ["sound", "three rounds"]
 
 
@@ -172,6 +176,8 @@ def test_a_part_that_starts_too_late_is_a_failure(tmp_path, plant, capsys):
     [
         (["--part", "correctnes"], "there is no part 'correctnes': did you mean 'correctness'?"),
         (["--minutes", "0"], "--minutes 0 must be positive"),
+        (["--model", "llama-3-8b"], "there is no model 'llama-3-8b': did you mean 'llama-3.1-8b'?"),
+        (["--model", "qwen3-8b", "--part", "trial"], "the part trial is of internlm3-8b only"),
     ],
 )
 def test_bad_arguments(tmp_path, capsys, arguments, message):
@@ -196,15 +202,39 @@ def test_without_a_gpu_nothing_is_measured(tmp_path, monkeypatch, capsys):
 def test_every_part_yields_rows():
     for limit in gpu.PARTS.values():
         source = ROOT.joinpath(*limit.module.split(".")).with_suffix(".py").read_text()
-        assert "\ndef rows(small: bool) -> Iterator[Row]:\n" in source
+        of_model = ", name: str" * limit.of_model
+        assert f"\ndef rows(small: bool{of_model}) -> Iterator[Row]:\n" in source
+
+
+def test_the_parts_of_another_model(tmp_path, plant, in_process, capsys):
+    """Those that its shapes change, of its name, and the ceilings of their shares. A record is of one model."""
+    plant(
+        {"same": "", "of_model": 'yield part.check(name, "")', "ceilings": ""},
+        shares=("of_model",),
+        of_model=["of_model"],
+    )
+    arguments = ["--out", str(tmp_path / "out"), "--small"]
+    assert gpu.main([*arguments, "--model", "Llama-3.1-8B"]) == 0
+    record = load(tmp_path / "out" / "gpu.json")
+    assert {row.part for row in record.rows} == {"of_model", "ceilings"}
+    assert "llama-3.1-8b" in [row.name for row in record.rows]
+    assert record.stamp["shapes"] == {"of": "Llama-3.1-8B", **SIZES["llama-3.1-8b"]._asdict()}
+    with pytest.raises(SystemExit):
+        gpu.main(arguments)
+    assert "has the record of Llama-3.1-8B: name another folder, a record is of one model" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    "parts", [["decode", "first_token", "launch_profile", "quantised"], ["correctness"], ["trial"]], ids=" ".join
+    ("parts", "model"),
+    [
+        (["decode", "first_token", "launch_profile", "quantised"], "llama-3.1-8b"),
+        (["correctness"], "internlm3-8b"),
+        (["trial"], "internlm3-8b"),
+    ],
 )
-def test_a_dry_run(tmp_path, parts, capfd):
+def test_a_dry_run(tmp_path, parts, model, capfd):
     """The same code as on a GPU machine, at a toy model's shapes; Triton's ops run in the interpreter."""
-    code = gpu.main(["--out", str(tmp_path), "--small", "--part", *parts])
+    code = gpu.main(["--out", str(tmp_path), "--small", "--model", model, "--part", *parts])
     logs = [path.read_text() for path in tmp_path.glob("*.log")]
     assert code == 0, capfd.readouterr().out + "".join(logs)
     found = load(tmp_path / "gpu.json").rows
@@ -235,9 +265,9 @@ class Wrong:
         return (lambda *a, **k: op(*a, **k) * 1.01) if name == "linear_add" else op
 
 correctness.kernels = SimpleNamespace(for_device=lambda device: Wrong())
-print(correctness._logits(True, 1, 8))
+print(correctness._logits(True, 1, 8, "internlm3-8b"))
 
-model = correctness.random_model(True, 2)
+model = correctness.random_model(True, layers=2)
 
 def capture():
     def make(step):

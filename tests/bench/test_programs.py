@@ -21,6 +21,8 @@ COMMANDS = [
     for line in block.splitlines()
     if line.startswith("python -m bench.")
 ]
+# Words of a command, and what stands for them here: our engine of a CPU, a short context, tiny shapes.
+SMALL = {"triton": "cpu", "32768": "300", "llama-3.1-8b": "PATH"}
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests of what happens on a CPU")
 
 
@@ -36,7 +38,7 @@ def test_commands_of_ops(command, tmp_path, monkeypatch, capsys):
     )
     (mine,) = re.findall(r"```python\n(# mine.py.*?)```", README, re.DOTALL)
     (tmp_path / "mine.py").write_text(mine)
-    arguments = [{"triton": "cpu", "32768": "300"}.get(word, word) for word in command[1:]]  # our engine on a CPU
+    arguments = [SMALL.get(word, word) for word in command[1:]]
     if "--config" not in arguments:
         arguments += ["--config", "PATH"]
     assert ops.main([*arguments, "--rounds", "1"]) == 0

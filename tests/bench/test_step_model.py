@@ -48,6 +48,7 @@ print(json.dumps({
     "parts": {
         each.op + ", " + each.shape: each.stored for each, _ in step_launches.step(Shape(4, 1024, weights="float8"))
     },
+    "last": [[each.op for each, _ in step_launches.step(Shape(batch, 1024))][-1] for batch in (1, 8, 9)],
     "cublas": compiled(Shape(128, 1024), "embed", "linear_add"),
     "records": [rates(path) for path in sys.argv[2:]],
 }))
@@ -141,6 +142,10 @@ def test_a_step_has_the_weights_that_are_asked_for(result):
     found = {name: stored for name, stored in result["parts"].items() if stored != "dense"}
     assert sorted(found.values()) == ["float8"] * 4 + ["int8"]
     assert [name for name, stored in found.items() if stored == "int8"] == ["rms_norm_linear, batch 4, lm_head int8"]
+
+
+def test_a_step_of_few_sequences_ends_with_their_drafts(result):
+    assert result["last"] == ["draft", "draft", "advance"]
 
 
 def test_a_step_with_cublas_is_left_out(result):

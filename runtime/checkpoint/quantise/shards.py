@@ -7,7 +7,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ...common.files import json_bytes
+from ...common.files import json_bytes, share
 from ...common.hub import WEIGHTS
 
 SINGLE, INDEX = WEIGHTS[0]
@@ -46,7 +46,9 @@ class Shards:
         (self._folder / INDEX).write_bytes(json_bytes(content))
 
     def _flush(self) -> None:
-        save_file(self._pending, self._draft(len(self._written)), metadata={"format": "pt"})
+        draft = self._draft(len(self._written))
+        save_file(self._pending, draft, metadata={"format": "pt"})
+        share(draft)
         self._written.append(list(self._pending))
         self._pending = {}
 

@@ -241,3 +241,14 @@ def test_what_cannot_be_quantised(source, target, tmp_path, monkeypatch):
     refused(source, "GGUF")
     make(2, torch.bfloat16, **{**MODEL, "intermediate_size": 40}).save_pretrained(tmp_path / "odd")
     refused(tmp_path / "odd", "down_proj", "40 inputs")
+
+
+@pytest.mark.parametrize("limit", ["5GB", "20KB"])
+def test_files_have_the_permissions_of_new_ones(source, tmp_path, limit):
+    """As their folder's other files have: safetensors lets only the owner read those that it writes."""
+    make(1).save_pretrained(tmp_path / "saved", max_shard_size=limit)
+    quantise_checkpoint(source, tmp_path / "quantised", "int8", progress=False)
+    (tmp_path / "new").touch()
+    expected = (tmp_path / "new").stat().st_mode
+    for folder in ("saved", "quantised"):
+        assert {path.stat().st_mode for path in (tmp_path / folder).iterdir()} == {expected}
