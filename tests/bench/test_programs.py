@@ -54,7 +54,7 @@ def test_commands_of_report(command, tmp_path, monkeypatch, capsys):
     results = ROOT / "bench" / "results"
     (tmp_path / "OUT").mkdir()
     shutil.copy(results / "2026-11-27-h200.json", "OUT/gpu.json")
-    for name in ("before.json", "run.json"):
+    for name in ("before.json", "run.json", "a100.json", "h100.json", "h200.json"):
         shutil.copy(results / "2026-11-25-ops-cpu.json", name)
     assert report.main(command[1:]) == 0 and capsys.readouterr().out
     for name in {"run.csv", "plots", "gpu.md"} & {*command}:
@@ -71,7 +71,7 @@ def test_every_program_is_in_the_table():
     folder = ROOT / "bench"  # of which bench.gpu starts the parts
     paths = [path for path in folder.rglob("*.py") if path.parent.name != "parts"]
     files = [path for path in paths if '__name__ == "__main__"' in path.read_text()]
-    programs = {".".join(path.relative_to(folder).with_suffix("").parts) for path in files}
+    programs = {".".join(path.relative_to(folder).with_suffix("").parts).removesuffix(".__main__") for path in files}
     assert {*re.findall(r"^\| `python -m bench\.([\w.]+)", README, re.MULTILINE)} == programs
     assert {each[0].partition(".")[2] for each in COMMANDS} <= programs
 
