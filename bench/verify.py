@@ -16,6 +16,10 @@ from .cases import Arguments
 # How far a result may be off, in steps of its dtype relative to the value and to the RMS of its row: an op rounds a
 # handful of times, and in float32 sums of thousands of terms come in any order.
 STEPS = MappingProxyType({torch.bfloat16: 4.0, torch.float16: 4.0, torch.float32: 256.0})
+# By how much more for ops that round several results in sequence, and multiply one by another: a rounded factor counts
+# as often as the other factor is larger than the row's RMS. Of ten million honest results a few are off by 7 steps in
+# rms_norm_swiglu, by 4 in rms_norm_qkv_rope_cache.
+MORE_STEPS = MappingProxyType({"rms_norm_swiglu": 4.0, "rms_norm_qkv_rope_cache": 2.0})
 
 
 def copies(arguments: Arguments, copy: Callable[[Tensor], Tensor]) -> Arguments:
@@ -31,12 +35,12 @@ def _tuple(result: Any) -> tuple[Any, ...]:
     return result if isinstance(result, tuple) else (result,)
 
 
-def _difference(name: str, found: Tensor, expected: Tensor, exact: Tensor) -> str:
+def _difference(op: str, name: str, found: Tensor, expected: Tensor, exact: Tensor) -> str:
     """expected: the reference's result; exact: its result from float32 inputs."""
     if not expected.is_floating_point():
         return harness.difference(name, found, expected)
     exact = exact.double()
-    steps = STEPS[expected.dtype]
+    steps = STEPS[expected.dtype] * MORE_STEPS.get(op, 1.0)
     size = exact.abs() + (exact.square().mean(-1, keepdim=True).sqrt() if exact.dim() else 0)
     bound = steps * torch.finfo(expected.dtype).eps * size
     return harness.difference(name, found, exact, bound, f"{steps:.0f} steps of the dtype")
@@ -102,11 +106,11 @@ def judge(op: str, before: Arguments, given: Arguments, results: Any, strict: bo
             return f"{name} has shape {list(found.shape)}, must have {list(want.shape)}"
         if found.numel() != want.numel():
             return f"{name} has {found.numel()} elements, must have {want.numel()}"
-        error = _difference(name, found.reshape(want.shape), want, precise)
+        error = _difference(op, name, found.reshape(want.shape), want, precise)
         if error:
             return error
     for name in written:
-        error = _difference(name, given[name], after[name], after_exact[name])
+        error = _difference(op, name, given[name], after[name], after_exact[name])
         if error:
             return error
     return ""

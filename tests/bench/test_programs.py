@@ -36,7 +36,8 @@ def test_commands_of_ops(command, tmp_path, monkeypatch, capsys):
     )
     (mine,) = re.findall(r"```python\n(# mine.py.*?)```", README, re.DOTALL)
     (tmp_path / "mine.py").write_text(mine)
-    arguments = [{"triton": "cpu", "32768": "300"}.get(word, word) for word in command[1:]]  # our engine on a CPU
+    smaller = {"triton": "cpu", "32768": "300", "llama-3.1-8b": "PATH"}  # our engine on a CPU
+    arguments = [smaller.get(word, word) for word in command[1:]]
     if "--config" not in arguments:
         arguments += ["--config", "PATH"]
     assert ops.main([*arguments, "--rounds", "1"]) == 0
@@ -51,7 +52,8 @@ def test_commands_of_report(command, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     results = ROOT / "bench" / "results"
     (tmp_path / "OUT").mkdir()
-    shutil.copy(results / "2026-11-27-h200.json", "OUT/gpu.json")
+    for name in ("OUT/gpu.json", "a100.json", "h100.json", "h200.json"):
+        shutil.copy(results / "2026-11-27-h200.json", name)
     for name in ("before.json", "run.json"):
         shutil.copy(results / "2026-11-25-ops-cpu.json", name)
     assert report.main(command[1:]) == 0 and capsys.readouterr().out
