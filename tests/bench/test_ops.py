@@ -15,7 +15,7 @@ from bench import ROOT, harness, ops, peers, record, roofline, tables, verify
 from bench.cases import DENSE, FORMS, Inputs, Size, cases, read_size
 from bench.roofline import Roofline
 from internlm3 import kernels
-from internlm3.kernels import reference
+from internlm3.kernels import cpu, reference
 
 TINY = Size(hidden=32, intermediate=48, vocabulary=70, heads=4, kv_heads=2, head_dim=16)
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests of what happens on a CPU")
@@ -72,6 +72,17 @@ def test_the_reference_takes_every_case(dtype):
     for case in cases(TINY, [dtype], [1, 3], [5], [100]):
         arguments = case.arguments(device)
         assert verify.error_of(case.op, arguments, lambda given, op=case.op: getattr(reference, op)(**given)) == ""
+
+
+def test_honest_results_that_are_far_off_are_right():
+    """The furthest of many: a row whose gate and up are both large, with rounded factors."""
+    seeds = {"rms_norm_swiglu": range(40), "rms_norm_qkv_rope_cache": range(10)}
+    for case in cases(TINY, batches=[], chunks=[512], contexts=[512]):
+        for seed in seeds.get(case.op, ()):
+            torch.manual_seed(seed)
+            arguments = case.arguments(torch.device("cpu"))
+            run = lambda given, op=case.op: getattr(cpu, op)(**given)  # noqa: E731
+            assert verify.error_of(case.op, arguments, run) == "", (case.op, case.shape, seed)
 
 
 @pytest.mark.parametrize("strict", [False, True])

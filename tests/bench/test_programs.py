@@ -21,8 +21,6 @@ COMMANDS = [
     for line in block.splitlines()
     if line.startswith("python -m bench.")
 ]
-# Words of a command, and what stands for them here: our engine of a CPU, a short context, tiny shapes.
-SMALL = {"triton": "cpu", "32768": "300", "llama-3.1-8b": "PATH"}
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests of what happens on a CPU")
 
 
@@ -38,7 +36,8 @@ def test_commands_of_ops(command, tmp_path, monkeypatch, capsys):
     )
     (mine,) = re.findall(r"```python\n(# mine.py.*?)```", README, re.DOTALL)
     (tmp_path / "mine.py").write_text(mine)
-    arguments = [SMALL.get(word, word) for word in command[1:]]
+    smaller = {"triton": "cpu", "32768": "300", "llama-3.1-8b": "PATH"}  # our engine on a CPU
+    arguments = [smaller.get(word, word) for word in command[1:]]
     if "--config" not in arguments:
         arguments += ["--config", "PATH"]
     assert ops.main([*arguments, "--rounds", "1"]) == 0
@@ -53,8 +52,9 @@ def test_commands_of_report(command, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     results = ROOT / "bench" / "results"
     (tmp_path / "OUT").mkdir()
-    shutil.copy(results / "2026-11-27-h200.json", "OUT/gpu.json")
-    for name in ("before.json", "run.json", "a100.json", "h100.json", "h200.json"):
+    for name in ("OUT/gpu.json", "a100.json", "h100.json", "h200.json"):
+        shutil.copy(results / "2026-11-27-h200.json", name)
+    for name in ("before.json", "run.json"):
         shutil.copy(results / "2026-11-25-ops-cpu.json", name)
     assert report.main(command[1:]) == 0 and capsys.readouterr().out
     for name in {"run.csv", "plots", "gpu.md"} & {*command}:
