@@ -16,6 +16,7 @@ from internlm3.runtime.checkpoint.gguf.blocks import BLOCKS, numbers
 from internlm3.runtime.checkpoint.gguf.folder import locate
 from internlm3.runtime.checkpoint.gguf.reader import GGUFHeader
 from internlm3.runtime.checkpoint.load import load_model
+from internlm3.runtime.checkpoint.quantise.rounding import to_integers
 from internlm3.runtime.checkpoint.quantised.integers import Integers
 from internlm3.runtime.common import hub
 from internlm3.runtime.model.model import LanguageModel
@@ -94,6 +95,15 @@ def test_weights_stay_quantised(tmp_path, kind):
         size = sum(tensor.numel() * tensor.itemsize for tensor in layer.parameters())
         group, minimum = 16 if kind == "Q6_K" else 32, kind in ("Q4_1", "Q5_1", "Q4_K", "Q5_K")
         assert size * 8 == expected.numel() * ((4 if "Q4" in kind else 8) + 32 * (1 + minimum) / group)
+
+
+def test_a_file_of_floats_can_be_quantised(tmp_path):
+    weights, config = write(tmp_path / "a.gguf", lambda name: "F16", **SHAPE)
+    model = loaded(tmp_path / "a.gguf", keep_quantised=True, quantization="int8")
+    layers = [layer for layer in model.modules() if isinstance(layer, QuantisedLinear)]
+    assert len(layers) == 4 * config.num_hidden_layers + 1
+    head = to_integers("lm_head", weights["lm_head.weight"], torch.bfloat16, "int8", 128, False)
+    assert torch.equal(model.lm_head.weight.dense(), head.weight())
 
 
 def test_the_dtype_is_the_files(tmp_path):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ....kernels import quantised as kernels
 from ....kernels.quantised import Layout, Weight
@@ -45,9 +46,9 @@ class RoundedFiles(WeightFiles):
     def read(
         self, path: Path, names: Collection[str], device: torch.device, packed: Collection[str] = ()
     ) -> Iterator[tuple[str, Weight]]:
-        for name, tensor in self.stored.tensors(path, names, device):
+        for name, tensor in self.stored.read(path, names, device):
             own = form_of(name, self.form)
-            if name in packed and own is not None:
+            if name in packed and own is not None and isinstance(tensor, Tensor):  # nothing is stored quantised
                 # Zero points are in the low bits of the scales, which float32 would need for itself.
                 dtype = torch.bfloat16 if tensor.dtype == torch.float32 else tensor.dtype
                 yield name, to_integers(name, tensor, dtype, own, GROUPS[0], False).as_weight(packed=True)
