@@ -202,10 +202,8 @@ def _packed(q: Tensor, form: Form) -> Tensor:
 
 def _unpacked(words: Tensor, form: Form) -> Tensor:
     """Words [O, N] -> [O, N * fields]."""
-    bits = BITS[form.kind]
-    blocks = words.unflatten(1, (-1, 1, form.width))
-    shifts = torch.arange(0, 16, bits, dtype=torch.int16, device=words.device)[:, None]
-    numbers = ((blocks >> shifts) & ((1 << bits) - 1)).flatten(1)
+    low, high = words.view(torch.uint8).unflatten(1, (-1, form.width, 2)).unbind(-1)  # the bytes of each word
     if form.kind == "int4":
-        return numbers
-    return numbers.to(torch.uint8).view(torch.int8 if form.kind == "int8" else torch.float8_e4m3fn)
+        return torch.stack([low & 15, low >> 4, high & 15, high >> 4], 2).flatten(1)
+    numbers = torch.stack([low, high], 2).flatten(1)
+    return numbers.view(torch.int8 if form.kind == "int8" else torch.float8_e4m3fn)
