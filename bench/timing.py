@@ -32,13 +32,13 @@ def rounds_of(call: Call, calls: int) -> Iterator[float]:
             yield (perf_counter() - started) * 1e6 / calls
 
 
-def cold_calls(device: torch.device, moved: int, held: int) -> tuple[int, bool]:
+def cold_calls(device: torch.device, moved: int, size: int) -> tuple[int, bool]:
     """How many calls a round makes on a GPU, each on arguments of its own; whether their inputs come from memory.
 
-    moved: bytes that a call reads and writes. held: bytes of its arguments. False: L2 may keep some from before.
+    moved: bytes that a call reads and writes. size: bytes of its arguments. False: L2 may keep some from before.
     """
     wanted = max(-(-3 * torch.cuda.get_device_properties(device).L2_cache_size // moved), 2)
-    calls = min(wanted, MOST_CALLS, max(MOST_BYTES // held, 2))
+    calls = min(wanted, MOST_CALLS, max(MOST_BYTES // size, 2))
     return calls, calls == wanted
 
 

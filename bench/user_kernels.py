@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 from internlm3 import kernels
@@ -45,17 +46,29 @@ def watching(watch: Watch, paths: Collection[str]) -> Callable[[bool], AbstractC
     return watched
 
 
+class NotPython(Exception):
+    """A file whose name does not end in .py."""
+
+
+def run_file(path: str | Path, name: str) -> ModuleType:
+    """Runs a file as a module of this name. Raises NotPython, or whatever the file raises."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise NotPython(path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # Triton looks there for a kernel's source
+    spec.loader.exec_module(module)
+    return module
+
+
 def load(path: str) -> dict[str, Callable[..., Any]]:
     """Runs the file and returns its ops by name. Raises ValueError if it can't be run or defines no op."""
     if not Path(path).is_file():
         raise ValueError(f"{path} does not exist: name a Python file with a function named like an op")
-    spec = importlib.util.spec_from_file_location(f"user_{Path(path).stem}", path)
-    if spec is None or spec.loader is None:
-        raise ValueError(f"{path} is not a Python file: its name must end in .py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # Triton looks there for a kernel's source
     try:
-        spec.loader.exec_module(module)
+        module = run_file(path, f"user_{Path(path).stem}")
+    except NotPython:
+        raise ValueError(f"{path} is not a Python file: its name must end in .py") from None
     except Exception as error:
         raise ValueError(f"{path} raises {type(error).__name__} when it is run: {error}") from None
     functions = [

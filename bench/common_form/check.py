@@ -86,8 +86,8 @@ def _calls(new: strict.Draw, loaded: Loaded, axes: dict[str, int], device: torch
     if device.type != "cuda":
         return [first]
     first()
-    held = sum(x.nbytes for _, x in harness.tensors_in((first.arguments, first.results)))
-    count, _ = cold_calls(device, held, held)
+    size = sum(x.nbytes for _, x in harness.tensors_in((first.arguments, first.results)))
+    count, _ = cold_calls(device, size, size)
     return [first, *(call() for _ in range(count - 1))]
 
 

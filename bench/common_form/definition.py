@@ -202,7 +202,7 @@ class Reference:
 
 
 def takes(function: Callable[..., Any], count: int) -> bool:
-    """Whether a function can be called with so many arguments by position."""
+    """Whether a function can be called with `count` arguments by position."""
     try:
         signature = inspect.signature(function)
     except ValueError:  # native code that does not say

@@ -1,6 +1,5 @@
 """A solution: an author's source files, and which function of them computes a definition's outputs."""
 
-import importlib.util
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -116,12 +115,7 @@ def loaded(solution: Solution, definition: Definition, watch: Watch) -> Iterator
 
 
 def _run(path: Path) -> Any:
-    spec = importlib.util.spec_from_file_location(f"solution_{path.stem}", path)
-    assert spec is not None and spec.loader is not None  # it ends in .py
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # Triton looks there for a kernel's source
     try:
-        spec.loader.exec_module(module)
+        return user_kernels.run_file(path, f"solution_{path.stem}")
     except Exception as error:
         raise CompileError(f"{path.name}: {type(error).__name__}: {error}") from None
-    return module

@@ -40,7 +40,16 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import cdiv, is_hopper, jit, next_power_of_2, options
-from .linear_fused import ALIGNED, NO_CACHE, in_registers, residual_tile, row_places, store_result, weight_rows
+from .linear_fused import (
+    ALIGNED,
+    NO_CACHE,
+    in_registers,
+    prefetch,
+    residual_tile,
+    row_places,
+    store_result,
+    weight_rows,
+)
 from .rms_norm import rms_norm
 
 
@@ -204,9 +213,7 @@ def _linear_few_rows(
     if PDL and BR > 1:
         LINE: tl.constexpr = 1024 // dtype.primitive_bitwidth
         lines = w_rows + tl.minimum(tl.arange(0, AHEAD) * LINE, C - 1)[None, :]
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [lines.to(tl.int64)], tl.int32, is_pure=False, pack=1
-        )
+        prefetch(lines)
     bias = None
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + rows).to(tl.float32)[:, None]

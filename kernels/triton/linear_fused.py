@@ -53,6 +53,14 @@ def in_registers(x, PDL: tl.constexpr):
 
 
 @triton.jit
+def prefetch(pointers):
+    """Requests the cache lines at these pointers into L2."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers.to(tl.int64)], tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
 def residual_tile(tile, row, residual_ptr, residual_stride, R, OUT: tl.constexpr, BO: tl.constexpr):
     """The residual [BO, BR] of a tile and the rows of x in `row` [1, BR]."""
     output = (tile * BO + tl.arange(0, BO))[:, None]

@@ -35,7 +35,7 @@ from torch import Tensor
 from ..quantised import Form, QuantisedWeight
 from .fields import constants, field_of, scale_and_zero
 from .launch import cdiv, is_hopper, jit, options
-from .linear_fused import ALIGNED, NO_CACHE, residual_tile, row_places, store_result, weight_rows
+from .linear_fused import ALIGNED, NO_CACHE, prefetch, residual_tile, row_places, store_result, weight_rows
 from .rms_norm import rms_norm
 
 
@@ -123,9 +123,7 @@ def _linear_quantised(
     if PDL:
         line = tl.minimum(tl.arange(0, AHEAD), (WORDS - 1) // LINE)[None, :]
         lines = w_ptr + rows.to(tl.int64)[:, None] * WORDS + line * LINE
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [lines.to(tl.int64)], tl.int32, is_pure=False, pack=1
-        )
+        prefetch(lines)
     bias = None
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + rows).to(tl.float32)[:, None]
@@ -201,7 +199,7 @@ def padded_rows(rows: int) -> int:
 
 
 def tile_of(form: Form, outputs: int, padded: int, hopper: bool) -> Tile:
-    """The tile for W [outputs, ...] and so many rows of x, padded. hopper: sm_90 and newer have more shared memory.
+    """The tile for W [outputs, ...] and `padded` rows of x. hopper: sm_90 and newer have more shared memory.
 
     The product of all parts at once is HMMA on all of NVIDIA's GPUs, for any tile, which keeps the bits of a row. Tiles
     are chosen by machine code (nothing spills, and a program's shared memory fits) and by a simulation

@@ -45,7 +45,7 @@ class DraftRows:
         return cls(batch, rows(state.token)[None], settings)
 
     def of(self, slots: int) -> DraftRows:
-        """The rows as views, as many for each of so many slots as there are. `slots` is at most MOST_SEQUENCES."""
+        """The rows as views, the same number for each of `slots` slots, which are at most MOST_SEQUENCES."""
         each = ROWS // slots
         count = slots * each
         batch = BatchMetadata(self.batch.block_table[:count], self.batch.seq_lens[:count], self.batch.inv_freq[:count])

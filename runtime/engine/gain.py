@@ -24,7 +24,7 @@ class Gain:
     pause: int = 0
 
     def verified(self, accepted: int, cost: float) -> None:
-        """Counts a step with drafts, which accepted so many of them, and took the time of `cost` more tokens."""
+        """Counts a step with drafts: `accepted` of them were right, and it took the time of `cost` more tokens."""
         self.steps += 1
         self.balance += accepted - cost
         if self.steps == WINDOW:
