@@ -19,6 +19,7 @@ from internlm3.runtime.common.other_libraries import SAMPLING, SAMPLING_COUNTERP
 from internlm3.runtime.engine.state import DecodeState
 from internlm3.runtime.sampling.keywords import SamplingKeywords
 from internlm3.runtime.sampling.params import RECOMMENDED, RECOMMENDED_THINKING, SamplingParams
+from internlm3.runtime.sampling.response_format import FORMS
 from internlm3.runtime.sampling.settings import ALIASES, SETTINGS, STATE
 
 
@@ -28,7 +29,7 @@ def test_the_table_has_a_row_for_every_field_and_every_field_is_documented():
     for setting in SETTINGS:
         assert f"\n    {setting.name}: " in (SamplingParams.__doc__ or "")
         assert setting.none == (defaults[setting.name] is None)
-    assert {*defaults, *ALIASES, "do_sample"} == get_type_hints(SamplingKeywords).keys()
+    assert {*defaults, *ALIASES, *FORMS, "do_sample"} == get_type_hints(SamplingKeywords).keys()
     assert STATE.keys() <= {field.name for field in fields(DecodeState)}
 
 
@@ -58,7 +59,7 @@ def test_a_number_of_any_kind_is_pythons_own(one):
     """Else an integer bias fails in a step that other callers share, and a NumPy scalar compares and prints apart."""
     accepted = {"integer": INTEGERS, "token ids": INTEGERS, "sequences": INTEGERS, "bool": TRUES}
     for setting in SETTINGS:
-        if setting.type == "strings":
+        if setting.type in ("strings", "text", "texts", "JSON schema"):
             continue
         given, stored = forms(setting, one)
         if any(one is other for other in accepted.get(setting.type, [*INTEGERS, *FLOATS])):
@@ -203,7 +204,8 @@ def test_a_dataclass_with_other_names_is_still_one():
         ({"num_beams": 4}, ValueError, "num_beams=4 is not supported; it can only be 1"),
         ({"mirostat_mode": 2}, ValueError, "mirostat_mode=2 is not supported; it can only be 0"),
         ({"prompt_logprobs": 1}, ValueError, "prompt_logprobs=1 is not supported; it can only be None"),
-        ({"structured_outputs": object()}, ValueError, "structured_outputs=<object .* is not supported"),
+        ({"guided_json": {}}, TypeError, "did you mean 'json_schema'"),
+        ({"guided_decoding": {}}, TypeError, "did you mean 'json_schema, regex, choice or grammar'"),
     ],
 )
 def test_words_of_other_libraries_that_would_mean_something(given, error, says):
