@@ -18,7 +18,9 @@ JSON = [
 ]
 
 
-@pytest.fixture(scope="session", params=["plain", "dummy", "nfkc", "squeeze", "saved by transformers", "GGUF, byte-level"])
+@pytest.fixture(
+    scope="session", params=["plain", "dummy", "nfkc", "squeeze", "saved by transformers", "GGUF, byte-level"]
+)
 def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> InternLM3Tokenizer:
     """With pieces for JSON, and single bytes for all other text."""
     folder = tmp_path_factory.mktemp("tokenizer")

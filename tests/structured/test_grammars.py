@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from internlm3.runtime.sampling.params import SamplingParams
 from internlm3.runtime.structured.grammars import Grammars
 from internlm3.runtime.structured.token_table import TokenTable
-from internlm3.tests.support.tokenizers import ANY_TEXT, TEXTS
+from internlm3.tests.support.tokenizers import ANY_TEXT
 
 ENDS = frozenset({2, 5})  # </s>, and a token that else is text
 
@@ -65,13 +65,11 @@ def test_what_tokens_spell(tokenizer):
     assert {bytes([byte]) for byte in range(256)} <= {*table}
 
 
-def test_the_usual_cut_is_kept(tokenizer):
-    """Where the tokenizer neither changes nor splits a text otherwise, its own tokens are given, not the longest."""
-    table = _table(tokenizer)
-    for text in TEXTS[:8]:
-        ids = tokenizer.encode("a" + text, add_special_tokens=False)
-        if b"".join(table.tokens[token] for token in ids).endswith(text.encode()) and table(text)[:1] == ids[-len(table(text)) :][:1]:
-            assert ids[-len(table(text)) :] == table(text)
+def test_the_tokenizers_own_cut_is_kept(tokenizer):
+    """Where the tokenizer does not change a text, its own tokens are given, which are not always the longest."""
+    for text in ('{"name": "ada", "tags": ["maths", "poetry"]}', "the quick brown fox jumps over"):
+        ids = _table(tokenizer)(text)
+        assert ids == tokenizer.encode("\n" + text, add_special_tokens=False)[-len(ids) :]
 
 
 def test_the_trap_is_seen(tokenizer, monkeypatch):
@@ -83,7 +81,7 @@ def test_the_trap_is_seen(tokenizer, monkeypatch):
 
 # -------------------------------------------------------------------- masks
 
-WORDS = st.lists(st.text("ab {\"中é\n<", min_size=1, max_size=6), min_size=1, max_size=6, unique=True)
+WORDS = st.lists(st.text('ab {"中é\n<', min_size=1, max_size=6), min_size=1, max_size=6, unique=True)
 
 
 @settings(max_examples=40)
@@ -134,7 +132,7 @@ def test_every_allowed_token_is_accepted_and_no_other(tokenizer, grammars, param
         constraint = grammars.constraint(params, ENDS)
         for _ in range(12):
             found = tokens_of(constraint.allowed(token_ids))
-            if ENDS <= found:
+            if found >= ENDS:
                 break
             for token in [*rng.sample(sorted(found), min(4, len(found))), *rng.sample(range(len(tokenizer)), 8)]:
                 fresh = grammars.constraint(params, ENDS)
