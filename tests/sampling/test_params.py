@@ -3,11 +3,13 @@
 import argparse
 import copy
 import inspect
+import json
 import math
 import pickle
 from dataclasses import fields, replace
 from decimal import Decimal
 from fractions import Fraction
+from types import SimpleNamespace
 from typing import Any, get_type_hints
 
 import numpy as np
@@ -304,3 +306,77 @@ def test_seed_minus_one_is_drawn_as_none_is():
     """As in vLLM and llama.cpp."""
     assert SamplingParams(seed=-1) == SamplingParams(seed=None)
     assert SamplingParams(seed=-2).seed == -2
+
+
+# -------------------------------------------------------------------- constraints
+
+SCHEMA = {"type": "object", "properties": {"乙": {}, "b": {}, "a": {"type": "integer"}}}
+
+
+def test_a_schema_is_stored_as_text_with_its_keys_in_order():
+    class Model:
+        @classmethod
+        def model_json_schema(cls):
+            return SCHEMA
+
+    text = '{"type": "object", "properties": {"乙": {}, "b": {}, "a": {"type": "integer"}}}'
+    for given in (SCHEMA, text, json.dumps(SCHEMA), Model):
+        params = SamplingParams(json_schema=given)
+        assert params.json_schema == text and params.constraint == "json_schema"
+        assert replace(params, seed=1).json_schema == text and pickle.loads(pickle.dumps(params)) == params
+    assert SamplingParams(choice=iter(["b", "a"])).choice == ("b", "a")
+    assert SamplingParams().constraint is None and SamplingParams(json_object=True).constraint == "json_object"
+
+
+def test_a_constraint_replaces_that_of_the_base():
+    base = SamplingParams(regex="a", seed=3)
+    assert SamplingParams.from_kwargs(base, temperature=0.5, json_schema=None, response_format=None).regex == "a"
+    changed = SamplingParams.from_kwargs(base, choice=["x"])
+    assert (changed.regex, changed.choice, changed.seed) == (None, ("x",), 3)
+    assert SamplingParams.from_kwargs(base, response_format={"type": "text"}).constraint is None
+    assert SamplingParams.from_kwargs(SamplingParams(json_object=True), grammar="start: A").constraint == "grammar"
+
+
+def test_constraints_in_other_libraries_forms():
+    named = {"type": "json_schema", "json_schema": {"name": "x", "strict": True, "schema": SCHEMA}}
+    assert SamplingParams(response_format=named) == SamplingParams(json_schema=SCHEMA)
+    assert SamplingParams(response_format={"type": "json_object"}) == SamplingParams(json_object=True)
+    assert SamplingParams(response_format={"type": "text"}, structured_outputs=None) == SamplingParams()
+    given = SimpleNamespace(json=None, regex="a+", choice=None, grammar=None, json_object=None, disable_fallback=False)
+    assert SamplingParams(structured_outputs=given) == SamplingParams(regex="a+")
+    assert SamplingParams(structured_outputs={"json": SCHEMA}) == SamplingParams(json_schema=SCHEMA)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"json_schema": "{"}, r"json_schema is no JSON: Expecting .*; got '\{'"),
+        ({"json_schema": "[]"}, r"json_schema must be a JSON object, as a dict or a string; got '\[\]'"),
+        ({"json_schema": True}, "json_schema must be a JSON object"),
+        ({"json_schema": {"enum": {1, 2}}}, "json_schema is no JSON: .*set is not JSON serializable"),
+        ({"json_schema": {"minimum": math.nan}}, "json_schema is no JSON: Out of range float"),
+        ({"json_schema": {"const": "\ud800"}}, "json_schema has a lone surrogate"),
+        ({"regex": ""}, "regex must be a string of at least one character; got ''"),
+        ({"regex": 3}, "regex must be a string .* got 3"),
+        ({"grammar": "a\udfff"}, "grammar has a lone surrogate"),
+        ({"choice": []}, "choice must name at least one string; got none"),
+        ({"choice": "yes"}, "choice must be a sequence; got 'yes'"),
+        ({"choice": ["yes", ""]}, "choice must be a string of at least one character; got ''"),
+        ({"json_object": "yes"}, "json_object must be True or False"),
+        ({"regex": "a", "choice": ["a"]}, "regex and choice each say what the answer may be; give one of them"),
+        ({"regex": "a", "ignore_eos": True}, "ignore_eos contradicts regex"),
+        ({"json_object": True, "forced_eos_token_id": 2}, "forced_eos_token_id contradicts json_object"),
+        ({"response_format": {"type": "yaml"}}, "response_format must be .*got {'type': 'yaml'}"),
+        ({"response_format": "json_object"}, "response_format must be"),
+        ({"response_format": {"type": "json_schema"}}, r"response_format has no schema at \['json_schema'\]\['schema'\]"),
+        ({"response_format": {"type": "json_object"}, "regex": "a"}, "regex is given twice, or next to a form"),
+        ({"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}}, "json_object is given twice"),
+        ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "structured_outputs must have one of json, "),
+        ({"structured_outputs": {"structural_tag": "a"}}, "structured_outputs must have one of json, "),
+        ({"structured_outputs": object()}, "structured_outputs must have one of json, "),
+    ],
+)  # fmt: skip
+def test_bad_constraints(given, says):
+    with pytest.raises(ValueError, match=says) as caught:
+        SamplingParams(**given)
+    assert len(str(caught.value)) < 300
