@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from llguidance import LLMatcher
+from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
 from numpy.typing import NDArray
 
@@ -33,7 +33,7 @@ class Grammars:
 
     def __init__(self, tokenizer: InternLM3Tokenizer, vocab_size: int):
         self._vocab_size = vocab_size
-        self._table = TokenTable(tokenizer, vocab_size)
+        self._tokenizer = LLTokenizer(TokenizerWrapper(TokenTable(tokenizer, vocab_size)))
         self._compiled = lru_cache(_KEPT)(self._compile)
 
     def constraint(self, params: SamplingParams, ends: Set[int]) -> TokenConstraint:
@@ -52,7 +52,7 @@ class Grammars:
 
     def _compile(self, name: str, value: str | bool | tuple[str, ...]) -> LLMatcher:
         try:
-            matcher = LLMatcher(self._table.library, _GRAMMARS[name](value), log_level=0)
+            matcher = LLMatcher(self._tokenizer, _GRAMMARS[name](value), log_level=0)
             error = matcher.get_error()
         except ValueError as raised:
             error = str(raised)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from itertools import accumulate
 
-from llguidance import LLTokenizer, TokenizerWrapper
-
 from ..tokenization.tokenizer import InternLM3Tokenizer
 
 # A text is cut as it is after this: at its start a tokenizer may put a space, which belongs to no grammar.
@@ -25,7 +23,6 @@ class TokenTable:
         eos_token_id: the end's token, V.
         tokens: the bytes of tokens 0 to V. Those that are no text begin with 0xFF, as llguidance expects.
         special_token_ids: of the latter.
-        library: llguidance's tokenizer, made of this one.
     """
 
     bos_token_id = None
@@ -37,7 +34,8 @@ class TokenTable:
         self.eos_token_id = vocab_size
         self.tokens = [token or self._special(id) for id, token in enumerate(table)]
         self.special_token_ids = [id for id, token in enumerate(table) if not token]
-        self.library = LLTokenizer(TokenizerWrapper(self))
+        self._ids = {token: id for id, token in enumerate(table) if token}
+        self._longest = max(map(len, self._ids))
 
     def _special(self, id: int) -> bytes:
         name = self._tokenizer.convert_ids_to_tokens(id) if id < len(self._tokenizer) else ""
@@ -54,4 +52,16 @@ class TokenTable:
         sizes = accumulate(len(self.tokens[id]) for id in reversed(ids))
         count = next((count for count, size in enumerate(sizes, start=1) if size == len(wanted)), 0)
         ids = ids[len(ids) - count :]
-        return ids if b"".join(self.tokens[id] for id in ids) == wanted else self.library.greedy_tokenize(text)
+        return ids if b"".join(self.tokens[id] for id in ids) == wanted else self._longest_tokens(wanted)
+
+    def _longest_tokens(self, text: bytes) -> list[int]:
+        """The ids of a text, each token as long as can be; as far as tokens spell it."""
+        ids = []
+        while text:
+            sizes = range(min(self._longest, len(text)), 0, -1)
+            size = next((size for size in sizes if text[:size] in self._ids), None)
+            if size is None:
+                break
+            ids.append(self._ids[text[:size]])
+            text = text[size:]
+        return ids
