@@ -27,12 +27,12 @@ SCHEMA = {
     "additionalProperties": False,
 }
 REGEXES = [
-    r"\d{4}-\d\d-\d\d",
+    r"[0-9]{4}-[0-9]{2}",
     r"(yes|no|可能)( maybe)?",
     r"[a-f]{0,6}",
     r"[^a]{3}",
     r"(?i:abc)|x{2,5}",
-    r" ?\w{1,3}\s\S",
+    r" ?[a-z_]{2}\s",
 ]
 EXPRESSION = """
 start: term (("+" | "*") term)?
