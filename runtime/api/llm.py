@@ -36,8 +36,12 @@ from ..sampling.params import RECOMMENDED_THINKING, SamplingParams
 from ..sampling.settings import FILTERS
 from ..tokenization.text_stream import TextStream
 from ..tokenization.tokenizer import InternLM3Tokenizer
+from ..tools.prompt import chat_prompt
+from ..tools.schemas import Tool
+from ..tools.text_stream import ToolTextStream
+from ..tools.use import ToolUse
 from .inputs import check_window, checkpoint_defaults, conversation_of, encode_prompt, prompt_list, token_ids_of
-from .outputs import Chunk, RequestOutput, chunk_of, completion_of, timings_of
+from .outputs import Chunk, RequestOutput, ToolAnswer, chunk_of, completion_of, timings_of
 from .perplexity import Perplexity, perplexity
 
 if TYPE_CHECKING:
@@ -210,7 +214,9 @@ class LLM:
         progress = check_bool("use_tqdm", kwargs.pop("use_tqdm", True))
         several, single = prompt_list(prompts)
         params = self._params(sampling_params, kwargs, None if single else len(several))
-        outputs = self._answer([self._encode(prompt) for prompt in several], params, progress, chat=False)
+        outputs = self._answer(
+            [self._encode(prompt) for prompt in several], params, progress, chat=False, use=ToolUse()
+        )
         return outputs[0] if single else outputs
 
     @overload
@@ -220,6 +226,8 @@ class LLM:
         sampling_params: SamplingParams | None = None,
         *,
         thinking: bool = False,
+        tools: Sequence[Tool] | None = None,
+        tool_choice: str | Mapping[str, Any] = "auto",
         stream: Literal[False] = False,
         **kwargs: Unpack[SamplingKeywords],
     ) -> RequestOutput: ...
@@ -230,6 +238,8 @@ class LLM:
         sampling_params: SamplingParams | None = None,
         *,
         thinking: bool = False,
+        tools: Sequence[Tool] | None = None,
+        tool_choice: str | Mapping[str, Any] = "auto",
         stream: Literal[True],
         **kwargs: Unpack[SamplingKeywords],
     ) -> Iterator[Chunk]: ...
@@ -240,19 +250,34 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         thinking: bool = False,
+        tools: Sequence[Tool] | None = None,
+        tool_choice: str | Mapping[str, Any] = "auto",
         stream: Literal[False] = False,
         **kwargs: Unpack[SamplingKeywords],
     ) -> list[RequestOutput]: ...
     def chat(
-        self, messages: Any, sampling_params: Any = None, *, thinking: bool = False, stream: bool = False, **kwargs: Any
+        self,
+        messages: Any,
+        sampling_params: Any = None,
+        *,
+        thinking: bool = False,
+        tools: Sequence[Tool] | None = None,
+        tool_choice: str | Mapping[str, Any] = "auto",
+        stream: bool = False,
+        **kwargs: Any,
     ) -> Any:
         """Answers one conversation or several.
 
         Args:
-            messages: [{"role": ..., "content": ...}, ...], one user message as a string, or a list of either.
+            messages: [{"role": ..., "content": ...}, ...], one user message as a string, or a list of either. Calls of
+                tools and their results are messages in OpenAI's form; see `run_tools`.
             sampling_params, **kwargs: as for `generate`.
             thinking: InternLM3's deep-thinking mode: its published system prompt, after the conversation's own if there
                 is one, with its recommended settings and room for 8192 tokens.
+            tools: what the model may call: Python functions with type hints and a docstring, or JSON schemas in
+                OpenAI's form. Calls are in the output's `tool_calls`; nothing is run.
+            tool_choice: "auto"; "none" leaves the tools out; "required", or {"type": "function", "function": {"name":
+                ...}}, for an answer that is one call.
             stream: return an iterator of chunks, as `stream` does.
 
         Returns and raises as `generate`.
@@ -265,9 +290,11 @@ class LLM:
         if stream:
             if not single:
                 raise ValueError(f"stream answers one conversation; there are {len(conversations)}")
-            return self.stream(conversations[0], given, **kwargs)
-        params = self._params(given, kwargs, None if single else len(conversations))
-        outputs = self._answer([self._render(each) for each in conversations], params, progress, chat=True)
+            return self.stream(conversations[0], given, tools=tools, tool_choice=tool_choice, **kwargs)
+        use = ToolUse.of(self.tokenizer, tools, tool_choice)
+        params = use.params(self._params(given, kwargs, None if single else len(conversations)))
+        prompts = [self._render(each, use) for each in conversations]
+        outputs = self._answer(prompts, params, progress, chat=True, use=use)
         return outputs[0] if single else outputs
 
     def stream(
@@ -276,6 +303,8 @@ class LLM:
         sampling_params: SamplingParams | None = None,
         *,
         thinking: bool = False,
+        tools: Sequence[Tool] | None = None,
+        tool_choice: str | Mapping[str, Any] = "auto",
         **kwargs: Unpack[SamplingKeywords],
     ) -> Iterator[Chunk]:
         """Like `generate` (for a text or token ids) or `chat` (for messages), as an iterator of chunks.
@@ -286,18 +315,21 @@ class LLM:
             for chunk in llm.stream("Once upon a time", max_tokens=64):
                 print(chunk.text, end="", flush=True)
         """
-        [params] = self._params(sampling_params or (RECOMMENDED_THINKING if thinking else None), kwargs, None)
+        use = ToolUse.of(self.tokenizer, tools, tool_choice)
+        given = sampling_params or (RECOMMENDED_THINKING if thinking else None)
+        [params] = use.params(self._params(given, kwargs, None))
         if params.n != 1:
             raise ValueError(f"stream gives one answer; n is {params.n}")
-        chat = thinking or (isinstance(prompt, (list, tuple)) and bool(prompt) and isinstance(prompt[0], Mapping))
+        messages = isinstance(prompt, (list, tuple)) and bool(prompt) and isinstance(prompt[0], Mapping)
+        chat = thinking or messages or bool(tools)
         if chat:
-            _, ids = self._render(conversation_of(prompt, thinking))
+            _, ids = self._render(conversation_of(prompt, thinking), use)
         else:
             several, _ = prompt_list(prompt)
             if len(several) != 1:
                 raise ValueError(f"stream answers one prompt; there are {len(several)}")
             _, ids = self._encode(several[0])
-        return self._chunks(self._requests([ids], [params])[0], chat=chat)
+        return self._chunks(self._requests([ids], [params])[0], chat=chat, use=use)
 
     def perplexity(
         self, text: str | Sequence[int], *, window: int | None = None, stride: int | None = None
@@ -354,8 +386,8 @@ class LLM:
             return prompt, encode_prompt(self.tokenizer, prompt, self.max_seq_len) if prompt else []
         return None, token_ids_of(prompt)
 
-    def _render(self, messages: list[dict[str, Any]]) -> tuple[str | None, list[int]]:
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    def _render(self, messages: list[dict[str, Any]], use: ToolUse) -> tuple[str | None, list[int]]:
+        text = chat_prompt(self.tokenizer, messages, use.schemas) + use.opening
         return text, encode_prompt(self.tokenizer, text, self.max_seq_len, add_special_tokens=False)
 
     def _requests(self, prompts: Sequence[list[int]], params: Sequence[SamplingParams]) -> list[Request]:
@@ -390,10 +422,11 @@ class LLM:
         progress: bool,
         *,
         chat: bool,
+        use: ToolUse,
     ) -> list[RequestOutput]:
         called = time.perf_counter()
         requests = self._requests([ids for _, ids in prompts], params)
-        answers = [self._new_answer(request, chat) for request in requests]
+        answers = [self._new_answer(request, chat, use) for request in requests]
         visible = progress and self._progress and len(prompts) > 1
         bar = tqdm(total=len(answers), unit="answer", disable=hides_bar(visible))
         with bar, closing(self.engine.run(answers)) as run:
@@ -416,29 +449,29 @@ class LLM:
             )
         return outputs
 
-    def _chunks(self, request: Request, *, chat: bool) -> Iterator[Chunk]:
+    def _chunks(self, request: Request, *, chat: bool, use: ToolUse) -> Iterator[Chunk]:
         device = self.model.device
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        answer = self._new_answer(request, chat)
+        answer = self._new_answer(request, chat, use)
         called = time.perf_counter()
         with closing(self.engine.run([answer])) as run:
             for updates in run:
                 for update in updates:
                     yield chunk_of(update, called, device)
 
-    def _new_answer(self, request: Request, chat: bool) -> Answer:
+    def _new_answer(self, request: Request, chat: bool, use: ToolUse) -> Answer:
         """A text continues its prompt's, so that both joined are the whole; a chat answer is a text of its own."""
         p = request.params
-        stream = TextStream(
-            self.tokenizer,
-            p.stops,
-            p.include_stop_str_in_output,
-            p.skip_special_tokens,
-            min_tokens=p.min_tokens,
-            prompt_ids=() if chat else request.prompt_ids,
-        )
-        return Answer(request, stream)
+        options: dict[str, Any] = {
+            "stops": p.stops,
+            "include_stop": p.include_stop_str_in_output,
+            "skip_special_tokens": p.skip_special_tokens,
+            "min_tokens": p.min_tokens,
+        }
+        if use.format is not None:
+            return ToolAnswer(request, ToolTextStream(self.tokenizer, use.format, bool(use.opening), **options))
+        return Answer(request, TextStream(self.tokenizer, prompt_ids=() if chat else request.prompt_ids, **options))
 
     @property
     def engine(self) -> Engine:

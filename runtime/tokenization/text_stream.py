@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from .stop_strings import StopStrings
@@ -22,6 +22,7 @@ class TextStream:
         stops_begin_in_prompt: a stop string may begin in the prompt, if it ends in the answer.
         include_stop: keep the stop string in the text.
         min_tokens: a stop string that is complete with an earlier token does not end the text.
+        kept_tokens: special tokens that are not skipped.
 
     Attributes:
         stopped: the stop string that ended the text, None before.
@@ -36,6 +37,7 @@ class TextStream:
         min_tokens: int = 0,
         prompt_ids: Sequence[int] = (),
         stops_begin_in_prompt: bool = False,
+        kept_tokens: Iterable[int] = (),
     ):
         self.stopped: str | None = None
         self._count, self._min_tokens = 0, min_tokens
@@ -43,7 +45,7 @@ class TextStream:
         self._stops = tuple(stops)
         self._matcher = StopStrings(stops)
         self._include_stop = include_stop
-        self._skipped = frozenset(tokenizer.all_special_ids if skip_special_tokens else ())
+        self._skipped = frozenset(tokenizer.all_special_ids if skip_special_tokens else ()).difference(kept_tokens)
         longest = max(map(len, stops), default=0) if stops_begin_in_prompt else 0
         before = self._read_prompt(prompt_ids, max(longest, 1))
         # Text that is not returned yet. Its first `_prompt_length` characters are the prompt's, and never are.
