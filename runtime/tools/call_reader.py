@@ -16,7 +16,7 @@ class CallReader:
     it is complete; or null or nothing, which mean {}.
 
     Attributes:
-        name: the name, once it was read.
+        name: the name; "" until it was read.
         raw: all that was read until the call started.
         started: the name is known and the arguments have begun: it is a call, whatever follows.
         refused: it has not started, and is no call.
@@ -25,7 +25,7 @@ class CallReader:
     """
 
     def __init__(self, format: ToolFormat):
-        self.name: str | None = None
+        self.name = ""
         self.raw: list[str] = []
         self.started = self.refused = self.complete = self.lost = False
         self._format = format
@@ -51,7 +51,7 @@ class CallReader:
             self._value.append(piece)
         if self._object.complete and not self._begin:
             self._arguments.append("{}")
-        self.started = self.started or (self.name is not None and bool(self._arguments) and not self.refused)
+        self.started = self.started or bool(self.name and self._arguments and not self.refused)
         if self._object.complete or self._object.broken:
             self.refused = not self.started
             self.lost = self.started and self._role == "arguments"
@@ -70,7 +70,7 @@ class CallReader:
 
     def _begin_value(self, key: str, first: str) -> None:
         self._role, self._value = "other", []
-        if key == self._format.name and self.name is None:
+        if key == self._format.name and not self.name:
             self._role = "name"
         elif key in ARGUMENT_KEYS and not self._begin:
             self._role, self._begin = "arguments", first
@@ -80,11 +80,8 @@ class CallReader:
         role, text = self._role, "".join(self._value)
         self._role = None
         if role == "name":
-            name = json.loads(text)
-            if isinstance(name, str) and name:
-                self.name = name
-            else:
-                self.refused = True
+            self.name = json.loads(text) if text.startswith('"') else ""
+            self.refused = not self.name
         elif role == "arguments" and self._begin != "{":
             written = json.loads(text) or "{}"
             if is_object(written):

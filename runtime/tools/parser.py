@@ -34,26 +34,19 @@ class ToolCallParser:
         self._text: list[str] = []  # not returned yet
         self._space: list[str] = []  # white space at the beginning or after a call, which may be no text
         self._has_text = False  # since the beginning or the last call
-        self._deltas: list[ToolCallDelta] = []
-        self._reported = False  # whether the current call has a delta
-        self._count = self._taken = 0  # calls, and deltas that new_deltas has returned
+        self._calls: list[tuple[str, str, list[str]]] = []  # id, name, and pieces of the arguments
+        self._is_new = True  # the current call is not among them
+        self._deltas: list[ToolCallDelta] = []  # not returned yet
 
     @property
     def calls(self) -> list[ToolCall]:
         """The calls so far. The last one may be incomplete."""
-        pieces: list[list[str]] = [[] for _ in range(self._count)]
-        for delta in self._deltas:
-            pieces[delta.index].append(delta.arguments)
-        begins = [delta for delta in self._deltas if delta.id is not None]
-        return [
-            ToolCall(begin.id or "", begin.name or "", "".join(arguments))
-            for begin, arguments in zip(begins, pieces, strict=True)
-        ]
+        return [ToolCall(id, name, "".join(pieces)) for id, name, pieces in self._calls]
 
     def new_deltas(self) -> list[ToolCallDelta]:
         """What was added to the calls since this was last called."""
-        begin, self._taken = self._taken, len(self._deltas)
-        return self._deltas[begin:]
+        deltas, self._deltas = self._deltas, []
+        return deltas
 
     def push(self, piece: str) -> str:
         """Reads the next piece of the answer. Returns the text that is certainly no part of a call."""
@@ -79,7 +72,7 @@ class ToolCallParser:
         elif self._state == "lost":
             self._reader.add(self._held)
             self._report()
-        if not self._count:
+        if not self._calls:
             self._text += self._space
         return self._take_text()
 
@@ -90,7 +83,7 @@ class ToolCallParser:
             self._held = text[begin:]
             return len(text)
         self._state, self._mark = "call", self._format.begin
-        self._reader, self._reported = CallReader(self._format), False
+        self._reader, self._is_new = CallReader(self._format), True
         return begin + len(self._format.begin)
 
     def _read_call(self, text: str, at: int) -> int:
@@ -137,16 +130,18 @@ class ToolCallParser:
 
     def _report(self) -> None:
         """Makes a delta of what is new in the current call, or in the last one."""
-        if not self._reader.started:
+        reader = self._reader
+        if not reader.started:
             return
-        arguments = self._reader.take()
-        if not self._reported:
-            self._deltas.append(ToolCallDelta(self._count, new_id(), self._reader.name, arguments))
-            self._count += 1
-            self._reported, self._has_text = True, False
+        id, arguments = None, reader.take()
+        if self._is_new:
+            self._is_new = self._has_text = False
             self._space.clear()
-        elif arguments:
-            self._deltas.append(ToolCallDelta(self._count - 1, None, None, arguments))
+            id = new_id()
+            self._calls.append((id, reader.name, []))
+        if id is not None or arguments:
+            self._calls[-1][2].append(arguments)
+            self._deltas.append(ToolCallDelta(len(self._calls) - 1, id, id and reader.name, arguments))
 
     def _take_text(self) -> str:
         text = "".join(self._text)

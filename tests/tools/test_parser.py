@@ -105,6 +105,7 @@ def test_any_pieces_give_the_same(data):
         (" plain \n", " plain \n", []),
         ("\n" + call("f", {}) + "\n" + call("g", {"a": 1}) + "\n", "", [("f", "{}"), ("g", '{"a": 1}')]),
         ("One. \n" + call("f", {}) + "\n Two.", "One. \n\n Two.", [("f", "{}")]),
+        ("One." + call("f", {}) + "\n" + call("g", {}) + "\n", "One.", [("f", "{}"), ("g", "{}")]),
         (B + '{"name": "f"}' + E, "", [("f", "{}")]),
         (B + '{"name": "f", "parameters": null}' + E, "", [("f", "{}")]),
         (B + '{"name": "f", "parameters": ""}' + E, "", [("f", "{}")]),
@@ -137,6 +138,7 @@ def test_any_pieces_give_the_same(data):
         (B + '{"name": "f", "parameters": {"a": "x"y"}}' + E, "", [("f", '{"a": "x"y"}}')]),
         (B + '{"name": "f", "parameters": {"a": 1]}}' + E + call("g", {}), "", [("f", '{"a": 1]}}'), ("g", "{}")]),
         (B + '{"name": "f", "parameters": {"a": "\n', "", [("f", '{"a": "\n')]),
+        (B + '{"name": "f", "parameters": {"a": "\\u123"}}' + E, "", [("f", '{"a": "\\u123"}}')]),
         (B + '{"name": "f", "parameters": {"a": 01}}' + E, "", [("f", '{"a": 01}}')]),
         (B + '{"name": "f", "parameters": {"a": NaN}} <|action', "", [("f", '{"a": NaN}} <|action')]),
         # Malformed after them: the rest is text.
@@ -147,6 +149,14 @@ def test_any_pieces_give_the_same(data):
 def test_what_is_text_and_what_is_a_call(written, text, calls):
     assert parse([written]) == (text, calls)
     assert parse(written) == (text, calls)
+
+
+@pytest.mark.parametrize(
+    "written", [B + '{"name": ' + "1" * 5000 + "}", call("f", "[" * 10**5)], ids=["number", "nested"]
+)
+def test_what_pythons_json_refuses_is_text(written):
+    """Integers of more than 4300 digits, and lists in lists."""
+    assert parse([written]) == (written, [])
 
 
 def test_arguments_come_as_they_are_written():
