@@ -1,5 +1,6 @@
 """LLM.chat with tools, by a model that says what a test wants: calls, deltas, ends, and the way back of results."""
 
+import asyncio
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from internlm3 import LLM, Chunk, CompletionOutput, ToolCall, run_tools
+from internlm3 import LLM, AsyncLLM, Chunk, CompletionOutput, ToolCall, run_tools
 from internlm3.tests.support.llm import ids_of, text_of
 
 PLUGIN = ["<|plugin|>", "<|action_start|>", "<|action_end|>"]
@@ -108,6 +109,28 @@ def test_calls_of_a_stream(llm, say, stream):
     # The arguments come in pieces, and before the answer ends.
     assert sum(bool(chunk.tool_calls) for chunk in chunks) > 5 and chunks[-1].tool_calls == []
     assert [chunk.finish_reason for chunk in chunks if chunk.finish_reason] == ["tool_calls"]
+
+
+def test_calls_by_an_asynchronous_reader(llm, say):
+    """Who reads a chunk and waits for the answer's end, so that the next one has what many tokens added, in order."""
+    say(TWO)
+
+    async def read() -> tuple[list[Chunk], CompletionOutput]:
+        options = {"tools": [weather, clock], "temperature": 0}
+        chunks = []
+        async with AsyncLLM(llm) as asynchronous:
+            async for chunk in asynchronous.stream(QUESTION, **options):
+                chunks.append(chunk)
+                while llm.engine.busy:
+                    await asyncio.sleep(0.001)
+            say(TWO)
+            return chunks, (await asynchronous.chat(QUESTION, **options)).outputs[0]
+
+    chunks, answer = asyncio.run(read())
+    assert any(len(chunk.token_ids) > 1 for chunk in chunks)
+    assert [(call.name, call.arguments) for call in calls_of(chunks)] == named(answer)
+    assert (text_of(chunks), chunks[-1].finish_reason) == (answer.text, "tool_calls")
+    assert named(answer) == [("weather", '{"city": "上海", "days": 3}'), ("clock", "{}")]
 
 
 def test_answers_without_calls_are_as_they_were(llm, say):
