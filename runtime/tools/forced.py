@@ -7,6 +7,9 @@ from typing import Any
 
 from .formats import ToolFormat
 
+# Keywords with which a schema may name arguments elsewhere than in its `properties`.
+_COMPOSED = frozenset({"$ref", "allOf", "anyOf", "oneOf", "if"})
+
 
 def call_schema(schemas: Sequence[Mapping[str, Any]], format: ToolFormat) -> dict[str, Any]:
     """The schema of what follows the mark that begins a call, where it must call one of these tools.
@@ -15,7 +18,8 @@ def call_schema(schemas: Sequence[Mapping[str, Any]], format: ToolFormat) -> dic
         {'const': 'now'}
 
     Args:
-        schemas: one tool or several, as `tool_schemas` returns them.
+        schemas: one tool or several, as `tool_schemas` returns them. Where the parameters of one do not say whether
+            there may be further arguments, there are none.
     """
     if len(schemas) == 1:
         return _call(schemas[0]["function"], format, "#")
@@ -24,9 +28,11 @@ def call_schema(schemas: Sequence[Mapping[str, Any]], format: ToolFormat) -> dic
 
 def _call(function: Mapping[str, Any], format: ToolFormat, place: str) -> dict[str, Any]:
     parameters = _moved(function.get("parameters") or {}, f"{place}/properties/{format.arguments}")
+    closed = {} if parameters.keys() & _COMPOSED else {"additionalProperties": False}
+    arguments = {"type": "object", **closed, **parameters}
     return {
         "type": "object",
-        "properties": {format.name: {"const": function["name"]}, format.arguments: {"type": "object", **parameters}},
+        "properties": {format.name: {"const": function["name"]}, format.arguments: arguments},
         "required": [format.name, format.arguments],
         "additionalProperties": False,
     }

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from internlm3 import LLM, AsyncLLM, Chunk, CompletionOutput, ToolCall, run_tools
+from internlm3 import LLM, AsyncLLM, Chunk, CompletionOutput, SamplingParams, ToolCall, run_tools
+from internlm3.runtime.tools.use import ToolUse
 from internlm3.tests.support.llm import ids_of, text_of
 
 PLUGIN = ["<|plugin|>", "<|action_start|>", "<|action_end|>"]
@@ -173,6 +174,34 @@ def test_ends_within_a_call(llm, say, settings, reason, calls):
     assert answer.finish_reason == chunks[-1].finish_reason == reason
     assert named(answer) == calls
     assert answer.text == ("让我看看。" if calls else '让我看看。<|action_start|><|plugin|>\n{"')
+
+
+FORCED = {"type": "function", "function": {"name": "clock"}}
+
+
+@pytest.mark.parametrize("choice", ["required", FORCED], ids=["required", "named"])
+def test_a_forced_call_begins_in_the_prompt(llm, say, monkeypatch, choice):
+    """The answer is what the schema of a call describes, which the grammar sees to; here the model does."""
+    monkeypatch.setattr(ToolUse, "params", lambda use, given: given)
+    say('{"name": "clock", "parameters": {}}')
+    output = llm.chat(QUESTION, tools=[clock], tool_choice=choice, temperature=0)
+    assert output.prompt.endswith("<|im_start|>assistant\n<|action_start|><|plugin|>\n")
+    assert (output.text, named(output.outputs[0])) == ("", [("clock", "{}")])
+    assert output.outputs[0].finish_reason == "tool_calls"
+
+
+@pytest.mark.skipif(hasattr(SamplingParams, "json_schema"), reason="there are grammars")
+def test_a_forced_call_needs_a_grammar(llm):
+    with pytest.raises(ValueError, match='tool_choice must be "auto" or "none": to force a call takes a grammar'):
+        llm.chat(QUESTION, tools=[clock], tool_choice="required")
+
+
+@pytest.mark.skipif(not hasattr(SamplingParams, "json_schema"), reason="there are no grammars yet")
+@pytest.mark.parametrize("choice", ["required", FORCED], ids=["required", "named"])
+def test_a_forced_call_comes_from_any_model(llm, choice):
+    """This one has random weights."""
+    output = llm.chat(QUESTION, tools=[clock], tool_choice=choice, temperature=1, seed=1, max_tokens=200)
+    assert (output.text, named(output.outputs[0])) == ("", [("clock", "{}")])
 
 
 def test_several_conversations_and_answers(llm):

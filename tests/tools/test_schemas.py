@@ -119,6 +119,15 @@ TREE = {
     "properties": {"root": NODE, "whole": {"$ref": "#"}, "$ref": {"type": "integer"}},
     "required": ["root"],
 }
+GO = {
+    "type": "function",
+    "function": {
+        "name": "go",
+        "parameters": {
+            "anyOf": [{"properties": {"a": {}}, "required": ["a"]}, {"properties": {"b": {}}, "required": ["b"]}]
+        },
+    },
+}
 GROW = {"type": "function", "function": {"name": "grow", "parameters": TREE}}
 
 
@@ -126,17 +135,20 @@ GROW = {"type": "function", "function": {"name": "grow", "parameters": TREE}}
 def test_the_schema_of_a_forced_call(format):
     """By jsonschema: it has the right calls and no others, and references to a tool's own definitions lead there."""
     jsonschema = pytest.importorskip("jsonschema")
-    schemas = tool_schemas([weather, clock, GROW])
+    schemas = tool_schemas([weather, clock, GROW, GO])
     good = [
         ("weather", {"city": "上海", "days": 2, "unit": None}),
         ("weather", {"city": "上海", "unit": "kelvin"}),
         ("clock", {}),
+        ("go", {"a": 1}),
+        ("go", {"b": 1}),
         ("grow", {"root": {"next": {"next": {}}}, "whole": {"root": {}}, "$ref": 1}),
     ]
     bad = [
         ("weather", {}), ("weather", {"city": 1}), ("weather", {"city": "", "unit": "x"}), ("sun", {"city": ""}),
-        ("clock", []), ("grow", {"root": {"next": {"other": {}}}}), ("grow", {"root": {}, "whole": {}}),
-        ("grow", {"root": {}, "$ref": "x"}),
+        ("clock", []), ("clock", {"zone": 1}), ("weather", {"city": "", "country": ""}),
+        ("grow", {"root": {"next": {"other": {}}}}), ("grow", {"root": {}, "whole": {}}),
+        ("grow", {"root": {}, "$ref": "x"}), ("go", {}),
     ]  # fmt: skip
     validator = jsonschema.Draft202012Validator(call_schema(schemas, format))
 
