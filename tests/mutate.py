@@ -12,11 +12,13 @@ found.
 import argparse
 import ast
 import copy
+import importlib
 import os
 import select
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -236,12 +238,15 @@ class Tests:
         return f"test_{self.name}.py"
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        importlib.import_module("internlm3.kernels.triton")
         failed = self.run(session.items, None)
         if failed:
             print(f"{failed} fails without a fault: no mutant can be judged")
             session.testsfailed = 1
             return True
-        print(f"{len(self.mutants)} mutants of {self.name}; its tests take {sum(self.seconds.values()):.0f} s", flush=True)
+        print(
+            f"{len(self.mutants)} mutants of {self.name}; its tests take {sum(self.seconds.values()):.0f} s", flush=True
+        )
         for done, mutant in enumerate(self.mutants):
             if time.monotonic() > self.end:
                 print(f"{len(self.mutants) - done} mutants were not run: go on from --first {done}")
@@ -272,6 +277,8 @@ class Tests:
                 word, text = line.rstrip("\n").split(" ", 1)
                 if word == "begins":
                     last = text
+                elif word == "broken":
+                    raise RuntimeError(f"{mutant}\n{ast.literal_eval(text)}")
                 elif mutant is None:
                     self.seconds[last] = float(text)
         _, status = os.waitpid(child, 0)
@@ -296,7 +303,8 @@ class Tests:
                 item.config.hook.pytest_runtest_protocol(item=item, nextitem=None)
                 self.report(f"ends {time.monotonic() - began}")
             os._exit(0)
-        finally:
+        except BaseException:
+            self.report(f"broken {traceback.format_exc()!r}")
             os._exit(2)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
@@ -332,13 +340,47 @@ def main() -> int:
         return 0
     # A failure is not made smaller, which takes long in the interpreter.
     phases = (hypothesis.Phase.explicit, hypothesis.Phase.generate)
-    hypothesis.settings.register_profile("mutate", derandomize=True, database=None, deadline=None, phases=phases,
-        suppress_health_check=list(hypothesis.HealthCheck), report_multiple_bugs=False)
+    hypothesis.settings.register_profile(
+        "mutate",
+        derandomize=True,
+        database=None,
+        deadline=None,
+        phases=phases,
+        suppress_health_check=list(hypothesis.HealthCheck),
+        report_multiple_bugs=False,
+    )
     folder = ROOT / "tests" / "kernels"
     paths = [str(folder / f"test_{options.op}.py"), str(folder / "test_far_strides.py")]
-    settings = ["-q", "--no-header", "--tb=no", "-p", "no:xdist", "-p", "no:cacheprovider", "-p", "no:faulthandler"]
+    settings = [
+        "-q",
+        "--no-header",
+        "--tb=no",
+        "-p",
+        "no:xdist",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:faulthandler",
+        "-p",
+        "no:warnings",
+    ]
     plugin = Tests(options.op, chosen, options.minutes)
-    return int(pytest.main([*paths, *settings, "-s", "--rootdir", str(ROOT), "-c", str(ROOT / "pyproject.toml"), "--hypothesis-profile", "mutate"], [plugin]))
+    return int(
+        pytest.main(
+            [
+                *paths,
+                *settings,
+                "-s",
+                "--rootdir",
+                str(ROOT),
+                "-c",
+                str(ROOT / "pyproject.toml"),
+                "--hypothesis-profile",
+                "mutate",
+            ],
+            [plugin],
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ A typical test draws shapes and a seed by hypothesis, runs the op with every bac
 computes the result in float64 on its own, and checks all of them by `assert_near`, with the same bound.
 """
 
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -21,6 +22,8 @@ from bench.harness import GUARD, difference, poison
 from bench.harness import call as call
 from internlm3 import kernels
 from internlm3.kernels import cpu, reference
+from internlm3.kernels.triton import launch
+from internlm3.tests.support.bounds import only_arguments
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 # tests/fuzz.py may choose among them.
@@ -69,7 +72,8 @@ def run(backend: str, op: str, *args: Any, writes: Sequence[Tensor] = (), **opti
     """
     function = getattr(MODULES[backend], op)
     if backend == "triton":
-        return call(function, *args, writes=writes, **options)
+        with only_arguments() if launch.INTERPRETED else contextlib.nullcontext():
+            return call(function, *args, writes=writes, **options)
     on_cpu = {id(x): x.cpu() for x in tree_leaves((args, options)) if isinstance(x, Tensor)}
     moved, keywords = tree_map_only(Tensor, lambda x: on_cpu[id(x)], (args, options))
     result = call(function, *moved, writes=[on_cpu[id(x)] for x in writes], **keywords)
