@@ -16,8 +16,8 @@ pytestmark = pytest.mark.xdist_group("gigabytes")
 ROWS, WIDTH, HEADS, DIM, PAGES, PAGE, VOCAB = 3, 64, 3, 16, 4, 16, 70
 
 
-def arguments(op):
-    """Three rows, each a sequence, three heads, four pages: few, so that the last one is far from the first."""
+def arguments():
+    """By op. Three rows, each a sequence, three heads, four pages: few, so that the last one is far from the first."""
     rng = generator(1)
 
     def random(*shape, dtype=torch.bfloat16):
@@ -106,7 +106,7 @@ def arguments(op):
             "index": torch.ones(1, dtype=torch.int32, device=DEVICE),
         },
         "swiglu": lambda: {"gate_up": x},
-    }[op]()
+    }
 
 
 def far(x, axis):
@@ -123,15 +123,20 @@ def far(x, axis):
 
 
 def axes():
-    for op in kernels.__all__:
-        for name, x in arguments(op).items():
+    for op, given in arguments().items():
+        for name, x in given().items():
             if isinstance(x, torch.Tensor) and name != "v_cache":
                 yield from (pytest.param(op, name, axis, id=f"{op}-{name}-{axis}") for axis in range(x.dim() - 1))
 
 
+def test_every_op_has_arguments():
+    missing = set(kernels.__all__) - arguments().keys()
+    assert not missing, f"`arguments` of {__file__} has none for {', '.join(sorted(missing))}"
+
+
 @pytest.mark.parametrize(("op", "name", "axis"), list(axes()))
 def test_far_slices_are_found(op, name, axis):
-    near, wide = arguments(op), arguments(op)
+    near, wide = arguments()[op](), arguments()[op]()
     # Attention requires caches of equal strides.
     for each in ("k_cache", "v_cache") if name == "k_cache" else (name,):
         wide[each] = far(wide[each], axis)
