@@ -1,20 +1,18 @@
-"""Plants one fault at a time in a Triton kernel, and runs the tests of its op: python -m tests.mutate --op rope_and_cache
+"""Plants one fault at a time in a Triton kernel and runs the tests of its op: python -m tests.mutate --op rms_norm
 
-A fault (a mutant) changes a comparison, a mask, a cast, a bound, a sign or a number. One that no test finds survives
-and is printed with its line. `equivalent_mutants.txt` lists those that change no result, with the reason, and they are
-not run. Nothing is written to the checkout.
+A fault (a mutant) changes a comparison, a mask, a cast, a bound, a sign or a number of a kernel. A mutant that no test
+finds is printed, with its line. equivalent_mutants.txt lists those that change no result, with the reason: they are not
+run. What only a GPU runs (PTX, programmatic dependent launch) and the launchers are not changed.
 
-The tests are collected once. Each mutant runs in a fork of that process, in Triton's interpreter, until a test fails.
-The tests that found the most in the least time run first. A kernel that does not return is stopped, and counts as
-found.
+The tests are collected once. Each mutant runs in a fork of that process, in Triton's interpreter, until a test fails;
+tests that found many in a short time run first. A test that takes twenty times as long as without a fault counts as
+failed. Nothing is written to the checkout.
 """
 
 import argparse
 import ast
-import copy
 import importlib
 import os
-import select
 import signal
 import sys
 import time
@@ -27,39 +25,52 @@ import hypothesis
 import pytest
 
 from bench import ROOT
-from bench.options import one_of, positive
-from internlm3 import kernels
+from bench.options import one_of
 
-FOLDER = ROOT / "kernels" / "triton"
-EQUIVALENT = Path(__file__).with_name("equivalent_mutants.txt")
-# What to mutate for `tests/kernels/test_NAME.py`: the file of that name, or these.
+KERNELS = ROOT / "kernels" / "triton"
+# The files whose kernels `tests/kernels/test_NAME.py` tests.
 FILES = {
-    "linear": ["linear_few_rows", "linear_fused"],
-    "linear_quantised": ["linear_quantised", "dequantise"],
-    "sample": ["sample", "sample_weights", "sample_search"],
+    **{name: (name,) for name in ("advance", "count_prompt", "draft", "embed", "paged_attention", "rms_norm")},
+    **{name: (name,) for name in ("rope_and_cache", "store_row", "swiglu")},
+    "linear": ("linear_few_rows", "linear_fused"),
+    "linear_quantised": ("linear_quantised", "dequantise", "fields"),
+    "sample": ("sample", "sample_weights", "sample_search"),
 }
-NAMES = sorted({*(path.stem.removeprefix("test_") for path in (ROOT / "tests/kernels").glob("test_*.py"))} & (
-    {path.stem for path in FOLDER.glob("*.py")} | {*FILES}
-))  # fmt: skip
+
+
+class Place(NamedTuple):
+    """An expression or a statement in a tree: parent.field, or parent.field[index]."""
+
+    parent: ast.AST
+    field: str
+    index: int | None
+    node: Any
+    # The statement that it is part of.
+    statement: ast.stmt
+
+    def put(self, node: ast.AST) -> None:
+        if self.index is None:
+            setattr(self.parent, self.field, node)
+        else:
+            getattr(self.parent, self.field)[self.index] = node
 
 
 class Mutant(NamedTuple):
-    """A statement of a kernel, and what it becomes."""
-
     file: str
     line: int
-    function: str
+    # The statement, or the first line of a loop or branch, as it is and as it becomes.
     before: str
     after: str
-    # The function's definition after the change.
-    tree: ast.FunctionDef
+    function: ast.FunctionDef
+    place: Place
+    node: ast.AST
 
     def __str__(self) -> str:
         return f"kernels/triton/{self.file}:{self.line}\n- {self.before}\n+ {self.after}"
 
 
-# Loosened or tightened by one step, and by one step in the other direction: the operator, what is added to the right.
-SHIFTED: dict[type[ast.cmpop], list[tuple[ast.cmpop, int]]] = {
+# Bounds move by one in both directions: the new operator, and what is added to its right side.
+COMPARISONS: dict[type[ast.cmpop], list[tuple[ast.cmpop, int]]] = {
     ast.Lt: [(ast.LtE(), 0), (ast.Lt(), -1)],
     ast.LtE: [(ast.Lt(), 0), (ast.LtE(), 1)],
     ast.Gt: [(ast.GtE(), 0), (ast.Gt(), 1)],
@@ -67,320 +78,248 @@ SHIFTED: dict[type[ast.cmpop], list[tuple[ast.cmpop, int]]] = {
     ast.Eq: [(ast.NotEq(), 0)],
     ast.NotEq: [(ast.Eq(), 0)],
 }
-SWAPPED: dict[type[ast.operator], ast.operator] = {ast.Add: ast.Sub(), ast.Sub: ast.Add(), ast.Div: ast.Mult()}
-LEFT_ALONE = (ast.Mult, ast.FloorDiv, ast.Mod, ast.LShift, ast.RShift)
-# Numbers in these are shapes, axes and options of compilation: other ones do not run.
+OPERATORS: dict[type[ast.operator], ast.operator] = {ast.Add: ast.Sub(), ast.Sub: ast.Add(), ast.Div: ast.Mult()}
+# Numbers in calls of these are shapes and axes: with others a kernel does not run.
 SHAPES = {
-    "arange", "program_id", "num_programs", "zeros", "full", "sum", "max", "min", "argmax", "argmin", "cumsum",
-    "permute", "reshape", "expand_dims", "static_range", "device_assert", "reduce",
+    "arange", "argmax", "argmin", "cumsum", "full", "max", "min", "num_programs", "permute", "program_id", "reduce",
+    "reshape", "static_range", "sum", "zeros",
 }  # fmt: skip
 
 
-def name_of(node: ast.AST) -> str:
-    """The last name of what is called: "load" of tl.load(...)."""
-    if isinstance(node, ast.Call):
-        return getattr(node.func, "attr", getattr(node.func, "id", ""))
-    return ""
+def called(node: ast.AST) -> str:
+    """The last name of what is called: "load" of tl.load(...); "" for what is no call."""
+    return getattr(node.func, "attr", getattr(node.func, "id", "")) if isinstance(node, ast.Call) else ""
 
 
 def plus(node: ast.expr, number: int) -> ast.expr:
-    if number == 0:
+    if not number:
         return node
     return ast.BinOp(node, ast.Add() if number > 0 else ast.Sub(), ast.Constant(abs(number)))
 
 
-def replacements(node: ast.AST) -> Iterator[ast.AST]:
-    """What one expression or augmented assignment of a kernel may become."""
-    name = name_of(node)
-    if isinstance(node, ast.Compare) and len(node.ops) == 1:
-        for operator, number in SHIFTED.get(type(node.ops[0]), []):
-            yield ast.Compare(node.left, [operator], [plus(node.comparators[0], number)])
-    elif isinstance(node, ast.BinOp):
-        if isinstance(node.op, (ast.BitAnd, ast.BitOr)):
-            yield from (node.left, node.right)
-        elif isinstance(node.op, LEFT_ALONE):
-            yield node.left
-        elif type(node.op) in SWAPPED:
-            yield ast.BinOp(node.left, SWAPPED[type(node.op)], node.right)
-    elif isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.USub, ast.Invert)):
-        yield node.operand
-    elif isinstance(node, ast.AugAssign) and type(node.op) in SWAPPED:
-        yield ast.AugAssign(node.target, SWAPPED[type(node.op)], node.value)
-    elif isinstance(node, ast.AugAssign):
-        yield ast.Assign([ast.Name(ast.unparse(node.target), ast.Store())], node.value)
-    elif isinstance(node, ast.Constant) and type(node.value) is int:
-        yield ast.Constant(node.value + 1)
-    elif isinstance(node, ast.Constant) and type(node.value) is float:
-        yield ast.Constant(2 * node.value or 1.0)
-    elif isinstance(node, ast.Call):
-        if name == "where":
-            yield from node.args[1:]
-        elif name in ("minimum", "maximum"):
-            yield from node.args[:2]
-        elif name == "cdiv":
-            yield ast.BinOp(node.args[0], ast.FloorDiv(), node.args[1])
-        elif name == "range" and len(node.args) > 1:
-            yield ast.Call(node.func, [node.args[0], plus(node.args[1], -1), *node.args[2:]], node.keywords)
-        elif name == "to" and isinstance(node.func, ast.Attribute):
-            yield node.func.value
-        if any(keyword.arg == "mask" for keyword in node.keywords):
-            kept = [keyword for keyword in node.keywords if keyword.arg not in ("mask", "other")]
-            yield ast.Call(node.func, node.args, kept)
+def changes(node: ast.AST) -> Iterator[ast.AST]:
+    """What an expression or a statement may become."""
+    match node:
+        case ast.Compare(left, [operator], [right]):
+            for other, number in COMPARISONS.get(type(operator), []):
+                yield ast.Compare(left, [other], [plus(right, number)])
+        case ast.BinOp(left, ast.BitAnd() | ast.BitOr(), right):
+            yield from (left, right)
+        case ast.BinOp(left, ast.Mult() | ast.FloorDiv() | ast.Mod() | ast.LShift() | ast.RShift()):
+            yield left
+        case ast.BinOp(left, operator, right) if type(operator) in OPERATORS:
+            yield ast.BinOp(left, OPERATORS[type(operator)], right)
+        case ast.UnaryOp(ast.USub() | ast.Invert(), operand):
+            yield operand
+        case ast.AugAssign(target, operator, value) if type(operator) in OPERATORS:
+            yield ast.AugAssign(target, OPERATORS[type(operator)], value)
+        case ast.AugAssign(ast.Name(name), _, value):
+            yield ast.Assign([ast.Name(name, ast.Store())], value)
+        case ast.Constant(int() as number) if not isinstance(number, bool):
+            yield ast.Constant(number + 1)
+        case ast.Constant(float() as number):
+            yield ast.Constant(2 * number or 1.0)
+        case ast.Call(function, arguments, keywords):
+            match called(node), arguments:
+                case "where", [_, *values]:
+                    yield from values
+                case "minimum" | "maximum", values:
+                    yield from values
+                case "cdiv", [number, divisor]:
+                    yield ast.BinOp(number, ast.FloorDiv(), divisor)
+                case "range", [start, end, *step]:
+                    yield ast.Call(function, [start, plus(end, -1), *step], keywords)
+                case "to", _ if isinstance(function, ast.Attribute):
+                    yield function.value
+            if any(keyword.arg == "mask" for keyword in keywords):
+                yield ast.Call(function, arguments, [x for x in keywords if x.arg not in ("mask", "other")])
 
 
-def compiled_away(node: ast.AST) -> bool:
-    """Whether this is an `if` for what the interpreter has not: dependent launches, and PTX."""
-    return isinstance(node, ast.If) and ast.unparse(node.test) in ("PDL", "len(PTX) > 0")
-
-
-def places(node: ast.AST, statement: ast.stmt) -> Iterator[tuple[ast.AST, ast.stmt]]:
-    """The expressions below a node that may be changed, each with its statement."""
-    for field, value in ast.iter_fields(node):
-        if compiled_away(node) and field in ("test", "body"):
-            continue
-        if field in ("decorator_list", "args" if isinstance(node, ast.FunctionDef) else "", "annotation", "slice"):
-            continue
-        for child in value if isinstance(value, list) else [value]:
-            if not isinstance(child, ast.AST):
+def places(parent: ast.AST, statement: ast.stmt) -> Iterator[Place]:
+    """What may be changed below a node."""
+    if isinstance(parent, ast.If) and ast.unparse(parent.test).startswith(("PDL", "len(PTX)")):
+        children: list[tuple[str, int | None, Any]] = [("orelse", i, node) for i, node in enumerate(parent.orelse)]
+    else:
+        children = []
+        for field, value in ast.iter_fields(parent):
+            if field in ("annotation", "args" if isinstance(parent, ast.FunctionDef) else "decorator_list", "slice"):
                 continue
-            inner = child if isinstance(child, ast.stmt) else statement
-            docstring = isinstance(child, ast.Expr) and isinstance(child.value, ast.Constant)
-            shape = name_of(node) in SHAPES and isinstance(child, (ast.Constant, ast.UnaryOp, ast.Tuple))
-            option = isinstance(child, ast.keyword) and child.arg not in ("mask", "other")
-            if docstring or shape or option or name_of(child) == "device_assert":
+            children += (
+                [(field, i, x) for i, x in enumerate(value)] if isinstance(value, list) else [(field, None, value)]
+            )
+    for field, index, node in children:
+        if not isinstance(node, ast.AST) or called(node) == "device_assert" or field == "decorator_list":
+            continue
+        match node:
+            case ast.Expr(ast.Constant()):  # a docstring
                 continue
-            yield child, inner
-            yield from places(child, inner)
+            case ast.Constant() | ast.UnaryOp() | ast.Tuple() if called(parent) in SHAPES:
+                continue
+            case ast.keyword(name) if name not in ("mask", "other"):
+                continue
+        inner = node if isinstance(node, ast.stmt) else statement
+        yield Place(parent, field, index, node, inner)
+        yield from places(node, inner)
 
 
-class _Replace(ast.NodeTransformer):
-    def __init__(self, old: ast.AST, new: ast.AST):
-        self.old, self.new = old, new
-
-    def visit(self, node: ast.AST) -> Any:
-        return self.new if node is self.old else self.generic_visit(node)
-
-
-def header(statement: ast.stmt) -> str:
-    """A statement in one line, without the body of a loop or a branch."""
-    return ast.unparse(statement).splitlines()[0]
-
-
-def is_kernel(node: ast.AST) -> bool:
-    """Whether this defines a function that is decorated by `jit(...)` or `triton.jit`."""
-    return isinstance(node, ast.FunctionDef) and any("jit" in ast.unparse(x) for x in node.decorator_list)
+def header(node: ast.AST) -> str:
+    return ast.unparse(ast.fix_missing_locations(node)).splitlines()[0]
 
 
 def mutants(file: str, source: str) -> list[Mutant]:
     """All mutants of a file's kernels, by line."""
     found = []
     for function in ast.parse(source).body:
-        if not is_kernel(function):
+        if not isinstance(function, ast.FunctionDef) or not any(
+            "jit" in ast.unparse(x) for x in function.decorator_list
+        ):
             continue
-        for number, (place, statement) in enumerate(places(function, function)):
-            before = header(statement)
-            for choice in range(len([*replacements(place)])):
-                whole = copy.deepcopy(function)
-                old, around = [*places(whole, whole)][number]
-                new = ast.fix_missing_locations(ast.copy_location([*replacements(old)][choice], old))
-                changed = _Replace(old, new).visit(whole)
-                after = header(new if around is old else around)
+        for place in [*places(function, function)]:
+            before, whole = header(place.statement), place.node is place.statement
+            for node in changes(place.node):
+                place.put(node)
+                after = header(node if whole else place.statement)
+                place.put(place.node)
                 if after != before:
-                    found.append(Mutant(file, place.lineno, function.name, before, after, changed))
+                    found.append(Mutant(file, place.node.lineno, before, after, function, place, node))
     return sorted(found, key=lambda mutant: mutant.line)
+
+
+def of_op(name: str) -> list[Mutant]:
+    """The mutants of the files that an op's tests test."""
+    return [x for file in FILES[name] for x in mutants(f"{file}.py", (KERNELS / f"{file}.py").read_text("utf-8"))]
 
 
 def equivalent() -> dict[tuple[str, str, str], str]:
     """The reasons of equivalent_mutants.txt, by file, statement, and what it becomes."""
-    text = EQUIVALENT.read_text("utf-8")
-    reasons, file, before, why = {}, "", "", ""
-    for line in text.splitlines():
+    reasons, file, before, reason = {}, "", "", ""
+    for line in Path(__file__).with_name("equivalent_mutants.txt").read_text("utf-8").splitlines():
         if line.endswith(".py"):
             file = line
         elif line.startswith("- "):
             before = line[2:]
         elif line.startswith("+ "):
-            reasons[file, before, line[2:]] = why
-        elif line and not line.startswith("#"):
-            why = line
+            reasons[file, before, line[2:]] = reason
+        elif not line.startswith("#"):
+            reason = line
     return reasons
 
 
 def plant(mutant: Mutant) -> None:
-    """Makes this process run the mutant."""
+    """Makes this process run the mutant, in Triton's interpreter."""
     from triton.runtime.interpreter import InterpretedFunction
 
     module = sys.modules[f"internlm3.kernels.triton.{mutant.file.removesuffix('.py')}"]
-    kernel = getattr(module, mutant.function)
-    kernel.rewrite()  # fills the module's globals with what rewritten code needs
-    mutant.tree.decorator_list = []
-    tree = kernel.rewriter.ast_transformer.visit(ast.Module([mutant.tree], []))
+    kernel = getattr(module, mutant.function.name)
+    kernel.rewrite()
+    mutant.place.put(mutant.node)
+    mutant.function.decorator_list = []
+    tree = kernel.rewriter.ast_transformer.visit(ast.Module([mutant.function], []))
     InterpretedFunction.rewritten_fn[kernel.fn] = kernel.rewriter._compile_and_exec(ast.fix_missing_locations(tree))
 
 
-class Tests:
-    """The collected tests, and what each has found: a plugin of pytest that runs them once for each mutant."""
+class Run:
+    """A plugin of pytest that runs the collected tests for each mutant."""
 
-    def __init__(self, name: str, chosen: list[Mutant], minutes: float):
-        self.name, self.mutants, self.end = name, chosen, time.monotonic() + 60 * minutes
+    def __init__(self, name: str, first: int):
+        self.name, self.first = name, first
         self.seconds: dict[str, float] = {}
         self.found: dict[str, int] = {}
-        self.survivors: list[Mutant] = []
-        self.pipe = 0
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        table = (ROOT / "kernels" / "README.md").read_text("utf-8")
-        ops = [line.split("`")[1] for line in table.splitlines() if line.startswith("| `") and self.file in line]
-        items[:] = [item for item in items if item.path.name == self.file or _parameter(item, "op") in ops]
-
-    @property
-    def file(self) -> str:
-        return f"test_{self.name}.py"
+        """Keeps the tests of the op's file, and the tests of `test_far_strides.py` with its ops."""
+        file, table = f"test_{self.name}.py", (ROOT / "kernels" / "README.md").read_text("utf-8")
+        ops = [line.split("`")[1] for line in table.splitlines() if line.startswith("| `") and file in line]
+        parameters = [getattr(item, "callspec", None) for item in items]
+        given = [callspec.params.get("op") if callspec else None for callspec in parameters]
+        items[:] = [item for item, op in zip(items, given, strict=True) if item.path.name == file or op in ops]
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         importlib.import_module("internlm3.kernels.triton")
-        failed = self.run(session.items, None)
-        if failed:
-            print(f"{failed} fails without a fault: no mutant can be judged")
-            session.testsfailed = 1
-            return True
-        print(
-            f"{len(self.mutants)} mutants of {self.name}; its tests take {sum(self.seconds.values()):.0f} s", flush=True
-        )
-        for done, mutant in enumerate(self.mutants):
-            if time.monotonic() > self.end:
-                print(f"{len(self.mutants) - done} mutants were not run: go on from --first {done}")
-                break
-            failed = self.run(session.items, mutant)
-            if not failed:
-                self.survivors.append(mutant)
-                print(mutant, flush=True)
-            if os.environ.get("VERBOSE"):
-                print(done, failed, mutant, flush=True)
-        else:
-            done += 1
-        print(f"{self.name}: {done} mutants, {done - len(self.survivors)} found, {len(self.survivors)} survive")
-        session.testsfailed = len(self.survivors)
+        chosen, known, survivors = of_op(self.name), equivalent(), 0
+        if failed := self.failing(session.items, None):
+            raise pytest.UsageError(f"{failed} fails without a fault")
+        print(f"{len(chosen)} mutants, and {sum(self.seconds.values()):.0f} s of tests", flush=True)
+        listed = 0
+        for number, mutant in enumerate(chosen[self.first :], self.first):
+            if (mutant.file, mutant.before, mutant.after) in known:
+                listed += 1
+            elif not self.failing(session.items, mutant):
+                survivors += 1
+                print(f"survives: {number}, {mutant}", flush=True)
+        run = len(chosen) - self.first - listed
+        print(f"{self.name}: {run} run, {run - survivors} found, {survivors} survive; {listed} are equivalent")
+        session.testsfailed = survivors
         return True
 
-    def run(self, items: list[pytest.Item], mutant: Mutant | None) -> str:
-        """The test that fails in a fork of this process, with the mutant planted; "" if none does."""
-        order = sorted(items, key=lambda x: (self.seconds.get(x.nodeid, 0) + 0.01) / (1 + self.found.get(x.nodeid, 0)))
+    def failing(self, items: list[pytest.Item], mutant: Mutant | None) -> str:
+        """The test that fails in a fork of this process, in which the mutant is planted; "" if none does."""
         reader, writer = os.pipe()
         child = os.fork()
         if not child:
-            self.in_child(order, mutant, writer)
+            self.in_fork(sorted(items, key=self.cost), mutant, writer)
         os.close(writer)
-        last, text = "its import", ""
+        test = ""
         with open(reader, encoding="utf-8") as lines:
             for line in lines:
                 word, text = line.rstrip("\n").split(" ", 1)
-                if word == "begins":
-                    last = text
-                elif word == "broken":
+                if word == "broken":
                     raise RuntimeError(f"{mutant}\n{ast.literal_eval(text)}")
+                elif word == "test":
+                    test = text
                 elif mutant is None:
-                    self.seconds[last] = float(text)
-        _, status = os.waitpid(child, 0)
-        if status == 0:
+                    self.seconds[test] = float(text)
+        if os.waitpid(child, 0)[1] == 0:
             return ""
-        self.found[last] = self.found.get(last, 0) + 1
-        return last
+        self.found[test] = self.found.get(test, 0) + 1
+        return test
 
-    def in_child(self, items: list[pytest.Item], mutant: Mutant | None, pipe: int) -> None:
-        silent = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(silent, 1)
-        os.dup2(silent, 2)
-        self.pipe = pipe
+    def cost(self, item: pytest.Item) -> float:
+        """Seconds for each mutant that a test found."""
+        return (self.seconds.get(item.nodeid, 0.0) + 0.01) / (self.found.get(item.nodeid, 0) + 1)
+
+    def in_fork(self, items: list[pytest.Item], mutant: Mutant | None, pipe: int) -> None:
+        for stream in (1, 2):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
         try:
             if mutant is not None:
                 plant(mutant)
             for item in items:
-                self.report(f"begins {item.nodeid}")
+                os.write(pipe, f"test {item.nodeid}\n".encode())
                 began = time.monotonic()
-                if mutant is not None:  # SIGALRM ends this process
-                    signal.setitimer(signal.ITIMER_REAL, 20 * self.seconds.get(item.nodeid, 60) + 20)
+                if mutant is not None:  # SIGALRM ends the process
+                    signal.setitimer(signal.ITIMER_REAL, 20 * self.seconds[item.nodeid] + 20)
                 item.config.hook.pytest_runtest_protocol(item=item, nextitem=None)
-                self.report(f"ends {time.monotonic() - began}")
+                os.write(pipe, f"seconds {time.monotonic() - began}\n".encode())
             os._exit(0)
         except BaseException:
-            self.report(f"broken {traceback.format_exc()!r}")
+            os.write(pipe, f"broken {traceback.format_exc()!r}\n".encode())
             os._exit(2)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.failed:
             os._exit(1)
 
-    def report(self, line: str) -> None:
-        os.write(self.pipe, f"{line}\n".encode())
-
-
-def _parameter(item: pytest.Item, name: str) -> Any:
-    return item.callspec.params.get(name) if hasattr(item, "callspec") else None
-
 
 def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m tests.mutate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--op", required=True, type=one_of("op", NAMES), help=f"one of {', '.join(NAMES)}")
-    parser.add_argument("--first", type=int, default=0, help="the number of the first mutant to run; default: 0")
-    parser.add_argument("--minutes", type=float, default=20, help="start no mutant after this long; default: 20")
-    parser.add_argument("--list", action="store_true", help="print the mutants, and run none")
+    parser.add_argument("--op", required=True, type=one_of("op", FILES), help=f"one of {', '.join(FILES)}")
+    parser.add_argument("--first", type=int, default=0, help="go on from this mutant; they are numbered from 0")
     options = parser.parse_args()
-    chosen = [
-        mutant
-        for file in FILES.get(options.op, [options.op])
-        for mutant in mutants(f"{file}.py", (FOLDER / f"{file}.py").read_text("utf-8"))
-    ]
-    known = equivalent()
-    chosen = [x for x in chosen if (x.file, x.before, x.after) not in known][options.first :]
-    if options.list:
-        print(*chosen, f"{len(chosen)} mutants", sep="\n")
-        return 0
-    # A failure is not made smaller, which takes long in the interpreter.
-    phases = (hypothesis.Phase.explicit, hypothesis.Phase.generate)
+    # A failure is not shrunk, which takes long in the interpreter.
     hypothesis.settings.register_profile(
         "mutate",
-        derandomize=True,
-        database=None,
-        deadline=None,
-        phases=phases,
+        hypothesis.settings(derandomize=True, database=None, deadline=None, report_multiple_bugs=False),
+        phases=(hypothesis.Phase.explicit, hypothesis.Phase.generate),
         suppress_health_check=list(hypothesis.HealthCheck),
-        report_multiple_bugs=False,
     )
-    folder = ROOT / "tests" / "kernels"
-    paths = [str(folder / f"test_{options.op}.py"), str(folder / "test_far_strides.py")]
-    settings = [
-        "-q",
-        "--no-header",
-        "--tb=no",
-        "-p",
-        "no:xdist",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "no:faulthandler",
-        "-p",
-        "no:warnings",
-    ]
-    plugin = Tests(options.op, chosen, options.minutes)
-    return int(
-        pytest.main(
-            [
-                *paths,
-                *settings,
-                "-s",
-                "--rootdir",
-                str(ROOT),
-                "-c",
-                str(ROOT / "pyproject.toml"),
-                "--hypothesis-profile",
-                "mutate",
-            ],
-            [plugin],
-        )
-    )
+    tests = [f"tests/kernels/test_{name}.py" for name in (options.op, "far_strides")]
+    plugins = [word for name in ("xdist", "cacheprovider", "faulthandler", "warnings") for word in ("-p", f"no:{name}")]
+    os.chdir(ROOT)
+    arguments = ["-q", "-s", "--no-header", "--tb=no", "--hypothesis-profile", "mutate", *plugins, *tests]
+    return int(pytest.main(arguments, [Run(options.op, options.first)]))
 
 
 if __name__ == "__main__":
