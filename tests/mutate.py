@@ -135,44 +135,51 @@ def changes(node: ast.AST) -> Iterator[ast.AST]:
                 yield ast.Call(function, arguments, [x for x in keywords if x.arg not in ("mask", "other")])
 
 
+def fields(node: ast.AST) -> tuple[str, ...]:
+    """The parts of a node in which something may be changed."""
+    match node:
+        case ast.FunctionDef():
+            return ("body",)
+        case ast.If(test) if ast.unparse(test).startswith(("PDL", "len(PTX)")):  # only on a GPU
+            return ("orelse",)
+        case ast.Subscript() | ast.AnnAssign():
+            return ("value",)
+        case _:
+            return node._fields
+
+
 def places(parent: ast.AST, statement: ast.stmt) -> Iterator[Place]:
     """What may be changed below a node."""
-    if isinstance(parent, ast.If) and ast.unparse(parent.test).startswith(("PDL", "len(PTX)")):
-        children: list[tuple[str, int | None, Any]] = [("orelse", i, node) for i, node in enumerate(parent.orelse)]
-    else:
-        children = []
-        for field, value in ast.iter_fields(parent):
-            if field in ("annotation", "args" if isinstance(parent, ast.FunctionDef) else "decorator_list", "slice"):
-                continue
-            children += (
-                [(field, i, x) for i, x in enumerate(value)] if isinstance(value, list) else [(field, None, value)]
-            )
-    for field, index, node in children:
-        if not isinstance(node, ast.AST) or called(node) == "device_assert" or field == "decorator_list":
-            continue
-        match node:
-            case ast.Expr(ast.Constant()):  # a docstring
-                continue
-            case ast.Constant() | ast.UnaryOp() | ast.Tuple() if called(parent) in SHAPES:
-                continue
-            case ast.keyword(name) if name not in ("mask", "other"):
-                continue
-        inner = node if isinstance(node, ast.stmt) else statement
-        yield Place(parent, field, index, node, inner)
-        yield from places(node, inner)
+    for field in fields(parent):
+        value = getattr(parent, field)
+        for index, node in enumerate(value) if isinstance(value, list) else [(None, value)]:
+            match node:
+                case ast.Expr(ast.Constant()):  # a docstring
+                    continue
+                case ast.Constant() | ast.UnaryOp() | ast.Tuple() if called(parent) in SHAPES:
+                    continue
+                case ast.keyword(name) if name not in ("mask", "other"):
+                    continue
+                case ast.AST() if called(node) != "device_assert":
+                    inner = node if isinstance(node, ast.stmt) else statement
+                    yield Place(parent, field, index, node, inner)
+                    yield from places(node, inner)
 
 
 def header(node: ast.AST) -> str:
     return ast.unparse(ast.fix_missing_locations(node)).splitlines()[0]
 
 
+def is_kernel(function: ast.FunctionDef) -> bool:
+    """Whether a function runs on a GPU: it is decorated by `jit(...)` or `triton.jit`."""
+    return any("jit" in ast.unparse(decorator) for decorator in function.decorator_list)
+
+
 def mutants(file: str, source: str) -> list[Mutant]:
     """All mutants of a file's kernels, by line."""
     found = []
     for function in ast.parse(source).body:
-        if not isinstance(function, ast.FunctionDef) or not any(
-            "jit" in ast.unparse(x) for x in function.decorator_list
-        ):
+        if not isinstance(function, ast.FunctionDef) or not is_kernel(function):
             continue
         for place in [*places(function, function)]:
             before, whole = header(place.statement), place.node is place.statement
