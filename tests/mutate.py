@@ -69,14 +69,12 @@ class Mutant(NamedTuple):
         return f"kernels/triton/{self.file}:{self.line}\n- {self.before}\n+ {self.after}"
 
 
-# Bounds move by one in both directions: the new operator, and what is added to its right side.
-COMPARISONS: dict[type[ast.cmpop], list[tuple[ast.cmpop, int]]] = {
+# A bound moves by one in both directions: the new operator, and what is added to its right side.
+BOUNDS: dict[type[ast.cmpop], list[tuple[ast.cmpop, int]]] = {
     ast.Lt: [(ast.LtE(), 0), (ast.Lt(), -1)],
     ast.LtE: [(ast.Lt(), 0), (ast.LtE(), 1)],
     ast.Gt: [(ast.GtE(), 0), (ast.Gt(), 1)],
     ast.GtE: [(ast.Gt(), 0), (ast.GtE(), -1)],
-    ast.Eq: [(ast.NotEq(), 0)],
-    ast.NotEq: [(ast.Eq(), 0)],
 }
 OPERATORS: dict[type[ast.operator], ast.operator] = {ast.Add: ast.Sub(), ast.Sub: ast.Add(), ast.Div: ast.Mult()}
 # Numbers in calls of these are shapes and axes: with others a kernel does not run.
@@ -101,7 +99,9 @@ def changes(node: ast.AST) -> Iterator[ast.AST]:
     """What an expression or a statement may become."""
     match node:
         case ast.Compare(left, [operator], [right]):
-            for other, number in COMPARISONS.get(type(operator), []):
+            if isinstance(operator, (ast.Eq, ast.NotEq)):
+                yield ast.Compare(left, [ast.NotEq() if isinstance(operator, ast.Eq) else ast.Eq()], [right])
+            for other, number in BOUNDS.get(type(operator), []):
                 yield ast.Compare(left, [other], [plus(right, number)])
         case ast.BinOp(left, ast.BitAnd() | ast.BitOr(), right):
             yield from (left, right)
@@ -158,6 +158,8 @@ def places(parent: ast.AST, statement: ast.stmt) -> Iterator[Place]:
                     continue
                 case ast.Constant() | ast.UnaryOp() | ast.Tuple() if called(parent) in SHAPES:
                     continue
+                case ast.Constant() if isinstance(parent, ast.Compare) and type(parent.ops[0]) in BOUNDS:
+                    continue  # it moves with its comparison
                 case ast.keyword(name) if name not in ("mask", "other"):
                     continue
                 case ast.AST() if called(node) != "device_assert":
