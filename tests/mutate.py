@@ -39,20 +39,20 @@ FILES = {
 
 
 class Place(NamedTuple):
-    """An expression or a statement in a tree: parent.field, or parent.field[index]."""
+    """An expression or a statement in a tree: parent.field, or parent.field[at]."""
 
     parent: ast.AST
     field: str
-    index: int | None
+    at: int | None
     node: Any
     # The statement that it is part of.
     statement: ast.stmt
 
     def put(self, node: ast.AST) -> None:
-        if self.index is None:
+        if self.at is None:
             setattr(self.parent, self.field, node)
         else:
-            getattr(self.parent, self.field)[self.index] = node
+            getattr(self.parent, self.field)[self.at] = node
 
 
 class Mutant(NamedTuple):
@@ -125,8 +125,8 @@ def changes(node: ast.AST) -> Iterator[ast.AST]:
                     yield from values
                 case "minimum" | "maximum", values:
                     yield from values
-                case "cdiv", [number, divisor]:
-                    yield ast.BinOp(number, ast.FloorDiv(), divisor)
+                case "cdiv", [dividend, divisor]:
+                    yield ast.BinOp(dividend, ast.FloorDiv(), divisor)
                 case "range", [start, end, *step]:
                     yield ast.Call(function, [start, plus(end, -1), *step], keywords)
                 case "to", _ if isinstance(function, ast.Attribute):
