@@ -178,19 +178,26 @@ def is_kernel(function: ast.FunctionDef) -> bool:
 
 
 def mutants(file: str, source: str) -> list[Mutant]:
-    """All mutants of a file's kernels, by line."""
+    """All mutants of a file's kernels, by line. Of equal statements, the second and further ones have their number."""
     found = []
+    equal: dict[str, list[ast.stmt]] = {}
     for function in ast.parse(source).body:
         if not isinstance(function, ast.FunctionDef) or not is_kernel(function):
             continue
         for place in [*places(function, function)]:
             before, whole = header(place.statement), place.node is place.statement
+            same = equal.setdefault(before, [])
+            if place.statement not in same:
+                same.append(place.statement)
+            number = f"  # {same.index(place.statement) + 1}" if place.statement is not same[0] else ""
             for node in changes(place.node):
                 place.put(node)
                 after = header(node if whole else place.statement)
                 place.put(place.node)
                 if after != before:
-                    found.append(Mutant(file, place.node.lineno, before, after, function, place, node))
+                    found.append(
+                        Mutant(file, place.node.lineno, before + number, after + number, function, place, node)
+                    )
     return sorted(found, key=lambda mutant: mutant.line)
 
 
