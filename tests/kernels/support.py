@@ -1,4 +1,4 @@
-"""Random inputs and error bounds for the tests of kernels/; bench/harness.py has `call` and the guards.
+"""Random inputs and error bounds for the tests of kernels/; bench/harness.py has the guards.
 
 A typical test draws shapes and a seed by hypothesis, runs the op with every backend and with the reference (`run_all`),
 computes the result in float64 on its own, and checks all of them by `assert_near`, with the same bound.
@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from bench import harness
 from bench.harness import GUARD, difference, poison
-from bench.harness import call as call
 from internlm3 import kernels
 from internlm3.kernels import cpu, reference
-from internlm3.kernels.triton import launch
+from internlm3.kernels.triton.launch import INTERPRETED
 from internlm3.tests.support.bounds import only_arguments
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
@@ -60,6 +60,12 @@ def embedded(x: Tensor, padding: int = 0) -> Tensor:
     return view.copy_(x)
 
 
+def call(op: Any, *args: Any, **options: Any) -> Any:
+    """`harness.call`, in which an interpreted kernel may only read and write the tensors of its launch."""
+    with only_arguments() if INTERPRETED else contextlib.nullcontext():
+        return harness.call(op, *args, **options)
+
+
 MODULES = {"triton": kernels, "cpu": cpu, "reference": reference}
 # The two backends of an op.
 backends = pytest.mark.parametrize("backend", ["triton", "cpu"])
@@ -72,8 +78,7 @@ def run(backend: str, op: str, *args: Any, writes: Sequence[Tensor] = (), **opti
     """
     function = getattr(MODULES[backend], op)
     if backend == "triton":
-        with only_arguments() if launch.INTERPRETED else contextlib.nullcontext():
-            return call(function, *args, writes=writes, **options)
+        return call(function, *args, writes=writes, **options)
     on_cpu = {id(x): x.cpu() for x in tree_leaves((args, options)) if isinstance(x, Tensor)}
     moved, keywords = tree_map_only(Tensor, lambda x: on_cpu[id(x)], (args, options))
     result = call(function, *moved, writes=[on_cpu[id(x)] for x in writes], **keywords)
