@@ -11,13 +11,14 @@ failed. Nothing is written to the checkout.
 
 import argparse
 import ast
+import functools
 import importlib
 import os
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -234,6 +235,21 @@ def plant(mutant: Mutant) -> None:
     InterpretedFunction.rewritten_fn[kernel.fn] = kernel.rewriter._compile_and_exec(ast.fix_missing_locations(tree))
 
 
+def ends_the_process(test: Callable[..., None]) -> Callable[..., None]:
+    """The test of one case. Its failure ends the process, since Hypothesis would run it again and shrink the case."""
+
+    @functools.wraps(test)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            test(*args, **kwargs)
+        except hypothesis.errors.UnsatisfiedAssumption:
+            raise
+        except Exception:
+            os._exit(1)
+
+    return run
+
+
 class Run:
     """A plugin of pytest that runs the collected tests for each mutant."""
 
@@ -301,6 +317,8 @@ class Run:
             if mutant is not None:
                 plant(mutant)
             for item in items:
+                if random := getattr(item.obj, "hypothesis", None):  # type: ignore[attr-defined]
+                    random.inner_test = ends_the_process(random.inner_test)
                 os.write(pipe, f"test {item.nodeid}\n".encode())
                 began = time.monotonic()
                 if mutant is not None:  # SIGALRM ends the process
@@ -324,17 +342,10 @@ def main() -> int:
     parser.add_argument("--op", required=True, type=one_of("op", FILES), help=f"one of {', '.join(FILES)}")
     parser.add_argument("--first", type=int, default=0, help="go on from this mutant; they are numbered from 0")
     options = parser.parse_args()
-    # A failure is not shrunk, which takes long in the interpreter.
-    hypothesis.settings.register_profile(
-        "mutate",
-        hypothesis.settings(derandomize=True, database=None, deadline=None, report_multiple_bugs=False),
-        phases=(hypothesis.Phase.explicit, hypothesis.Phase.generate),
-        suppress_health_check=list(hypothesis.HealthCheck),
-    )
     tests = [f"tests/kernels/test_{name}.py" for name in (options.op, "far_strides")]
     plugins = [word for name in ("xdist", "cacheprovider", "faulthandler", "warnings") for word in ("-p", f"no:{name}")]
     os.chdir(ROOT)
-    arguments = ["-q", "-s", "--no-header", "--tb=no", "--hypothesis-profile", "mutate", *plugins, *tests]
+    arguments = ["-q", "-s", "--no-header", "--tb=no", *plugins, *tests]
     return int(pytest.main(arguments, [Run(options.op, options.first)]))
 
 
