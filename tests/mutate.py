@@ -257,6 +257,7 @@ class Run:
         self.name, self.first = name, first
         self.seconds: dict[str, float] = {}
         self.found: dict[str, int] = {}
+        self.failed = self.in_a_fork = False
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         """Keeps the tests of the op's file, and the tests of `test_far_strides.py` with its ops."""
@@ -268,15 +269,18 @@ class Run:
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         importlib.import_module("internlm3.kernels.triton")
-        chosen, known, survivors = of_op(self.name), equivalent(), 0
-        if failed := self.failing(session.items, None):
-            raise pytest.UsageError(f"{failed} fails without a fault")
-        print(f"{len(chosen)} mutants, and {sum(self.seconds.values()):.0f} s of tests", flush=True)
-        listed = 0
+        for item in session.items:  # in this process, so that no fork imports and caches the same things again
+            began = time.monotonic()
+            item.config.hook.pytest_runtest_protocol(item=item, nextitem=None)
+            self.seconds[item.nodeid] = time.monotonic() - began
+        if self.failed:
+            raise pytest.UsageError("the tests fail without a fault")
+        chosen, known, listed, survivors = of_op(self.name), equivalent(), 0, 0
+        print(f"\n{len(chosen)} mutants, and {sum(self.seconds.values()):.0f} s of tests", flush=True)
         for number, mutant in enumerate(chosen[self.first :], self.first):
             if (mutant.file, mutant.before, mutant.after) in known:
                 listed += 1
-            elif not self.failing(session.items, mutant):
+            elif not self.finds(session.items, mutant):
                 survivors += 1
                 print(f"survives: {number}, {mutant}", flush=True)
         run = len(chosen) - self.first - listed
@@ -284,8 +288,8 @@ class Run:
         session.testsfailed = survivors
         return True
 
-    def failing(self, items: list[pytest.Item], mutant: Mutant | None) -> str:
-        """The test that fails in a fork of this process, in which the mutant is planted; "" if none does."""
+    def finds(self, items: list[pytest.Item], mutant: Mutant) -> bool:
+        """Whether a test fails in a fork of this process, in which the mutant is planted."""
         reader, writer = os.pipe()
         child = os.fork()
         if not child:
@@ -297,42 +301,37 @@ class Run:
                 word, text = line.rstrip("\n").split(" ", 1)
                 if word == "broken":
                     raise RuntimeError(f"{mutant}\n{ast.literal_eval(text)}")
-                elif word == "test":
-                    test = text
-                elif mutant is None:
-                    self.seconds[test] = float(text)
+                test = text
         if os.waitpid(child, 0)[1] == 0:
-            return ""
+            return False
         self.found[test] = self.found.get(test, 0) + 1
-        return test
+        return True
 
     def cost(self, item: pytest.Item) -> float:
         """Seconds for each mutant that a test found."""
-        return (self.seconds.get(item.nodeid, 0.0) + 0.01) / (self.found.get(item.nodeid, 0) + 1)
+        return (self.seconds[item.nodeid] + 0.01) / (self.found.get(item.nodeid, 0) + 1)
 
-    def in_fork(self, items: list[pytest.Item], mutant: Mutant | None, pipe: int) -> None:
+    def in_fork(self, items: list[pytest.Item], mutant: Mutant, pipe: int) -> None:
+        self.in_a_fork = True
         for stream in (1, 2):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
         try:
-            if mutant is not None:
-                plant(mutant)
+            plant(mutant)
             for item in items:
                 if random := getattr(item.obj, "hypothesis", None):  # type: ignore[attr-defined]
                     random.inner_test = ends_the_process(random.inner_test)
                 os.write(pipe, f"test {item.nodeid}\n".encode())
-                began = time.monotonic()
-                if mutant is not None:  # SIGALRM ends the process
-                    signal.setitimer(signal.ITIMER_REAL, 20 * self.seconds[item.nodeid] + 20)
+                signal.setitimer(signal.ITIMER_REAL, 20 * self.seconds[item.nodeid] + 20)  # SIGALRM ends the process
                 item.config.hook.pytest_runtest_protocol(item=item, nextitem=None)
-                os.write(pipe, f"seconds {time.monotonic() - began}\n".encode())
             os._exit(0)
         except BaseException:
             os.write(pipe, f"broken {traceback.format_exc()!r}\n".encode())
             os._exit(2)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if report.failed:
+        if report.failed and self.in_a_fork:
             os._exit(1)
+        self.failed |= report.failed
 
 
 def main() -> int:
