@@ -23,7 +23,7 @@ from bench.harness import GUARD, difference, poison
 from internlm3 import kernels
 from internlm3.kernels import cpu, reference
 from internlm3.kernels.triton.launch import INTERPRETED
-from internlm3.tests.support.bounds import only_arguments
+from internlm3.tests.support.strict_launches import strict_launches
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 # tests/fuzz.py may choose among them.
@@ -61,8 +61,8 @@ def embedded(x: Tensor, padding: int = 0) -> Tensor:
 
 
 def call(op: Any, *args: Any, **options: Any) -> Any:
-    """`harness.call`, in which an interpreted kernel may only read and write the tensors of its launch."""
-    with only_arguments() if INTERPRETED else contextlib.nullcontext():
+    """`harness.call`. In the interpreter a launch may only touch its tensors, and programs run in any order."""
+    with strict_launches() if INTERPRETED else contextlib.nullcontext():
         return harness.call(op, *args, **options)
 
 
