@@ -35,6 +35,7 @@ def strict_launches() -> Iterator[None]:
     order: list[int] = []
     launch, enter = GridExecutor.__call__, InterpreterBuilder.set_grid_idx
     load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+    update = InterpreterBuilder.create_atomic_rmw
 
     def strict_launch(self: Any, *args: Any, **kwargs: Any) -> None:
         given = (getattr(x, "base", x) for x in tree_leaves((args, kwargs)))  # of a descriptor, its tensor
@@ -70,9 +71,14 @@ def strict_launches() -> Iterator[None]:
         check("writes", pointers, mask)
         return store(self, pointers, value, mask, *rest)
 
+    def strict_update(self: Any, operation: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        check("updates", pointers, mask)
+        return update(self, operation, pointers, value, mask, *rest)
+
     with (
         mock.patch.object(GridExecutor, "__call__", strict_launch),
         mock.patch.object(InterpreterBuilder, "create_masked_load", strict_load),
         mock.patch.object(InterpreterBuilder, "create_masked_store", strict_store),
+        mock.patch.object(InterpreterBuilder, "create_atomic_rmw", strict_update),
     ):
         yield
