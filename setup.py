@@ -86,6 +86,7 @@ setup(
             "hypothesis",
             "ruff",
             "mypy",
+            "uvloop; sys_platform != 'win32'",  # AsyncLLM is tested under it
             "setuptools>=77",  # builds the wheel that a test installs
         ],
     },
