@@ -307,7 +307,7 @@ def test_qkv_of_positions_after_the_block_table(lengths, tokens):
     """The table has three pages of 16, then two."""
     rope = RopeCase(13, torch.float32, lengths, tokens, 1, 1, 16, 16)
     for pages in (3, 2):
-        rope.block_table = embedded(rope.block_table[:, :pages], 8)
+        rope.block_table = rope.block_table[:, :pages]  # what follows in memory are pages of the sequence
         check_qkv(13, torch.float32, 64, 0, False, False, rope)
 
 

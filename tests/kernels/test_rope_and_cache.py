@@ -222,7 +222,7 @@ def test_positions_after_the_block_table_are_not_written(lengths):
     """Three tokens of a sequence, whose table has three pages of 16, then two: some, all or none are after its end."""
     case = Case(13, torch.float32, lengths, 3, 4, 2, 64, 16)
     for pages in (3, 2):
-        case.block_table = embedded(case.block_table[:, :pages], 8)
+        case.block_table = case.block_table[:, :pages]  # what follows in memory are pages of the sequence
         check_case(case)
 
 
