@@ -39,14 +39,19 @@ def _tuple(result: Any) -> tuple[Any, ...]:
     return result if isinstance(result, tuple) else (result,)
 
 
+def allowed(exact: Tensor, dtype: torch.dtype, steps: float) -> Tensor:
+    """The largest error of results in this dtype: so many of its steps, of the value and of the RMS of its row."""
+    size = exact.abs() + (exact.square().mean(-1, keepdim=True).sqrt() if exact.dim() else 0)
+    return steps * torch.finfo(dtype).eps * size
+
+
 def _difference(op: Op, name: str, found: Tensor, expected: Tensor, exact: Tensor) -> str:
     """expected: the reference's result; exact: its result from float32 inputs."""
     if not expected.is_floating_point():
         return harness.difference(name, found, expected)
     exact = exact.double()
     steps = STEPS[expected.dtype] * (MORE_STEPS.get(op, 1.0) if isinstance(op, str) else 1.0)
-    size = exact.abs() + (exact.square().mean(-1, keepdim=True).sqrt() if exact.dim() else 0)
-    bound = steps * torch.finfo(expected.dtype).eps * size
+    bound = allowed(exact, expected.dtype, steps)
     if not isinstance(op, str) and exact.dim():
         own = (expected.double() - exact).abs().nan_to_num(0, 0, 0).amax(-1, keepdim=True)
         bound = torch.maximum(bound, ROUNDINGS * own)
