@@ -9,7 +9,7 @@ import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import ModuleType
@@ -153,7 +153,7 @@ def _ops(path: str, module: ModuleType) -> dict[str, Op]:
     return ops
 
 
-def _found(module: ModuleType, ours: Collection[str]) -> str:
+def _found(module: ModuleType, ours: Sequence[str]) -> str:
     """What a file without an op has."""
     if ours:
         return f": its {ours[0]} is this project's own, imported"

@@ -13,11 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import integrity, ops, roofline, strict, timing
+from bench import integrity, measure, ops, roofline, strict, timing
 from bench.roofline import Roofline
 
 CHEATS = Path(__file__).parent / "cheats"
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="graph, stream and driver are played for a CPU")
+pytestmark = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="graph, stream and driver are played for a CPU"),
+    pytest.mark.usefixtures("in_this_process"),
+]
 
 
 @pytest.fixture
@@ -53,9 +56,9 @@ def launches(monkeypatch):
                 for call in kept:
                     call()
 
-        return ops.Prepared(replay, 64, 1, 1, False, kept)
+        return measure.Prepared(replay, 64, 1, 1, False, kept)
 
-    monkeypatch.setattr(ops, "prepare", prepare)
+    monkeypatch.setattr(measure, "prepare", prepare)
 
 
 def stopped_clock(monkeypatch):

@@ -18,7 +18,10 @@ from internlm3 import kernels
 from internlm3.kernels import cpu, reference
 
 TINY = Size(hidden=32, intermediate=48, vocabulary=70, heads=4, kv_heads=2, head_dim=16)
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests of what happens on a CPU")
+pytestmark = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="tests of what happens on a CPU"),
+    pytest.mark.usefixtures("in_this_process"),
+]
 
 
 @pytest.fixture
