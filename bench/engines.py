@@ -7,6 +7,7 @@ prints and writes the rows, nor in that of another engine.
 import dataclasses
 import gc
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,35 +19,16 @@ from .integrity import Watch
 from .measure import Engine, known_engine, measure, ours, untimed
 from .record import Row
 from .timing import name_of
-from .workers import Ended, Worker
+from .workers import Ended, Restarted, Worker
 
 
-class EngineProcess:
-    """An engine's process, which starts when it is first asked, and again after it has ended.
-
-    arguments: those of bench.ops, which say what the cases are.
-    """
+class EngineProcess(Restarted):
+    """An engine's process. arguments: those of bench.ops, which say what the cases are."""
 
     def __init__(self, name: str, device: torch.device, arguments: Iterable[str], worker: str = ""):
+        super().__init__(partial(Worker, "bench.ops", *arguments, "--worker", worker or name))
         self.name = name
         self._device = device
-        self._arguments = [*arguments, "--worker", worker or name]
-        self._process: Worker | None = None
-
-    def end(self, error: BaseException | None = None) -> None:
-        """Ends the process; at once if there was an error."""
-        if self._process is not None:
-            self._process.__exit__(error)
-            self._process = None
-
-    def ask(self, question: Any) -> Any:
-        """The answer of `answers`. Raises Ended."""
-        self._process = self._process or Worker("bench.ops", *self._arguments)
-        try:
-            return self._process.ask(question)
-        except BaseException as error:  # it has ended, or Ctrl-C ends its work
-            self.end(error)
-            raise
 
     def row(self, case: Case) -> Row:
         why = self.name in peers.PEERS and peers.unfit(self.name, self._device)

@@ -53,6 +53,29 @@ class Worker:
         return json.loads(answer)
 
 
+class Restarted:
+    """A worker that starts when it is first asked, and again after it has ended."""
+
+    def __init__(self, start: Callable[[], Worker]):
+        self._start = start
+        self._worker: Worker | None = None
+
+    def ask(self, question: Any) -> Any:
+        """The worker's answer. Raises Ended."""
+        self._worker = self._worker or self._start()
+        try:
+            return self._worker.ask(question)
+        except BaseException as error:  # it has ended, or Ctrl-C ends its work
+            self.end(error)
+            raise
+
+    def end(self, error: BaseException | None = None) -> None:
+        """Ends the worker; at once if there was an error."""
+        if self._worker is not None:
+            self._worker.__exit__(error)
+            self._worker = None
+
+
 def serve(answer: Callable[[Any], Any]) -> None:
     """Answers questions from stdin until it closes. Whatever else is printed goes to stderr."""
     questions, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")

@@ -54,6 +54,9 @@ def returning(body=RIGHT, values="c, c.sum()", **spec):
     return solution(code, destination_passing_style=False, **spec)
 
 
+pytestmark = pytest.mark.usefixtures("in_this_process")
+
+
 @pytest.fixture(autouse=True)
 def fixed(monkeypatch):
     """The same inputs in every run: a kernel's rounding is out of bounds once in some hundred thousand elements."""
