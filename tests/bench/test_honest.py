@@ -28,7 +28,9 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="graph and com
 def random_case(rng, ops):
     """An op of these at random sizes, without quantised weights."""
     width = rng.choice((16, 24, 32, 64, 200))
-    size = Size(width, rng.choice((24, 48, 130)), rng.randrange(20, 300), 4, rng.choice((1, 2, 4)), rng.choice((16, 32)))
+    size = Size(
+        width, rng.choice((24, 48, 130)), rng.randrange(20, 300), 4, rng.choice((1, 2, 4)), rng.choice((16, 32))
+    )
     batch, chunk, context = rng.randrange(1, 9), rng.randrange(2, 40), rng.randrange(40, 150)
     every = cases(size, [rng.choice(DTYPES)], [batch], [chunk], [context])
     return rng.choice([case for case in every if case.op in ops and case.stored == "dense"])

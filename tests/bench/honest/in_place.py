@@ -4,7 +4,9 @@ import torch
 
 
 def embed(token_ids, table):
-    y = torch.empty(size=(*token_ids.shape, table.shape[1]), dtype=table.dtype, device=table.device, requires_grad=False)
+    y = torch.empty(
+        size=(*token_ids.shape, table.shape[1]), dtype=table.dtype, device=table.device, requires_grad=False
+    )
     return torch.index_select(table, 0, token_ids, out=y)
 
 
