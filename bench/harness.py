@@ -53,17 +53,23 @@ def scramble(x: Tensor) -> None:
             x.random_(0, 2)
 
 
+def _traced() -> bool:
+    """Whether torch.compile or another tracer runs a function on tensors without values."""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+
+
 @contextlib.contextmanager
 def poisoned_outputs(ordinary: bool = False) -> Iterator[None]:
     """Makes torch.empty and torch.empty_like return poison between guards. Raises Fault if a guard was overwritten.
 
+    What torch.compile makes of a function allocates by itself, without poison.
     ordinary: between the guards are random values of an ordinary size instead.
     """
     memories: list[Tensor] = []
     allocate = {name: getattr(torch, name) for name in ("empty", "empty_like")}
 
     def poisoned(name: str, device: Any, *args: Any, **options: Any) -> Tensor:
-        """As the function of this name, of whose result PyTorch says shape, dtype and strides."""
+        """As the function of this name, which gives shape, dtype and strides."""
         form = allocate[name](*args, **{**options, "device": "meta", "pin_memory": False})
         extent = _extent(form)
         memory = poison(extent + 2 * GUARD, form.dtype, device)
@@ -72,13 +78,15 @@ def poisoned_outputs(ordinary: bool = False) -> Iterator[None]:
             scramble(memory[GUARD : GUARD + extent])
         return memory.as_strided(form.shape, form.stride(), GUARD)
 
-    def empty(*size: Any, out: Tensor | None = None, device: Any = None, **options: Any) -> Tensor:
-        if out is not None:
-            return allocate["empty"](*size, out=out)
-        return poisoned("empty", device or torch.get_default_device(), *size, **options)
+    def empty(*size: Any, **options: Any) -> Tensor:
+        if options.get("out") is not None or _traced():
+            return allocate["empty"](*size, **options)
+        return poisoned("empty", options.get("device") or torch.get_default_device(), *size, **options)
 
-    def empty_like(input: Tensor, device: Any = None, **options: Any) -> Tensor:
-        return poisoned("empty_like", device or input.device, input, **options)
+    def empty_like(input: Tensor, **options: Any) -> Tensor:
+        if _traced():
+            return allocate["empty_like"](input, **options)
+        return poisoned("empty_like", options.get("device") or input.device, input, **options)
 
     with mock.patch.object(torch, "empty", empty), mock.patch.object(torch, "empty_like", empty_like):
         yield

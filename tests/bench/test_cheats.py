@@ -90,6 +90,7 @@ REFUSED = [
     ("kept_by_content", "with the same inputs but for one element: the result"),
     ("kept_in_file", "REFUSED: it opens a file in a call that has nothing left to compile"),
     ("device_memo", "with the same inputs again, after every kept copy of the result was overwritten: the result"),
+    ("hidden_memo", "REFUSED: it hides objects by gc.freeze from the search for results that were kept"),
     ("only_if_poisoned", "if its outputs begin with ordinary values, not with NaN: the result"),
     ("first_launch_only", "REFUSED: in a timed call, with new inputs in the same memory: the result"),
     ("other_stream", "WRONG, not timed: the result (bfloat16 [3, 32]) is wrong at 96 of 96 places"),
