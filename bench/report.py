@@ -55,6 +55,21 @@ def into_readme(text: str, above: str, record: Record) -> str:
     return f"{text[:begin]}{MARKS[0]}\n{body}\n{text[end:]}"
 
 
+def _loaded(paths: Sequence[str]) -> list[Record]:
+    """The records; of more than two those that can be read, and a line for each other. Raises ValueError."""
+    records = []
+    for path in paths:
+        try:
+            records.append(load(path))
+        except ValueError as error:
+            if len(paths) <= 2:
+                raise
+            print(f"left out: {error}", file=sys.stderr)
+    if not records:
+        raise ValueError("none of the records can be read")
+    return records
+
+
 def _readmes(folder: Path, record: Record) -> dict[Path, str]:
     """The READMEs of a folder, by path, with the record's tables. Raises ValueError if one can't have them."""
     try:
@@ -77,10 +92,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.plot:
             plots.check(options.plot)
-        record, *after = records = [*map(load, options.records)]
+        record, *after = records = _loaded(options.records)
         devices = {each.stamp["device"] for each in records}
         models = {shapes_of(each.stamp)["of"] for each in records if any(row.part == "decode" for row in each.rows)}
-        several = len(records) > 2 or len(devices) > 1 or len(models) > 1
+        several = len(options.records) > 2 or len(devices) > 1 or len(models) > 1
         if several and (options.csv or options.markdown or options.plot or options.readme):
             raise ValueError("the table of several machines or models is only printed: name one record")
         if several:

@@ -352,6 +352,20 @@ def test_a_table_of_machines_has_the_newest_record_of_each(tmp_path, capsys):
         assert capsys.readouterr().out.splitlines()[2:] == [lines[i] for i in shown]
 
 
+def test_a_record_that_can_not_be_read_is_left_out_of_the_table(tmp_path, capsys):
+    paths = [str(tmp_path / f"{i}.json") for i in range(3)]
+    machine("NVIDIA H200", "2026-01-02", 4.0).save(paths[0])
+    Path(paths[1]).write_text('{"stamp": {}, "rows": [], "format": 1}')
+    assert report.main(paths) == 0
+    out, err = capsys.readouterr()
+    assert "| NVIDIA H200 | InternLM3-8B | 2026-01-02" in out
+    lines = [f"left out: {paths[1]} has record format 1", f"left out: {paths[2]} can't be read"]
+    assert [line.startswith(start) for line, start in zip(err.splitlines(), lines, strict=True)] == [True, True]
+    with pytest.raises(SystemExit):
+        report.main(paths[1:] * 2)
+    assert "none of the records can be read" in capsys.readouterr().err
+
+
 def test_rates_of_a_decode_step():
     """Counted by hand; where the data sheet is not known there is no share of it. Text and Markdown have them."""
     (row,) = machine("NVIDIA H200", "2026-01-02", 4.0).rows
