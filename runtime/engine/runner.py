@@ -83,6 +83,7 @@ class Runner:
         capture = None if self._eager else self._capture
         self._prefill = prefill.Prefill(self._model, self.kv_cache, self._state, self._staging, capture)
         self._weights = WeightsState(self._model)
+        self._prompts_ran = False  # since the last decode step
 
     def drop_if_stale(self, message: str) -> bool:
         """Whether the weights have changed. If so, ends all requests with "error" and this message, and begins anew."""
@@ -110,22 +111,45 @@ class Runner:
     def step(self) -> list[Request]:
         """Schedule, prefill, decode, collect: returns the requests that have a new token."""
         self.free_ended()
-        scheduled = self.scheduler.schedule()
-        if scheduled:
-            self._run_prompts(scheduled)
-        if any(slot.request.needs_host for slot in self.scheduler.active):
+        self._run_prompts()
+        if any(slot.request.needs_host for slot in self.scheduler.decoding):
             return self._step_on_host()
         self._launch_ahead()
         return self._collect() if len(self._steps) else []
 
-    def _run_prompts(self, scheduled: list[Slot]) -> None:
-        """Prefills the prompts of newly scheduled requests, and samples their first tokens."""
-        slot = scheduled[0]
-        if self._prefill.captured is not None and len(scheduled) == 1 and not slot.request.needs_host:
+    def _run_prompts(self) -> None:
+        """Prefills the next prompts: some short ones, or a chunk of a long one. Samples their first tokens.
+
+        While other requests decode, that is at most a chunk of tokens from one decode step to the next, so that they
+        keep their pace.
+        """
+        alone = not self.scheduler.decoding
+        if self._prompts_ran and not alone:
+            return
+        long = self.scheduler.prefilling
+        slots = [] if long is not None else self.scheduler.schedule(math.inf if alone else prefill.CHUNK)
+        if slots and slots[0].remaining > prefill.CHUNK:
+            long = slots[0]
+        if long is not None:
+            self._prompts_ran = True
+            if not self._prefill.run_chunk(long, prefill.LAUNCH_TOKENS if alone else prefill.CHUNK):
+                return
+            self.scheduler.register(long)
+            slots = [long, *(slot for slot in self.scheduler.active if slot.twin is long)]
+        if slots:
+            self._run_to_first_tokens(slots)
+
+    def _run_to_first_tokens(self, slots: list[Slot]) -> None:
+        """Runs what is left of these prompts, and samples the token after each."""
+        self._prompts_ran = True
+        slot = slots[0]
+        for each in slots:
+            each.started = True
+        if self._prefill.captured is not None and len(slots) == 1 and not slot.request.needs_host:
             self._prefill.captured.run_to_first_token(slot)
             self._steps.copy_report([*[None] * slot.index, slot])
         else:
-            self._sample_first_tokens(scheduled, self._prefill.run(scheduled))
+            self._sample_first_tokens(slots, self._prefill.run(slots))
 
     def _sample_first_tokens(self, scheduled: list[Slot], last: dict[Slot, Tensor]) -> None:
         """Samples the token after each prompt, from its last token's hidden state [1, C]; one report for all."""
@@ -155,24 +179,25 @@ class Runner:
             # A step generates at least one token.
             unfinished = [
                 slot
-                for slot in self.scheduler.active
+                for slot in self.scheduler.decoding
                 if len(slot.request.token_ids) + self._steps.of(slot) < slot.request.max_tokens
             ]
             if not unfinished:
                 return
             batch_size = self._batch_size()
-            slots = self.scheduler.slots[:batch_size]
+            slots = self.scheduler.in_step(batch_size)
             drafts = self.speculation is not None and self.speculation.prepare(slots)
             self._steps.launch(Step(batch_size, max(slot.tier for slot in unfinished), drafts), slots)
+            self._prompts_ran = False
 
     def _step_on_host(self) -> list[Request]:
         """One step whose logits the host sees. No other is in flight: processors need all tokens before it."""
         moved = [request for _ in range(len(self._steps)) for request in self._collect()]
-        active = self.scheduler.active
-        if not active or moved:
+        decoding = self.scheduler.decoding
+        if not decoding or moved:
             return moved
-        batch_size, tier = self._batch_size(), max(slot.tier for slot in active)
-        slots, state = self.scheduler.slots[:batch_size], self._state.slots(0, batch_size)
+        batch_size, tier = self._batch_size(), max(slot.tier for slot in decoding)
+        slots, state = self.scheduler.in_step(batch_size), self._state.slots(0, batch_size)
         logits = decode.forward(self._model, self.kv_cache, state)
         requests = [None if slot is None else slot.request for slot in slots]
         sample_with_hooks(self._model.model.ops, logits, state, tier, requests)
@@ -180,6 +205,7 @@ class Runner:
         if self.speculation is not None:
             self.speculation.drop_drafts()
         self._steps.copy_report(slots)
+        self._prompts_ran = False
         return self._collect()
 
     def _collect(self) -> list[Request]:
