@@ -68,11 +68,11 @@ def poisoned_outputs(ordinary: bool = False) -> Iterator[None]:
     memories: list[Tensor] = []
     allocate = {name: getattr(torch, name) for name in ("empty", "empty_like")}
 
-    def poisoned(name: str, device: Any, *args: Any, **options: Any) -> Tensor:
+    def poisoned(name: str, where: Any, *args: Any, **options: Any) -> Tensor:
         """As the function of this name, which gives shape, dtype and strides."""
         form = allocate[name](*args, **{**options, "device": "meta", "pin_memory": False})
         extent = _extent(form)
-        memory = poison(extent + 2 * GUARD, form.dtype, device)
+        memory = poison(extent + 2 * GUARD, form.dtype, where)
         memories.append(memory)
         if ordinary:
             scramble(memory[GUARD : GUARD + extent])
