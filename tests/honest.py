@@ -8,6 +8,8 @@ import os
 import secrets
 import sys
 
+import bench  # noqa: F401  makes internlm3 this checkout
+
 os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
 
 from internlm3.tests.support.honest_kernels import STYLES, refused
