@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
@@ -41,6 +42,8 @@ from .perplexity import Perplexity, perplexity
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+    from ..structured.grammars import Grammars
 
 
 class LLM:
@@ -380,6 +383,9 @@ class LLM:
                 )
             limit = min(wanted.max_tokens or room, room)
             own = [Request(prompt, wanted, limit, self._ends, answer) for answer in range(wanted.n)]
+            if wanted.constraint is not None:
+                for request in own:
+                    request.constraint = self._grammars.constraint(wanted, request.ends)
             early = early_processors(wanted)
             late = processors(wanted, begin=len(prompt), most=limit, ends=own[0].ends)
             if early or late:
@@ -409,8 +415,24 @@ class LLM:
                 for update in updates:
                     yield chunk_of([update], call.called, device)
 
+    @cached_property
+    def _grammars(self) -> Grammars:
+        """Compiles the constraints of requests."""
+        try:
+            from ..structured.grammars import Grammars
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                f"{error}: json_schema, json_object, regex, choice and grammar need it: pip install 'internlm3[json]'",
+                name=error.name,
+            ) from None
+        return Grammars(self.tokenizer, self.config.vocab_size)
+
     def _new_answer(self, request: Request, chat: bool) -> Answer:
-        """A text continues its prompt's, so that both joined are the whole; a chat answer is a text of its own."""
+        """A text continues its prompt's, so that both joined are the whole; a chat answer is a text of its own.
+
+        The text of a constrained answer is exactly what its grammar had: neither its first space nor any other is left
+        out.
+        """
         p = request.params
         stream = TextStream(
             self.tokenizer,
@@ -419,6 +441,7 @@ class LLM:
             p.skip_special_tokens,
             min_tokens=p.min_tokens,
             prompt_ids=() if chat else request.prompt_ids,
+            exact=request.constraint is not None,
         )
         return Answer(request, stream)
 
