@@ -15,7 +15,7 @@ from .runs import FAULTS
 
 DATA = Path(__file__).parent / "data"
 # What a right runtime stays within, by the dtype it computes in; bench/README.md has what some reached.
-ALLOWED = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 6e-2}
+ALLOWED = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 5e-2}
 
 
 class Report(NamedTuple):
