@@ -15,7 +15,7 @@ from bench.conformance import checkpoint, generated
 from bench.conformance.check import ALLOWED, DATA, check, errors, expected
 from bench.conformance.checkpoint import DIM, PLACES, VOCAB, WINDOW, token_ids
 from bench.conformance.folder import SHA256, write
-from bench.conformance.reference import THETA, base, logits
+from bench.conformance.reference import base, logits
 from bench.conformance.runs import FAULTS, RUNS, computed, faults_of
 from internlm3 import InternLM3Config, InternLM3ForCausalLM, InternLM3Tokenizer
 from internlm3.runtime.engine import staging
