@@ -10,17 +10,17 @@ import struct
 
 import numpy as np
 
-SEED = 7  # of eight, one with wide margins: every fault changes logits by more than bfloat16 does
+SEED = 5  # of eight, one with wide margins: every fault changes logits by more than bfloat16 does
 WINDOW, PLACES = 32768, (0, 1, 511, 32767, 32768, 32769, 40000)
 LENGTH = PLACES[-1] + 1
-LAYERS, VOCAB, PIECES, HIDDEN, INNER, HEADS, KV_HEADS, DIM = 2, 384, 370, 128, 192, 4, 2, 32
+VOCAB, PIECES, HIDDEN, INNER, HEADS, KV_HEADS, DIM = 384, 370, 128, 192, 4, 2, 32
 CONFIG = {
     "architectures": ["InternLM3ForCausalLM"],
     "model_type": "internlm3",
     "vocab_size": VOCAB,
     "hidden_size": HIDDEN,
     "intermediate_size": INNER,
-    "num_hidden_layers": LAYERS,
+    "num_hidden_layers": 1,
     "num_attention_heads": HEADS,
     "num_key_value_heads": KV_HEADS,
     "head_dim": DIM,
@@ -56,7 +56,7 @@ _LAYER = {
 }
 TENSORS = {
     "model.embed_tokens.weight": ((VOCAB, HIDDEN), 7),
-    **{f"model.layers.{i}.{name}.weight": made for i in range(LAYERS) for name, made in _LAYER.items()},
+    **{f"model.layers.0.{name}.weight": made for name, made in _LAYER.items()},
     "model.norm.weight": _NORM,
     "lm_head.weight": ((VOCAB, HIDDEN), 10),
 }

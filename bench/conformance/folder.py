@@ -10,8 +10,8 @@ from .checkpoint import CONFIG, safetensors, token_ids
 
 # Of model.safetensors and token_ids.json, on every machine.
 SHA256 = {
-    "model.safetensors": "1a6e8480dc004f5ddffbdcc9129f839b355f4d3b8c075db66a99c57116a077c6",
-    "token_ids.json": "b35516d1f23ee9b9a30b0bc6352f57680419ab3d887e4dfb7f7d8b3dd01716bb",
+    "model.safetensors": "8a1943747837b5503d54015beb25a5b1d685908f029036eb43b8453df85595bf",
+    "token_ids.json": "583608410352df86791ee2826f7a38773fa002e0d2987124b83f1604023cd6df",
 }
 
 

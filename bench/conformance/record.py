@@ -25,7 +25,8 @@ def record() -> None:
     for run in RUNS:
         add(run, "right", computed(run))
         for name, fault in faults_of(run).items():
-            add(run, name, computed(run, fault, dtype=torch.float32))
+            add(run, name, computed(run, fault).float())
+    save_file(made, DATA / "expected.safetensors")
     with tempfile.TemporaryDirectory() as folder:
         write(Path(folder))
         # A model for each run: after a longer sequence transformers keeps its base for a prompt that fills the window.

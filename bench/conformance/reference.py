@@ -1,12 +1,11 @@
-"""InternLM3 in float64, written from its specification and independent of the runtime: logits at some places."""
+"""InternLM3 in float64, written from its specification and independent of the runtime."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
 
-from .checkpoint import DIM, HIDDEN, LAYERS, WINDOW, weights
+from .checkpoint import DIM, WINDOW, weights
 
 THETA, FACTOR, EPS = 5e7, 6.0, 1e-5
 
@@ -26,39 +25,33 @@ def rotated(x: Tensor, angles: Tensor, pairs: bool) -> Tensor:
 
 def logits(
     ids: Sequence[int],
-    places: Sequence[int],
     bases: float | Tensor,
     *,
     stretch: float = 1.0,
     pairs: bool = False,
-    dtype: torch.dtype = torch.float64,
 ) -> Tensor:
-    """Logits [len(places), VOCAB] of one sequence.
+    """Logits [VOCAB] of the token after a sequence, float64.
 
     bases: the rotary base of the whole sequence, or [T] float64, of each token's query and key. A position is `stretch`
-    times a token's place. The last layer computes the queries at `places` only.
+    times a token's place. Only the last token's query runs: with one layer, nothing else of the others is needed.
     """
-    w = {name: torch.from_numpy(values).to(dtype) for name, values in weights().items()}
-    x = w["model.embed_tokens.weight"][torch.tensor(ids)]
+    w = {name.split(".")[-2]: torch.from_numpy(values).double() for name, values in weights().items()}
     exponents = -torch.arange(0, DIM, 2, dtype=torch.float64) / DIM
     frequencies = torch.as_tensor(bases, dtype=torch.float64).view(-1, 1) ** exponents
     angles = stretch * torch.arange(len(ids), dtype=torch.float64)[:, None] * frequencies
+    x = w["embed_tokens"][torch.tensor(ids)]
 
     def norm(x: Tensor, name: str) -> Tensor:
-        return rms_norm(x, (HIDDEN,), w[name], EPS)
+        return x / (x.square().mean(-1, keepdim=True) + EPS).sqrt() * w[name]
 
-    for layer in range(LAYERS):
-        own = {part.split(".")[-2]: w[part] for part in w if part.startswith(f"model.layers.{layer}.")}
-        h = norm(x, f"model.layers.{layer}.input_layernorm.weight")
-        q, k, v = ((h @ own[f"{part}_proj"].T).unflatten(-1, (-1, DIM)).transpose(0, 1) for part in "qkv")
-        q, k = (rotated(each, angles, pairs) for each in (q, k))
-        if layer < LAYERS - 1:
-            seen = scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, enable_gqa=True)[0]
-        else:
-            x, q = x[list(places)], q[:, list(places)]
-            mask = torch.arange(len(ids)) <= torch.tensor(places)[:, None]
-            seen = scaled_dot_product_attention(q[None], k[None], v[None], mask, enable_gqa=True)[0]
-        x = x + seen.transpose(0, 1).flatten(1) @ own["o_proj"].T
-        h = norm(x, f"model.layers.{layer}.post_attention_layernorm.weight")
-        x = x + (silu(h @ own["gate_proj"].T) * (h @ own["up_proj"].T)) @ own["down_proj"].T
-    return norm(x, "model.norm.weight") @ w["lm_head.weight"].T
+    h = norm(x, "input_layernorm")
+    k, v = ((h @ w[f"{part}_proj"].T).unflatten(-1, (-1, DIM)).transpose(0, 1) for part in "kv")
+    q = (h[-1] @ w["q_proj"].T).unflatten(-1, (-1, 1, DIM))
+    q, k = rotated(q, angles[-1:], pairs), rotated(k, angles, pairs)
+    x, q = x[-1], q.view(len(k), -1, DIM)  # adjacent heads of q share keys and values
+    scores = q @ k.mT * DIM**-0.5
+    x = x + (scores.softmax(-1) @ v).flatten() @ w["o_proj"].T
+    h = norm(x, "post_attention_layernorm")
+    gate = h @ w["gate_proj"].T
+    x = x + (gate * gate.sigmoid() * (h @ w["up_proj"].T)) @ w["down_proj"].T
+    return norm(x, "norm") @ w["lm_head"].T

@@ -61,24 +61,12 @@ def faults_of(run: str) -> dict[str, Fault]:
     return {name: fault for name, fault in FAULTS.items() if fault.base_of is None or fault.base_of is not RUNS[run]}
 
 
-def computed(
-    run: str, fault: Fault = NONE, places: Sequence[int] = PLACES, dtype: torch.dtype = torch.float64
-) -> Tensor:
-    """The logits [len(places), VOCAB] of a run, by the reference. Some minutes for all places in float64."""
+def computed(run: str, fault: Fault = NONE, places: Sequence[int] = PLACES) -> Tensor:
+    """The logits [len(places), VOCAB] of a run, by the reference."""
     ids, rule = token_ids(), fault.base_of or RUNS[run]
-    bases = {place: rule(place, fault.window) for place in places}
-    rows: dict[int, Tensor] = {}
-    while len(rows) < len(places):
-        # One pass serves all places whose tokens have the same bases in it as alone.
-        last = max(place for place in places if place not in rows)
-        own = torch.as_tensor(bases[last], dtype=torch.float64)
-        shared = [place for place in places if place not in rows and _begins(own, bases[place])]
-        found = logits(ids[: last + 1], shared, own, stretch=fault.stretch, pairs=fault.pairs, dtype=dtype)
-        rows |= dict(zip(shared, found, strict=True))
-    return torch.stack([rows[place] for place in places])
-
-
-def _begins(long: Tensor, short: float | Tensor) -> bool:
-    """Whether the bases of a shorter sequence are the first of those of a longer one."""
-    short = torch.as_tensor(short, dtype=torch.float64)
-    return torch.equal(long[: len(short)] if long.dim() else long, short)
+    return torch.stack(
+        [
+            logits(ids[: place + 1], rule(place, fault.window), stretch=fault.stretch, pairs=fault.pairs)
+            for place in places
+        ]
+    )

@@ -21,7 +21,7 @@ def model():
         torch.float32, vocab_size=VOCAB, hidden_size=16, intermediate_size=24, num_attention_heads=2,
         num_key_value_heads=1, head_dim=8,
     )  # fmt: skip
-    made.lm_head.weight[EDGES] *= 3
+    made.lm_head.weight[EDGES] *= 10
     return made
 
 
@@ -126,12 +126,13 @@ def test_log_probabilities_of_alternatives(model, engine):
 
 def test_bans_of_transformers(model):
     """Words, repeated n-grams and scores, through `generate`."""
-    ids = torch.tensor([PROMPT])
     flags = {"max_new_tokens": 6, "do_sample": False, "output_scores": True, "return_dict_in_generate": True}
-    free = model.generate(ids, **flags)
-    banned = model.generate(ids, bad_words_ids=[[LAST], [128096]], no_repeat_ngram_size=1, **flags)
-    assert all(scores.shape == (1, VOCAB) for scores in banned.scores)
-    assert all(scores[0, LAST] == scores[0, 128096] == -torch.inf for scores in banned.scores)
-    answer = banned.sequences[0, len(PROMPT) :].tolist()
-    assert len({*PROMPT, *answer}) == len({*PROMPT}) + len(answer)
-    assert LAST in free.sequences[0, len(PROMPT) :]
+    ids = torch.tensor([[5, 9]])
+    free, unlike, banned = (
+        model.generate(ids, **bans, **flags)
+        for bans in ({}, {"no_repeat_ngram_size": 1}, {"bad_words_ids": [[LAST], [128096]]})
+    )
+    assert free.sequences[0, 2:4].tolist() == [LAST, LAST] and 128096 in free.sequences
+    assert unlike.sequences[0, 2] == LAST and unlike.sequences.unique().numel() == 8
+    for scores in banned.scores:
+        assert scores.shape == (1, VOCAB) and scores.isinf().nonzero()[:, 1].tolist() == [128096, LAST]
