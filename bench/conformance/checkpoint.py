@@ -40,8 +40,8 @@ CONFIG = {
     "pad_token_id": 2,
     "torch_dtype": "bfloat16",
 }
-# Shape of every tensor, and e of its scale 2 ** -e. Scores of attention have a standard deviation of 2.7, so that a
-# query attends to some tens of keys in 40000, at any distance.
+# Shape of every tensor, and e of its scale 2 ** -e. Scores of attention have a standard deviation of 3.8: a query attends
+# to few keys, at any distance.
 _NORM = ((HIDDEN,), 7)
 _LAYER = {
     "input_layernorm": _NORM,
@@ -70,7 +70,9 @@ def stream(name: str, count: int) -> np.ndarray:
 def weights() -> dict[str, np.ndarray]:
     """Every tensor of the checkpoint by its name, float32.
 
-    With b the bytes of SHAKE-256 of the name, a matrix is (2b - 255) * 2**-e, and a norm (96 + b // 4) * 2**-e.
+    With b the bytes of SHAKE-256 of the name, a matrix is (2b - 255) * 2**-e, and a norm (96 + b // 4) * 2**-e. In each
+    head of q and k, rows 1, 2, 17 and 18 are 4 times that: their rotations, by 19 and 58 tokens a turn, show a change of
+    the base best.
     """
     made = {}
     for name, (shape, exponent) in TENSORS.items():
