@@ -40,8 +40,8 @@ CONFIG = {
     "pad_token_id": 2,
     "torch_dtype": "bfloat16",
 }
-# Shape of every tensor, and e of its scale 2 ** -e. Scores of attention have a standard deviation of 3.8: a query attends
-# to few keys, at any distance.
+# Shape of every tensor, and e of its scale 2 ** -e. Scores of attention have a standard deviation of 3.8: a query
+# attends to few keys, at any distance.
 _NORM = ((HIDDEN,), 7)
 _LAYER = {
     "input_layernorm": _NORM,
@@ -71,8 +71,8 @@ def weights() -> dict[str, np.ndarray]:
     """Every tensor of the checkpoint by its name, float32.
 
     With b the bytes of SHAKE-256 of the name, a matrix is (2b - 255) * 2**-e, and a norm (96 + b // 4) * 2**-e. In each
-    head of q and k, rows 1, 2, 17 and 18 are 4 times that: their rotations, by 19 and 58 tokens a turn, show a change of
-    the base best.
+    head of q and k, rows 1, 2, 17 and 18 are 4 times that: their rotations, of 19 and 58 tokens a turn, show a change
+    of the base best.
     """
     made = {}
     for name, (shape, exponent) in TENSORS.items():
