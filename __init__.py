@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from .runtime.version import VERSION as __version__
 
 if TYPE_CHECKING:
+    from .runtime.api.async_llm import AsyncLLM as AsyncLLM
     from .runtime.api.llm import LLM as LLM
     from .runtime.api.outputs import Chunk as Chunk
     from .runtime.api.outputs import CompletionOutput as CompletionOutput
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from .runtime.api.prompts import THINKING_SYSTEM_PROMPT as THINKING_SYSTEM_PROMPT
     from .runtime.compat.causal_lm import InternLM3ForCausalLM as InternLM3ForCausalLM
     from .runtime.compat.decoder import InternLM3Model as InternLM3Model
+    from .runtime.engine.thread import QueueFull as QueueFull
     from .runtime.model.config import InternLM3Config as InternLM3Config
     from .runtime.sampling.params import RECOMMENDED as RECOMMENDED
     from .runtime.sampling.params import RECOMMENDED_THINKING as RECOMMENDED_THINKING
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from .runtime.tokenization.tokenizer import InternLM3Tokenizer as InternLM3Tokenizer
 
 _HOME = {
+    "AsyncLLM": "api.async_llm",
     "Chunk": "api.outputs",
     "CompletionOutput": "api.outputs",
     "InternLM3Config": "model.config",
@@ -33,6 +36,7 @@ _HOME = {
     "InternLM3Tokenizer": "tokenization.tokenizer",
     "LLM": "api.llm",
     "Perplexity": "api.perplexity",
+    "QueueFull": "engine.thread",
     "RECOMMENDED": "sampling.params",
     "RECOMMENDED_THINKING": "sampling.params",
     "RequestOutput": "api.outputs",

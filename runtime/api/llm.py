@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 import os
-import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
@@ -36,12 +35,15 @@ from ..sampling.params import RECOMMENDED_THINKING, SamplingParams
 from ..sampling.settings import FILTERS
 from ..tokenization.text_stream import TextStream
 from ..tokenization.tokenizer import InternLM3Tokenizer
+from .call import Call
 from .inputs import check_window, checkpoint_defaults, conversation_of, encode_prompt, prompt_list, token_ids_of
-from .outputs import Chunk, RequestOutput, chunk_of, completion_of, timings_of
+from .outputs import Chunk, RequestOutput, chunk_of
 from .perplexity import Perplexity, perplexity
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+    from ..structured.grammars import Grammars
 
 
 class LLM:
@@ -208,10 +210,7 @@ class LLM:
             TypeError: an unknown keyword, or something that is not a prompt.
         """
         progress = check_bool("use_tqdm", kwargs.pop("use_tqdm", True))
-        several, single = prompt_list(prompts)
-        params = self._params(sampling_params, kwargs, None if single else len(several))
-        outputs = self._answer([self._encode(prompt) for prompt in several], params, progress, chat=False)
-        return outputs[0] if single else outputs
+        return self._answer(self._generate_call(prompts, sampling_params, kwargs), progress)
 
     @overload
     def chat(
@@ -258,17 +257,8 @@ class LLM:
         Returns and raises as `generate`.
         """
         progress = check_bool("use_tqdm", kwargs.pop("use_tqdm", True))
-        several = isinstance(messages, Sequence) and bool(messages) and isinstance(messages[0], (str, list, tuple))
-        single = isinstance(messages, str) or not several
-        conversations = [conversation_of(each, thinking) for each in ([messages] if single else messages)]
-        given = sampling_params or (RECOMMENDED_THINKING if thinking else None)
-        if stream:
-            if not single:
-                raise ValueError(f"stream answers one conversation; there are {len(conversations)}")
-            return self.stream(conversations[0], given, **kwargs)
-        params = self._params(given, kwargs, None if single else len(conversations))
-        outputs = self._answer([self._render(each) for each in conversations], params, progress, chat=True)
-        return outputs[0] if single else outputs
+        call = self._chat_call(messages, sampling_params, thinking, kwargs)
+        return self._chunks(_one_prompt(call)) if stream else self._answer(call, progress)
 
     def stream(
         self,
@@ -280,24 +270,15 @@ class LLM:
     ) -> Iterator[Chunk]:
         """Like `generate` (for a text or token ids) or `chat` (for messages), as an iterator of chunks.
 
+        With n > 1 the chunks of all answers come as they are generated; `chunk.index` says whose each is.
+
         Closing the iterator stops generation at once, and so does Ctrl-C.
 
         Example:
             for chunk in llm.stream("Once upon a time", max_tokens=64):
                 print(chunk.text, end="", flush=True)
         """
-        [params] = self._params(sampling_params or (RECOMMENDED_THINKING if thinking else None), kwargs, None)
-        if params.n != 1:
-            raise ValueError(f"stream gives one answer; n is {params.n}")
-        chat = thinking or (isinstance(prompt, (list, tuple)) and bool(prompt) and isinstance(prompt[0], Mapping))
-        if chat:
-            _, ids = self._render(conversation_of(prompt, thinking))
-        else:
-            several, _ = prompt_list(prompt)
-            if len(several) != 1:
-                raise ValueError(f"stream answers one prompt; there are {len(several)}")
-            _, ids = self._encode(several[0])
-        return self._chunks(self._requests([ids], [params])[0], chat=chat)
+        return self._chunks(self._stream_call(prompt, sampling_params, thinking, kwargs))
 
     def perplexity(
         self, text: str | Sequence[int], *, window: int | None = None, stride: int | None = None
@@ -320,6 +301,37 @@ class LLM:
         if len(ids) < 2:
             raise ValueError("the text has one token, and a perplexity needs two")
         return perplexity(self.model, ids, size, step, progress=self._progress)
+
+    # ---------------------------------------------------------------- calls, which AsyncLLM makes too
+
+    def _generate_call(self, prompts: Any, sampling_params: Any, kwargs: Mapping[str, Any]) -> Call:
+        several, single = prompt_list(prompts)
+        params = self._params(sampling_params, kwargs, None if single else len(several))
+        return self._call([self._encode(prompt) for prompt in several], params, single, chat=False)
+
+    def _chat_call(self, messages: Any, sampling_params: Any, thinking: bool, kwargs: Mapping[str, Any]) -> Call:
+        several = isinstance(messages, Sequence) and bool(messages) and isinstance(messages[0], (str, list, tuple))
+        single = isinstance(messages, str) or not several
+        conversations = [conversation_of(each, thinking) for each in ([messages] if single else messages)]
+        given = sampling_params or (RECOMMENDED_THINKING if thinking else None)
+        params = self._params(given, kwargs, None if single else len(conversations))
+        return self._call([self._render(each) for each in conversations], params, single, chat=True)
+
+    def _stream_call(self, prompt: Any, sampling_params: Any, thinking: bool, kwargs: Mapping[str, Any]) -> Call:
+        if thinking or (isinstance(prompt, (list, tuple)) and bool(prompt) and isinstance(prompt[0], Mapping)):
+            return _one_prompt(self._chat_call(prompt, sampling_params, thinking, kwargs))
+        return _one_prompt(self._generate_call(prompt, sampling_params, kwargs))
+
+    def _call(
+        self,
+        prompts: list[tuple[str | None, list[int]]],
+        params: list[SamplingParams],
+        single: bool,
+        *,
+        chat: bool,
+    ) -> Call:
+        requests = self._requests([ids for _, ids in prompts], params)
+        return Call(prompts, params, [self._new_answer(request, chat) for request in requests], single)
 
     # ---------------------------------------------------------------- prompts and settings
 
@@ -371,6 +383,9 @@ class LLM:
                 )
             limit = min(wanted.max_tokens or room, room)
             own = [Request(prompt, wanted, limit, self._ends, answer) for answer in range(wanted.n)]
+            if wanted.constraint is not None:
+                for request in own:
+                    request.constraint = self._grammars.constraint(wanted, request.ends)
             early = early_processors(wanted)
             late = processors(wanted, begin=len(prompt), most=limit, ends=own[0].ends)
             if early or late:
@@ -383,52 +398,41 @@ class LLM:
 
     # ---------------------------------------------------------------- running requests
 
-    def _answer(
-        self,
-        prompts: Sequence[tuple[str | None, list[int]]],
-        params: Sequence[SamplingParams],
-        progress: bool,
-        *,
-        chat: bool,
-    ) -> list[RequestOutput]:
-        called = time.perf_counter()
-        requests = self._requests([ids for _, ids in prompts], params)
-        answers = [self._new_answer(request, chat) for request in requests]
-        visible = progress and self._progress and len(prompts) > 1
-        bar = tqdm(total=len(answers), unit="answer", disable=hides_bar(visible))
-        with bar, closing(self.engine.run(answers)) as run:
+    def _answer(self, call: Call, progress: bool) -> Any:
+        visible = progress and self._progress and len(call.prompts) > 1
+        bar = tqdm(total=len(call.answers), unit="answer", disable=hides_bar(visible))
+        with bar, closing(self.engine.run(call.answers)) as run:
             for updates in run:
                 bar.update(sum(update.finished for update in updates))
-        outputs, done = [], iter(answers)
-        for (text, ids), wanted in zip(prompts, params, strict=True):
-            own = list(itertools.islice(done, wanted.n))
-            outputs.append(
-                RequestOutput(
-                    text,
-                    ids,
-                    [completion_of(answer) for answer in own],
-                    wanted,
-                    own[0].request.cached_tokens,
-                    sum(answer.request.drafted for answer in own),
-                    sum(answer.request.accepted for answer in own),
-                    timings_of([answer.request for answer in own], called),
-                )
-            )
-        return outputs
+        return call.outputs()
 
-    def _chunks(self, request: Request, *, chat: bool) -> Iterator[Chunk]:
+    def _chunks(self, call: Call) -> Iterator[Chunk]:
         device = self.model.device
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        answer = self._new_answer(request, chat)
-        called = time.perf_counter()
-        with closing(self.engine.run([answer])) as run:
+        with closing(self.engine.run(call.answers)) as run:
             for updates in run:
                 for update in updates:
-                    yield chunk_of(update, called, device)
+                    yield chunk_of([update], call.called, device)
+
+    @cached_property
+    def _grammars(self) -> Grammars:
+        """Compiles the constraints of requests."""
+        try:
+            from ..structured.grammars import Grammars
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                f"{error}: json_schema, json_object, regex, choice and grammar need it: pip install 'internlm3[json]'",
+                name=error.name,
+            ) from None
+        return Grammars(self.tokenizer, self.config.vocab_size)
 
     def _new_answer(self, request: Request, chat: bool) -> Answer:
-        """A text continues its prompt's, so that both joined are the whole; a chat answer is a text of its own."""
+        """A text continues its prompt's, so that both joined are the whole; a chat answer is a text of its own.
+
+        The text of a constrained answer is exactly what its grammar had: neither its first space nor any other is left
+        out.
+        """
         p = request.params
         stream = TextStream(
             self.tokenizer,
@@ -437,6 +441,7 @@ class LLM:
             p.skip_special_tokens,
             min_tokens=p.min_tokens,
             prompt_ids=() if chat else request.prompt_ids,
+            exact=request.constraint is not None,
         )
         return Answer(request, stream)
 
@@ -452,3 +457,9 @@ class LLM:
         servers: call it before the first request. Raises RuntimeError while requests are under way.
         """
         self.engine.warm_up()
+
+
+def _one_prompt(call: Call) -> Call:
+    if len(call.prompts) != 1:
+        raise ValueError(f"stream answers one prompt; there are {len(call.prompts)}")
+    return call

@@ -15,18 +15,19 @@ from ..sampling.params import SamplingParams
 
 @dataclass(frozen=True)
 class Chunk:
-    """What one token adds to a streamed answer.
+    """What a token adds to a streamed answer; several tokens, where an asynchronous reader was slower than they came.
 
     Attributes:
         text: new text, whole characters only, possibly "".
-        token_ids: the new token, if any.
-        logprobs, top_logprobs: of the new token, as in CompletionOutput.
+        token_ids: the new tokens; none where an answer ends without one.
+        logprobs, top_logprobs: of the new tokens, as in CompletionOutput.
         finish_reason, stop_reason: None until the last chunk, then as in CompletionOutput.
         prompt_tokens, decode_tokens: the number of tokens so far.
         prompt_tps: prompt tokens per second, from the call to the first token.
         decode_tps: tokens per second after the first token; 0.0 while there are none.
         peak_memory: the most memory so far, in gigabytes, of the GPU or of the process.
         cached_tokens, drafted, accepted: as in RequestOutput, so far.
+        index: the answer's place among the `n` answers to the prompt.
     """
 
     text: str
@@ -43,6 +44,7 @@ class Chunk:
     cached_tokens: int
     drafted: int = 0
     accepted: int = 0
+    index: int = 0
 
 
 @dataclass(frozen=True)
@@ -134,19 +136,19 @@ def completion_of(answer: Answer) -> CompletionOutput:
     )
 
 
-def chunk_of(update: Update, called: float, device: torch.device) -> Chunk:
-    """The chunk of an update; `called`: the time.perf_counter() of the call."""
-    answer, request = update.answer, update.answer.request
-    read = answer.read_tokens
-    new = slice(read if update.token_id is None else read - 1, read)
+def chunk_of(updates: Sequence[Update], called: float, device: torch.device) -> Chunk:
+    """The chunk of one answer's next updates; `called`: the time.perf_counter() of the call."""
+    last = updates[-1]
+    request, read = last.answer.request, last.read_tokens
+    new = slice(read - sum(update.token_id is not None for update in updates), read)
     times = request.times[:read]
     return Chunk(
-        update.text,
+        "".join(update.text for update in updates),
         request.token_ids[new],
         request.logprobs[new],
         request.top_logprobs[new] if request.params.logprobs else None,
-        request.finish_reason if update.finished else None,
-        request.stop_reason if update.finished else None,
+        request.finish_reason if last.finished else None,
+        request.stop_reason if last.finished else None,
         len(request.prompt_ids),
         read,
         len(request.prompt_ids) / (times[0] - called) if times else 0.0,
@@ -155,6 +157,7 @@ def chunk_of(update: Update, called: float, device: torch.device) -> Chunk:
         request.cached_tokens,
         request.drafted,
         request.accepted,
+        request.answer,
     )
 
 

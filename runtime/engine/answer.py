@@ -26,12 +26,14 @@ class Update:
 
     token_id: None where an answer ends without another token.
     text: what the token completes, whole characters only.
+    read_tokens: the number of tokens that were read, this one included.
     finished: nothing comes after this.
     """
 
     answer: Answer
     token_id: int | None
     text: str
+    read_tokens: int
     finished: bool
 
 
@@ -86,4 +88,4 @@ class Answer:
     def _update(self, token_id: int | None, text: str, *, finished: bool = True) -> Update:
         self.text += text
         self.finished = finished
-        return Update(self, token_id, text, finished)
+        return Update(self, token_id, text, self.read_tokens, finished)

@@ -94,7 +94,7 @@ class Engine(Exclusive):
                 updates = self.updates(unfinished)
                 finished = [update.answer.request for update in updates if update.finished]
                 if aborted := [request for request in finished if request.finish_reason == "abort"]:
-                    raise _why(aborted)
+                    raise why_aborted(aborted)
                 if updates:
                     yield updates
                     unfinished = [answer for answer in unfinished if not answer.finished]
@@ -117,22 +117,23 @@ class Engine(Exclusive):
         Other threads may run steps at the same time: a token that came with another thread's step is not missed.
         """
         with self._lock:
-            updates = self._read(answers)
+            updates = self.read(answers)
             if not updates:
                 self.step()
-                updates = self._read(answers)
+                updates = self.read(answers)
             return updates
 
-    def _read(self, answers: Iterable[Answer]) -> list[Update]:
-        """Reads each answer, and frees the slots of those that a stop string ended."""
-        updates = [update for answer in answers if (update := answer.read()) is not None]
-        if finished := [update.answer.request for update in updates if update.finished]:
-            with self.exclusively():
-                if self._runner.drop_if_stale(WEIGHTS_CHANGED):
-                    for request in finished:
-                        request.finish("error", WEIGHTS_CHANGED)
-                self._runner.free_ended()
-        return updates
+    def read(self, answers: Iterable[Answer]) -> list[Update]:
+        """What is new in these answers, at most one update each. Frees the slots of those that a stop string ended."""
+        with self._lock:
+            updates = [update for answer in answers if (update := answer.read()) is not None]
+            if finished := [update.answer.request for update in updates if update.finished]:
+                with self.exclusively():
+                    if self._runner.drop_if_stale(WEIGHTS_CHANGED):
+                        for request in finished:
+                            request.finish("error", WEIGHTS_CHANGED)
+                    self._runner.free_ended()
+            return updates
 
     def finish(self, answer: Answer) -> None:
         """Ends an answer, with "stop", after the tokens that its caller has read, and frees its slot and pages."""
@@ -154,7 +155,7 @@ class Engine(Exclusive):
                 )
         with self.exclusively():
             self._runner.drop_if_stale(WEIGHTS_CHANGED)
-            self._runner.scheduler.waiting.extend(requests)
+            self._runner.scheduler.add(requests)
 
     def cancel(self, requests: Iterable[Request]) -> None:
         """Takes requests out and frees their slots and pages; those that have not finished end with "abort"."""
@@ -174,9 +175,19 @@ class Engine(Exclusive):
             self._runner.drop_if_stale(WEIGHTS_CHANGED)
 
     @property
+    def waiting(self) -> int:
+        """The number of requests that wait for a slot."""
+        return len(self._runner.scheduler.waiting)
+
+    @property
+    def running(self) -> int:
+        """The number of requests that have a slot."""
+        return len(self._runner.scheduler.active)
+
+    @property
     def busy(self) -> bool:
         """Whether any request waits or runs."""
-        return bool(self._runner.scheduler.waiting or self._runner.scheduler.active)
+        return bool(self.waiting or self.running)
 
     def serves(self, model: LanguageModel, max_batch_size: int, max_seq_len: int) -> bool:
         """Whether this engine is large enough, and is what the model's device, dtype and promises need."""
@@ -235,7 +246,7 @@ class Engine(Exclusive):
             yield
 
 
-def _why(aborted: Sequence[Request]) -> BaseException:
+def why_aborted(aborted: Sequence[Request]) -> BaseException:
     """The exception for a caller whose requests were aborted: their own processor's, if there is one."""
     for hooks in [request.hooks for request in aborted if request.hooks is not None]:
         error, hooks.error = hooks.error, None  # not kept, since its traceback leads to the engine and the model

@@ -57,7 +57,7 @@ class Prefill:
     def run(self, slots: Sequence[Slot]) -> dict[Slot, Tensor]:
         """Prefills the prompts of these slots: the last token's hidden state [1, C] of each, before the last norm.
 
-        Long prompts run one by one. Short ones of similar length, without what is cached, are batched.
+        Prompts of similar length, without what is cached, are batched. The requests are stored in their slots.
         """
         last: dict[Slot, Tensor] = {}
         for ready in _waves([slot for slot in slots if slot.twin is None]):
@@ -71,8 +71,22 @@ class Prefill:
             if slot.twin is not None:
                 last[slot] = last[slot.twin]
                 self._copy_twin(slot, slot.twin)
-                slot.twin = None
         return last
+
+    def run_chunk(self, slot: Slot, most: int) -> bool:
+        """Runs the next chunk of a prompt, of up to `most` tokens. Returns whether that was the last one.
+
+        The request is staged, and not stored in its slot, which stays idle.
+        """
+        if self.captured is not None:
+            self._last = self.captured.run_chunk(slot)
+        else:
+            begin, end = slot.prefilled, slot.prefilled + _launch_width(self._model, slot.remaining, most)
+            self._staging.copy(slot, end, 0)
+            batch = replace(self._staging.batch, write_table=None)
+            self._last = run_chunks(self._model, self._kv_cache, batch, [self._prompt(slot)[:end]], [begin])
+            slot.prefilled = end
+        return not slot.remaining
 
     def warm_up(self, longest: int) -> None:
         """Captures all launches that prompts of up to `longest` tokens need. No slot may have a request."""
@@ -80,21 +94,19 @@ class Prefill:
             self.captured.warm_up(longest)
 
     def _can_batch(self, slot: Slot) -> bool:
-        tokens = _remaining(slot)
-        return tokens < CHUNK and self._model.model.can_batch_prompts(tokens)
+        return slot.remaining < CHUNK and self._model.model.can_batch_prompts(slot.remaining)
 
     def _run_alone(self, slot: Slot) -> Tensor:
-        if self.captured is not None:
-            last = self.captured.run(slot).clone()  # the next prompt overwrites it
-            self._store()
-            return last
-        self._load(slot)
-        batch = self._state.slots(slot.index, slot.index + 1).batch
-        return run_chunks(self._model, self._kv_cache, batch, [self._prompt(slot)], [slot.request.cached_tokens])
+        """Runs what is left of a prompt."""
+        while slot.remaining:
+            self.run_chunk(slot, LAUNCH_TOKENS)
+        self._store()
+        return self._last.clone()  # the next prompt may overwrite it
 
     def _run_together(self, slots: Sequence[Slot]) -> Tensor:
         for slot in slots:
             self._load(slot)
+            slot.prefilled = len(slot.request.prompt_ids)
         index, batch = [slot.index for slot in slots], self._state.batch
         block_table = batch.block_table[index]
         write_table, cached = block_table.clone(), [slot.request.cached_tokens for slot in slots]
@@ -109,6 +121,7 @@ class Prefill:
         last_page = slice(tokens // PAGE, pages_of(tokens))
         self._kv_cache.copy(twin.pages[last_page], slot.pages[last_page])
         self._load(slot)
+        slot.twin, slot.prefilled = None, tokens
 
     def _load(self, slot: Slot) -> None:
         """Copies a request to its slot, with the whole prompt as its context."""
@@ -145,7 +158,7 @@ def run_chunks(
     """
     starts = list(cached)
     while left := max(len(prompt) - start for prompt, start in zip(prompts, starts, strict=True)):
-        width = _launch_width(model, left)
+        width = _launch_width(model, left, LAUNCH_TOKENS)
         chunks = [prompt[start : start + width] for prompt, start in zip(prompts, starts, strict=True)]
         starts = [start + len(chunk) for start, chunk in zip(starts, chunks, strict=True)]
         tokens = torch.cat([F.pad(chunk, (width - len(chunk), 0)) for chunk in chunks])
@@ -154,20 +167,15 @@ def run_chunks(
     return x
 
 
-def _launch_width(model: LanguageModel, tokens: int) -> int:
+def _launch_width(model: LanguageModel, tokens: int, most: int) -> int:
     """How many of a prompt's remaining tokens the next launch runs: one chunk.
 
-    On a CPU several chunks, where that does not change rounding.
+    On a CPU several chunks, up to `most` tokens, where that does not change rounding.
     """
     if model.device.type != "cpu" or not model.model.can_batch_prompts(CHUNK):
         return min(tokens, CHUNK)
     end = tokens % CHUNK
-    return min(LAUNCH_TOKENS, tokens if model.model.can_batch_prompts(end) else tokens - end) or end
-
-
-def _remaining(slot: Slot) -> int:
-    """The number of tokens that a prompt has to run."""
-    return len(slot.request.prompt_ids) - slot.request.cached_tokens
+    return min(most, tokens if model.model.can_batch_prompts(end) else tokens - end) or end
 
 
 def _waves(slots: Sequence[Slot]) -> Iterator[list[Slot]]:
@@ -188,9 +196,9 @@ def _waves(slots: Sequence[Slot]) -> Iterator[list[Slot]]:
 def _groups(slots: list[Slot]) -> Iterator[list[Slot]]:
     """Groups that share a launch: padded to one length at most LAUNCH_TOKENS together, at most a quarter padding."""
     group: list[Slot] = []
-    for slot in sorted(slots, key=_remaining, reverse=True):
-        longest = _remaining(group[0]) if group else 0
-        if (len(group) + 1) * longest > LAUNCH_TOKENS or 4 * _remaining(slot) < 3 * longest:
+    for slot in sorted(slots, key=lambda slot: slot.remaining, reverse=True):
+        longest = group[0].remaining if group else 0
+        if (len(group) + 1) * longest > LAUNCH_TOKENS or 4 * slot.remaining < 3 * longest:
             yield group
             group = []
         group.append(slot)
@@ -212,21 +220,23 @@ class CapturedPrompts:
         # Where the launch of a first token reads it.
         self._hidden = torch.zeros(1, model.config.hidden_size, dtype=model.dtype, device=model.device)
 
-    def run(self, slot: Slot) -> Tensor:
-        """Runs a prompt: the last token's hidden state [1, C], before the last norm, until the next prompt runs.
+    def run_chunk(self, slot: Slot) -> Tensor:
+        """Runs the next chunk of a prompt. After the last: its last token's hidden state [1, C], before the last norm.
 
-        The request is staged, and not yet stored in its slot.
+        That stays until the next prompt runs. The request is staged, and not yet stored in its slot.
         """
-        prompt_tokens = len(slot.request.prompt_ids)
-        for begin in range(slot.request.cached_tokens, prompt_tokens, CHUNK):
-            width = _padded_width(prompt_tokens - begin)
-            self._staging.copy(slot, begin, width)
-            self._run_chunk(width)
-        return self._hidden.copy_(self._last[width])
+        width = _padded_width(slot.remaining)
+        self._staging.copy(slot, slot.prefilled, width)
+        self._run_chunk(width)
+        slot.prefilled += min(width, slot.remaining)
+        if not slot.remaining:
+            self._hidden.copy_(self._last[width])
+        return self._hidden
 
     def run_to_first_token(self, slot: Slot) -> None:
-        """Runs a prompt, samples the token after it, and stores the request's state in its slot."""
-        self.run(slot)
+        """Runs what is left of a prompt, samples the token after it, and stores the request's state in its slot."""
+        while slot.remaining:
+            self.run_chunk(slot)
         self._generate(slot.tier)
 
     def warm_up(self, longest: int) -> None:

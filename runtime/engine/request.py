@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ..common.checks import check_ids
 from ..sampling.params import SamplingParams
@@ -23,6 +25,16 @@ NOTHING_LEFT = (
 )
 
 
+class Constraint(Protocol):
+    """Which tokens may follow in one answer, whose form a grammar describes; see structured.grammars."""
+
+    def allowed(self, token_ids: Sequence[int]) -> NDArray[np.uint32]:
+        """Words [ceil(V / 32)]: a bit for each token that may follow these, which extend those of the call before.
+
+        The tokens that end the answer are among them only where it is complete. Raises ValueError if none may follow.
+        """
+
+
 @dataclass(eq=False)
 class Request:
     """A prompt to continue and, written by the engine, the tokens generated so far.
@@ -32,12 +44,15 @@ class Request:
         eos_token_ids: the model's end-of-text tokens.
         answer: index among the `n` answers to one prompt; the random stream to sample from.
         hooks: the LogitsHooks of its call, if the host must do something with the logits of every step.
+        constraint: which tokens may follow, if a grammar says so.
+        priority: of those that wait the lowest comes first; among equals the one that came first.
         ends: all tokens that end this answer.
         token_ids, logprobs, top_logprobs, times: for each generated token its id, log-probability, alternatives, and
             the time.perf_counter() at which the host received it.
         cached_tokens: prompt tokens whose keys and values were in the cache already.
         drafted, accepted: how many drafts steps have verified, and how many tokens those gave.
         began: the time.perf_counter() at which the request got a slot.
+        on_change: called, in a step, when the request has a new token or has ended; must be quick.
         reader: whoever reads the answer. When it is gone, the request ends with "abort"; None: nobody need be there.
         finish_reason: None while it runs, then "stop" (an end token or stop string), "length", "error" or "abort".
         stop_reason: the stop token or stop string that ended it, None for the model's own end tokens; for "error" the
@@ -50,6 +65,8 @@ class Request:
     eos_token_ids: frozenset[int] = frozenset()
     answer: int = 0
     hooks: Any = None
+    constraint: Constraint | None = None
+    priority: int = 0
     seed: int = field(init=False)
     ends: frozenset[int] = field(init=False)
     token_ids: list[int] = field(default_factory=list)
@@ -60,6 +77,7 @@ class Request:
     drafted: int = 0
     accepted: int = 0
     began: float = 0.0
+    on_change: Callable[[Request], None] | None = None
     reader: weakref.ref[Any] | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
@@ -110,9 +128,13 @@ class Request:
             self.finish("stop", token_id if token_id in (self.params.stop_token_ids or ()) else None)
         elif end == 2:
             self.finish("length")
+        elif self.on_change is not None:
+            self.on_change(self)
 
     def finish(self, reason: str, stop_reason: int | str | None = None) -> None:
         self.finish_reason, self.stop_reason = reason, stop_reason
+        if self.on_change is not None:
+            self.on_change(self)
 
     def truncate(self, count: int) -> None:
         """Keeps the first `count` tokens."""

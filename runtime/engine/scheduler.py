@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections import deque
-from collections.abc import Callable, Set
+from bisect import insort
+from collections.abc import Callable, Iterable, Set
 
 from ..model.config import InternLM3Config
 from ..model.kv_cache import PAGE, pages_of
@@ -16,7 +17,10 @@ from .state import Slot, tier_of
 
 
 class Scheduler:
-    """First come, first served: a request waits until a slot and enough pages for its longest answer are free.
+    """First come, first served among requests of one priority: each waits until a slot and enough pages are free.
+
+    A request gets pages for its longest answer at once. While one with a long prompt is prefilled, over several steps,
+    the next ones wait: they may share its pages.
 
     Every whole page of a sequence, prompt and answer, can be reused by later prompts with the same prefix.
 
@@ -26,7 +30,7 @@ class Scheduler:
         padded: (number of slots in use) -> the batch size that a step runs with.
 
     Attributes:
-        waiting: requests without a slot, in the order of arrival.
+        waiting: requests without a slot, in the order in which they get one.
         slots: for each slot of the batch the request that has it, None if it is idle.
     """
 
@@ -38,7 +42,7 @@ class Scheduler:
         batch_invariant: bool,
         padded: Callable[[int], int],
     ):
-        self.waiting: deque[Request] = deque()
+        self.waiting: list[Request] = []
         self.slots: list[Slot | None] = [None] * max_batch_size
         self._config, self._pages, self._padded = config, pages, padded
         self.batch_invariant = batch_invariant
@@ -48,25 +52,49 @@ class Scheduler:
         """The slots in use, by index."""
         return [slot for slot in self.slots if slot is not None]
 
-    def schedule(self) -> list[Slot]:
-        """Gives slots and pages to waiting requests, in order, as long as there are enough."""
+    @property
+    def decoding(self) -> list[Slot]:
+        """The slots that decode steps run, by index."""
+        return [slot for slot in self.slots if slot is not None and slot.started]
+
+    @property
+    def prefilling(self) -> Slot | None:
+        """The slot whose prompt has not run to its end, if there is one."""
+        return next((slot for slot in self.active if not slot.started and slot.twin is None), None)
+
+    def add(self, requests: Iterable[Request]) -> None:
+        """Queues requests."""
+        for request in requests:
+            insort(self.waiting, request, key=lambda each: each.priority)
+
+    def schedule(self, most_tokens: float) -> list[Slot]:
+        """Gives slots and pages to waiting requests, in order, as long as there are enough.
+
+        Their prompts have at most `most_tokens` tokens to run together, and at most a chunk each. Only the first may
+        have more: then it comes alone, or with those after it that have the same prompt.
+        """
         scheduled: list[Slot] = []
         first_of: dict[tuple[int, ...], Slot] = {}
         while self.waiting and None in self.slots:
             if self.waiting[0].ended:
-                self.waiting.popleft()
+                self.waiting.pop(0)
                 continue
             prompt = tuple(self.waiting[0].prompt_ids)
-            slot = self._place(self.waiting[0], first_of.get(prompt))
+            room = min(most_tokens, prefill.CHUNK) if scheduled else math.inf
+            twin = first_of.get(prompt)
+            slot = self._place(self.waiting[0], twin, room) if twin is not None or room > 0 else None
             if slot is None:
                 break
-            self.waiting.popleft()
+            self.waiting.pop(0)
             first_of.setdefault(prompt, slot)
             scheduled.append(slot)
+            if slot.twin is None:
+                tokens = slot.remaining
+                most_tokens = most_tokens - tokens if tokens <= prefill.CHUNK else 0
         return scheduled
 
-    def _place(self, request: Request, twin: Slot | None) -> Slot | None:
-        """A slot and pages for a request, None if too few pages are free.
+    def _place(self, request: Request, twin: Slot | None, room: float) -> Slot | None:
+        """A slot and pages for a request, None if too few pages are free, or its prompt has more tokens to run.
 
         Pages that hold its prompt already are shared: all whole pages of `twin`, which has the same prompt, or those
         that an earlier sequence registered. The last token always runs, so its page (or chunk) is not shared.
@@ -78,16 +106,18 @@ class Scheduler:
         else:
             shared = self._pages.match_prefix(ids[: len(ids) - 1], root, self._reused_pages)
         missing = pages_of(len(ids) + request.max_tokens) - len(shared)
-        if missing > self._pages.free:
+        cached = len(shared) * PAGE
+        if missing > self._pages.free or (twin is None and len(ids) - cached > room):
             self._pages.release(shared)
             return None
         pages = shared + self._pages.allocate(missing, after=shared[-1] if shared else None)
-        if twin is None:
-            self._register(pages, request, ids)
-        slot = Slot(request, self.slots.index(None), pages, tier_of(request), twin)
+        slot = Slot(request, self.slots.index(None), pages, tier_of(request), 0 if twin else cached, twin=twin)
         self.slots[slot.index] = slot
+        if twin is None and slot.remaining <= prefill.CHUNK:
+            # It runs to its end in this step, and may serve those that are scheduled with it.
+            self.register(slot)
         request.began = time.perf_counter()
-        request.cached_tokens = len(ids) if twin is not None else len(shared) * PAGE
+        request.cached_tokens = len(ids) if twin is not None else cached
         return slot
 
     @property
@@ -95,10 +125,13 @@ class Scheduler:
         """Prefixes are reused in multiples of this many pages."""
         return max(prefill.CHUNK // PAGE, 1) if self.batch_invariant else 1
 
-    def _register(self, pages: list[int], request: Request, ids: list[int]) -> None:
-        """Lets later prompts find the pages that hold these tokens, as far as they are whole."""
+    def register(self, slot: Slot) -> None:
+        """Lets later prompts find the pages that hold this one's prompt, as far as they are whole."""
+        self._register(slot, slot.request.prompt_ids)
+
+    def _register(self, slot: Slot, ids: list[int]) -> None:
         whole = len(ids) // (PAGE * self._reused_pages) * self._reused_pages
-        self._pages.register_prefix(pages[:whole], ids[: whole * PAGE], self._prefix_root(request))
+        self._pages.register_prefix(slot.pages[:whole], ids[: whole * PAGE], self._prefix_root(slot.request))
 
     def _prefix_root(self, request: Request) -> bytes:
         """What keys and values depend on besides the tokens: the rotary base."""
@@ -107,7 +140,7 @@ class Scheduler:
     def forget(self, requests: Set[Request]) -> None:
         """Takes requests out of those that wait."""
         if not requests.isdisjoint(self.waiting):
-            self.waiting = deque(request for request in self.waiting if request not in requests)
+            self.waiting = [request for request in self.waiting if request not in requests]
 
     def free_ended(self) -> list[Slot]:
         """Frees the slots of requests that have ended, and returns them."""
@@ -125,8 +158,19 @@ class Scheduler:
         self.slots[slot.index] = None
         if not self.batch_invariant and request.finish_reason != "error":
             # The last token has not been through the model.
-            self._register(slot.pages, request, request.prompt_ids + request.token_ids[:-1])
+            ids = request.prompt_ids + request.token_ids[:-1]
+            self._register(slot, ids if slot.started else ids[: slot.prefilled])
+        self._hand_over(slot)
         self._pages.release(slot.pages)
+
+    def _hand_over(self, slot: Slot) -> None:
+        """Lets a slot with the same prompt go on where this one's prefill was broken off."""
+        twins = [other for other in self.active if other.twin is slot]
+        for heir in twins[:1]:
+            heir.twin, heir.prefilled = None, slot.prefilled  # in whole pages, which they share
+            heir.request.cached_tokens = slot.request.cached_tokens
+        for other in twins[1:]:
+            other.twin = twins[0]
 
     def compact(self) -> list[tuple[int, int]]:
         """Moves the last slots into gaps if that lets steps run with a smaller batch: (from, to) of each move."""
@@ -140,8 +184,12 @@ class Scheduler:
 
     @property
     def batch_size(self) -> int:
-        """The batch size of the next step: enough for the last active slot."""
-        return self._padded(self.active[-1].index + 1)
+        """The batch size of the next step: enough for the last slot that it runs."""
+        return self._padded(self.decoding[-1].index + 1)
+
+    def in_step(self, batch_size: int) -> list[Slot | None]:
+        """The first slots of the batch, None for those that are idle in a decode step."""
+        return [slot if slot is not None and slot.started else None for slot in self.slots[:batch_size]]
 
     def clear(self) -> list[Request]:
         """Takes all requests out, frees everything, and forgets all prefixes. Returns the requests."""

@@ -31,7 +31,12 @@ class Tier(IntEnum):
 def tier_of(request: Request) -> Tier:
     """The lowest tier with all stages that a request needs."""
     p = request.params
-    masked = p.allowed_token_ids is not None or p.suppress_tokens or (p.min_tokens > 0 and bool(request.ends))
+    masked = (
+        request.constraint is not None
+        or p.allowed_token_ids is not None
+        or p.suppress_tokens
+        or (p.min_tokens > 0 and bool(request.ends))
+    )
     if masked or p.logit_bias or p.typical_p != 1 or p.presence_penalty or p.frequency_penalty:
         return Tier.FULL
     if not p.greedy and (p.top_k > FEW_TOKENS or (p.top_k <= 0 and p.top_p < 1)):
@@ -56,6 +61,8 @@ class Slot:
         index: position in the batch.
         pages: pages of the KV cache, in order.
         tier: the stages of sampling that the request needs.
+        prefilled: how many tokens of the prompt have been through the model, for this slot or before.
+        started: whether the whole prompt has, so that decode steps run this slot.
         twin: another slot, scheduled at the same time, with the same prompt: its prefill serves both.
         drafts: how many drafts the next step has.
         gain: what drafts have cost and gained so far.
@@ -65,9 +72,16 @@ class Slot:
     index: int
     pages: list[int]
     tier: Tier
+    prefilled: int = 0
+    started: bool = False
     twin: Slot | None = None
     drafts: int = 0
     gain: Gain = field(default_factory=Gain)
+
+    @property
+    def remaining(self) -> int:
+        """How many tokens of the prompt still have to run."""
+        return len(self.request.prompt_ids) - self.prefilled
 
 
 @dataclass

@@ -13,9 +13,10 @@ ROOMS = {
     "checkpoint": {"common", "model", "sampling"},
     "chat_template": {"common"},
     "tokenization": {"common", "chat_template"},
+    "structured": {"common", "sampling", "tokenization"},
     "engine": {"common", "sampling", "model"},
     "compat": {"common", "sampling", "model", "checkpoint", "tokenization", "engine"},
-    "api": {"common", "sampling", "model", "checkpoint", "chat_template", "tokenization", "engine"},
+    "api": {"common", "sampling", "model", "checkpoint", "chat_template", "tokenization", "structured", "engine"},
     "cli": {"common", "sampling", "model", "checkpoint", "api"},
 }
 # The only files of the runtime that import kernels: the model runs them, hooks penalise and filter on the host, the
