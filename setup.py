@@ -68,6 +68,8 @@ setup(
         "chat": ["prompt_toolkit>=3.0"],
         # `internlm3 demo`, which converts a small GGUF model to InternLM3's format and chats with it.
         "demo": ["gguf>=0.17", "protobuf>=5", "prompt_toolkit>=3.0"],
+        # Answers of a given form: json_schema, regex, choice, grammar.
+        "json": ["llguidance>=1.9"],
         # `python -m bench.report --plot` draws a record.
         "plots": ["matplotlib>=3.9"],
         # Tests and benchmarks compare with transformers. The runtime never imports it.
@@ -77,6 +79,8 @@ setup(
             "compressed-tensors>=0.20",  # packs weights that are then read
             "prompt_toolkit>=3.0",
             "matplotlib>=3.9",
+            "llguidance>=1.9",
+            "jsonschema>=4.20",  # validates answers
             # 5.23 is the first with InternLM3. It needs Python 3.11; with an older one these tests are left out.
             "transformers>=5.23; python_version >= '3.11'",
             "transformers>=5.20; python_version < '3.11'",

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
@@ -45,6 +46,8 @@ from .perplexity import Perplexity, perplexity
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+    from ..structured.grammars import Grammars
 
 
 class LLM:
@@ -271,7 +274,7 @@ class LLM:
             tools: what the model may call: Python functions with type hints and a docstring, or JSON schemas in
                 OpenAI's form. Calls are in the output's `tool_calls`; nothing is run.
             tool_choice: "auto"; "none" leaves the tools out; "required", or {"type": "function", "function": {"name":
-                ...}}, for an answer that is one call.
+                ...}}, for an answer that is one call, by a grammar: this needs the extra `json`.
             stream: return an iterator of chunks, as `stream` does.
 
         Returns and raises as `generate`.
@@ -424,6 +427,9 @@ class LLM:
                 )
             limit = min(wanted.max_tokens or room, room)
             own = [Request(prompt, wanted, limit, self._ends, answer) for answer in range(wanted.n)]
+            if wanted.constraint is not None:
+                for request in own:
+                    request.constraint = self._grammars.constraint(wanted, request.ends)
             early = early_processors(wanted)
             late = processors(wanted, begin=len(prompt), most=limit, ends=own[0].ends)
             if early or late:
@@ -453,14 +459,31 @@ class LLM:
                 for update in updates:
                     yield chunk_of([update], call.called, device)
 
+    @cached_property
+    def _grammars(self) -> Grammars:
+        """Compiles the constraints of requests."""
+        try:
+            from ..structured.grammars import Grammars
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                f"{error}: json_schema, json_object, regex, choice and grammar need it: pip install 'internlm3[json]'",
+                name=error.name,
+            ) from None
+        return Grammars(self.tokenizer, self.config.vocab_size)
+
     def _new_answer(self, request: Request, chat: bool, use: ToolUse) -> Answer:
-        """A text continues its prompt's, so that both joined are the whole; a chat answer is a text of its own."""
+        """A text continues its prompt's, so that both joined are the whole; a chat answer is a text of its own.
+
+        The text of a constrained answer is exactly what its grammar had: neither its first space nor any other is left
+        out.
+        """
         p = request.params
         options: dict[str, Any] = {
             "stops": p.stops,
             "include_stop": p.include_stop_str_in_output,
             "skip_special_tokens": p.skip_special_tokens,
             "min_tokens": p.min_tokens,
+            "exact": request.constraint is not None,
         }
         if use.format is not None:
             return ToolAnswer(request, ToolTextStream(self.tokenizer, use.format, bool(use.opening), **options))

@@ -6,6 +6,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -45,12 +46,21 @@ def cuda_graphs() -> Capture:
     return capture
 
 
+class Part(IntEnum):
+    """What of a decode step is launched: all of it, or one of the two parts between which the host makes masks."""
+
+    WHOLE = 0
+    LOGITS = 1  # the model, up to the logits
+    TOKENS = 2  # sampling from them
+
+
 class Step(NamedTuple):
     """A decode step of the first slots, as it is captured: with which stages of sampling, with or without drafts."""
 
     batch_size: int
     tier: Tier
     drafts: bool = False
+    part: Part = Part.WHOLE
 
 
 @dataclass
@@ -111,10 +121,11 @@ class StepQueue:
 
     def execute(self, step: Step) -> None:
         """Executes one step, and captures it if it is new. Nobody reads its report."""
-        if step in self._captured:
-            self._captured[step]()
-        else:  # which executes it, too
+        if step not in self._captured:
             self._captured[step] = self._capture(partial(self._run, step))
+            if step.part != Part.LOGITS:  # the capture has executed it; but the logits are in new memory, still empty
+                return
+        self._captured[step]()
 
     def copy_report(self, readers: Sequence[Any], drafts: bool = False) -> None:
         """Queues a copy of the present report to the host."""

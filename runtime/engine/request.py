@@ -6,9 +6,11 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ..common.checks import check_ids
 from ..sampling.params import SamplingParams
@@ -23,6 +25,16 @@ NOTHING_LEFT = (
 )
 
 
+class Constraint(Protocol):
+    """Which tokens may follow in one answer, whose form a grammar describes; see structured.grammars."""
+
+    def allowed(self, token_ids: Sequence[int]) -> NDArray[np.uint32]:
+        """Words [ceil(V / 32)]: a bit for each token that may follow these, which extend those of the call before.
+
+        The tokens that end the answer are among them only where it is complete. Raises ValueError if none may follow.
+        """
+
+
 @dataclass(eq=False)
 class Request:
     """A prompt to continue and, written by the engine, the tokens generated so far.
@@ -32,6 +44,7 @@ class Request:
         eos_token_ids: the model's end-of-text tokens.
         answer: index among the `n` answers to one prompt; the random stream to sample from.
         hooks: the LogitsHooks of its call, if the host must do something with the logits of every step.
+        constraint: which tokens may follow, if a grammar says so.
         priority: of those that wait the lowest comes first; among equals the one that came first.
         ends: all tokens that end this answer.
         token_ids, logprobs, top_logprobs, times: for each generated token its id, log-probability, alternatives, and
@@ -52,6 +65,7 @@ class Request:
     eos_token_ids: frozenset[int] = frozenset()
     answer: int = 0
     hooks: Any = None
+    constraint: Constraint | None = None
     priority: int = 0
     seed: int = field(init=False)
     ends: frozenset[int] = field(init=False)

@@ -15,8 +15,9 @@ from ..model.kv_cache import PagedKVCache, pages_of
 from ..model.model import LanguageModel
 from ..model.weights import WeightsState
 from . import decode, prefill
+from .constraints import Constraints
 from .draft_rows import MOST_SEQUENCES, ROWS, DraftRows
-from .graphs import Capture, Step, StepQueue, cuda_graphs, eager
+from .graphs import Capture, Part, Step, StepQueue, cuda_graphs, eager
 from .hooks import sample_with_hooks
 from .layout import state_layout
 from .pages import PageAllocator
@@ -71,6 +72,7 @@ class Runner:
         rows = torch.zeros(max_batch_size * layout.words, dtype=torch.int32, device=device)
         self._state = DecodeState.of(layout, rows)
         self._staging = Staging(config, layout, rows, self.kv_cache.spare, prefill.CHUNK)
+        self._constraints = Constraints(self._state.allowed)
         most_cost = MOST_COST if speculation is None else math.inf
         self.speculation = Speculation(self._state, most_cost) if speculates else None
         self._begin()
@@ -78,7 +80,8 @@ class Runner:
     def _begin(self) -> None:
         """Without any captured step, for the weights as they are."""
         rows = None if self.speculation is None else self.speculation.rows
-        run = partial(_run_step, self._model, self.kv_cache, self._state, rows)
+        logits: dict[int, Tensor] = {}
+        run = partial(_run_step, self._model, self.kv_cache, self._state, rows, logits)
         self._steps = StepQueue(run, self._state.report, self._capture)
         capture = None if self._eager else self._capture
         self._prefill = prefill.Prefill(self._model, self.kv_cache, self._state, self._staging, capture)
@@ -114,6 +117,8 @@ class Runner:
         self._run_prompts()
         if any(slot.request.needs_host for slot in self.scheduler.decoding):
             return self._step_on_host()
+        if any(slot.request.constraint is not None for slot in self.scheduler.decoding):
+            return self._step_in_parts()
         self._launch_ahead()
         return self._collect() if len(self._steps) else []
 
@@ -176,12 +181,7 @@ class Runner:
     def _launch_ahead(self) -> None:
         """Launches steps until `depth` are in flight, but none after the last token that any slot may have."""
         while len(self._steps) < self._depth:
-            # A step generates at least one token.
-            unfinished = [
-                slot
-                for slot in self.scheduler.decoding
-                if len(slot.request.token_ids) + self._steps.of(slot) < slot.request.max_tokens
-            ]
+            unfinished = self._unfinished()
             if not unfinished:
                 return
             batch_size = self._batch_size()
@@ -190,9 +190,32 @@ class Runner:
             self._steps.launch(Step(batch_size, max(slot.tier for slot in unfinished), drafts), slots)
             self._prompts_ran = False
 
+    def _unfinished(self) -> list[Slot]:
+        """The slots that may have tokens after the steps in flight, of which each generates at least one."""
+        return [
+            slot
+            for slot in self.scheduler.decoding
+            if len(slot.request.token_ids) + self._steps.of(slot) < slot.request.max_tokens
+        ]
+
+    def _step_in_parts(self) -> list[Request]:
+        """One step in which a constraint needs the tokens before: the host reads them while the model runs."""
+        if not self._unfinished():
+            return self._collect_all()
+        batch_size = self._batch_size()
+        slots = self.scheduler.in_step(batch_size)
+        self._steps.execute(Step(batch_size, Tier.FULL, part=Part.LOGITS))
+        moved = self._collect_all()
+        self._constraints.write(slots)
+        self._steps.launch(Step(batch_size, Tier.FULL, part=Part.TOKENS), slots)
+        if self.speculation is not None:
+            self.speculation.drop_drafts()
+        self._prompts_ran = False
+        return moved
+
     def _step_on_host(self) -> list[Request]:
         """One step whose logits the host sees. No other is in flight: processors need all tokens before it."""
-        moved = [request for _ in range(len(self._steps)) for request in self._collect()]
+        moved = self._collect_all()
         decoding = self.scheduler.decoding
         if not decoding or moved:
             return moved
@@ -200,6 +223,7 @@ class Runner:
         slots, state = self.scheduler.in_step(batch_size), self._state.slots(0, batch_size)
         logits = decode.forward(self._model, self.kv_cache, state)
         requests = [None if slot is None else slot.request for slot in slots]
+        self._constraints.write(slots)
         sample_with_hooks(self._model.model.ops, logits, state, tier, requests)
         self.free_ended()
         if self.speculation is not None:
@@ -207,6 +231,10 @@ class Runner:
         self._steps.copy_report(slots)
         self._prompts_ran = False
         return self._collect()
+
+    def _collect_all(self) -> list[Request]:
+        """Collects all steps in flight."""
+        return [request for _ in range(len(self._steps)) for request in self._collect()]
 
     def _collect(self) -> list[Request]:
         """Gives the tokens of the oldest step in flight to their requests; frees the slots of those that end."""
@@ -242,6 +270,8 @@ class Runner:
         for batch_size in sorted({self._padded(count) for count in to_run}):
             for tier in Tier:
                 self._steps.execute(Step(batch_size, tier))
+            for part in (Part.LOGITS, Part.TOKENS):
+                self._steps.execute(Step(batch_size, Tier.FULL, part=part))
         if self.speculation is not None:
             # Without a capture sizes between two powers of two would run, too: they need no compilation of their own.
             sizes = {count: _padded(count, self._max_batch_size) for count in slots[:MOST_SEQUENCES]}
@@ -253,19 +283,31 @@ class Runner:
 
 
 def _run_step(
-    model: LanguageModel, kv_cache: PagedKVCache, state: DecodeState, rows: DraftRows | None, step: Step
+    model: LanguageModel,
+    kv_cache: PagedKVCache,
+    state: DecodeState,
+    rows: DraftRows | None,
+    logits: dict[int, Tensor],
+    step: Step,
 ) -> None:
-    """A decode step of the first slots; then their drafts for the next one, if there are rows to verify them."""
+    """A decode step of the first slots; then their drafts for the next one, if there are rows to verify them.
+
+    A part of a step makes no drafts. `logits` has what the first part leaves for the second, by the batch size.
+    """
     slots = state.slots(0, step.batch_size)
-    if rows is None or step.batch_size > MOST_SEQUENCES:
+    if step.part == Part.LOGITS:
+        logits[step.batch_size] = decode.forward(model, kv_cache, slots)
+    elif step.part == Part.TOKENS:
+        decode.sample(model.model.ops, logits[step.batch_size], slots, step.tier)
+    elif rows is None or step.batch_size > MOST_SEQUENCES:
         decode.step(model, kv_cache, slots, step.tier)
-        return
-    own = rows.of(step.batch_size)
-    if step.drafts:
-        decode.verify(model, kv_cache, slots, own, step.tier)
     else:
-        decode.step(model, kv_cache, slots, step.tier)
-    decode.draft(model.model.ops, slots, own)
+        own = rows.of(step.batch_size)
+        if step.drafts:
+            decode.verify(model, kv_cache, slots, own, step.tier)
+        else:
+            decode.step(model, kv_cache, slots, step.tier)
+        decode.draft(model.model.ops, slots, own)
 
 
 def _padded(slots: int, limit: int | None) -> int:

@@ -8,7 +8,6 @@ from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,6 +15,7 @@ from ..model.config import InternLM3Config
 from ..model.kv_cache import PAGE
 from ..model.rope import inverse_frequencies, rope_base
 from ..sampling.settings import STATE
+from ..sampling.token_masks import holding, packed, permitted
 from .layout import Field, Layout, number, vector
 from .request import Request
 from .state import DecodeState, Slot
@@ -159,14 +159,13 @@ def _pack_settings(host: _HostBuffer, request: Request) -> None:
         # A top_k of -1 is off; one beyond the vocabulary may be any number.
         host[name][0] = min(max(value, 0), _INT32_MAX) if name == "top_k" else value
     tokens = 8 * host["end_mask"].nbytes  # the vocabulary, and some more for whole words
-    ends, permitted = np.zeros(tokens, bool), np.full(tokens, p.allowed_token_ids is None)
-    ends[[*request.ends]] = True
-    permitted[[*(p.allowed_token_ids or ())]] = True
-    permitted[[*(p.suppress_tokens or ())]] = False
-    allowed = permitted & ~ends if p.min_tokens else permitted
-    # Bit i % 32 of word i // 32 is bit i % 8 of byte i // 8, since hosts of GPUs are little-endian.
-    for name, mask in (("end_mask", ends), ("permitted", permitted), ("allowed", allowed)):
-        host[name].view("uint8")[:] = np.packbits(mask, bitorder="little")
+    ends, all_permitted = holding(request.ends, tokens), permitted(p, tokens)
+    allowed = all_permitted & ~ends if p.min_tokens else all_permitted
+    for name, mask in (("end_mask", ends), ("permitted", all_permitted), ("allowed", allowed)):
+        host[name].view("uint32")[:] = packed(mask)
+    if request.constraint is not None:
+        words = request.constraint.allowed(())
+        host["allowed"].view("uint32")[: len(words)] = words
 
 
 def _pack_prompt(host: _HostBuffer, request: Request) -> int:

@@ -31,7 +31,12 @@ class Tier(IntEnum):
 def tier_of(request: Request) -> Tier:
     """The lowest tier with all stages that a request needs."""
     p = request.params
-    masked = p.allowed_token_ids is not None or p.suppress_tokens or (p.min_tokens > 0 and bool(request.ends))
+    masked = (
+        request.constraint is not None
+        or p.allowed_token_ids is not None
+        or p.suppress_tokens
+        or (p.min_tokens > 0 and bool(request.ends))
+    )
     if masked or p.logit_bias or p.typical_p != 1 or p.presence_penalty or p.frequency_penalty:
         return Tier.FULL
     if not p.greedy and (p.top_k > FEW_TOKENS or (p.top_k <= 0 and p.top_p < 1)):

@@ -1,11 +1,13 @@
 """The keywords of sampling settings, for type checkers."""
 
 from collections.abc import Mapping, Sequence
-from typing import TypedDict
+from typing import Any, TypedDict
 
 
 class SamplingKeywords(TypedDict, total=False):
-    """What SamplingParams.from_kwargs takes: settings, their aliases, do_sample. None means a setting's default."""
+    """What SamplingParams.from_kwargs takes: settings, their aliases, do_sample, and other libraries' forms of a
+    constraint. None means a setting's default.
+    """
 
     n: int | None
     temperature: float | None
@@ -29,6 +31,13 @@ class SamplingKeywords(TypedDict, total=False):
     skip_special_tokens: bool | None
     speculation: bool | None
     suppress_tokens: Sequence[int] | None
+    json_schema: Mapping[str, Any] | type | str | None
+    json_object: bool | None
+    regex: str | None
+    choice: Sequence[str] | None
+    grammar: str | None
+    response_format: Mapping[str, Any] | None
+    structured_outputs: Any
     begin_suppress_tokens: Sequence[int] | None
     bad_words_ids: Sequence[Sequence[int]] | None
     no_repeat_ngram_size: int | None

@@ -11,7 +11,8 @@ from ..common.field_docs import document_fields
 from ..common.neutral import without_neutral
 from ..common.other_libraries import SAMPLING, SAMPLING_COUNTERPARTS
 from ..common.shown import shown
-from .settings import ALIASES, SETTINGS
+from .response_format import FORMS, constraint_of
+from .settings import ALIASES, CONSTRAINTS, SETTINGS
 from .validation import check
 
 Class = TypeVar("Class")
@@ -40,9 +41,10 @@ class SamplingParams:
     name. Integers and floats of NumPy and torch are accepted and stored as Python's own.
 
     A setting may be given under the names of other libraries (`ALIASES`): max_new_tokens=5 is max_tokens=5.
-    do_sample=False means temperature 0, and overrides `temperature`. None for a setting that cannot be None means its
-    default. What vLLM and llama.cpp have and this runtime has not is accepted at its neutral value, such as best_of=1.
-    An unknown keyword raises TypeError; the message names the nearest one.
+    do_sample=False means temperature 0, and overrides `temperature`. OpenAI's `response_format` and vLLM's
+    `structured_outputs` become the setting that they name: json_schema, json_object, regex, choice or grammar. None for
+    a setting that cannot be None means its default. What vLLM and llama.cpp have and this runtime has not is accepted
+    at its neutral value, such as best_of=1. An unknown keyword raises TypeError; the message names the nearest one.
 
         >>> SamplingParams(temperature=0.7, top_p=0.9, max_tokens=256, stop="\\n\\n")
     """
@@ -121,6 +123,24 @@ class SamplingParams:
     suppress_tokens: Sequence[int] | None = None
     """Tokens that are never chosen."""
 
+    json_schema: str | Mapping[str, Any] | type | None = None
+    """The answer is JSON that this schema describes: a dict, its JSON text, or a Pydantic model; stored as text. At
+    most one of this, json_object, regex, choice and grammar may be given. The model's end of text then ends the answer
+    where it is complete, and nowhere else. Needs the extra `json`: pip install 'internlm3[json]'."""
+
+    json_object: bool = False
+    """The answer is any JSON object."""
+
+    regex: str | None = None
+    """The answer matches this regular expression from its first to its last character. The syntax is that of Rust's
+    regex crate, which has no look-around and no back-references."""
+
+    choice: Sequence[str] | None = None
+    """The answer is one of these strings."""
+
+    grammar: str | None = None
+    """The answer is in the language of this context-free grammar, in llguidance's variant of Lark's syntax."""
+
     begin_suppress_tokens: Sequence[int] | None = None
     """Tokens that are not chosen as the answer's first one. This setting and all below depend on the text so far: the
     host takes part in every step, which on a GPU is slower."""
@@ -151,6 +171,16 @@ class SamplingParams:
             raise ValueError(f"n must be 1 at temperature 0, where every answer would be the same; got {self.n}")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens must be at most max_tokens = {self.max_tokens}; got {self.min_tokens}")
+        self._check_constraint()
+
+    def _check_constraint(self) -> None:
+        given = [name for name in CONSTRAINTS if getattr(self, name)]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} each say what the answer may be; give one of them")
+        # Both would end the answer where it is not complete, or not end it where it is.
+        for name in ("ignore_eos", "forced_eos_token_id"):
+            if given and getattr(self, name):
+                raise ValueError(f"{name} contradicts {given[0]}, by which the answer ends where it is complete")
 
     def _store(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)  # the dataclass is frozen; only __post_init__ calls this
@@ -161,6 +191,11 @@ class SamplingParams:
         return tuple(self.stop or ())
 
     @property
+    def constraint(self) -> str | None:
+        """The name of the setting that says which texts the answer may be."""
+        return next((name for name in CONSTRAINTS if getattr(self, name)), None)
+
+    @property
     def greedy(self) -> bool:
         """Whether the likeliest token is taken at every step."""
         return self.temperature == 0
@@ -169,8 +204,8 @@ class SamplingParams:
     def from_kwargs(cls, base: "SamplingParams | None" = None, **kwargs: Any) -> "SamplingParams":
         """`base` (default: all defaults) with `kwargs` on top, which are keywords of the constructor.
 
-        do_sample=True on top of a greedy base means temperature 1. A max_tokens below the base's min_tokens
-        wins, with a warning.
+        do_sample=True on top of a greedy base means temperature 1. A constraint replaces the base's. A
+        max_tokens below the base's min_tokens wins, with a warning.
 
         Raises:
             TypeError: an unknown keyword.
@@ -183,6 +218,8 @@ class SamplingParams:
         if "min_tokens" not in given and most is not None and 1 <= most < base.min_tokens:
             warnings.warn(f"min_tokens={base.min_tokens} gives way to max_tokens={most}", stacklevel=3)
             given["min_tokens"] = most
+        if any(given.get(name) for name in CONSTRAINTS) or any(kwargs.get(form) is not None for form in FORMS):
+            given = {**dict.fromkeys(CONSTRAINTS), "json_object": False, **given}
         return replace(base, **given)
 
     @classmethod
@@ -215,7 +252,9 @@ def _translated(kwargs: Mapping[str, Any], *, greedy: bool) -> dict[str, Any]:
     Raises TypeError and ValueError as `SamplingParams.from_kwargs`.
     """
     defaults = {field.name: field.default for field in fields(SamplingParams)}
-    known = [*defaults, *ALIASES, "do_sample"]
+    kwargs = dict(kwargs)
+    constraints = [constraint_of(form, value) for form in FORMS if (value := kwargs.pop(form, None)) is not None]
+    known = [*defaults, *ALIASES, *FORMS, "do_sample"]
     kwargs = without_neutral("sampling parameters", kwargs, SAMPLING, known=known, counterparts=SAMPLING_COUNTERPARTS)
     do_sample = kwargs.pop("do_sample", None)
     given: dict[str, Any] = {}
@@ -230,6 +269,10 @@ def _translated(kwargs: Mapping[str, Any], *, greedy: bool) -> dict[str, Any]:
             )
         given[name], origin[name] = value, key
     given = {name: defaults[name] if value is None else value for name, value in given.items()}
+    for constraint in constraints:
+        if already := [name for name in CONSTRAINTS if given.get(name)]:
+            raise ValueError(f"{already[0]} is given twice, or next to a form of another library; give one of them")
+        given |= constraint
     if do_sample is not None:
         check_bool("do_sample", do_sample, "True, False or None")
         if not do_sample:

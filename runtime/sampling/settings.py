@@ -21,6 +21,9 @@ Type = Literal[
     "sequences",  # of token ids
     "sequence biases",  # sequence of token ids -> number, or -inf
     "start and factor",  # two numbers
+    "text",
+    "texts",
+    "JSON schema",
 ]
 
 
@@ -121,6 +124,11 @@ SETTINGS = (
     Setting("skip_special_tokens", "bool", help="print special tokens too"),
     Setting("speculation", "bool", help="do not draft tokens from what the text repeats"),
     Setting("suppress_tokens", "token ids", none=True, generate="suppress_tokens", help="never these tokens"),
+    Setting("json_schema", "JSON schema", none=True),
+    Setting("json_object", "bool"),
+    Setting("regex", "text", none=True),
+    Setting("choice", "texts", none=True),
+    Setting("grammar", "text", none=True),
     Setting(
         "begin_suppress_tokens", "token ids", none=True, generate="begin_suppress_tokens",
         help="never these as the first token",
@@ -148,6 +156,8 @@ SETTINGS = (
     ),
 )  # fmt: skip
 
+# Those that say which texts an answer may be: one of them at most.
+CONSTRAINTS = ("json_schema", "json_object", "regex", "choice", "grammar")
 ALIASES = {alias: setting.name for setting in SETTINGS for alias in setting.aliases}
 FILTERS = tuple(setting.name for setting in SETTINGS if setting.filter)
 STATE = {setting.name: setting.state for setting in SETTINGS if setting.state}

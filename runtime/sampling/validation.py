@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ..common.checks import as_int, check_bool, check_float32, check_int, check_sequence
-from ..common.shown import shown
+from ..common.checks import as_int, check_bool, check_float32, check_int, check_sequence, is_unicode
+from ..common.shown import one_line, shown
 from .settings import Setting
 
 TokenIds = tuple[int, ...]
@@ -87,6 +88,40 @@ def _start_and_factor(setting: Setting, value: Any) -> tuple[float, float]:
     return start, check_float32(f"{name}: factor", pair[1], "(0, inf)")
 
 
+def _text(setting: Setting, value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"{setting.name} must be a string of at least one character; got {shown(value)}")
+    return _unicode(setting.name, value)
+
+
+def _texts(setting: Setting, value: Any) -> tuple[str, ...]:
+    texts = check_sequence(setting.name, value)
+    if not texts:
+        raise ValueError(f"{setting.name} must name at least one string; got none")
+    return tuple(_text(setting, text) for text in texts)
+
+
+def _unicode(name: str, text: str) -> str:
+    if not is_unicode(text):
+        raise ValueError(f"{name} has a lone surrogate, which is no valid Unicode: {shown(text)}")
+    return text
+
+
+def _json_schema(setting: Setting, value: Any) -> str:
+    """The JSON text of a schema, of a text of it, or of that which a Pydantic model has; keys stay in their order."""
+    name = setting.name
+    if isinstance(value, type) and hasattr(value, "model_json_schema"):
+        value = value.model_json_schema()
+    try:
+        schema = json.loads(value) if isinstance(value, str) else value
+        text = json.dumps(schema, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{name} is no JSON: {one_line(str(error))}; got {shown(value)}") from None
+    if not isinstance(schema, Mapping):
+        raise ValueError(f"{name} must be a JSON object, as a dict or a string; got {shown(value)}")
+    return _unicode(name, text)
+
+
 _CHECKS: dict[str, Callable[[Setting, Any], Any]] = {
     "integer": _integer,
     "number": lambda setting, value: check_float32(setting.name, value, setting.range),
@@ -97,4 +132,7 @@ _CHECKS: dict[str, Callable[[Setting, Any], Any]] = {
     "sequences": _sequences,
     "sequence biases": _sequence_biases,
     "start and factor": _start_and_factor,
+    "text": _text,
+    "texts": _texts,
+    "JSON schema": _json_schema,
 }

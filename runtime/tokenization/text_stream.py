@@ -21,6 +21,7 @@ class TextStream:
             complete at the same character; token boundaries play no role.
         stops_begin_in_prompt: a stop string may begin in the prompt, if it ends in the answer.
         include_stop: keep the stop string in the text.
+        exact: the text is what the tokens spell inside a text: no space of it is left out, and no prompt is read.
         min_tokens: a stop string that is complete with an earlier token does not end the text.
         kept_tokens: special tokens that are not skipped.
 
@@ -38,6 +39,7 @@ class TextStream:
         prompt_ids: Sequence[int] = (),
         stops_begin_in_prompt: bool = False,
         kept_tokens: Iterable[int] = (),
+        exact: bool = False,
     ):
         self.stopped: str | None = None
         self._count, self._min_tokens = 0, min_tokens
@@ -46,6 +48,9 @@ class TextStream:
         self._matcher = StopStrings(stops)
         self._include_stop = include_stop
         self._skipped = frozenset(tokenizer.all_special_ids if skip_special_tokens else ()).difference(kept_tokens)
+        self._clean_up = False if exact else None
+        if exact:  # a text before it, whatever it is
+            prompt_ids = tokenizer.encode("a", add_special_tokens=False)
         longest = max(map(len, stops), default=0) if stops_begin_in_prompt else 0
         before = self._read_prompt(prompt_ids, max(longest, 1))
         # Text that is not returned yet. Its first `_prompt_length` characters are the prompt's, and never are.
@@ -63,7 +68,7 @@ class TextStream:
             count = min(2 * count or 8, len(prompt_ids))
             last = [id for id in prompt_ids[len(prompt_ids) - count :] if id not in self._skipped]
             tokens = self._tokenizer.convert_ids_to_tokens(last)
-            self._detokenizer = self._tokenizer.detokenizer()
+            self._detokenizer = self._tokenizer.detokenizer(self._clean_up)
             text = self._detokenizer.follow(tokens)
             if len(text) >= length or count == len(prompt_ids):
                 # The prompt's text may end in a character of which the answer has the rest.

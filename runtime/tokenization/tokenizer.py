@@ -197,6 +197,13 @@ class InternLM3Tokenizer(SpecialTokens, Conversations):
         """All tokens: token -> id."""
         return self._vocabulary.ids()
 
+    def token_bytes(self) -> list[bytes | None]:
+        """For each id the bytes that its token adds inside a text; None for an added token and for what is no text.
+
+        A token may be a part of a character. At the start of a text a space may be left out (see `decode`).
+        """
+        return self._vocabulary.token_bytes()
+
     # Text to ids
 
     def tokenize(self, text: str) -> list[str]:

@@ -48,6 +48,10 @@ class Vocabulary(ABC):
         """The token of an id; "" for an unused row of the embedding."""
 
     @abstractmethod
+    def token_bytes(self) -> list[bytes | None]:
+        """For each id the bytes that its token adds inside a text; None for an added token and for what is no text."""
+
+    @abstractmethod
     def add(self, token: AddedToken) -> None:
         """Makes `token` an added token unless it is one, with the id of its piece, else the next free id."""
 

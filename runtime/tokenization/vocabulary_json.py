@@ -13,6 +13,13 @@ from .added_tokens import AddedToken, AddedTokens
 from .vocabulary import Speller, Vocabulary, check_text
 
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+# How a byte-level vocabulary writes bytes: GPT-2 gave those that print as themselves the same character, and the others
+# in order the characters from 256 on.
+_PRINTED = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+_BYTES = {
+    **{chr(byte): byte for byte in _PRINTED},
+    **{chr(256 + place): byte for place, byte in enumerate(sorted({*range(256)}.difference(_PRINTED)))},
+}
 
 
 class JsonVocabulary(Vocabulary):
@@ -86,6 +93,23 @@ class JsonVocabulary(Vocabulary):
         if token.content not in self.added.ids:
             self._add(token)
             self._mirror()
+
+    def token_bytes(self) -> list[bytes | None]:
+        decoder = self._library.decoder
+        byte_level, byte_fallback = (name in str(decoder) for name in ("ByteLevel(", "ByteFallback("))
+        decode = " ".join if decoder is None else decoder.decode
+        before = decode(["a"])
+
+        def bytes_of(token: str) -> bytes | None:
+            if not token or token in self.added.ids:
+                return None
+            if byte_level:
+                return bytes(map(_BYTES.__getitem__, token)) if _BYTES.keys() >= {*token} else None
+            if byte_fallback and _BYTE.fullmatch(token):
+                return bytes.fromhex(token[3:5])
+            return decode(["a", token]).removeprefix(before).encode()
+
+        return [bytes_of(self.token(id)) for id in range(len(self))]
 
     def ids(self) -> dict[str, int]:
         return self._library.get_vocab()

@@ -69,6 +69,18 @@ class SentencePieceVocabulary(Vocabulary):
             return added.content
         return self.sp_model.id_to_piece(id) if id < self.pieces else ""
 
+    def token_bytes(self) -> list[bytes | None]:
+        model, ids = self.sp_model, list(range(self.pieces))
+        pieces, are_bytes = model.id_to_piece(ids), model.is_byte(ids)
+        kinds = zip(model.is_control(ids), model.is_unknown(ids), model.is_unused(ids), strict=True)
+        table: list[bytes | None] = []
+        for piece, is_byte, kind in zip(pieces, are_bytes, kinds, strict=True):
+            if any(kind) or piece in self.added.ids:
+                table.append(None)
+            else:
+                table.append(bytes.fromhex(piece[3:5]) if is_byte else piece.replace(_SPACE, " ").encode())
+        return table + [None] * (len(self) - self.pieces)
+
     def ids(self) -> dict[str, int]:
         pieces = self.sp_model.id_to_piece(list(range(self.pieces)))
         return {**{piece: id for id, piece in enumerate(pieces)}, **self.added.ids}

@@ -48,12 +48,13 @@ class ToolUse:
     def params(self, given: Sequence[SamplingParams]) -> list[SamplingParams]:
         """Settings by which an answer is the forced call, if there is one.
 
-        Raises ValueError where a call is forced and the settings have no grammars.
+        Raises ValueError for settings that say themselves what the answer may be.
         """
         if self.forced is None:
             return list(given)
-        if not hasattr(SamplingParams, "json_schema"):
-            raise ValueError(
-                'tool_choice must be "auto" or "none": to force a call takes a grammar, and there are none yet'
-            )
+        for params in given:
+            if params.constraint is not None:
+                raise ValueError(
+                    f"{params.constraint} and tool_choice each say what the answer may be; give one of them"
+                )
         return [SamplingParams.from_kwargs(params, json_schema=self.forced) for params in given]

@@ -3,11 +3,13 @@
 import argparse
 import copy
 import inspect
+import json
 import math
 import pickle
 from dataclasses import fields, replace
 from decimal import Decimal
 from fractions import Fraction
+from types import SimpleNamespace
 from typing import Any, get_type_hints
 
 import numpy as np
@@ -19,6 +21,7 @@ from internlm3.runtime.common.other_libraries import SAMPLING, SAMPLING_COUNTERP
 from internlm3.runtime.engine.state import DecodeState
 from internlm3.runtime.sampling.keywords import SamplingKeywords
 from internlm3.runtime.sampling.params import RECOMMENDED, RECOMMENDED_THINKING, SamplingParams
+from internlm3.runtime.sampling.response_format import FORMS
 from internlm3.runtime.sampling.settings import ALIASES, SETTINGS, STATE
 
 
@@ -28,7 +31,7 @@ def test_the_table_has_a_row_for_every_field_and_every_field_is_documented():
     for setting in SETTINGS:
         assert f"\n    {setting.name}: " in (SamplingParams.__doc__ or "")
         assert setting.none == (defaults[setting.name] is None)
-    assert {*defaults, *ALIASES, "do_sample"} == get_type_hints(SamplingKeywords).keys()
+    assert {*defaults, *ALIASES, *FORMS, "do_sample"} == get_type_hints(SamplingKeywords).keys()
     assert STATE.keys() <= {field.name for field in fields(DecodeState)}
 
 
@@ -58,7 +61,7 @@ def test_a_number_of_any_kind_is_pythons_own(one):
     """Else an integer bias fails in a step that other callers share, and a NumPy scalar compares and prints apart."""
     accepted = {"integer": INTEGERS, "token ids": INTEGERS, "sequences": INTEGERS, "bool": TRUES}
     for setting in SETTINGS:
-        if setting.type == "strings":
+        if setting.type in ("strings", "text", "texts", "JSON schema"):
             continue
         given, stored = forms(setting, one)
         if any(one is other for other in accepted.get(setting.type, [*INTEGERS, *FLOATS])):
@@ -203,7 +206,8 @@ def test_a_dataclass_with_other_names_is_still_one():
         ({"num_beams": 4}, ValueError, "num_beams=4 is not supported; it can only be 1"),
         ({"mirostat_mode": 2}, ValueError, "mirostat_mode=2 is not supported; it can only be 0"),
         ({"prompt_logprobs": 1}, ValueError, "prompt_logprobs=1 is not supported; it can only be None"),
-        ({"structured_outputs": object()}, ValueError, "structured_outputs=<object .* is not supported"),
+        ({"guided_json": {}}, TypeError, "did you mean 'json_schema'"),
+        ({"guided_decoding": {}}, TypeError, "did you mean 'json_schema, regex, choice or grammar'"),
     ],
 )
 def test_words_of_other_libraries_that_would_mean_something(given, error, says):
@@ -302,3 +306,77 @@ def test_seed_minus_one_is_drawn_as_none_is():
     """As in vLLM and llama.cpp."""
     assert SamplingParams(seed=-1) == SamplingParams(seed=None)
     assert SamplingParams(seed=-2).seed == -2
+
+
+# -------------------------------------------------------------------- constraints
+
+SCHEMA = {"type": "object", "properties": {"乙": {}, "b": {}, "a": {"type": "integer"}}}
+
+
+def test_a_schema_is_stored_as_text_with_its_keys_in_order():
+    class Model:
+        @classmethod
+        def model_json_schema(cls):
+            return SCHEMA
+
+    text = '{"type": "object", "properties": {"乙": {}, "b": {}, "a": {"type": "integer"}}}'
+    for given in (SCHEMA, text, json.dumps(SCHEMA), Model):
+        params = SamplingParams(json_schema=given)
+        assert params.json_schema == text and params.constraint == "json_schema"
+        assert replace(params, seed=1).json_schema == text and pickle.loads(pickle.dumps(params)) == params
+    assert SamplingParams(choice=iter(["b", "a"])).choice == ("b", "a")
+    assert SamplingParams().constraint is None and SamplingParams(json_object=True).constraint == "json_object"
+
+
+def test_a_constraint_replaces_that_of_the_base():
+    base = SamplingParams(regex="a", seed=3)
+    assert SamplingParams.from_kwargs(base, temperature=0.5, json_schema=None, response_format=None).regex == "a"
+    changed = SamplingParams.from_kwargs(base, choice=["x"])
+    assert (changed.regex, changed.choice, changed.seed) == (None, ("x",), 3)
+    assert SamplingParams.from_kwargs(base, response_format={"type": "text"}).constraint is None
+    assert SamplingParams.from_kwargs(SamplingParams(json_object=True), grammar="start: A").constraint == "grammar"
+
+
+def test_constraints_in_other_libraries_forms():
+    named = {"type": "json_schema", "json_schema": {"name": "x", "strict": True, "schema": SCHEMA}}
+    assert SamplingParams(response_format=named) == SamplingParams(json_schema=SCHEMA)
+    assert SamplingParams(response_format={"type": "json_object"}) == SamplingParams(json_object=True)
+    assert SamplingParams(response_format={"type": "text"}, structured_outputs=None) == SamplingParams()
+    given = SimpleNamespace(json=None, regex="a+", choice=None, grammar=None, json_object=None, disable_fallback=False)
+    assert SamplingParams(structured_outputs=given) == SamplingParams(regex="a+")
+    assert SamplingParams(structured_outputs={"json": SCHEMA}) == SamplingParams(json_schema=SCHEMA)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"json_schema": "{"}, r"json_schema is no JSON: Expecting .*; got '\{'"),
+        ({"json_schema": "[]"}, r"json_schema must be a JSON object, as a dict or a string; got '\[\]'"),
+        ({"json_schema": True}, "json_schema must be a JSON object"),
+        ({"json_schema": {"enum": {1, 2}}}, "json_schema is no JSON: .*set is not JSON serializable"),
+        ({"json_schema": {"minimum": math.nan}}, "json_schema is no JSON: Out of range float"),
+        ({"json_schema": {"const": "\ud800"}}, "json_schema has a lone surrogate"),
+        ({"regex": ""}, "regex must be a string of at least one character; got ''"),
+        ({"regex": 3}, "regex must be a string .* got 3"),
+        ({"grammar": "a\udfff"}, "grammar has a lone surrogate"),
+        ({"choice": []}, "choice must name at least one string; got none"),
+        ({"choice": "yes"}, "choice must be a sequence; got 'yes'"),
+        ({"choice": ["yes", ""]}, "choice must be a string of at least one character; got ''"),
+        ({"json_object": "yes"}, "json_object must be True or False"),
+        ({"regex": "a", "choice": ["a"]}, "regex and choice each say what the answer may be; give one of them"),
+        ({"regex": "a", "ignore_eos": True}, "ignore_eos contradicts regex"),
+        ({"json_object": True, "forced_eos_token_id": 2}, "forced_eos_token_id contradicts json_object"),
+        ({"response_format": {"type": "yaml"}}, "response_format must be .*got {'type': 'yaml'}"),
+        ({"response_format": "json_object"}, "response_format must be"),
+        ({"response_format": {"type": "json_schema"}}, r"response_format has no schema at \['json_sch"),
+        ({"response_format": {"type": "json_object"}, "regex": "a"}, "regex is given twice, or next to a form"),
+        ({"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}}, "json_object is given"),
+        ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "structured_outputs must have one of json, "),
+        ({"structured_outputs": {"structural_tag": "a"}}, "structured_outputs must have one of json, "),
+        ({"structured_outputs": object()}, "structured_outputs must have one of json, "),
+    ],
+)  # fmt: skip
+def test_bad_constraints(given, says):
+    with pytest.raises(ValueError, match=says) as caught:
+        SamplingParams(**given)
+    assert len(str(caught.value)) < 300

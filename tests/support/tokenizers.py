@@ -64,11 +64,11 @@ TRAINED = {
 REAL = {"mistral-v1": "tokenizer.model.v1", "mistral-v3": "mistral_instruct_tokenizer_240323.model.v3"}
 
 
-def train(options: dict) -> bytes:
+def train(options: dict, corpus: list[str] = CORPUS) -> bytes:
     model = io.BytesIO()
     options = {"byte_fallback": True, "character_coverage": 1.0, **options}
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(CORPUS * 3), model_writer=model, model_type="bpe", vocab_size=512,
+        sentence_iterator=iter(corpus * 3), model_writer=model, model_type="bpe", vocab_size=512,
         hard_vocab_limit=False, minloglevel=2, num_threads=1, **options,
     )  # fmt: skip
     return model.getvalue()
