@@ -38,8 +38,8 @@ class TextStream:
         min_tokens: int = 0,
         prompt_ids: Sequence[int] = (),
         stops_begin_in_prompt: bool = False,
-        kept_tokens: Iterable[int] = (),
         exact: bool = False,
+        kept_tokens: Iterable[int] = (),
     ):
         self.stopped: str | None = None
         self._count, self._min_tokens = 0, min_tokens

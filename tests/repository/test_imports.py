@@ -13,12 +13,12 @@ ROOMS = {
     "checkpoint": {"common", "model", "sampling"},
     "chat_template": {"common"},
     "tokenization": {"common", "chat_template"},
-    "tools": {"common", "sampling", "chat_template", "tokenization"},
     "structured": {"common", "sampling", "tokenization"},
+    "tools": {"common", "sampling", "chat_template", "tokenization"},
     "engine": {"common", "sampling", "model"},
     "compat": {"common", "sampling", "model", "checkpoint", "tokenization", "engine"},
     "api": {
-        "common", "sampling", "model", "checkpoint", "chat_template", "tokenization", "tools", "structured", "engine",
+        "common", "sampling", "model", "checkpoint", "chat_template", "tokenization", "structured", "tools", "engine",
     },
     "cli": {"common", "sampling", "model", "checkpoint", "api"},
 }  # fmt: skip
