@@ -274,7 +274,7 @@ class LLM:
             tools: what the model may call: Python functions with type hints and a docstring, or JSON schemas in
                 OpenAI's form. Calls are in the output's `tool_calls`; nothing is run.
             tool_choice: "auto"; "none" leaves the tools out; "required", or {"type": "function", "function": {"name":
-                ...}}, for an answer that is one call.
+                ...}}, for an answer that is one call, by a grammar: this needs the extra `json`.
             stream: return an iterator of chunks, as `stream` does.
 
         Returns and raises as `generate`.
