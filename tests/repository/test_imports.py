@@ -20,6 +20,7 @@ ROOMS = {
     "api": {
         "common", "sampling", "model", "checkpoint", "chat_template", "tokenization", "structured", "tools", "engine",
     },
+    "server": {"common", "sampling", "tools", "engine", "api"},
     "cli": {"common", "sampling", "model", "checkpoint", "api"},
 }  # fmt: skip
 # The only files of the runtime that import kernels: the model runs them, hooks penalise and filter on the host, the

@@ -19,10 +19,11 @@ from contextlib import contextmanager
 from typing import Any
 
 FLAGS = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--remote-debugging-pipe",
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+    "--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage",
+    "--remote-debugging-pipe",
 )  # fmt: skip
-# Chromium reads the protocol from descriptor 3 and writes it to 4. Both of ours may have these numbers, hence the copies.
+# Chromium reads the protocol from descriptor 3 and writes it to 4. Ours may have these numbers, hence the copies.
 START = """
 import fcntl, os, sys
 given = [fcntl.fcntl(int(number), fcntl.F_DUPFD, 10) for number in sys.argv[1:3]]
@@ -37,9 +38,10 @@ WAIT = "new Promise(done => {{ const look = () => ({0}) ? done(true) : setTimeou
 # The middle of the first button to be seen with this text or label inside `within`, or of the element of a selector.
 FIND = """(() => {{
   const root = document.querySelector({within});
-  const seen = [...root.querySelectorAll("button, a, input, textarea")].filter(each => each.checkVisibility(
-    {{visibilityProperty: true}}));
-  const node = seen.find(each => (each.textContent.trim() || each.ariaLabel) === {name}) ?? root.querySelector({selector});
+  const seen = each => each.checkVisibility({{visibilityProperty: true}});
+  const named = each => (each.textContent.trim() || each.ariaLabel) === {name};
+  const buttons = [...root.querySelectorAll("button, a, input, textarea")];
+  const node = buttons.find(each => seen(each) && named(each)) ?? root.querySelector({selector});
   node.scrollIntoView({{block: "nearest"}});
   const {{x, y, width, height}} = node.getBoundingClientRect();
   return [x + width / 2, y + height / 2];

@@ -90,9 +90,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def granted(self) -> bool:
         refusal = self.server.refusal
-        if self.server.key and self.path != "/health":
-            if self.headers["Authorization"] != f"Bearer {self.server.key}":
-                refusal = (401, "The API key is wrong or missing.")
+        wanted = f"Bearer {self.server.key}" if self.server.key and self.path != "/health" else None
+        if wanted and self.headers["Authorization"] != wanted:
+            refusal = (401, "The API key is wrong or missing.")
         if refusal:
             self.respond(refusal[0], {"error": {"message": refusal[1], "type": "x", "param": None, "code": None}})
         return not refusal
