@@ -1,11 +1,9 @@
-"""A browser, and a page in it beside a server that answers what the test says."""
-
-import threading
+"""A browser, and the chat page in it beside a server that answers what the test says."""
 
 import pytest
 
 from internlm3.tests.support.browser import Browser, chromium
-from internlm3.tests.support.chat_server import ChatServer
+from internlm3.tests.support.chat_server import chat_server
 
 
 @pytest.fixture(scope="session")
@@ -19,19 +17,42 @@ def browser():
 
 @pytest.fixture
 def server():
-    server = ChatServer()
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with chat_server() as server:
+        yield server
 
 
 @pytest.fixture
-def page(browser, server):
-    """The chat page, ready: the server's model is there."""
-    with browser.page() as page:
+def visit(browser, server):
+    """Opens the chat page in a profile of its own, with the options of a Page, when the server's model is there."""
+    pages = []
+
+    def visit(**options):
+        pages.append(browser.page(**options))
+        page = pages[-1].__enter__()
         page.open(server.url)
         page.wait("model")
-        yield page
+        return page
+
+    yield visit
+    for page in pages:
+        page.__exit__(None, None, None)
+
+
+@pytest.fixture
+def page(visit):
+    """The chat page on a desk, in English and light."""
+    return visit()
+
+
+@pytest.fixture
+def ask(server):
+    """Sends a message and waits for the whole answer, which has these parts and figures."""
+
+    def ask(page, message, *parts, **usage):
+        server.answer(*(parts or ["Yes."]), **usage)
+        page.run("input.focus()")
+        page.type(message)
+        page.press("Enter")
+        page.wait("!running")
+
+    return ask

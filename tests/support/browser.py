@@ -115,7 +115,7 @@ class Browser:
 
 
 class Page:
-    """A tab of the browser.
+    """A tab of the browser. Those of one context share their storage.
 
     Args:
         language: what the browser says it prefers, such as "zh-CN".
@@ -126,7 +126,7 @@ class Page:
     def __init__(
         self, browser: Browser, context: str, *, language: str = "en-US", dark: bool = False, phone: bool = False
     ) -> None:
-        self.browser = browser
+        self.browser, self.context = browser, context
         target = browser.call("Target.createTarget", url="about:blank", browserContextId=context)["targetId"]
         self.session = browser.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log"):
@@ -163,7 +163,8 @@ class Page:
 
     def run(self, script: str) -> Any:
         """The value of an expression in the page; of a promise, what it is kept with."""
-        done = self.call("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True, userGesture=True)
+        options = {"awaitPromise": True, "returnByValue": True, "allowUnsafeEvalBlockedByCSP": False}
+        done = self.call("Runtime.evaluate", expression=script, **options)
         assert "exceptionDetails" not in done, (script, done["exceptionDetails"]["exception"].get("description"))
         return done["result"].get("value")
 
@@ -190,6 +191,13 @@ class Page:
         event = {"key": key, "code": key, "windowsVirtualKeyCode": code, "modifiers": SHIFT if shift else 0}
         self.call("Input.dispatchKeyEvent", type="keyDown" if text else "rawKeyDown", **event, **text)
         self.call("Input.dispatchKeyEvent", type="keyUp", **event)
+
+    def texts(self, selector: str) -> list[str]:
+        """The text of each element that a selector finds and that is to be seen, as it is shown."""
+        return self.run(
+            f"[...document.querySelectorAll({json.dumps(selector)})].filter(each => each.checkVisibility())"
+            ".map(each => each.innerText)"
+        )
 
     def screenshot(self) -> bytes:
         """A picture of what is to be seen, as PNG."""

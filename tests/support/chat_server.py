@@ -3,6 +3,8 @@
 import json
 import queue
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -62,6 +64,17 @@ class ChatServer(ThreadingHTTPServer):
 
     def _event(self, content: dict[str, Any]) -> None:
         self.parts.put(f"data: {json.dumps(content, ensure_ascii=False)}\n\n".encode())
+
+
+@contextmanager
+def chat_server() -> Iterator[ChatServer]:
+    """A ChatServer in a thread."""
+    with ChatServer() as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
 
 
 class Handler(BaseHTTPRequestHandler):
