@@ -30,7 +30,7 @@ given = [fcntl.fcntl(int(number), fcntl.F_DUPFD, 10) for number in sys.argv[1:3]
 os.dup2(given[0], 3), os.dup2(given[1], 4)
 os.execv(sys.argv[3], sys.argv[3:])
 """
-SILENCE = 120  # seconds without a word from the browser, after which it has hung
+SILENCE = 60  # seconds without a word from the browser, after which it has hung
 KEYS = {"Enter": 13, "Escape": 27, "Tab": 9}
 SHIFT = 8
 # A promise that is kept when the expression is true, which the page looks at every few milliseconds.
