@@ -179,7 +179,7 @@ def test_captured_steps_give_the_same(folder: Any, llm: LLM, monkeypatch: pytest
     """Captured, ahead of the host and with drafts; tokens only, since captured prompts are padded."""
     eager = ask_together(llm)
     CapturedEngines(monkeypatch, 3)
-    captured = LLM(folder, progress=False, max_batch_size=4)
+    captured = LLM(folder, dtype="bfloat16", progress=False, max_batch_size=4)
     captured.warm_up()
     assert [output.text for output in ask_together(captured)] == [output.text for output in eager]
 
