@@ -90,6 +90,7 @@ setup(
             "hypothesis",
             "ruff",
             "mypy",
+            "uvloop; sys_platform != 'win32'",  # AsyncLLM is tested under it
             "setuptools>=77",  # builds the wheel that a test installs
         ],
     },

@@ -46,6 +46,7 @@ class EngineThread:
         self._stopped = False
         self._inbox = _Inbox()
         self._readers: dict[Answer, Hashable] = {}
+        self._on_the_way = 0  # answers that were taken from the inbox, and that the engine does not have yet
         # The rest belongs to the thread.
         self._answers: dict[Request, Answer] = {}  # those that have not finished
         self._changed: set[Request] = set()  # since they were read
@@ -92,7 +93,7 @@ class EngineThread:
     def waiting(self) -> int:
         """The number of requests that wait for a slot."""
         engine = self._current
-        return len(self._inbox.submitted) + (0 if engine is None else engine.waiting)
+        return len(self._inbox.submitted) + self._on_the_way + (0 if engine is None else engine.waiting)
 
     # ---------------------------------------------------------------- in the thread
 
@@ -102,6 +103,7 @@ class EngineThread:
                 while not (self._stopped or self._inbox.cancelled or self._inbox.submitted or self._answers):
                     self._wake.wait()
                 inbox, self._inbox = self._inbox, _Inbox()
+                self._on_the_way = len(inbox.submitted)
             self._answers.update((answer.request, answer) for answer in inbox.submitted)
             try:
                 if self._stopped:
@@ -115,6 +117,7 @@ class EngineThread:
     def _step(self, inbox: _Inbox) -> None:
         engine = self._current = self._engine()
         engine.submit(inbox.submitted)
+        self._on_the_way = 0
         engine.cancel(answer.request for answer in inbox.cancelled)
         for answer in inbox.cancelled:
             self._answers.pop(answer.request, None)
@@ -142,6 +145,7 @@ class EngineThread:
                 answer.request.finish("abort")
             while (update := answer.read()) is not None:
                 updates.append(update)
+        self._on_the_way = 0
         self._changed.clear()
         self._hand_out(updates, error)
 
