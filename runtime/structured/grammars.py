@@ -122,9 +122,9 @@ class TokenConstraint:
     def _next_words(self) -> NDArray[np.uint32]:
         fill_next_token_bitmask(self._matcher, self._bits)
         # An error is no exception there: the mask has the end only, from then on.
-        error = self._matcher.get_error()
+        error = _shortened(self._matcher.get_error())
         if error and error != _DEAD_END:
-            raise self._error(f" failed: {_shortened(error)}")
+            raise self._error(f" failed: {error}")
         bits = self._bits[0].view(np.uint32)
         word, bit = self._end
         may_end = bits[word] >> bit & 1 and self._accepted >= self._params.min_tokens
