@@ -12,7 +12,7 @@ from internlm3 import InternLM3Tokenizer
 from internlm3.runtime.sampling.params import SamplingParams
 from internlm3.runtime.structured.grammars import Grammars
 from internlm3.runtime.structured.token_table import TokenTable
-from internlm3.tests.support.tokenizers import ANY_TEXT
+from internlm3.tests.support.tokenizers import ANY_TEXT, CORPUS
 
 ENDS = frozenset({2, 5})  # </s>, and a token that else is text
 
@@ -75,7 +75,7 @@ def test_the_tokenizers_own_cut_is_kept(tokenizer):
     """Where the tokenizer does not change a text, its own tokens are given, which are not always the longest."""
     if tokenizer.decode(tokenizer.encode("\n{", add_special_tokens=False)) != "\n{":
         pytest.skip("this one changes the beginning of a text")
-    for text in ('{"name": "ada", "tags": ["maths", "poetry"]}', "the quick brown fox jumps over"):
+    for text in CORPUS:
         ids = _table(tokenizer)(text)
         assert ids == tokenizer.encode("\n" + text, add_special_tokens=False)[-len(ids) :]
 
