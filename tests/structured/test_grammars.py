@@ -71,8 +71,9 @@ def test_what_tokens_spell(tokenizer):
     assert {bytes([byte]) for byte in range(256)} <= {*table}
 
 
-def test_the_tokenizers_own_cut_is_kept(tokenizer):
+def test_the_tokenizers_own_cut_is_kept(tokenizer, monkeypatch):
     """Where the tokenizer does not change a text, its own tokens are given, which are not always the longest."""
+    monkeypatch.setattr(TokenTable, "_longest_tokens", None)  # the way out for other texts
     if tokenizer.decode(tokenizer.encode("\n{", add_special_tokens=False)) != "\n{":
         pytest.skip("this one changes the beginning of a text")
     for text in CORPUS:
