@@ -15,6 +15,7 @@ from ..engine.answer import Update
 from ..engine.engine import why_aborted
 from ..engine.thread import EngineThread
 from ..sampling.params import SamplingParams
+from ..tools.schemas import Tool
 from .call import Call
 from .llm import LLM
 from .outputs import Chunk, RequestOutput, chunk_of
@@ -76,13 +77,16 @@ class AsyncLLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         thinking: bool = False,
+        tools: Sequence[Tool] | None = None,
+        tool_choice: str | Mapping[str, Any] = "auto",
         **kwargs: Unpack[SamplingKeywords],
     ) -> Any:
         """As LLM.chat: a RequestOutput, or for several conversations a list of them. `stream` streams one.
 
         Also raises QueueFull, and RuntimeError after `close`.
         """
-        call = await asyncio.to_thread(self.llm._chat_call, messages, sampling_params, thinking, kwargs)
+        options = sampling_params, thinking, tools, tool_choice, kwargs
+        call = await asyncio.to_thread(self.llm._chat_call, messages, *options)
         return await self._answer(call)
 
     async def stream(
@@ -91,6 +95,8 @@ class AsyncLLM:
         sampling_params: SamplingParams | None = None,
         *,
         thinking: bool = False,
+        tools: Sequence[Tool] | None = None,
+        tool_choice: str | Mapping[str, Any] = "auto",
         **kwargs: Unpack[SamplingKeywords],
     ) -> AsyncGenerator[Chunk, None]:
         """As LLM.stream: an asynchronous iterator of chunks.
@@ -98,7 +104,8 @@ class AsyncLLM:
         Closing it (`aclose`, or leaving `contextlib.aclosing`) cancels the answer, and so does cancelling the task that
         waits for its next chunk.
         """
-        call = await asyncio.to_thread(self.llm._stream_call, prompt, sampling_params, thinking, kwargs)
+        options = sampling_params, thinking, tools, tool_choice, kwargs
+        call = await asyncio.to_thread(self.llm._stream_call, prompt, *options)
         device = self.llm.model.device
         async with aclosing(self._updates(call)) as news:
             async for updates in news:

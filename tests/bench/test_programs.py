@@ -21,7 +21,10 @@ COMMANDS = [
     for line in block.splitlines()
     if line.startswith("python -m bench.")
 ]
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests of what happens on a CPU")
+pytestmark = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="tests of what happens on a CPU"),
+    pytest.mark.usefixtures("in_this_process"),
+]
 
 
 @pytest.mark.parametrize("command", [each for each in COMMANDS if each[0] == "bench.ops"], ids=" ".join)

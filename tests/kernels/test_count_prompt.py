@@ -19,6 +19,7 @@ def make(seed, vocab, tokens, biases, spare):
     prompt = some[torch.randint(len(some), (tokens,), generator=rng)]
     biased = torch.randperm(vocab, generator=rng)[:biases]
     values = torch.randn(len(biased), generator=rng)
+    values[:1] = 0.0  # whose bits are those of token 0
     request = torch.full((tokens + 2 * len(biased) + spare,), vocab // 2, dtype=torch.int32)
     request[: tokens + 2 * len(biased)] = torch.cat((prompt.int(), biased.int(), values.view(torch.int32)))
     given = {
@@ -60,8 +61,9 @@ def test_count_prompt(seed, vocab, tokens, biases, spare):
     check(seed, vocab, tokens, biases, spare)
 
 
-def test_the_vocabulary_of_internlm3():
-    check(3, 128512, 3000, 300, 5)
+def test_a_whole_vocabulary():
+    """InternLM3-8B's has 128512 tokens; this is a published fine-tune's, which is odd."""
+    check(3, 128133, 3000, 300, 5)
 
 
 @pytest.mark.parametrize(
