@@ -204,7 +204,7 @@ actions = st.one_of(
 )
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(st.lists(actions, max_size=20), st.integers(1, 3), st.integers(1, 3))
 def test_any_order_of_requests_steps_and_cancels(model, actions, depth, slots):
     engine = Engine(model, max_batch_size=slots, max_seq_len=512, depth=depth)
