@@ -14,6 +14,8 @@ import torch
 
 import internlm3
 from bench import ROOT, user_kernels
+from internlm3 import AsyncLLM
+from internlm3.runtime.api import async_llm
 from internlm3.runtime.api import llm as llm_module
 from internlm3.runtime.sampling import params
 
@@ -169,6 +171,7 @@ def test_python_runs_as_it_is_pasted(page, code, demo_model, loaded, monkeypatch
     for name in ("RECOMMENDED", "RECOMMENDED_THINKING"):
         monkeypatch.setattr(params, name, replace(getattr(params, name), max_tokens=8))
     monkeypatch.setattr(llm_module, "LLM", loaded)
+    monkeypatch.setattr(async_llm, "AsyncLLM", lambda model, **options: AsyncLLM(loaded(model), **options))
     code = re.sub(r"\b(max_tokens|max_new_tokens)=\d+", r"\1=8", code.replace(MODEL, str(demo_model)))
     exec(compile(code, f"<a block of {page}>", "exec"), {"__name__": "pasted"})
     assert capsys.readouterr().out.strip()
