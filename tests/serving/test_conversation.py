@@ -116,9 +116,11 @@ def test_an_edited_message_replaces_all_after_it(page, server, ask):
 def test_an_answer_is_retried_without_all_after_it(page, server, ask):
     ask(page, "Say 1", "1")
     ask(page, "Say 2", "2")
-    server.answer("one")
     page.click("Retry", within="article:nth-of-type(2)")
+    assert page.run("document.activeElement.id") == "stop"
+    server.answer("one")
     page.wait("running === null && messages.length === 2")
+    assert page.run("document.activeElement.id") == "send"
     assert spoken(server.asked[-1]) == [("user", "Say 1")]
     assert turns(page) == [("user", "Say 1"), ("assistant", "one")]
 
