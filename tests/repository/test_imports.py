@@ -17,7 +17,8 @@ ROOMS = {
     "engine": {"common", "sampling", "model"},
     "compat": {"common", "sampling", "model", "checkpoint", "tokenization", "engine"},
     "api": {"common", "sampling", "model", "checkpoint", "chat_template", "tokenization", "structured", "engine"},
-    "cli": {"common", "sampling", "model", "checkpoint", "api"},
+    "server": {"common", "sampling", "tools", "engine", "api"},
+    "cli": {"common", "sampling", "model", "checkpoint", "api", "server"},
 }
 # The only files of the runtime that import kernels: the model runs them, hooks penalise and filter on the host, the
 # state needs the limit of a small top-k, and the warm-up the list of launches to compile. The rest is about quantised
