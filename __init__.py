@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .runtime.api.perplexity import Perplexity as Perplexity
     from .runtime.api.prompts import SYSTEM_PROMPT as SYSTEM_PROMPT
     from .runtime.api.prompts import THINKING_SYSTEM_PROMPT as THINKING_SYSTEM_PROMPT
+    from .runtime.api.run_tools import run_tools as run_tools
     from .runtime.compat.causal_lm import InternLM3ForCausalLM as InternLM3ForCausalLM
     from .runtime.compat.decoder import InternLM3Model as InternLM3Model
     from .runtime.engine.thread import QueueFull as QueueFull
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from .runtime.sampling.params import RECOMMENDED_THINKING as RECOMMENDED_THINKING
     from .runtime.sampling.params import SamplingParams as SamplingParams
     from .runtime.tokenization.tokenizer import InternLM3Tokenizer as InternLM3Tokenizer
+    from .runtime.tools.calls import ToolCall as ToolCall
+    from .runtime.tools.calls import ToolCallDelta as ToolCallDelta
 
 _HOME = {
     "AsyncLLM": "api.async_llm",
@@ -43,6 +46,9 @@ _HOME = {
     "SYSTEM_PROMPT": "api.prompts",
     "SamplingParams": "sampling.params",
     "THINKING_SYSTEM_PROMPT": "api.prompts",
+    "ToolCall": "tools.calls",
+    "ToolCallDelta": "tools.calls",
+    "run_tools": "api.run_tools",
 }
 __all__ = ["__version__", *_HOME]
 

@@ -15,6 +15,7 @@ from ..engine.answer import Update
 from ..engine.engine import why_aborted
 from ..engine.thread import EngineThread
 from ..sampling.params import SamplingParams
+from ..tools.schemas import Tool
 from .call import Call
 from .llm import LLM
 from .outputs import Chunk, RequestOutput, chunk_of
@@ -62,13 +63,18 @@ class AsyncLLM:
         self,
         prompts: str | Sequence[int] | Iterable[Any],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        priority: int = 0,
         **kwargs: Unpack[SamplingKeywords],
     ) -> Any:
         """As LLM.generate: a RequestOutput, or for several prompts a list of them.
 
+        Of the requests that wait, those with the lowest `priority` come first.
+
         Also raises QueueFull, and RuntimeError after `close`.
         """
-        return await self._answer(await asyncio.to_thread(self.llm._generate_call, prompts, sampling_params, kwargs))
+        call = await asyncio.to_thread(self.llm._generate_call, prompts, sampling_params, kwargs)
+        return await self._answer(call, priority)
 
     async def chat(
         self,
@@ -76,14 +82,20 @@ class AsyncLLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         thinking: bool = False,
+        tools: Sequence[Tool] | None = None,
+        tool_choice: str | Mapping[str, Any] = "auto",
+        priority: int = 0,
         **kwargs: Unpack[SamplingKeywords],
     ) -> Any:
         """As LLM.chat: a RequestOutput, or for several conversations a list of them. `stream` streams one.
 
+        `priority` is as for `generate`.
+
         Also raises QueueFull, and RuntimeError after `close`.
         """
-        call = await asyncio.to_thread(self.llm._chat_call, messages, sampling_params, thinking, kwargs)
-        return await self._answer(call)
+        options = sampling_params, thinking, tools, tool_choice, kwargs
+        call = await asyncio.to_thread(self.llm._chat_call, messages, *options)
+        return await self._answer(call, priority)
 
     async def stream(
         self,
@@ -91,16 +103,20 @@ class AsyncLLM:
         sampling_params: SamplingParams | None = None,
         *,
         thinking: bool = False,
+        tools: Sequence[Tool] | None = None,
+        tool_choice: str | Mapping[str, Any] = "auto",
+        priority: int = 0,
         **kwargs: Unpack[SamplingKeywords],
     ) -> AsyncGenerator[Chunk, None]:
-        """As LLM.stream: an asynchronous iterator of chunks.
+        """As LLM.stream: an asynchronous iterator of chunks. `priority` is as for `generate`.
 
         Closing it (`aclose`, or leaving `contextlib.aclosing`) cancels the answer, and so does cancelling the task that
         waits for its next chunk.
         """
-        call = await asyncio.to_thread(self.llm._stream_call, prompt, sampling_params, thinking, kwargs)
+        options = sampling_params, thinking, tools, tool_choice, kwargs
+        call = await asyncio.to_thread(self.llm._stream_call, prompt, *options)
         device = self.llm.model.device
-        async with aclosing(self._updates(call)) as news:
+        async with aclosing(self._updates(call, priority)) as news:
             async for updates in news:
                 for own in _by_answer(updates):
                     yield chunk_of(own, call.called, device)
@@ -126,14 +142,16 @@ class AsyncLLM:
         """The number of requests that wait for a slot."""
         return self._thread.waiting
 
-    async def _answer(self, call: Call) -> RequestOutput | list[RequestOutput]:
-        async with aclosing(self._updates(call)) as news:
+    async def _answer(self, call: Call, priority: int) -> RequestOutput | list[RequestOutput]:
+        async with aclosing(self._updates(call, priority)) as news:
             async for _ in news:
                 pass
         return call.outputs()
 
-    async def _updates(self, call: Call) -> AsyncGenerator[list[Update], None]:
+    async def _updates(self, call: Call, priority: int) -> AsyncGenerator[list[Update], None]:
         """What comes for a call, until all its answers have finished."""
+        for answer in call.answers:
+            answer.request.priority = check_int("priority", priority)
         mailbox = _Mailbox(asyncio.get_running_loop())
         unfinished = len(call.answers)
         try:

@@ -35,9 +35,21 @@ from ..sampling.params import RECOMMENDED_THINKING, SamplingParams
 from ..sampling.settings import FILTERS
 from ..tokenization.text_stream import TextStream
 from ..tokenization.tokenizer import InternLM3Tokenizer
+from ..tools.prompt import chat_prompt
+from ..tools.schemas import Tool
+from ..tools.text_stream import ToolTextStream
+from ..tools.use import ToolUse
 from .call import Call
-from .inputs import check_window, checkpoint_defaults, conversation_of, encode_prompt, prompt_list, token_ids_of
-from .outputs import Chunk, RequestOutput, chunk_of
+from .inputs import (
+    PromptTooLong,
+    check_window,
+    checkpoint_defaults,
+    conversation_of,
+    encode_prompt,
+    prompt_list,
+    token_ids_of,
+)
+from .outputs import Chunk, RequestOutput, ToolAnswer, chunk_of
 from .perplexity import Perplexity, perplexity
 
 if TYPE_CHECKING:
@@ -219,6 +231,8 @@ class LLM:
         sampling_params: SamplingParams | None = None,
         *,
         thinking: bool = False,
+        tools: Sequence[Tool] | None = None,
+        tool_choice: str | Mapping[str, Any] = "auto",
         stream: Literal[False] = False,
         **kwargs: Unpack[SamplingKeywords],
     ) -> RequestOutput: ...
@@ -229,6 +243,8 @@ class LLM:
         sampling_params: SamplingParams | None = None,
         *,
         thinking: bool = False,
+        tools: Sequence[Tool] | None = None,
+        tool_choice: str | Mapping[str, Any] = "auto",
         stream: Literal[True],
         **kwargs: Unpack[SamplingKeywords],
     ) -> Iterator[Chunk]: ...
@@ -239,25 +255,40 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         thinking: bool = False,
+        tools: Sequence[Tool] | None = None,
+        tool_choice: str | Mapping[str, Any] = "auto",
         stream: Literal[False] = False,
         **kwargs: Unpack[SamplingKeywords],
     ) -> list[RequestOutput]: ...
     def chat(
-        self, messages: Any, sampling_params: Any = None, *, thinking: bool = False, stream: bool = False, **kwargs: Any
+        self,
+        messages: Any,
+        sampling_params: Any = None,
+        *,
+        thinking: bool = False,
+        tools: Sequence[Tool] | None = None,
+        tool_choice: str | Mapping[str, Any] = "auto",
+        stream: bool = False,
+        **kwargs: Any,
     ) -> Any:
         """Answers one conversation or several.
 
         Args:
-            messages: [{"role": ..., "content": ...}, ...], one user message as a string, or a list of either.
+            messages: [{"role": ..., "content": ...}, ...], one user message as a string, or a list of either. Calls of
+                tools and their results are messages in OpenAI's form; see `run_tools`.
             sampling_params, **kwargs: as for `generate`.
             thinking: InternLM3's deep-thinking mode: its published system prompt, after the conversation's own if there
                 is one, with its recommended settings and room for 8192 tokens.
+            tools: what the model may call: Python functions with type hints and a docstring, or JSON schemas in
+                OpenAI's form. Calls are in the output's `tool_calls`; nothing is run.
+            tool_choice: "auto"; "none" leaves the tools out; "required", or {"type": "function", "function": {"name":
+                ...}}, for an answer that is one call.
             stream: return an iterator of chunks, as `stream` does.
 
         Returns and raises as `generate`.
         """
         progress = check_bool("use_tqdm", kwargs.pop("use_tqdm", True))
-        call = self._chat_call(messages, sampling_params, thinking, kwargs)
+        call = self._chat_call(messages, sampling_params, thinking, tools, tool_choice, kwargs)
         return self._chunks(_one_prompt(call)) if stream else self._answer(call, progress)
 
     def stream(
@@ -266,6 +297,8 @@ class LLM:
         sampling_params: SamplingParams | None = None,
         *,
         thinking: bool = False,
+        tools: Sequence[Tool] | None = None,
+        tool_choice: str | Mapping[str, Any] = "auto",
         **kwargs: Unpack[SamplingKeywords],
     ) -> Iterator[Chunk]:
         """Like `generate` (for a text or token ids) or `chat` (for messages), as an iterator of chunks.
@@ -278,7 +311,7 @@ class LLM:
             for chunk in llm.stream("Once upon a time", max_tokens=64):
                 print(chunk.text, end="", flush=True)
         """
-        return self._chunks(self._stream_call(prompt, sampling_params, thinking, kwargs))
+        return self._chunks(self._stream_call(prompt, sampling_params, thinking, tools, tool_choice, kwargs))
 
     def perplexity(
         self, text: str | Sequence[int], *, window: int | None = None, stride: int | None = None
@@ -307,19 +340,37 @@ class LLM:
     def _generate_call(self, prompts: Any, sampling_params: Any, kwargs: Mapping[str, Any]) -> Call:
         several, single = prompt_list(prompts)
         params = self._params(sampling_params, kwargs, None if single else len(several))
-        return self._call([self._encode(prompt) for prompt in several], params, single, chat=False)
+        return self._call([self._encode(prompt) for prompt in several], params, single, chat=False, use=ToolUse())
 
-    def _chat_call(self, messages: Any, sampling_params: Any, thinking: bool, kwargs: Mapping[str, Any]) -> Call:
+    def _chat_call(
+        self,
+        messages: Any,
+        sampling_params: Any,
+        thinking: bool,
+        tools: Sequence[Tool] | None,
+        tool_choice: str | Mapping[str, Any],
+        kwargs: Mapping[str, Any],
+    ) -> Call:
         several = isinstance(messages, Sequence) and bool(messages) and isinstance(messages[0], (str, list, tuple))
         single = isinstance(messages, str) or not several
         conversations = [conversation_of(each, thinking) for each in ([messages] if single else messages)]
         given = sampling_params or (RECOMMENDED_THINKING if thinking else None)
-        params = self._params(given, kwargs, None if single else len(conversations))
-        return self._call([self._render(each) for each in conversations], params, single, chat=True)
+        use = ToolUse.of(self.tokenizer, tools, tool_choice)
+        params = use.params(self._params(given, kwargs, None if single else len(conversations)))
+        return self._call([self._render(each, use) for each in conversations], params, single, chat=True, use=use)
 
-    def _stream_call(self, prompt: Any, sampling_params: Any, thinking: bool, kwargs: Mapping[str, Any]) -> Call:
-        if thinking or (isinstance(prompt, (list, tuple)) and bool(prompt) and isinstance(prompt[0], Mapping)):
-            return _one_prompt(self._chat_call(prompt, sampling_params, thinking, kwargs))
+    def _stream_call(
+        self,
+        prompt: Any,
+        sampling_params: Any,
+        thinking: bool,
+        tools: Sequence[Tool] | None,
+        tool_choice: str | Mapping[str, Any],
+        kwargs: Mapping[str, Any],
+    ) -> Call:
+        messages = isinstance(prompt, (list, tuple)) and bool(prompt) and isinstance(prompt[0], Mapping)
+        if messages or thinking or tools or tool_choice not in ("auto", "none", None):
+            return _one_prompt(self._chat_call(prompt, sampling_params, thinking, tools, tool_choice, kwargs))
         return _one_prompt(self._generate_call(prompt, sampling_params, kwargs))
 
     def _call(
@@ -329,9 +380,10 @@ class LLM:
         single: bool,
         *,
         chat: bool,
+        use: ToolUse,
     ) -> Call:
         requests = self._requests([ids for _, ids in prompts], params)
-        return Call(prompts, params, [self._new_answer(request, chat) for request in requests], single)
+        return Call(prompts, params, [self._new_answer(request, chat, use) for request in requests], single)
 
     # ---------------------------------------------------------------- prompts and settings
 
@@ -366,8 +418,8 @@ class LLM:
             return prompt, encode_prompt(self.tokenizer, prompt, self.max_seq_len) if prompt else []
         return None, token_ids_of(prompt)
 
-    def _render(self, messages: list[dict[str, Any]]) -> tuple[str | None, list[int]]:
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    def _render(self, messages: list[dict[str, Any]], use: ToolUse) -> tuple[str | None, list[int]]:
+        text = chat_prompt(self.tokenizer, messages, use.schemas) + use.opening
         return text, encode_prompt(self.tokenizer, text, self.max_seq_len, add_special_tokens=False)
 
     def _requests(self, prompts: Sequence[list[int]], params: Sequence[SamplingParams]) -> list[Request]:
@@ -377,7 +429,7 @@ class LLM:
             check_prompt(name, prompt, self.config.vocab_size)
             room = self.max_seq_len - len(prompt)
             if room < 1:
-                raise ValueError(
+                raise PromptTooLong(
                     f"{name} has {len(prompt)} tokens, and max_seq_len is {self.max_seq_len}: "
                     "shorten it, or load the model with a larger max_seq_len"
                 )
@@ -427,23 +479,23 @@ class LLM:
             ) from None
         return Grammars(self.tokenizer, self.config.vocab_size)
 
-    def _new_answer(self, request: Request, chat: bool) -> Answer:
+    def _new_answer(self, request: Request, chat: bool, use: ToolUse) -> Answer:
         """A text continues its prompt's, so that both joined are the whole; a chat answer is a text of its own.
 
         The text of a constrained answer is exactly what its grammar had: neither its first space nor any other is left
         out.
         """
         p = request.params
-        stream = TextStream(
-            self.tokenizer,
-            p.stops,
-            p.include_stop_str_in_output,
-            p.skip_special_tokens,
-            min_tokens=p.min_tokens,
-            prompt_ids=() if chat else request.prompt_ids,
-            exact=request.constraint is not None,
-        )
-        return Answer(request, stream)
+        options: dict[str, Any] = {
+            "stops": p.stops,
+            "include_stop": p.include_stop_str_in_output,
+            "skip_special_tokens": p.skip_special_tokens,
+            "min_tokens": p.min_tokens,
+            "exact": request.constraint is not None,
+        }
+        if use.format is not None:
+            return ToolAnswer(request, ToolTextStream(self.tokenizer, use.format, bool(use.opening), **options))
+        return Answer(request, TextStream(self.tokenizer, prompt_ids=() if chat else request.prompt_ids, **options))
 
     @property
     def engine(self) -> Engine:

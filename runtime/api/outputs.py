@@ -5,12 +5,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from ..engine.answer import Answer, Update
 from ..engine.request import Request
 from ..sampling.params import SamplingParams
+from ..tools.calls import ToolCall, ToolCallDelta
+from ..tools.text_stream import ToolTextStream
 
 
 @dataclass(frozen=True)
@@ -18,7 +21,7 @@ class Chunk:
     """What a token adds to a streamed answer; several tokens, where an asynchronous reader was slower than they came.
 
     Attributes:
-        text: new text, whole characters only, possibly "".
+        text: new text, whole characters only, possibly "". Calls of tools are no part of it.
         token_ids: the new tokens; none where an answer ends without one.
         logprobs, top_logprobs: of the new tokens, as in CompletionOutput.
         finish_reason, stop_reason: None until the last chunk, then as in CompletionOutput.
@@ -28,6 +31,8 @@ class Chunk:
         peak_memory: the most memory so far, in gigabytes, of the GPU or of the process.
         cached_tokens, drafted, accepted: as in RequestOutput, so far.
         index: the answer's place among the `n` answers to the prompt.
+        tool_calls: what is new in calls of tools.
+        timings: None until the last chunk, then those of this answer.
     """
 
     text: str
@@ -45,6 +50,8 @@ class Chunk:
     drafted: int = 0
     accepted: int = 0
     index: int = 0
+    tool_calls: list[ToolCallDelta] = field(default_factory=list)
+    timings: Timings | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -53,13 +60,15 @@ class CompletionOutput:
 
     Attributes:
         index: its place among the `n` answers to its prompt.
-        text: without the token or stop string that ended it, unless include_stop_str_in_output.
+        text: without the token or stop string that ended it, unless include_stop_str_in_output; and without calls.
         token_ids: the generated tokens.
         logprobs: the log-probability of each token.
         top_logprobs: for each token the likeliest ones, {id: log-probability}; None unless `logprobs` was given.
-        finish_reason: "stop", "length" (max_tokens, or the end of the context window) or "error".
+        finish_reason: "stop", "tool_calls" (it stopped, and there are calls), "length" (max_tokens, or the end of the
+            context window) or "error".
         stop_reason: the stop string or stop token id that ended it, None for the model's own end tokens; for "error"
             the message.
+        tool_calls: the calls of tools in it, in order.
     """
 
     index: int
@@ -69,6 +78,15 @@ class CompletionOutput:
     top_logprobs: list[dict[int, float]] | None
     finish_reason: str | None
     stop_reason: int | str | None
+    tool_calls: list[ToolCall] = field(default_factory=list)
+
+    @property
+    def message(self) -> dict[str, Any]:
+        """The answer as a message that goes on with the conversation, in OpenAI's form."""
+        if not self.tool_calls:
+            return {"role": "assistant", "content": self.text}
+        calls = [call.as_message_part() for call in self.tool_calls]
+        return {"role": "assistant", "content": self.text or None, "tool_calls": calls}
 
     @property
     def cumulative_logprob(self) -> float:
@@ -121,6 +139,38 @@ class RequestOutput:
         """The first answer's text."""
         return self.outputs[0].text
 
+    @property
+    def tool_calls(self) -> list[ToolCall]:
+        """The first answer's calls of tools."""
+        return self.outputs[0].tool_calls
+
+    @property
+    def message(self) -> dict[str, Any]:
+        """The first answer as a message: see CompletionOutput."""
+        return self.outputs[0].message
+
+
+@dataclass(frozen=True)
+class ToolUpdate(Update):
+    """An Update of an answer that may call tools.
+
+    tool_calls: what is new in its calls.
+    """
+
+    tool_calls: list[ToolCallDelta]
+
+
+class ToolAnswer(Answer):
+    """An answer that may call tools."""
+
+    def __init__(self, request: Request, stream: ToolTextStream):
+        super().__init__(request, stream)
+        self.parser = stream.parser
+
+    def read(self) -> ToolUpdate | None:
+        update = super().read()
+        return None if update is None else ToolUpdate(**vars(update), tool_calls=self.parser.new_deltas())
+
 
 def completion_of(answer: Answer) -> CompletionOutput:
     """The output of a finished answer."""
@@ -131,8 +181,9 @@ def completion_of(answer: Answer) -> CompletionOutput:
         request.token_ids,
         request.logprobs,
         request.top_logprobs if request.params.logprobs else None,
-        request.finish_reason,
+        _finish_reason(answer),
         request.stop_reason,
+        answer.parser.calls if isinstance(answer, ToolAnswer) else [],
     )
 
 
@@ -147,7 +198,7 @@ def chunk_of(updates: Sequence[Update], called: float, device: torch.device) -> 
         request.token_ids[new],
         request.logprobs[new],
         request.top_logprobs[new] if request.params.logprobs else None,
-        request.finish_reason if last.finished else None,
+        _finish_reason(last.answer) if last.finished else None,
         request.stop_reason if last.finished else None,
         len(request.prompt_ids),
         read,
@@ -158,7 +209,14 @@ def chunk_of(updates: Sequence[Update], called: float, device: torch.device) -> 
         request.drafted,
         request.accepted,
         request.answer,
+        [delta for update in updates if isinstance(update, ToolUpdate) for delta in update.tool_calls],
+        timings_of([request], called) if last.finished else None,
     )
+
+
+def _finish_reason(answer: Answer) -> str | None:
+    reason = answer.request.finish_reason
+    return "tool_calls" if reason == "stop" and isinstance(answer, ToolAnswer) and answer.parser.calls else reason
 
 
 def timings_of(requests: Sequence[Request], called: float) -> Timings:

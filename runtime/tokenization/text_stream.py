@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from .stop_strings import StopStrings
@@ -23,6 +23,7 @@ class TextStream:
         include_stop: keep the stop string in the text.
         exact: the text is what the tokens spell inside a text: no space of it is left out, and no prompt is read.
         min_tokens: a stop string that is complete with an earlier token does not end the text.
+        kept_tokens: special tokens that are not skipped.
 
     Attributes:
         stopped: the stop string that ended the text, None before.
@@ -38,6 +39,7 @@ class TextStream:
         prompt_ids: Sequence[int] = (),
         stops_begin_in_prompt: bool = False,
         exact: bool = False,
+        kept_tokens: Iterable[int] = (),
     ):
         self.stopped: str | None = None
         self._count, self._min_tokens = 0, min_tokens
@@ -45,7 +47,7 @@ class TextStream:
         self._stops = tuple(stops)
         self._matcher = StopStrings(stops)
         self._include_stop = include_stop
-        self._skipped = frozenset(tokenizer.all_special_ids if skip_special_tokens else ())
+        self._skipped = frozenset(tokenizer.all_special_ids if skip_special_tokens else ()).difference(kept_tokens)
         self._clean_up = False if exact else None
         if exact:  # a text before it, whatever it is
             prompt_ids = tokenizer.encode("a", add_special_tokens=False)

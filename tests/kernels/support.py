@@ -1,9 +1,10 @@
-"""Random inputs and error bounds for the tests of kernels/; bench/harness.py has `call` and the guards.
+"""Random inputs and error bounds for the tests of kernels/; bench/harness.py has the guards.
 
 A typical test draws shapes and a seed by hypothesis, runs the op with every backend and with the reference (`run_all`),
 computes the result in float64 on its own, and checks all of them by `assert_near`, with the same bound.
 """
 
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -17,10 +18,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from bench import harness
 from bench.harness import GUARD, difference, poison
-from bench.harness import call as call
 from internlm3 import kernels
 from internlm3.kernels import cpu, reference
+from internlm3.kernels.triton.launch import INTERPRETED
+from internlm3.tests.support.strict_launches import strict_launches
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 # tests/fuzz.py may choose among them.
@@ -55,6 +58,12 @@ def embedded(x: Tensor, padding: int = 0) -> Tensor:
     memory = poison(2 * GUARD + rows * (width + padding), x.dtype, DEVICE)
     view = memory[GUARD : memory.numel() - GUARD].view(*lead, width + padding)[..., :width]
     return view.copy_(x)
+
+
+def call(op: Any, *args: Any, **options: Any) -> Any:
+    """`harness.call`. In the interpreter a launch may only touch its tensors, and programs run in any order."""
+    with strict_launches() if INTERPRETED else contextlib.nullcontext():
+        return harness.call(op, *args, **options)
 
 
 MODULES = {"triton": kernels, "cpu": cpu, "reference": reference}

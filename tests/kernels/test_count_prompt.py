@@ -19,6 +19,7 @@ def make(seed, vocab, tokens, biases, spare):
     prompt = some[torch.randint(len(some), (tokens,), generator=rng)]
     biased = torch.randperm(vocab, generator=rng)[:biases]
     values = torch.randn(len(biased), generator=rng)
+    values[:1] = 0.0  # whose bits are those of token 0
     request = torch.full((tokens + 2 * len(biased) + spare,), vocab // 2, dtype=torch.int32)
     request[: tokens + 2 * len(biased)] = torch.cat((prompt.int(), biased.int(), values.view(torch.int32)))
     given = {

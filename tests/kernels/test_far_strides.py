@@ -1,13 +1,18 @@
 """Every product of an index and a stride has 64 bits: arguments whose rows, heads, pages or slots are far apart.
 
 They span 2^31 elements or more, of which only the few memory pages in use exist. A product of 32 bits would read and
-write elsewhere, or crash.
+write elsewhere, or crash. So do results of many rows, of which the interpreter computes only the last.
 """
+
+import contextlib
+from unittest import mock
 
 import pytest
 import torch
+from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 
 from internlm3 import kernels
+from internlm3.kernels.triton.launch import INTERPRETED
 from internlm3.tests.kernels.support import DEVICE, assert_same, generator, normal
 
 # One worker runs all of them: on a GPU each takes gigabytes.
@@ -16,8 +21,8 @@ pytestmark = pytest.mark.xdist_group("gigabytes")
 ROWS, WIDTH, HEADS, DIM, PAGES, PAGE, VOCAB = 3, 64, 3, 16, 4, 16, 70
 
 
-def arguments(op):
-    """Three rows, each a sequence, three heads, four pages: few, so that the last one is far from the first."""
+def arguments():
+    """By op. Three rows, each a sequence, three heads, four pages: few, so that the last one is far from the first."""
     rng = generator(1)
 
     def random(*shape, dtype=torch.bfloat16):
@@ -106,7 +111,7 @@ def arguments(op):
             "index": torch.ones(1, dtype=torch.int32, device=DEVICE),
         },
         "swiglu": lambda: {"gate_up": x},
-    }[op]()
+    }
 
 
 def far(x, axis):
@@ -123,15 +128,20 @@ def far(x, axis):
 
 
 def axes():
-    for op in kernels.__all__:
-        for name, x in arguments(op).items():
+    for op, given in arguments().items():
+        for name, x in given().items():
             if isinstance(x, torch.Tensor) and name != "v_cache":
                 yield from (pytest.param(op, name, axis, id=f"{op}-{name}-{axis}") for axis in range(x.dim() - 1))
 
 
+def test_every_op_has_arguments():
+    missing = set(kernels.__all__) - arguments().keys()
+    assert not missing, f"`arguments` of {__file__} has none for {', '.join(sorted(missing))}"
+
+
 @pytest.mark.parametrize(("op", "name", "axis"), list(axes()))
 def test_far_slices_are_found(op, name, axis):
-    near, wide = arguments(op), arguments(op)
+    near, wide = arguments()[op](), arguments()[op]()
     # Attention requires caches of equal strides.
     for each in ("k_cache", "v_cache") if name == "k_cache" else (name,):
         wide[each] = far(wide[each], axis)
@@ -141,3 +151,81 @@ def test_far_slices_are_found(op, name, axis):
     for each, x in near.items():
         if isinstance(x, torch.Tensor):
             assert_same(x, **{each: wide[each]})
+
+
+def large_results():
+    """By a name: the op, its arguments, and which program of a launch computes the end of the result.
+
+    Every row has the same input. The results have 2^31 elements or more; those of the last case are partial sums.
+    """
+    rng = generator(2)
+
+    def random(*shape, dtype=torch.bfloat16):
+        return normal(rng, *shape, dtype=dtype)
+
+    def last(grid):
+        return tuple(size - 1 for size in grid)
+
+    rows, width = 2**15 + 1, 2**16
+    many, heads, tokens = 2**31 // (14 * 128) + 1, 2**13 + 1, 2**31 // 512 + 1
+    cache, row = (random(1, 2, 16, 128), random(1, 2, 16, 128)), torch.zeros(1, 1, dtype=torch.int32, device=DEVICE)
+
+    def lengths(count):
+        return torch.full((count,), 3, dtype=torch.int32, device=DEVICE)
+
+    return {
+        "embed": ("embed", (lengths(rows).long() - 1, random(3, width)), last),
+        "rms_norm": ("rms_norm", (random(1, width).expand(rows, width), random(width), 1e-5), last),
+        "swiglu": ("swiglu", (random(1, 2 * width).expand(rows, -1),), last),
+        "rope_and_cache": (
+            "rope_and_cache",
+            (
+                random(1, 18 * 128).expand(many, -1), random(1, 64, dtype=torch.float32).expand(many, -1), *cache,
+                row.expand(many, 1), lengths(many),
+            ),
+            lambda grid: (grid[0] - 1, 0, 0),  # all of q's heads
+        ),
+        # One sequence of three tokens, after padding. Programs of the last rows have the first numbers.
+        "paged_attention": (
+            "paged_attention",
+            (random(1, 4, 128).expand(tokens, -1, -1), *cache, row, lengths(1), 0.3),
+            lambda grid: (grid[0] - 1, 0, 0),
+        ),
+        "paged_attention, split": (
+            "paged_attention",
+            (random(1, 32, 128).expand(heads, -1, -1), *cache, row.expand(heads, 1), lengths(heads), 0.3),
+            last,
+        ),
+    }  # fmt: skip
+
+
+@contextlib.contextmanager
+def one_program(chosen):
+    """Each launch runs one program in the interpreter: chosen(grid)."""
+    launch = GridExecutor.__call__
+
+    def launch_one(self, *args, **kwargs):
+        grid = (*self.grid, *(1,) * (3 - len(self.grid)))
+        self.grid = (1,)
+        place = {"set_grid_dim": {"grid_dim": grid}, "set_grid_idx": {"grid_idx": chosen(grid)}}
+        with contextlib.ExitStack() as stack:
+            for name, values in place.items():
+                changed = mock.patch.object(
+                    InterpreterBuilder, name, lambda builder, *_, values=values: vars(builder).update(values)
+                )
+                stack.enter_context(changed)
+            launch(self, *args, **kwargs)
+
+    with mock.patch.object(GridExecutor, "__call__", launch_one):
+        yield
+
+
+@pytest.mark.parametrize(("op", "args", "chosen"), large_results().values(), ids=[*large_results()])
+def test_the_end_of_a_large_result(op, args, chosen):
+    """The last 16 numbers, which are the same for fewer rows."""
+    function = getattr(kernels, op)
+    with one_program(chosen) if INTERPRETED else contextlib.nullcontext():
+        found = function(*args)
+    rows = args[0].shape[0]
+    fewer = [x[-1:] if isinstance(x, torch.Tensor) and x.shape[0] == rows else x for x in args]
+    torch.testing.assert_close(found.flatten()[-16:], function(*fewer).flatten()[-16:], rtol=0, atol=0)

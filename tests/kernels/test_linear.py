@@ -249,6 +249,8 @@ def check_qkv(seed, dtype, width, padding, biased, batch_invariant, rope):
     written = torch.zeros(rope.paged(rope.kv).shape[0], rope.page_size, dtype=torch.bool, device=DEVICE)
     for b, t in (position >= 0).nonzero().tolist():
         slot = int(position[b, t])
+        if slot // rope.page_size >= rope.block_table.shape[1]:
+            continue  # it must not be written
         page, offset = int(rope.block_table[b, slot // rope.page_size]), slot % rope.page_size
         written[page, offset] = True
         found = {name: kv[page, :, :, offset] for name, (_, kv) in results.items()}
@@ -298,6 +300,32 @@ def test_qkv_of_one_row(seed, dtype, length, heads, padding, biased, own_positio
 def test_qkv_of_one_row_and_wide_heads():
     """InternLM3-8B's head dimension, and more columns than a program reads at once."""
     check_qkv(23, torch.bfloat16, 2056, 0, False, False, RopeCase(23, torch.bfloat16, [77], 1, 1, 1, 128, 64))
+
+
+@pytest.mark.parametrize(("lengths", "tokens"), [([50, 3], 3), ([3, 50], 3), ([49], 1)])
+def test_qkv_of_positions_after_the_block_table(lengths, tokens):
+    """The table has three pages of 16, then two."""
+    rope = RopeCase(13, torch.float32, lengths, tokens, 1, 1, 16, 16)
+    for pages in (3, 2):
+        rope.block_table = rope.block_table[:, :pages]  # what follows in memory are pages of the sequence
+        check_qkv(13, torch.float32, 64, 0, False, False, rope)
+
+
+@pytest.mark.parametrize("sequences", [1, 3])
+def test_qkv_of_pages_outside_the_cache(sequences):
+    """Their keys and values are written nowhere."""
+    for outside in (-1, 3 * sequences + 1):
+        rope = RopeCase(9, torch.float32, [5] * sequences, 1, 1, 1, 16, 16)
+        rope.block_table[0] = outside
+        case = Case(9, torch.float32, sequences, 64, 3 * 16, 1.0, 0, False)
+        kv = embedded(rope.kv)
+        cache = (rope.inv_freq, kv[:, 0], kv[:, 1], rope.block_table, rope.seq_lens)
+        args = (case.x, case.norm, EPS, case.weight, None, *cache)
+        run("triton", "rms_norm_qkv_rope_cache", *args, writes=cache[1:3])
+        written = ~kv.isnan().all(-1).all(2).all(1)
+        expected = torch.zeros_like(written)
+        expected[rope.block_table[1:, 0], 4] = True
+        assert_same(expected, written=written)
 
 
 @pytest.mark.op(name="linear")

@@ -140,6 +140,8 @@ def check_case(case):
     written = torch.zeros(case.paged(case.kv).shape[0], case.page_size, dtype=torch.bool, device=DEVICE)
     for b, t in (position >= 0).nonzero().tolist():
         slot = int(position[b, t])
+        if slot // case.page_size >= case.block_table.shape[1]:
+            continue  # it must not be written
         page, offset = int(case.block_table[b, slot // case.page_size]), slot % case.page_size
         written[page, offset] = True
         k = {backend: k_cache[page, :, offset] for backend, (_, k_cache, _) in results.items()}
@@ -213,6 +215,15 @@ def test_arguments_that_change_in_place(own_positions):
     check_case(case)
     case.qkv, case.kv = case.qkv.half(), case.kv.half()
     check_case(case)
+
+
+@pytest.mark.parametrize("lengths", [[50, 3], [3, 50], [98, 51]])
+def test_positions_after_the_block_table_are_not_written(lengths):
+    """Three tokens of a sequence, whose table has three pages of 16, then two: some, all or none are after its end."""
+    case = Case(13, torch.float32, lengths, 3, 4, 2, 64, 16)
+    for pages in (3, 2):
+        case.block_table = case.block_table[:, :pages]  # what follows in memory are pages of the sequence
+        check_case(case)
 
 
 def test_page_ids_outside_the_cache_write_nothing():

@@ -50,6 +50,20 @@ def test_a_field_of_several_blocks_for_each_program():
         assert_same(expected, **{f"{backend}'s rows": arguments["rows"]})
 
 
+@pytest.mark.xdist_group("gigabytes")
+@pytest.mark.parametrize(("starts", "index"), [([0, 2**16], 2**15), ([0, 2**16, 2**16 + 1], 0)])
+def test_fields_far_from_the_first(starts, index):
+    """The last word is written 2^31 words or more after the first: 32 bits do not hold its place."""
+    row = torch.arange(starts[-1], dtype=torch.int32, device=DEVICE)
+    rows = torch.empty((2**15 + 1) * starts[-1], dtype=torch.int32, device=DEVICE)
+    numbers = (torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in (starts, [index]))
+    kernels.store_row(row, rows, *numbers)
+    size = starts[-1] - starts[-2]
+    place = (2**15 + 1) * starts[-2] + index * size
+    assert place >= 2**31
+    assert_same(row[starts[-2] :], rows=rows[place : place + size])
+
+
 @pytest.mark.parametrize(
     ("bad", "error", "message"),
     [
