@@ -151,7 +151,7 @@ class AsyncLLM:
     async def _updates(self, call: Call, priority: int) -> AsyncGenerator[list[Update], None]:
         """What comes for a call, until all its answers have finished."""
         for answer in call.answers:
-            answer.request.priority = check_int("priority", priority)
+            answer.request.priority = check_int("priority", priority, -(2**31), 2**31)
         mailbox = _Mailbox(asyncio.get_running_loop())
         unfinished = len(call.answers)
         try:

@@ -37,9 +37,7 @@ async def whole(service: Service, receive: Receive, work: Awaitable[Any]) -> tup
     return outputs, usage
 
 
-async def begun(
-    service: Service, receive: Receive, stream: AsyncGenerator[Chunk, None]
-) -> AsyncGenerator[Chunk, None]:
+async def begun(service: Service, receive: Receive, stream: AsyncGenerator[Chunk, None]) -> AsyncGenerator[Chunk, None]:
     """The chunks of a stream of AsyncLLM. Awaits the first one: an error before it still has a status of its own.
 
     Raises ApiError, or Disconnected; so does the iterator.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncGenerator, Awaitable
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Any, TypeVar
 
 from starlette.responses import StreamingResponse
@@ -46,10 +46,8 @@ class EventStream(StreamingResponse):
         super().__init__(_lines(events), media_type="text/event-stream", headers=headers)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
+        with suppress(Disconnected):
             await while_connected(receive, self._send(send))
-        except Disconnected:
-            pass
 
     async def _send(self, send: Send) -> None:
         async with aclosing(self.body_iterator):  # type: ignore[type-var]

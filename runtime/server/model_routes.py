@@ -74,7 +74,8 @@ def _tokens(service: Service, body: TokenizeRequest) -> list[int]:
     llm = service.llm.llm
     if (body.prompt is None) == (body.messages is None):
         raise ApiError(400, "give prompt or messages, one of them", param="prompt")
-    if body.prompt is not None:
-        return encode_prompt(llm.tokenizer, body.prompt, llm.max_seq_len, add_special_tokens=body.add_special_tokens)
+    if body.messages is None:
+        special = {"add_special_tokens": body.add_special_tokens}
+        return encode_prompt(llm.tokenizer, body.prompt or "", llm.max_seq_len, **special)
     text = llm.tokenizer.apply_chat_template(body.messages, tokenize=False, add_generation_prompt=True)
     return encode_prompt(llm.tokenizer, text, llm.max_seq_len, add_special_tokens=False)

@@ -1,7 +1,7 @@
 """The bodies of requests. Types are strict: 1 is no string, "1" no number, true no integer.
 
-The settings of sampling come from the runtime's own table, and SamplingParams checks their ranges. A field that is in no
-table here is an error, which names the nearest one.
+The settings of sampling come from the runtime's own table, and SamplingParams checks their ranges. A field that is in
+no table here is an error, which names the nearest one.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 
+from ..common.keywords import nearest
 from ..common.neutral import Neutral, without_neutral
 from ..common.other_libraries import SAMPLING, SAMPLING_COUNTERPARTS
 from ..sampling.response_format import FORMS
@@ -60,7 +61,8 @@ _TYPES: dict[Type, Any] = {
     "texts": list[str],
     "JSON schema": dict[str, Any] | str,
 }
-_GUIDED = {"guided_json": "json_schema", "guided_regex": "regex", "guided_choice": "choice", "guided_grammar": "grammar"}
+# vLLM's older names.
+_GUIDED = {f"guided_{name}": name for name in ("regex", "choice", "grammar")} | {"guided_json": "json_schema"}
 _SETTINGS = {setting.name: _TYPES[setting.type] for setting in SETTINGS if setting.name not in ("n", "logprobs")}
 
 
@@ -100,13 +102,12 @@ class _Body(_Strict):
 
 
 def _unknown(name: str, known: Mapping[str, Any]) -> str:
-    from ..common.keywords import nearest
-
     match = _COUNTERPARTS.get(name) or nearest(name, known)
     return f"unknown field {name!r}" + (f"; did you mean {match!r}?" if match else f"; known are {', '.join(known)}")
 
 
-_Sampling: Any = create_model("_Sampling", __base__=_Body, **{name: (kind | None, None) for name, kind in _SETTINGS.items()})
+_fields: dict[str, Any] = {name: (kind | None, None) for name, kind in _SETTINGS.items()}
+_Sampling: Any = create_model("_Sampling", __base__=_Body, **_fields)
 
 
 class Generation(_Sampling):

@@ -68,7 +68,7 @@ def serve(load: Callable[[], AsyncLLM], settings: Settings, port: int) -> None:
     try:
         server.run()
     except SystemExit:
-        raise OSError(f"cannot listen on {settings.host} port {port}: another program may; choose one by --port") from None
+        what = f"cannot listen on {settings.host} port {port}: another program may; choose another by --port"
+        raise OSError(what) from None
     if (failure := server.service.failure) is not None:
         raise failure
-

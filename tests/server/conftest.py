@@ -1,0 +1,102 @@
+"""A small random model behind the app, asked in-process, and behind one real server on a loopback port."""
+
+import asyncio
+import socket
+import threading
+from contextlib import asynccontextmanager, closing
+
+import httpx
+import pytest
+
+from internlm3 import LLM, AsyncLLM
+from internlm3.runtime.server.app import create_app
+from internlm3.runtime.server.serve import server_of
+from internlm3.runtime.server.settings import Settings
+from internlm3.tests.api.conftest import make  # noqa: F401 - a fixture
+
+NAME = "tiny"
+
+
+@pytest.fixture(scope="session")
+def llm(make):
+    return LLM(make(max_position_embeddings=1024, num_hidden_layers=1), progress=False, max_batch_size=8)
+
+
+@pytest.fixture(scope="session")
+def asynchronous(llm):
+    """Without a bound of its own on waiting requests."""
+    return AsyncLLM(llm)
+
+
+class App:
+    """An app, asked without a network: `await app.post(path, field=value)`."""
+
+    def __init__(self, model, **settings):
+        self.app = create_app(model, Settings(NAME, **settings))
+        self.service = self.app.state.service
+        self.client = httpx.AsyncClient(
+            transport=httpx.ASGITransport(self.app, raise_app_exceptions=False), base_url="http://localhost"
+        )
+
+    async def post(self, path, **fields):
+        return await self.client.post(path, json=fields)
+
+    async def get(self, path):
+        return await self.client.get(path)
+
+
+@pytest.fixture
+def ask(asynchronous):
+    """Posts one request to an app with these settings, and returns the answer."""
+
+    def ask(path, _settings=None, _headers=None, _content=None, _method="POST", **fields):
+        async def once():
+            app = App(asynchronous, **(_settings or {}))
+            body = {"content": _content} if _content is not None else {"json": fields} if _method == "POST" else {}
+            headers = {"content-type": "application/json", **(_headers or {})}
+            return await app.client.request(_method, path, headers=headers, **body)
+
+        return asyncio.run(once())
+
+    return ask
+
+
+@asynccontextmanager
+async def running(model, **settings):
+    """A real server on a free port, in this event loop. Yields it, and its port."""
+    with closing(socket.create_server(("127.0.0.1", 0))) as listener:
+        port = listener.getsockname()[1]
+    server = server_of(model, Settings(NAME, **settings), port)
+    serving = asyncio.create_task(server._serve())
+    while not server.started:
+        await asyncio.sleep(0.005)
+    try:
+        yield server, port
+    finally:
+        server.should_exit = True
+        await serving
+
+
+@pytest.fixture(scope="session")
+def url(llm):
+    """The address of a server that runs in a thread as long as the tests do."""
+    stop, address = threading.Event(), []
+    started = threading.Event()
+
+    async def main():
+        async with running(AsyncLLM(llm)) as (_, port):
+            address.append(f"http://127.0.0.1:{port}")
+            started.set()
+            await asyncio.to_thread(stop.wait)
+
+    thread = threading.Thread(target=lambda: asyncio.run(main()))
+    thread.start()
+    started.wait()
+    yield address[0]
+    stop.set()
+    thread.join()
+
+
+def idle(llm):
+    """Whether nothing waits or runs, and every page is free."""
+    return not llm.engine.busy and llm.engine.pages.free == len(llm.engine.pages)
