@@ -1,6 +1,7 @@
 """A small random model behind the app, asked in-process, and behind one real server on a loopback port."""
 
 import asyncio
+import json
 import socket
 import threading
 from contextlib import asynccontextmanager, closing
@@ -28,6 +29,11 @@ def asynchronous(llm):
     return AsyncLLM(llm)
 
 
+def body(fields):
+    """The arguments of httpx for a body with these fields, whatever characters are in it."""
+    return {"content": json.dumps(fields).encode(), "headers": {"content-type": "application/json"}}
+
+
 class App:
     """An app, asked without a network: `await app.post(path, field=value)`."""
 
@@ -39,7 +45,7 @@ class App:
         )
 
     async def post(self, path, **fields):
-        return await self.client.post(path, json=fields)
+        return await self.client.post(path, **body(fields))
 
     async def get(self, path):
         return await self.client.get(path)
@@ -52,9 +58,10 @@ def ask(asynchronous):
     def ask(path, _settings=None, _headers=None, _content=None, _method="POST", **fields):
         async def once():
             app = App(asynchronous, **(_settings or {}))
-            body = {"content": _content} if _content is not None else {"json": fields} if _method == "POST" else {}
-            headers = {"content-type": "application/json", **(_headers or {})}
-            return await app.client.request(_method, path, headers=headers, **body)
+            sent = body(fields) if _method == "POST" else {"headers": {}}
+            sent |= {} if _content is None else {"content": _content}
+            sent["headers"] = {**sent["headers"], **(_headers or {})}
+            return await app.client.request(_method, path, **sent)
 
         return asyncio.run(once())
 

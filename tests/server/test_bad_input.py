@@ -11,6 +11,7 @@ from internlm3.tests.server.conftest import NAME, App, idle
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 MESSAGES = [{"role": "user", "content": "Say something."}]
+JSON = {"content-type": "application/json"}
 KEYS = {"message", "type", "param", "code"}
 
 
@@ -227,7 +228,7 @@ def test_other_streams_go_on(asynchronous, llm, monkeypatch):
         app = App(asynchronous)
         stream = asyncio.create_task(app.post(COMPLETIONS, prompt="The sea", **settings))
         bad = [app.post(CHAT, **{"messages": MESSAGES, **fields}) for fields, _, _ in WRONG]
-        bodies = [app.client.post(CHAT, content=content) for content, _ in BODIES]
+        bodies = [app.client.post(CHAT, content=content, headers=JSON) for content, _ in BODIES]
         refused = await asyncio.gather(*bad, *bodies)
         assert {response.status_code for response in refused} == {400}
         return (await stream).json()["choices"][0]["text"]
