@@ -60,7 +60,7 @@ def test_a_stream_is_the_same_text(client, llm):
     assert [chunk.usage is None for chunk in chunks] == [True] * (len(chunks) - 1) + [False]
     assert chunks[-1].choices == [] and chunks[-1].usage.completion_tokens == 36
     assert chunks[-1].usage.timings["time_to_first_token_ms"] > 0
-    first = [chunk.choices[0] for chunk in chunks if chunk.choices and chunk.choices[0].index == 1][0]
+    first = next(chunk.choices[0] for chunk in chunks if chunk.choices and chunk.choices[0].index == 1)
     assert (first.delta.role, first.delta.content) == ("assistant", "")
 
 
