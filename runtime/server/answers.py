@@ -28,8 +28,8 @@ async def whole(service: Service, receive: Receive, work: Awaitable[Any]) -> tup
         answers = [answer for output in outputs for answer in output.outputs]
         if failed := [answer for answer in answers if answer.finish_reason == "error"]:
             raise failed_answer(failed[0].stop_reason)
-    except BaseException:
-        service.metrics.broken_off()
+    except BaseException as error:
+        _count(service, error)
         raise
     used = [Usage.of_output(output) for output in outputs]
     usage = sum(used[1:], start=used[0])
@@ -46,8 +46,8 @@ async def begun(service: Service, receive: Receive, stream: AsyncGenerator[Chunk
     try:
         first = await _in_time(service, receive, anext(stream))
         _check(first, deadline, service)
-    except BaseException:
-        service.metrics.broken_off()
+    except BaseException as error:
+        _count(service, error)
         await stream.aclose()
         raise
     return _chunks(service, first, stream, deadline)
@@ -67,8 +67,8 @@ async def _chunks(
                 yield chunk
                 with told_to_the_client():
                     chunk = await anext(stream, None)
-        except BaseException:
-            service.metrics.broken_off()
+        except BaseException as error:
+            _count(service, error)
             raise
     service.metrics.finished(Usage.of_chunks(last), [chunk.finish_reason for chunk in last])
 
@@ -79,6 +79,12 @@ async def _in_time(service: Service, receive: Receive, work: Awaitable[Any]) -> 
             return await asyncio.wait_for(while_connected(receive, work), service.settings.answer_seconds)
     except asyncio.TimeoutError:
         raise _too_late(service) from None
+
+
+def _count(service: Service, error: BaseException) -> None:
+    """Counts a request that has not ended, unless its client is to blame."""
+    if not (isinstance(error, ApiError) and error.status < 500):
+        service.metrics.broken_off()
 
 
 def _check(chunk: Chunk, deadline: float, service: Service) -> None:
