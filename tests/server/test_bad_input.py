@@ -218,7 +218,7 @@ def test_the_page_that_a_browser_shows(ask):
 
 def test_other_streams_go_on(asynchronous, llm, monkeypatch):
     """A stream, and beside it bad requests of every kind, gets the text it gets alone, at one token a step."""
-    settings = {"max_tokens": 200, "ignore_eos": True, "temperature": 0.9, "seed": 5}
+    settings = {"max_tokens": 100, "ignore_eos": True, "temperature": 0.9, "seed": 5}
     expected = llm.generate("The sea", **settings).text
     slots = []
     step = Runner.step

@@ -22,7 +22,7 @@ from internlm3.tests.server.conftest import NAME, App, idle, running
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 MESSAGES = [{"role": "user", "content": "Say something."}]
-LONG = {"max_tokens": 300, "ignore_eos": True, "temperature": 0.9, "seed": 5}
+LONG = {"max_tokens": 200, "ignore_eos": True, "temperature": 0.9, "seed": 5}
 KEYS = {"message", "type", "param", "code"}
 
 
@@ -289,7 +289,7 @@ def test_drain(llm):
 
 def test_what_does_not_finish_in_time_is_cancelled(llm, monkeypatch):
     step = Runner.step
-    monkeypatch.setattr(Runner, "step", lambda self: (time.sleep(0.05), step(self))[1])  # the answer takes 15 seconds
+    monkeypatch.setattr(Runner, "step", lambda self: (time.sleep(0.05), step(self))[1])  # the answer takes 10 seconds
 
     async def main():
         async with (

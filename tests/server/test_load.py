@@ -10,7 +10,7 @@ import pytest
 from internlm3 import LLM, AsyncLLM
 from internlm3.tests.server.conftest import idle, running
 
-CLIENTS, REQUESTS = 16, 4  # of each client
+CLIENTS, REQUESTS = 16, 3  # of each client
 PATH = "/v1/completions"
 WORDS = ["the", "sea", "今天", "def", "return", "village", "上海", "water", "once", "upon"]
 
@@ -18,7 +18,7 @@ WORDS = ["the", "sea", "今天", "def", "return", "village", "上海", "water", 
 @pytest.fixture(scope="module")
 def llm(make):
     """In bfloat16, where a CPU's results are bit-identical alone and in a batch."""
-    return LLM(make(max_position_embeddings=256), dtype="bfloat16", progress=False, max_batch_size=8)
+    return LLM(make(max_position_embeddings=256, num_hidden_layers=1), dtype="bfloat16", progress=False, max_batch_size=8)
 
 
 def test_every_stream_that_finishes_is_what_it_is_alone(llm):
@@ -29,7 +29,7 @@ def test_every_stream_that_finishes_is_what_it_is_alone(llm):
                 "prompt": " ".join(
                     random_.choices(WORDS, k=random_.randint(1, 20))
                 ),  # less than a page, so that none is reused
-                "max_tokens": random_.randint(1, 60),
+                "max_tokens": random_.randint(1, 40),
                 "temperature": 0.9,
                 "seed": number,
                 "ignore_eos": True,
@@ -95,5 +95,5 @@ def test_every_stream_that_finishes_is_what_it_is_alone(llm):
             finished += 1
             settings = {name: value for name, value in job["fields"].items() if name not in ("prompt", "stream")}
             assert text == llm.generate(job["fields"]["prompt"], **settings).text
-    assert finished >= 20
+    assert finished >= 15
     assert idle(llm)
