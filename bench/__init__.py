@@ -1,7 +1,7 @@
 """Benchmarks, the audit of machine code, and the checks that need a GPU.
 
-Programs, run from the root of the repository: `python -m bench.ops`, `.common_form`, `.gpu`, `.report`, `.demo_model`,
-`.batching`, `.launch_overhead`, `.step_model`, `.audit`. bench/README.md describes them.
+Programs, run from the root of the repository: `python -m bench.ops`, `.common_form`, `.conformance`, `.gpu`, `.report`,
+`.demo_model`, `.batching`, `.launch_overhead`, `.step_model`, `.audit`. bench/README.md describes them.
 """
 
 import os

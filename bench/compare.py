@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from .models import shapes_of
 from .record import Record, Row
 
+BUSY = 1.0  # load average: one other program that always runs
+
 
 def compare(before: Record, after: Record) -> list[str]:
     """Lines of text: how the runs differ, then every row that both have.
@@ -27,7 +29,8 @@ def compare(before: Record, after: Record) -> list[str]:
         raise ValueError("the records have no row in common: measure the same ops, shapes, dtypes and engines")
 
     names = sorted((one.keys() | two.keys()) - {"date", "command", "clocks", "seed", "shapes"})
-    lines = [f"{name}: {one.get(name)} -> {two.get(name)}" for name in names if one.get(name) != two.get(name)]
+    lines = [*_busy(before, "before"), *_busy(after, "after")]
+    lines += [f"{name}: {one.get(name)} -> {two.get(name)}" for name in names if one.get(name) != two.get(name)]
     drift = 1.0
     for key, row in new.items():
         if "ceiling" in row.about and key in old:
@@ -48,6 +51,13 @@ def compare(before: Record, after: Record) -> list[str]:
         f"{len(common)} rows compared" + f", {lost} only before" * bool(lost) + f", {added} only after" * bool(added)
     )
     return lines
+
+
+def _busy(record: Record, which: str) -> Iterator[str]:
+    """A warning if other programs ran when a record was begun."""
+    load = (record.stamp.get("clocks") or {}).get("load average", 0.0)
+    if load > BUSY:
+        yield f"warning: {which} was measured under load (load average {load:.1f}): a change may be that of the load"
 
 
 def _measured(record: Record) -> Iterator[tuple[tuple[str, str], Row]]:

@@ -27,10 +27,14 @@ def poison(numel: int, dtype: torch.dtype, device: Any = None) -> Tensor:
     return torch.full((numel * dtype.itemsize,), 0xFF, dtype=torch.uint8, device=device).view(dtype)
 
 
+def _extent(x: Tensor) -> int:
+    """How many elements of memory x spans."""
+    return sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) + 1 if x.numel() else 0
+
+
 def between_guards(x: Tensor) -> Tensor:
     """A copy of x with its strides, in poisoned memory with guards at both ends."""
-    extent = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) + 1 if x.numel() else 0
-    memory = poison(2 * GUARD + extent, x.dtype, x.device)
+    memory = poison(2 * GUARD + _extent(x), x.dtype, x.device)
     return memory.as_strided(x.shape, x.stride(), GUARD).copy_(x)
 
 
@@ -42,32 +46,47 @@ def guarded(x: Tensor) -> bool:
 
 def scramble(x: Tensor) -> None:
     """Overwrites x with random values of an ordinary size, which no kernel can tell from results."""
-    x = x.detach()
-    if x.is_floating_point():
-        x.normal_()
-    else:
-        x.random_(0, 2)
+    with torch.inference_mode():  # where results of inference mode can be changed too
+        if x.is_floating_point():
+            x.normal_()
+        else:
+            x.random_(0, 2)
+
+
+def _traced() -> bool:
+    """Whether torch.compile or another tracer runs a function on tensors without values."""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
 @contextlib.contextmanager
 def poisoned_outputs(ordinary: bool = False) -> Iterator[None]:
     """Makes torch.empty and torch.empty_like return poison between guards. Raises Fault if a guard was overwritten.
 
+    What torch.compile makes of a function allocates by itself, without poison.
     ordinary: between the guards are random values of an ordinary size instead.
     """
     memories: list[Tensor] = []
+    allocate = {name: getattr(torch, name) for name in ("empty", "empty_like")}
 
-    def empty(*size: Any, dtype: torch.dtype | None = None, device: Any = None) -> Tensor:
-        shape = torch.Size(size[0] if len(size) == 1 and not isinstance(size[0], int) else size)
-        memory = poison(shape.numel() + 2 * GUARD, dtype or torch.get_default_dtype(), device)
+    def poisoned(name: str, where: Any, *args: Any, **options: Any) -> Tensor:
+        """As the function of this name, which gives shape, dtype and strides."""
+        form = allocate[name](*args, **{**options, "device": "meta", "pin_memory": False})
+        extent = _extent(form)
+        memory = poison(extent + 2 * GUARD, form.dtype, where)
         memories.append(memory)
-        inner = memory[GUARD : memory.numel() - GUARD]
         if ordinary:
-            scramble(inner)
-        return inner.view(shape)
+            scramble(memory[GUARD : GUARD + extent])
+        return memory.as_strided(form.shape, form.stride(), GUARD)
 
-    def empty_like(x: Tensor, dtype: torch.dtype | None = None, device: Any = None) -> Tensor:
-        return empty(x.shape, dtype=dtype or x.dtype, device=device or x.device)
+    def empty(*size: Any, **options: Any) -> Tensor:
+        if options.get("out") is not None or _traced():
+            return allocate["empty"](*size, **options)
+        return poisoned("empty", options.get("device") or torch.get_default_device(), *size, **options)
+
+    def empty_like(input: Tensor, **options: Any) -> Tensor:
+        if _traced():
+            return allocate["empty_like"](input, **options)
+        return poisoned("empty_like", options.get("device") or input.device, input, **options)
 
     with mock.patch.object(torch, "empty", empty), mock.patch.object(torch, "empty_like", empty_like):
         yield

@@ -6,6 +6,7 @@ PyTorch's settings; `mend` says what has changed, and puts it back. `calls` look
 
 import contextlib
 import ctypes
+import gc
 import statistics
 import sys
 import threading
@@ -92,6 +93,7 @@ class Watch:
                 if constant or callable(x) or isinstance(x, (property, staticmethod, classmethod)):
                     self._functions.append((where, owner, name, x, getattr(x, "__code__", None)))
         self._settings = {name: get() for name, (get, _) in SETTINGS.items()}
+        self._frozen = gc.get_freeze_count()
         self._driver = _l2_driver()
 
     def mend(self) -> str:
@@ -108,6 +110,9 @@ class Watch:
             if get() != self._settings[name]:
                 found.append(f"it leaves torch's {name} at {get()}: set it within a call, and put it back")
                 put(self._settings[name])
+        if gc.get_freeze_count() > self._frozen:
+            gc.unfreeze()
+            found.append("it hides objects by gc.freeze from the search for results that were kept")
         if self._driver is not None:
             size = ctypes.c_size_t()
             if self._driver.cuCtxGetLimit(ctypes.byref(size), PERSISTING_L2) == 0 and size.value:

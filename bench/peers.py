@@ -60,14 +60,19 @@ def peer(
     return register
 
 
-def make(name: str, op: str, arguments: Arguments, device: torch.device) -> Call:
-    """The peer's call. Raises Unfit, or whatever the peer raises."""
+def unfit(name: str, device: torch.device) -> str:
+    """Why a peer can't run here, or ""."""
     chosen = PEERS[name]
     if importlib.util.find_spec(chosen.module) is None:
-        raise Unfit(f"not installed: pip install {chosen.package}")
-    if chosen.gpu and device.type != "cuda":
-        raise Unfit("needs a GPU")
-    return chosen.make(op, arguments)
+        return f"not installed: pip install {chosen.package}"
+    return "needs a GPU" if chosen.gpu and device.type != "cuda" else ""
+
+
+def make(name: str, op: str, arguments: Arguments, device: torch.device) -> Call:
+    """The peer's call. Raises Unfit, or whatever the peer raises."""
+    if why := unfit(name, device):
+        raise Unfit(why)
+    return PEERS[name].make(op, arguments)
 
 
 @contextlib.contextmanager

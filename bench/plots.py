@@ -13,6 +13,8 @@ from .record import Record, Row
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8c564b")  # Okabe and Ito's
 Lines = dict[tuple[str, str], list[Row]]  # by engine, and the rest of the shape
 LAYERS = 48
+NO_LINES = "no lines are drawn: no op has two context lengths or batch sizes; pass several to --context or --batch"
+NOTHING = f"nothing is drawn: no row has a share of a ceiling, and {NO_LINES.partition(': ')[2]}"
 # The ops of a decode step of InternLM3-8B at batch size 1, and how often each runs.
 STEP = {
     ("embed", "batch 1"): 1,

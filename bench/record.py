@@ -132,9 +132,9 @@ def load(path: str | Path) -> Record:
     except OSError as error:
         raise ValueError(f"{path} can't be read: {error.strerror}") from None
     except ValueError:
-        raise ValueError(f"{path} is not JSON: name a record that a program of bench/ wrote") from None
+        content = None
     if not isinstance(content, dict) or "stamp" not in content:
-        raise ValueError(f"{path} is not a record: name one that a program of bench/ wrote")
+        raise ValueError(f"{path} is not a record of bench/: {_of_another(path, content)}")
     if content.get("format") != FORMAT:
         raise ValueError(
             f"{path} has record format {content.get('format')}, this version reads {FORMAT}: measure again"
@@ -143,6 +143,26 @@ def load(path: str | Path) -> Record:
         return Record(content["stamp"], [Row(**row) for row in content["rows"]])
     except (KeyError, TypeError):
         raise ValueError(f"{path} is a damaged record: measure again") from None
+
+
+def _of_another(path: str | Path, content: Any) -> str:
+    """Which tool reads a file that is not a record. content: None if it is not JSON."""
+    if isinstance(content, dict) and {"benchmarks", "machine_info"} <= content.keys():
+        return "it is one of pytest-benchmark, which `pytest-benchmark compare` reads"
+    if isinstance(content, dict) and "traceEvents" in content:
+        return "it is a trace of a profiler, which chrome://tracing and Perfetto read"
+    first = content
+    if content is None:
+        try:
+            first = json.loads(Path(path).read_text("utf-8").partition("\n")[0])
+        except ValueError:
+            return "it is not JSON; name one that a program of bench/ wrote"
+    keys = first.keys() if isinstance(first, dict) else set()
+    if {"definition", "workload"} <= keys:
+        return "it is of the common form, which flashinfer-bench and `python -m bench.common_form run` read"
+    if {"part", "name", "state"} <= keys:
+        return "it has the rows of one part of bench.gpu; name the gpu.json beside it"
+    return "name one that a program of bench/ wrote"
 
 
 def device_name() -> str:

@@ -5,7 +5,7 @@
     python -m bench.report before.json after.json                          what changed, and which changes are noise
     python -m bench.report a100.json h100.json h200.json                   a table: the newest of each machine and model
     python -m bench.report OUT/gpu.json --markdown gpu.md                  all tables of python -m bench.gpu
-    python -m bench.report OUT/gpu.json --readme                           writes the performance tables of the READMEs
+    python -m bench.report OUT/gpu.json --readme .                         writes the tables of the READMEs in a folder
 
 A record of a dry run or of another model is refused for the READMEs.
 """
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from . import ROOT, machines, plots, tables
+from . import machines, plots, tables
 from .compare import compare
 from .models import INTERNLM3, shapes, shapes_of
 from .options import output
@@ -55,6 +55,30 @@ def into_readme(text: str, above: str, record: Record) -> str:
     return f"{text[:begin]}{MARKS[0]}\n{body}\n{text[end:]}"
 
 
+def _loaded(paths: Sequence[str]) -> list[Record]:
+    """The records; of more than two those that can be read, and a line for each other. Raises ValueError."""
+    records = []
+    for path in paths:
+        try:
+            records.append(load(path))
+        except ValueError as error:
+            if len(paths) <= 2:
+                raise
+            print(f"left out: {error}", file=sys.stderr)
+    if not records:
+        raise ValueError("none of the records can be read")
+    return records
+
+
+def _readmes(folder: Path, record: Record) -> dict[Path, str]:
+    """The READMEs of a folder, by path, with the record's tables. Raises ValueError if one can't have them."""
+    try:
+        return {folder / name: into_readme((folder / name).read_text("utf-8"), above, record)
+                for name, above in ABOVE.items()}  # fmt: skip
+    except OSError as error:
+        raise ValueError(f"--readme {folder}: {error.filename} can't be read: {error.strerror}") from None
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parse = argparse.ArgumentParser(
         prog="python -m bench.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -63,15 +87,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parse.add_argument("--csv", metavar="OUT", type=output, help="write one line per row")
     parse.add_argument("--markdown", metavar="OUT", type=output, help="write all tables")
     parse.add_argument("--plot", metavar="DIR", help="draw SVGs; needs matplotlib")
-    parse.add_argument("--readme", action="store_true", help="write the READMEs' performance tables")
+    parse.add_argument("--readme", metavar="DIR", type=Path, help="write the performance tables of the READMEs there")
     options = parse.parse_args(arguments)
     try:
         if options.plot:
             plots.check(options.plot)
-        record, *after = records = [*map(load, options.records)]
+        record, *after = records = _loaded(options.records)
         devices = {each.stamp["device"] for each in records}
         models = {shapes_of(each.stamp)["of"] for each in records if any(row.part == "decode" for row in each.rows)}
-        several = len(records) > 2 or len(devices) > 1 or len(models) > 1
+        several = len(options.records) > 2 or len(devices) > 1 or len(models) > 1
         if several and (options.csv or options.markdown or options.plot or options.readme):
             raise ValueError("the table of several machines or models is only printed: name one record")
         if several:
@@ -84,9 +108,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if shapes_of(record.stamp) != shapes(INTERNLM3):
                 of = shapes_of(record.stamp)["of"]
                 raise ValueError(f"{options.records[0]} is of {of}: the READMEs have figures of InternLM3-8B")
-            for name, above in ABOVE.items():
-                text = into_readme((ROOT / name).read_text("utf-8"), above, record)
-                (ROOT / name).write_text(text, "utf-8")
+            for path, text in _readmes(options.readme, record).items():
+                path.write_text(text, "utf-8")
+                print(path)
         else:
             print(tables.text(record))
     except ValueError as error:
@@ -95,8 +119,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         record.save_csv(options.csv)
     if options.markdown:
         Path(options.markdown).write_text(tables.markdown(record), "utf-8")
-    for path in plots.draw(record, options.plot) if options.plot else ():
-        print(path)
+    if options.plot:
+        drawn = plots.draw(record, options.plot)
+        print("\n".join(map(str, drawn)) or plots.NOTHING)
+        if drawn and not any("-context-" in path.name or "-tokens-" in path.name for path in drawn):
+            print(plots.NO_LINES)
     return 0
 
 

@@ -12,16 +12,18 @@ rate of reads is a record's read ceiling. bench/predictions.md has the predictio
 
 import argparse
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from .cases import DENSE, FORMS
 from .record import load
 from .simulation import Gpu, ends
 from .step_launches import LAYERS, SEARCHES, TARGET, Shape, StepLaunch, launches
 
+T = TypeVar("T")
 _CYCLES = 1980.0  # of a multiprocessor in a microsecond, by the stamp of the record
 # "fitted": to the launches of batch size 1 in bench/results/2026-11-27-h200.json.
 H200 = Gpu(
@@ -87,6 +89,13 @@ def with_record(devices: dict[str, Gpu], path: str) -> dict[str, Gpu]:
     return {name: gpu._replace(read=1e3 * rates[0]) if name in device else gpu for name, gpu in devices.items()}
 
 
+def _progress(what: str, count: int, results: Iterable[T]) -> Iterator[T]:
+    """The results; says on stderr how many there are."""
+    for i, result in enumerate(results, 1):
+        print(f"{what} {i} of {count} steps", file=sys.stderr, flush=True)
+        yield result
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m bench.step_model", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -118,9 +127,10 @@ def main() -> None:
     batches, contexts = options.batch or (1, 4, 16, 32, 64), options.context or (1024, 32768)
     shapes = [Shape(batch, context, options.sampling, options.weights) for batch in batches for context in contexts]
     with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
-        found = dict(zip(shapes, pool.map(launches, shapes), strict=True))
+        found = dict(zip(shapes, _progress("compiled", len(shapes), pool.map(launches, shapes)), strict=True))
         work = [(name, shape) for name in devices for shape in shapes if found[shape]]
-        steps = [*pool.map(predict, [found[shape] for _, shape in work], [devices[name] for name, _ in work])]
+        made = pool.map(predict, [found[shape] for _, shape in work], [devices[name] for name, _ in work])
+        steps = [*_progress("simulated", len(work), made)]
     for shape in shapes:
         if not found[shape]:
             print(f"batch {shape.batch}, context {shape.context}: cuBLAS has a part in it, and is not in the model")

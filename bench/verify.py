@@ -20,7 +20,7 @@ STEPS = MappingProxyType({torch.bfloat16: 4.0, torch.float16: 4.0, torch.float32
 # as often as the other factor is larger than the row's RMS. Of ten million honest results a few are off by 7 steps in
 # rms_norm_swiglu, by 4 in rms_norm_qkv_rope_cache.
 MORE_STEPS = MappingProxyType({"rms_norm_swiglu": 4.0, "rms_norm_qkv_rope_cache": 2.0})
-# For a function in place of an op: this many times the largest difference in a row that its own rounding makes.
+# For a function in place of an op: this many times the largest difference that its own rounding makes.
 ROUNDINGS = 2.0
 
 Op = str | Callable[..., Any]  # the name of an op of the reference, or a function that computes what one means
@@ -39,17 +39,22 @@ def _tuple(result: Any) -> tuple[Any, ...]:
     return result if isinstance(result, tuple) else (result,)
 
 
+def allowed(exact: Tensor, dtype: torch.dtype, steps: float) -> Tensor:
+    """The largest error of results in this dtype: so many of its steps, of the value and of the RMS of its row."""
+    size = exact.abs() + (exact.square().mean(-1, keepdim=True).sqrt() if exact.dim() else 0)
+    return steps * torch.finfo(dtype).eps * size
+
+
 def _difference(op: Op, name: str, found: Tensor, expected: Tensor, exact: Tensor) -> str:
     """expected: the reference's result; exact: its result from float32 inputs."""
     if not expected.is_floating_point():
         return harness.difference(name, found, expected)
     exact = exact.double()
     steps = STEPS[expected.dtype] * (MORE_STEPS.get(op, 1.0) if isinstance(op, str) else 1.0)
-    size = exact.abs() + (exact.square().mean(-1, keepdim=True).sqrt() if exact.dim() else 0)
-    bound = steps * torch.finfo(expected.dtype).eps * size
-    if not isinstance(op, str) and exact.dim():
-        own = (expected.double() - exact).abs().nan_to_num(0, 0, 0).amax(-1, keepdim=True)
-        bound = torch.maximum(bound, ROUNDINGS * own)
+    bound = allowed(exact, expected.dtype, steps)
+    if not isinstance(op, str) and exact.numel():
+        own = ((expected.double() - exact).abs() / allowed(exact, expected.dtype, 1.0)).nan_to_num(0, 0, 0).max()
+        bound = torch.maximum(bound, allowed(exact, expected.dtype, ROUNDINGS * own.item()))
     return harness.difference(name, found, exact, bound, f"{steps:.0f} steps of the dtype")
 
 

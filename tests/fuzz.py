@@ -57,11 +57,11 @@ def main() -> int:
     if options.kernel:
         options.kernel = os.path.abspath(options.kernel)
         try:
-            ops = user_kernels.load(options.kernel)
+            file = user_kernels.load(options.kernel)
         except ValueError as error:
             parser.error(str(error))
-        options.op = options.op or [*ops]
-        if not any(map(user_kernels.takes_quantised, ops.values())):
+        options.op = options.op or [*file.ops]
+        if not file.quantised:
             ignored.append("tests/kernels/test_linear_quantised.py")
 
     end, rounds = time.monotonic() + 60 * options.minutes, 0

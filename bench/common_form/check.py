@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import harness, peers, strict, verify
 from ..cases import Arguments
-from ..ops import reason_of
+from ..measure import reason_of
 from ..timing import FLOOR, Call, cold_calls, rounds_of
 from .definition import Definition, Reference, Unable
 from .solution import Loaded

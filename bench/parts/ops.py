@@ -4,8 +4,9 @@ from collections.abc import Iterator
 
 import torch
 
-from .. import ops, peers
+from .. import peers
 from ..cases import DENSE, SIZES, SMALL, cases
+from ..measure import measured
 from ..record import Row
 from .bare_step import device_of
 
@@ -23,4 +24,4 @@ def rows(small: bool, name: str) -> Iterator[Row]:
         if case.stored == DENSE or (batches and contexts != [32768])
     ]
     peers.SECONDS = 30
-    yield from ops.measured(chosen, device, rounds)
+    yield from measured(chosen, device, rounds)

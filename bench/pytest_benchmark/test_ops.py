@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from bench.cases import INTERNLM3_8B, SMALL, Case, cases
-from bench.ops import ours, prepare
+from bench.measure import ours, prepare
 from bench.timing import name_of
 
 ON_GPU = torch.cuda.is_available()

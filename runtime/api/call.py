@@ -27,7 +27,7 @@ class Call:
     params: list[SamplingParams]
     answers: list[Answer]
     single: bool
-    called: float = field(default_factory=time.perf_counter)
+    called: float = field(default_factory=lambda: time.perf_counter())
 
     def outputs(self) -> RequestOutput | list[RequestOutput]:
         """The output of each prompt, once all answers have finished; that of a single one by itself."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -21,6 +20,7 @@ from ..common.other_libraries import LLM as LLM_NEUTRAL
 from ..common.other_libraries import LLM_COUNTERPARTS
 from ..common.progress import hides_bar
 from ..common.shown import shown
+from ..common.warn_caller import warn_caller
 from ..engine.answer import Answer
 from ..engine.engine import Engine
 from ..engine.graphs import eager
@@ -282,7 +282,7 @@ class LLM:
             tools: what the model may call: Python functions with type hints and a docstring, or JSON schemas in
                 OpenAI's form. Calls are in the output's `tool_calls`; nothing is run.
             tool_choice: "auto"; "none" leaves the tools out; "required", or {"type": "function", "function": {"name":
-                ...}}, for an answer that is one call.
+                ...}}, for an answer that is one call, by a grammar: this needs the extra `json`.
             stream: return an iterator of chunks, as `stream` does.
 
         Returns and raises as `generate`.
@@ -400,7 +400,7 @@ class LLM:
         merged = [self._merged(self.default_params if params is None else params, kwargs) for params in each]
         idle = [name for name in FILTERS if kwargs.get(name) is not None]
         if idle and any(params.greedy for params in merged):
-            warnings.warn(f"{', '.join(idle)} have no effect at temperature 0, which is greedy", stacklevel=3)
+            warn_caller(f"{', '.join(idle)} have no effect at temperature 0, which is greedy")
         return merged * (1 if count is None else count) if several is None else merged
 
     def _merged(self, params: SamplingParams, kwargs: Mapping[str, Any]) -> SamplingParams:

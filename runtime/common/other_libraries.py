@@ -141,7 +141,6 @@ SAMPLING: Neutral = {
     "lora_request": (),
     "prompt_adapter_request": (),
     "guided_options_request": (),
-    "priority": (0,),
     "tokenization_kwargs": ({},),
     "prompt_token_ids": (),
     "chat_template": (),

@@ -45,7 +45,6 @@ class Request:
         answer: index among the `n` answers to one prompt; the random stream to sample from.
         hooks: the LogitsHooks of its call, if the host must do something with the logits of every step.
         constraint: which tokens may follow, if a grammar says so.
-        priority: of those that wait the lowest comes first; among equals the one that came first.
         ends: all tokens that end this answer.
         token_ids, logprobs, top_logprobs, times: for each generated token its id, log-probability, alternatives, and
             the time.perf_counter() at which the host received it.
@@ -66,7 +65,6 @@ class Request:
     answer: int = 0
     hooks: Any = None
     constraint: Constraint | None = None
-    priority: int = 0
     seed: int = field(init=False)
     ends: frozenset[int] = field(init=False)
     token_ids: list[int] = field(default_factory=list)

@@ -65,7 +65,7 @@ class Scheduler:
     def add(self, requests: Iterable[Request]) -> None:
         """Queues requests."""
         for request in requests:
-            insort(self.waiting, request, key=lambda each: each.priority)
+            insort(self.waiting, request, key=lambda each: each.params.priority)
 
     def schedule(self, most_tokens: float) -> list[Slot]:
         """Gives slots and pages to waiting requests, in order, as long as there are enough.

@@ -30,6 +30,7 @@ class SamplingKeywords(TypedDict, total=False):
     logprobs: int | None
     skip_special_tokens: bool | None
     speculation: bool | None
+    priority: int | None
     suppress_tokens: Sequence[int] | None
     json_schema: Mapping[str, Any] | type | str | None
     json_object: bool | None

@@ -120,6 +120,10 @@ class SamplingParams:
     """Where the text repeats an earlier part of itself, a step may generate several tokens; they are the same tokens.
     True leaves that to the LLM's `speculation`, False generates one token a step."""
 
+    priority: int = 0
+    """Of the requests that wait for a place in the batch the one with the lowest number comes first, and among equals
+    the one that came first. What is under way is not interrupted."""
+
     suppress_tokens: Sequence[int] | None = None
     """Tokens that are never chosen."""
 

@@ -123,6 +123,7 @@ SETTINGS = (
     Setting("logprobs", "integer", "[0, inf)", none=True),
     Setting("skip_special_tokens", "bool", help="print special tokens too"),
     Setting("speculation", "bool", help="do not draft tokens from what the text repeats"),
+    Setting("priority", "integer", f"[{-(2**31)}, {2**31 - 1}]"),
     Setting("suppress_tokens", "token ids", none=True, generate="suppress_tokens", help="never these tokens"),
     Setting("json_schema", "JSON schema", none=True),
     Setting("json_object", "bool"),

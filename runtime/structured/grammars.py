@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence, Set
 from functools import lru_cache
 from typing import Any
@@ -21,6 +22,8 @@ from .token_table import TokenTable
 # Between two parts of JSON: a line break and an indentation, or some spaces. Without a limit a weak model may write
 # spaces until its answer is full.
 _SPACE = r"\n?[ \t]{0,32}"
+# llguidance's error where no token may follow, and the answer may not end.
+_DEAD_END = "NoExtensionBias"
 # Compiled grammars that are kept: many requests come with the same one.
 _KEPT = 64
 
@@ -62,8 +65,8 @@ class Grammars:
 
 
 def _shortened(error: str) -> str:
-    """llguidance's message, without the state of its parser."""
-    return one_line(error.partition("<state>")[0].strip())
+    """llguidance's message, without the states of its parser and its stack."""
+    return one_line(re.split("<state>|<backtrace>", error)[0].strip())
 
 
 def _of_schema(schema: str) -> str:
@@ -119,8 +122,9 @@ class TokenConstraint:
     def _next_words(self) -> NDArray[np.uint32]:
         fill_next_token_bitmask(self._matcher, self._bits)
         # An error is no exception there: the mask has the end only, from then on.
-        if self._matcher.is_error():
-            raise self._error(f" failed: {_shortened(self._matcher.get_error())}")
+        error = _shortened(self._matcher.get_error())
+        if error and error != _DEAD_END:
+            raise self._error(f" failed: {error}")
         bits = self._bits[0].view(np.uint32)
         word, bit = self._end
         may_end = bits[word] >> bit & 1 and self._accepted >= self._params.min_tokens
@@ -130,7 +134,7 @@ class TokenConstraint:
         if may_end:
             words |= self._ends
         words &= self._permitted
-        if not words.any():
+        if error or not words.any():
             names = ("allowed_token_ids", "suppress_tokens", "min_tokens")
             also = "".join(f" and {name}" for name in names if getattr(self._params, name))
             raise self._error(f"{also} permit no token there: change them" if also else " permits no token there")

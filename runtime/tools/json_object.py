@@ -74,8 +74,7 @@ class JsonObject:
         if state in ("key", "first key"):
             self._state, self._is_key, self._parts = "string", True, []
             return at + 1 if character == '"' else self._break(at)
-        if len(self._open) == 1:
-            self.key = self._next_key
+        self.key = self._next_key  # within a value it is that of the value
         if character in _CLOSING:
             return self._enter(character, at)
         self._is_key, self._parts = False, []

@@ -40,7 +40,7 @@ def chat_prompt(
     if tools is None:
         return _render(tokenizer, turns)
     listed = json.dumps([_plugin(schema["function"]) for schema in tools], ensure_ascii=False)
-    place = int(turns[0]["role"] == "system")
+    place = int(turns[0]["role"] in ("system", "developer"))
     turns.insert(place, {"role": f"system {_PLUGIN}", "content": listed})
     prompt = _render(tokenizer, turns)
     if listed not in prompt:

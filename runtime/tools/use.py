@@ -46,7 +46,15 @@ class ToolUse:
         return "" if self.forced is None or self.format is None else self.format.begin + "\n"
 
     def params(self, given: Sequence[SamplingParams]) -> list[SamplingParams]:
-        """Settings by which an answer is the forced call, if there is one."""
+        """Settings by which an answer is the forced call, if there is one.
+
+        Raises ValueError for settings that say themselves what the answer may be.
+        """
         if self.forced is None:
             return list(given)
+        for params in given:
+            if params.constraint is not None:
+                raise ValueError(
+                    f"{params.constraint} and tool_choice each say what the answer may be; give one of them"
+                )
         return [SamplingParams.from_kwargs(params, json_schema=self.forced) for params in given]

@@ -59,7 +59,7 @@ MESSAGES = [{"role": "user", "content": "hi"}]
         (lambda m: m.generate("\ud800"), ValueError, "Unicode"),
         (lambda m: m.stream(["hi", "you"]), ValueError, "stream answers one prompt; there are 2"),
         (lambda m: m.stream([]), ValueError, "stream answers one prompt; there are 0"),
-        (lambda m: m.chat(["hi", "you"], stream=True), ValueError, "one conversation; there are 2"),
+        (lambda m: m.chat(["hi", "you"], stream=True), ValueError, "one prompt; there are 2"),
         (lambda m: m.chat([]), ValueError, "messages must be a non-empty list"),
         (lambda m: m.chat(""), ValueError, "empty"),
         (lambda m: m.chat(MESSAGES[0]), ValueError, "messages must be a non-empty list"),

@@ -13,11 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import integrity, ops, roofline, strict, timing
+from bench import integrity, measure, ops, roofline, strict, timing
 from bench.roofline import Roofline
 
 CHEATS = Path(__file__).parent / "cheats"
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="graph, stream and driver are played for a CPU")
+pytestmark = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="graph, stream and driver are played for a CPU"),
+    pytest.mark.usefixtures("in_this_process"),
+]
 
 
 @pytest.fixture
@@ -53,9 +56,9 @@ def launches(monkeypatch):
                 for call in kept:
                     call()
 
-        return ops.Prepared(replay, 64, 1, 1, False, kept)
+        return measure.Prepared(replay, 64, 1, 1, False, kept)
 
-    monkeypatch.setattr(ops, "prepare", prepare)
+    monkeypatch.setattr(measure, "prepare", prepare)
 
 
 def stopped_clock(monkeypatch):
@@ -87,6 +90,7 @@ REFUSED = [
     ("kept_by_content", "with the same inputs but for one element: the result"),
     ("kept_in_file", "REFUSED: it opens a file in a call that has nothing left to compile"),
     ("device_memo", "with the same inputs again, after every kept copy of the result was overwritten: the result"),
+    ("hidden_memo", "REFUSED: it hides objects by gc.freeze from the search for results that were kept"),
     ("only_if_poisoned", "if its outputs begin with ordinary values, not with NaN: the result"),
     ("first_launch_only", "REFUSED: in a timed call, with new inputs in the same memory: the result"),
     ("other_stream", "WRONG, not timed: the result (bfloat16 [3, 32]) is wrong at 96 of 96 places"),

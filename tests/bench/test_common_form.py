@@ -13,6 +13,7 @@ from bench.cases import Size, cases
 from bench.common_form import definition as definitions
 from bench.common_form.__main__ import main
 from bench.common_form.export import OPS, export
+from bench.workers import Worker
 
 CHEATS = Path(__file__).parent / "cheats"
 TINY = Size(hidden=64, intermediate=96, vocabulary=130, heads=4, kv_heads=2, head_dim=16)
@@ -52,6 +53,9 @@ def solution(code, **spec):
 def returning(body=RIGHT, values="c, c.sum()", **spec):
     code = f"import torch\n\n\ndef run(a, b, scale):\n{body}    return {values}\n"
     return solution(code, destination_passing_style=False, **spec)
+
+
+pytestmark = pytest.mark.usefixtures("in_this_process")
 
 
 @pytest.fixture(autouse=True)
@@ -226,6 +230,15 @@ def test_inputs_from_files_and_from_the_definition(run, tmp_path):
     ):
         assert words in line
     assert code == 1
+
+
+def test_a_solution_that_ends_its_process_fails_one_workload(run, monkeypatch):
+    """In a process of its own, in which the next workload passes."""
+    monkeypatch.setattr("bench.common_form.__main__.Worker", Worker)
+    ends = "    import os\n    if a.shape[0] == 4:\n        os._exit(3)\n"
+    code, traces, printed = run(returning(ends + RIGHT), [workload(), workload(axes={"M": 2}, key="two")])
+    assert code == 1 and [status([trace]) for trace in traces] == ["RUNTIME_ERROR", "PASSED"], printed
+    assert "it ended its process, exit code 3" in traces[0]["evaluation"]["log"]
 
 
 def test_a_reference_that_fails_is_not_the_solutions_fault(run):

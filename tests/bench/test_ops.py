@@ -18,7 +18,10 @@ from internlm3 import kernels
 from internlm3.kernels import cpu, reference
 
 TINY = Size(hidden=32, intermediate=48, vocabulary=70, heads=4, kv_heads=2, head_dim=16)
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests of what happens on a CPU")
+pytestmark = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="tests of what happens on a CPU"),
+    pytest.mark.usefixtures("in_this_process"),
+]
 
 
 @pytest.fixture
@@ -427,17 +430,96 @@ def test_a_user_kernel_gets_quantised_weights_if_it_knows_them(import_, rows, co
     [
         (
             "def rms_nrom(x): pass",
-            "has no function named like an op; there is no op 'rms_nrom': did you mean 'rms_norm'?",
+            "has no function named like an op; it has rms_nrom; there is no op 'rms_nrom': did you mean 'rms_norm'?",
         ),
         ("x = 1", "has no function named like an op"),
         ("1 / 0", "raises ZeroDivisionError when it is run: division by zero"),
         ("def f(:", "raises SyntaxError when it is run"),
-        ("from internlm3.kernels.reference import rms_norm", "has no function named like an op"),
+        (
+            "from internlm3.kernels.reference import rms_norm",
+            "has no function named like an op: its rms_norm is this project's own, imported",
+        ),
+        ("import nowhere", "raises ModuleNotFoundError when it is run: No module named 'nowhere'"),
+        ("from . import nothing", "no known parent package: a file without __init__.py beside it is in no package"),
+        ("import sys; sys.exit('bye')", "raises SystemExit when it is run: bye"),
+        (
+            "class rms_norm: pass",
+            "rms_norm is a class: a function is needed, such as the apply of an autograd.Function",
+        ),
+        ("rms_norm = 3", "rms_norm is of type int: a function is needed"),
+        (
+            "def rms_norm(x, weight): pass",
+            "rms_norm(x, weight) does not take the arguments of the op: rms_norm(x, weight, eps)",
+        ),
     ],
 )
 def test_a_file_without_a_kernel(text, message, tmp_path, capsys):
     (tmp_path / "mine.py").write_text(text)
     assert message in fails(capsys, "--kernel", tmp_path / "mine.py")
+
+
+WAYS = {
+    "a module beside it": "from beside import norm\ndef rms_norm(x, weight, eps): return norm(x, weight, eps)\n",
+    "an op from elsewhere": "from beside import norm as rms_norm\n",
+    "other names": "import beside\ndef rms_norm(hidden, w, e): return beside.norm(hidden, w, e)\n",
+    "another order": "import beside\ndef rms_norm(eps, weight, x): return beside.norm(x, weight, eps)\n",
+    "a partial": "import functools, beside\nrms_norm = functools.partial(beside.scaled, 1.0)\n",
+    "a custom op": "import torch, beside\n"
+    "@torch.library.custom_op('mine::rms_norm', mutates_args=())\n"
+    "def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:\n"
+    "    return beside.norm(x, weight, eps)\n",
+    "an autograd function": "import torch, beside\n"
+    "class Norm(torch.autograd.Function):\n"
+    "    @staticmethod\n"
+    "    def forward(ctx, x, weight, eps): return beside.norm(x, weight, eps)\n"
+    "rms_norm = Norm.apply\n",
+    "a relative import": "from .beside import norm\ndef rms_norm(x, weight, eps): return norm(x, weight, eps)\n",
+}
+BESIDE = """
+def scaled(scale, x, weight, eps):
+    y = x.float() * (x.float().square().mean(-1, keepdim=True) + eps).rsqrt()
+    return y.to(x.dtype) * weight * scale
+def norm(x, weight, eps):
+    return scaled(1.0, x, weight, eps)
+"""
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_file_is_taken_as_people_write_them(way, fast, config, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "beside", raising=False)
+    folder = tmp_path / f"package_{[*WAYS].index(way)}"
+    folder.mkdir()
+    (folder / "mine.py").write_text(WAYS[way])
+    (folder / "beside.py").write_text(BESIDE)
+    if way == "a relative import":
+        (folder / "__init__.py").write_text("")
+    arguments = ["--config", str(config), "--kernel", str(folder / "mine.py"), "--batch", "2", "--rounds", "1"]
+    code = ops.main([*arguments, "--seed", "3", "--engine", "FlashInfer"])
+    out = capsys.readouterr().out
+    (row,) = [x for x in out.splitlines() if " mine.py " in x]
+    assert code == 0 and row.endswith("warm"), out
+
+
+def test_code_in_a_module_beside_the_file_is_looked_at(fast, config, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "fallback.py").write_text(
+        "def norm(x, weight, eps):\n"
+        "    try:\n        raise RuntimeError('no binary')\n    except RuntimeError:\n"
+        "        return (x.float() * (x.float().square().mean(-1, keepdim=True) + eps).rsqrt()).to(x.dtype) * weight\n"
+    )
+    (tmp_path / "mine.py").write_text("from fallback import norm as rms_norm\n")
+    arguments = ["--config", str(config), "--kernel", str(tmp_path / "mine.py"), "--batch", "2", "--rounds", "1"]
+    assert ops.main([*arguments, "--seed", "3", "--engine", "FlashInfer"]) == 1
+    assert "REFUSED: it catches RuntimeError in line 3 (no binary)" in capsys.readouterr().out
+
+
+def test_two_files_of_one_name(tmp_path, capsys):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine.py").write_text("def swiglu(gate_up): pass\n")
+    message = fails(capsys, "--kernel", tmp_path / "a" / "mine.py", tmp_path / "b" / "mine.py")
+    assert "two files have one name, and so would their rows: mine.py, mine.py" in message
 
 
 def test_fuzz_takes_a_user_kernel_through_the_cases(tmp_path):

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from bench import ROOT, batching, demo_model, gpu, ops, peers, quantised_accuracy, record, report, roofline
+from bench import ROOT, admission, batching, demo_model, gpu, ops, peers, quantised_accuracy, record, report, roofline
 from bench.roofline import Roofline
 from internlm3 import InternLM3Tokenizer
 from internlm3.tests.support.checkpoints import load, make
@@ -21,7 +21,10 @@ COMMANDS = [
     for line in block.splitlines()
     if line.startswith("python -m bench.")
 ]
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests of what happens on a CPU")
+pytestmark = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="tests of what happens on a CPU"),
+    pytest.mark.usefixtures("in_this_process"),
+]
 
 
 @pytest.mark.parametrize("command", [each for each in COMMANDS if each[0] == "bench.ops"], ids=" ".join)
@@ -116,6 +119,33 @@ def test_demo_model_refuses_a_folder_that_is_not_a_checkout(tmp_path, capsys):
     with pytest.raises(SystemExit):
         demo_model.main(["--before", str(tmp_path)])
     assert "is not a checkout of this project: name its folder" in capsys.readouterr().err
+
+
+def test_admission(tmp_path, monkeypatch, capsys):
+    """Pauses are given in steps of the answer alone."""
+    pauses = {None: [0.5, 1.5], "OTHER": [0.5, 20.0, 0.5]}
+
+    class Fake:
+        def __init__(self, *_, checkout):
+            self.among = pauses[checkout]
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def ask(self, work):
+            assert work == (2, 100)
+            return {"alone": [0.5, 0.5, 9.0], "among": self.among, "seconds": 3.0}
+
+    monkeypatch.setattr(admission, "Worker", Fake)
+    path = tmp_path / "record.json"
+    admission.main(["--prompts", "2", "--tokens", "100", "--rounds", "2", "--before", "OTHER", "--json", str(path)])
+    out = capsys.readouterr().out
+    rows = {row.name: row.rounds for row in record.load(path).rows}
+    assert rows["this checkout, longest pause"] == [3.0, 3.0] and rows["before, longest pause"] == [40.0, 40.0]
+    assert rows["before, median pause"] == [1.0, 1.0] and "longest pause" in out
 
 
 def test_batching(tmp_path, monkeypatch, capsys):

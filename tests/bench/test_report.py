@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -60,8 +61,18 @@ def test_quartiles():
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "is not JSON: name a record that a program of bench/ wrote"),
-        ("[]", "is not a record"),
+        ("{", "is not a record of bench/: it is not JSON; name one that a program of bench/ wrote"),
+        ("[]", "is not a record of bench/: name one"),
+        (
+            '{"machine_info": {}, "benchmarks": []}',
+            "it is one of pytest-benchmark, which `pytest-benchmark compare` reads",
+        ),
+        ('{"traceEvents": []}', "it is a trace of a profiler, which chrome://tracing and Perfetto read"),
+        (
+            '{"definition": "x", "workload": {}}\n{"definition": "x", "workload": {}}',
+            "of the common form, which flashinf",
+        ),
+        ('{"part": "ops", "name": "x", "state": "pass"}\n{}', "one part of bench.gpu; name the gpu.json beside it"),
         ('{"stamp": {}, "rows": [], "format": 99}', "has record format 99, this version reads 2"),
         ('{"stamp": {}, "rows": []}', "has record format None"),
         ('{"stamp": {}, "rows": [{"a": 1}], "format": 2}', "is a damaged record"),
@@ -128,6 +139,13 @@ def test_differences_between_the_runs_are_listed(tmp_path, capsys):
     assert capsys.readouterr().out.splitlines() == lines
 
 
+def test_a_record_under_load_is_named():
+    quiet, busy = made([1.0], {"clocks": {"load average": 0.4}}), made([1.0], {"clocks": {"load average": 3.2}})
+    warning = "warning: after was measured under load (load average 3.2): a change may be that of the load"
+    assert compare(quiet, busy)[0] == warning
+    assert not any("warning" in line for line in compare(quiet, quiet))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -191,6 +209,17 @@ def test_a_share_of_what_a_cache_may_have_served_is_not_drawn(tmp_path):
     assert plots.draw(Record({**STAMP, **SHAPES}, NORMS[:1]), tmp_path / "plots") == []
 
 
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [(NORMS[:1], "nothing is drawn: no row has a share"), (ATTENTION[:1], "no lines are drawn: no op has two context")],
+)
+def test_a_plot_of_a_single_point_says_so(rows, message, tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="the plots are an extra")
+    Record({**STAMP, **SHAPES}, [replace(row, part="decode") for row in rows]).save(tmp_path / "x.json")
+    assert report.main([str(tmp_path / "x.json"), "--plot", str(tmp_path / "plots")]) == 0
+    assert message in capsys.readouterr().out
+
+
 def test_the_ops_of_a_step_are_drawn_if_all_are_there(tmp_path):
     pytest.importorskip("matplotlib", reason="the plots are an extra")
     ops = [op_row(op, shape, 1) for op, shape in plots.STEP]
@@ -246,13 +275,12 @@ def test_the_tables_of_a_gpu_record(tmp_path):
     assert len(rows) == len(measured()) and rows[2]["median"] == "15.0" and rows[2]["engine"] == "transformers, eager"
 
 
-def test_the_readmes_get_the_figures_between_their_marks(tmp_path, monkeypatch):
+def test_the_readmes_get_the_figures_between_their_marks(tmp_path):
     for name in report.ABOVE:
         (tmp_path / name).write_text((ROOT / name).read_text())
-    monkeypatch.setattr(report, "ROOT", tmp_path)
     path = saved(tmp_path)
     for _ in range(2):  # the second run replaces the figures of the first
-        assert report.main([path, "--readme"]) == 0
+        assert report.main([path, "--readme", str(tmp_path)]) == 0
     for name in report.ABOVE:
         text, before = (tmp_path / name).read_text(), (ROOT / name).read_text()
         assert text.count("| transformers, eager |") == 1 and "driver 1, torch 2" in text
@@ -282,11 +310,15 @@ def test_the_readmes_have_the_figures_of_the_stored_record():
 
 @pytest.mark.parametrize(
     ("stamp", "message"),
-    [({"dry run": True}, "its figures mean nothing"), ({"shapes": shapes("llama-3.1-8b")}, "is of Llama-3.1-8B: the")],
+    [
+        ({"dry run": True}, "its figures mean nothing"),
+        ({}, "README.md can't be read: No such file"),
+        ({"shapes": shapes("llama-3.1-8b")}, "is of Llama-3.1-8B: the"),
+    ],
 )
 def test_records_that_the_readmes_refuse(tmp_path, capsys, stamp, message):
     with pytest.raises(SystemExit):
-        report.main([saved(tmp_path, **stamp), "--readme"])
+        report.main([saved(tmp_path, **stamp), "--readme", str(tmp_path)])
     assert message in capsys.readouterr().err
 
 
@@ -320,6 +352,20 @@ def test_a_table_of_machines_has_the_newest_record_of_each(tmp_path, capsys):
         assert capsys.readouterr().out.splitlines()[2:] == [lines[i] for i in shown]
 
 
+def test_a_record_that_can_not_be_read_is_left_out_of_the_table(tmp_path, capsys):
+    paths = [str(tmp_path / f"{i}.json") for i in range(3)]
+    machine("NVIDIA H200", "2026-01-02", 4.0).save(paths[0])
+    Path(paths[1]).write_text('{"stamp": {}, "rows": [], "format": 1}')
+    assert report.main(paths) == 0
+    out, err = capsys.readouterr()
+    assert "| NVIDIA H200 | InternLM3-8B | 2026-01-02" in out
+    lines = [f"left out: {paths[1]} has record format 1", f"left out: {paths[2]} can't be read"]
+    assert [line.startswith(start) for line, start in zip(err.splitlines(), lines, strict=True)] == [True, True]
+    with pytest.raises(SystemExit):
+        report.main(paths[1:] * 2)
+    assert "none of the records can be read" in capsys.readouterr().err
+
+
 def test_rates_of_a_decode_step():
     """Counted by hand; where the data sheet is not known there is no share of it. Text and Markdown have them."""
     (row,) = machine("NVIDIA H200", "2026-01-02", 4.0).rows
@@ -342,7 +388,7 @@ def test_a_record_shows_decode_steps_as_others_publish_theirs(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("more", "part", "message"),
-    [(["--readme"], "decode", "only printed"), ([], "first_token", "no record has decode steps or ceilings")],
+    [(["--readme", "."], "decode", "only printed"), ([], "first_token", "no record has decode steps or ceilings")],
 )
 def test_no_table_of_machines(more, part, message, tmp_path, capsys):
     for name in "ab":

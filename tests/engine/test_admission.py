@@ -107,9 +107,8 @@ def test_prompts_come_in_by_captured_launches(model, monkeypatch):
 
 def test_first_come_first_served_within_a_priority(model):
     engine = Engine(model, max_batch_size=1, max_seq_len=512)
-    requests = [ask(ids(5, number), 3) for number in range(8)]
-    for request, priority in zip(requests, (0, 1, -1, 0, 1, -1, 0, 2), strict=True):
-        request.priority = priority
+    priorities = enumerate((0, 1, -1, 0, 1, -1, 0, 2))
+    requests = [ask(ids(5, number), 3, priority=priority) for number, priority in priorities]
     run(engine, *requests)
     order = sorted(range(8), key=lambda number: requests[number].began)
     assert order == [2, 5, 0, 3, 6, 1, 4, 7]
@@ -166,8 +165,7 @@ def test_nobody_starves_and_everyone_ends_once(model, arrivals, depth, rows):
     engine = Engine(model, max_batch_size=rows, max_seq_len=512, cache_tokens=900, depth=depth)
     requests, cancelled, dice = [], set(), random.Random(len(arrivals))
     for (length, seed, most, priority), steps, cancel in arrivals:
-        requests.append(ask(ids(length, seed), most))
-        requests[-1].priority = priority
+        requests.append(ask(ids(length, seed), most, priority=priority))
         engine.add(requests[-1:])
         for _ in range(steps):
             engine.step()
@@ -187,5 +185,5 @@ def test_nobody_starves_and_everyone_ends_once(model, arrivals, depth, rows):
     started = {}
     for request in requests:
         if request.began:
-            started.setdefault(request.priority, []).append(request.began)
+            started.setdefault(request.params.priority, []).append(request.began)
     assert all(times == sorted(times) for times in started.values())

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from internlm3.kernels import cpu
 from internlm3.runtime.engine import prefill
 from internlm3.runtime.engine.engine import Engine
 from internlm3.runtime.engine.hooks import LogitsHooks
@@ -16,6 +17,7 @@ from internlm3.runtime.engine.request import Request
 from internlm3.runtime.model.kv_cache import PAGE
 from internlm3.runtime.sampling.token_masks import holding, packed
 from internlm3.tests.support.capture import Recorder
+from internlm3.tests.support.drafts import Planted
 from internlm3.tests.support.engine import SHAPE, alone, ask, ids, random_model, result, run
 
 VOCAB = SHAPE["vocab_size"]
@@ -155,6 +157,21 @@ def test_the_host_reads_while_the_model_runs(model, monkeypatch):
     assert count > 1 and events[: 1 + len(rounds)] == [0, *rounds]
 
 
+def test_drafts_of_before_are_forgotten(model, monkeypatch):
+    """A request with drafts goes on alone, in the same slots, after steps that made none."""
+    engine = Engine(model, max_batch_size=2, max_seq_len=512, depth=2, speculation=True)
+    (told,) = run(Engine(model, max_batch_size=1, max_seq_len=512), ask(ids(20, 4), 60))
+    monkeypatch.setattr(cpu, "draft", Planted([told.prompt_ids + told.token_ids], VOCAB, end=2))
+    request = ask(told.prompt_ids, 60)
+    engine.add([request])
+    for _ in range(2):
+        engine.step()
+    run(engine, constrained(ids(5), 4))
+    while engine.busy:
+        engine.step()
+    assert request.accepted > 10 and result(request) == result(told)
+
+
 @pytest.mark.parametrize("options", [{}, {"depth": 2}], ids=["", "ahead"])
 def test_among_requests_whose_logits_the_host_sees(model, options):
     engine = Engine(model, max_batch_size=4, max_seq_len=512, **options)
@@ -187,7 +204,7 @@ actions = st.one_of(
 )
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(st.lists(actions, max_size=20), st.integers(1, 3), st.integers(1, 3))
 def test_any_order_of_requests_steps_and_cancels(model, actions, depth, slots):
     engine = Engine(model, max_batch_size=slots, max_seq_len=512, depth=depth)

@@ -122,6 +122,67 @@ def test_an_answer_that_was_an_error_is_not_reused(model):
     assert again.cached_tokens == 64 and same(again, model)
 
 
+# -------------------------------------------------------------------- a prompt that is in the cache whole
+
+
+@pytest.mark.parametrize("invariant", [False, True], ids=["pages", "bits"])
+@pytest.mark.parametrize("length", [1, 64, 65, 128, 150, 192, 256])
+def test_answers_to_a_prompt_that_is_cached_whole(model, exact, monkeypatch, length, invariant):
+    """Another sequence began with all of its tokens. Three answers share its pages; only the last token's page runs."""
+    monkeypatch.setattr(prefill, "CHUNK", 2 * PAGE)
+    monkeypatch.setattr(cpu_cache, "QUERY_BLOCK", 2 * PAGE)
+    model, unit = (exact, 2 * PAGE) if invariant else (model, PAGE)
+    engine, prompt = Engine(model, max_batch_size=4, max_seq_len=512), ids(length)
+    (longer,) = run(engine, ask(prompt + ids(300 - length, 1), 5))
+    cached = (length - 1) // unit * unit
+    for _ in range(2):
+        tokens = count_tokens(monkeypatch, model)
+        answers = [ask(prompt, answer=answer, temperature=1.0, seed=5, logprobs=2) for answer in range(3)]
+        engine.add(answers)
+        engine.step()
+        assert tokens == [length - cached]
+        whole = length // PAGE
+        # The whole pages are shared, and each answer has pages of its own to write.
+        assert len(engine.pages) - engine.pages.free == whole + 3
+        run(engine)
+        while engine.busy:
+            engine.step()
+        assert [answer.cached_tokens for answer in answers] == [cached, length, length]
+        assert len({tuple(answer.token_ids) for answer in answers}) == 3
+        for answer in answers:
+            assert result(answer) == alone(model, answer) if invariant else same(answer, model)
+    (again,) = run(engine, ask(longer.prompt_ids, 5))
+    assert again.token_ids == longer.token_ids
+
+
+@pytest.mark.parametrize("captured", [False, True])
+@pytest.mark.parametrize("length", [64, 128, 130])
+def test_the_same_prompt_while_its_answer_is_under_way(model, monkeypatch, captured, length):
+    """The page of the prompt's last token is computed again, and the answer that still reads it does not notice."""
+    options = {"capture": Recorder(monkeypatch).capture} if captured else {}
+    engine, prompt = Engine(model, max_batch_size=3, max_seq_len=512, **options), ids(length)
+    engine.add([first := ask(prompt, 60, logprobs=1)])
+    for _ in range(10):
+        engine.step()
+    engine.add([second := ask(prompt, 60, temperature=1.0, seed=3, answer=1)])
+    for _ in range(5):
+        engine.step()
+    engine.add([third := ask(prompt + first.token_ids[:5], 40)])
+    while engine.busy:
+        engine.step()
+    assert second.cached_tokens == third.cached_tokens == (length - 1) // PAGE * PAGE or length % PAGE == 0
+    assert all(same(request, model) for request in (first, second, third))
+
+
+def test_a_cached_prompt_of_one_whole_page_runs_it_again(model, monkeypatch):
+    """Nothing is left of the cache then, and the answer is the same."""
+    engine, prompt = Engine(model, max_batch_size=2, max_seq_len=512), ids(PAGE)
+    (one,) = run(engine, ask(prompt))
+    tokens = count_tokens(monkeypatch, model)
+    (two,) = run(engine, ask(prompt))
+    assert tokens[0] == PAGE and two.cached_tokens == 0 and two.token_ids == one.token_ids
+
+
 # -------------------------------------------------------------------- several at a time
 
 

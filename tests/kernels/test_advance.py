@@ -117,8 +117,9 @@ def test_advance(seed, batch, vocab, padding, rows, spare):
     check(seed, batch, vocab, padding, rows, spare)
 
 
-def test_the_vocabulary_of_internlm3():
-    check(3, 4, 128512, 0, 4)
+def test_a_whole_vocabulary():
+    """InternLM3-8B's has 128512 tokens; this is a published fine-tune's, which is odd."""
+    check(3, 4, 128133, 0, 4)
 
 
 @backends

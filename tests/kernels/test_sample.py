@@ -233,18 +233,28 @@ def test_extreme_random_numbers_sample_no_dropped_token():
         assert compare(logits, arguments).tolist() == [20, 22]
 
 
-def test_the_recommended_settings_over_the_whole_vocabulary():
-    """InternLM3-8B's vocabulary and launch configuration; a row that needs few candidates and one that needs all."""
-    rng, rows, vocab = generator(1), 2, 128512
-    arguments = {
-        "temperature": torch.tensor([1.0, 1.0], device=DEVICE),
-        "top_k": torch.tensor([40, 0], device=DEVICE),
-        "top_p": torch.tensor([0.8, 0.95], device=DEVICE),
-        "repetition_penalty": torch.full((rows,), 1.005, device=DEVICE),
-        "prompt_counts": torch.randint(-50, 2, (rows, vocab), generator=rng, dtype=torch.int32).clamp(min=0).to(DEVICE),
-        **random_numbers(rng, rows),
-    }
-    compare(make_logits(rng, rows, vocab, "ordinary", torch.bfloat16), arguments)
+def test_the_whole_vocabulary():
+    """The launch configuration of InternLM3-8B, with a published fine-tune's vocabulary, which is odd.
+
+    One row has the recommended settings, the other all stages. The last token is the best, and the largest random
+    number samples it.
+    """
+    rng, rows, vocab = generator(1), 2, 128133
+    off_and_on = {"top_k": [40, 0], "top_p": [0.8, 0.95], "min_p": [0.0, 0.001], "typical_p": [1.0, 0.9]}
+    off_and_on |= {"presence_penalty": [0.0, 0.5], "frequency_penalty": [0.0, 0.3], "repetition_penalty": [1.005, 1.2]}
+    arguments = {name: torch.tensor(values, device=DEVICE) for name, values in off_and_on.items()}
+    for name in ("prompt_counts", "output_counts"):
+        counts = torch.randint(-50, 2, (rows, vocab), generator=rng, dtype=torch.int32).clamp(min=0)
+        arguments[name] = embedded(counts.to(DEVICE))
+    arguments["logit_bias"] = embedded(torch.randn(rows, vocab, generator=rng).to(DEVICE))
+    words = torch.randint(-(2**31), 2**31, (rows, vocab // 32 + 1), generator=rng)
+    words[:, -1] |= 1 << (vocab - 1) % 32
+    arguments["allowed"] = embedded(words.to(DEVICE, torch.int32))
+    logits = make_logits(rng, rows, vocab, "ordinary", torch.bfloat16)
+    logits[:, -1] = logits.max() + 3
+    drawn = random_numbers(rng, rows, "extreme")
+    token = compare(embedded(logits), {"temperature": torch.ones(rows, device=DEVICE), **arguments, **drawn})
+    assert token[1] == vocab - 1
 
 
 @pytest.mark.parametrize("temperature", [None, 0.0, 1e-30, 1.0, 1e30])

@@ -4,7 +4,7 @@ import asyncio
 import json
 import socket
 import threading
-from contextlib import asynccontextmanager, closing
+from contextlib import asynccontextmanager, closing, contextmanager
 
 import httpx
 import pytest
@@ -69,11 +69,11 @@ def ask(asynchronous):
 
 
 @asynccontextmanager
-async def running(model, **settings):
+async def running(model, name=NAME, **settings):
     """A real server on a free port, in this event loop. Yields it, and its port."""
     with closing(socket.create_server(("127.0.0.1", 0))) as listener:
         port = listener.getsockname()[1]
-    server = server_of(model, Settings(NAME, **settings), port)
+    server = server_of(model, Settings(name, **settings), port)
     serving = asyncio.create_task(server._serve())
     while not server.started:
         await asyncio.sleep(0.005)
@@ -84,24 +84,34 @@ async def running(model, **settings):
         await serving
 
 
-@pytest.fixture(scope="session")
-def url(llm):
-    """The address of a server that runs in a thread as long as the tests do."""
-    stop, address = threading.Event(), []
-    started = threading.Event()
+@contextmanager
+def served(model, name=NAME):
+    """A real server in a thread. Yields its address."""
+    started, address = threading.Event(), []
 
     async def main():
-        async with running(AsyncLLM(llm)) as (_, port):
-            address.append(f"http://127.0.0.1:{port}")
+        stop = asyncio.Event()
+        async with running(model, name) as (_, port):
+            address.extend([f"http://127.0.0.1:{port}", asyncio.get_running_loop(), stop])
             started.set()
-            await asyncio.to_thread(stop.wait)
+            await stop.wait()
 
     thread = threading.Thread(target=lambda: asyncio.run(main()))
     thread.start()
     started.wait()
-    yield address[0]
-    stop.set()
-    thread.join()
+    url, loop, stop = address
+    try:
+        yield url
+    finally:
+        loop.call_soon_threadsafe(stop.set)
+        thread.join()
+
+
+@pytest.fixture(scope="session")
+def url(llm):
+    """The address of a server that runs as long as the tests do."""
+    with served(AsyncLLM(llm)) as url:
+        yield url
 
 
 def idle(llm):

@@ -18,7 +18,9 @@ WORDS = ["the", "sea", "今天", "def", "return", "village", "上海", "water", 
 @pytest.fixture(scope="module")
 def llm(make):
     """In bfloat16, where a CPU's results are bit-identical alone and in a batch."""
-    return LLM(make(max_position_embeddings=256, num_hidden_layers=1), dtype="bfloat16", progress=False, max_batch_size=8)
+    return LLM(
+        make(max_position_embeddings=256, num_hidden_layers=1), dtype="bfloat16", progress=False, max_batch_size=8
+    )
 
 
 def test_every_stream_that_finishes_is_what_it_is_alone(llm):

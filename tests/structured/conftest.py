@@ -50,4 +50,4 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def llm(folder: Path) -> LLM:
-    return LLM(folder, progress=False, max_batch_size=16)
+    return LLM(folder, dtype="bfloat16", progress=False, max_batch_size=16)

@@ -56,13 +56,13 @@ def test_two_hundred_schemas(llm: LLM, temperature: float) -> None:
     for schema in schemas:
         validator_for(schema).check_schema(schema)
     params = [
-        SamplingParams(temperature=temperature, seed=i, json_schema=s, max_tokens=250) for i, s in enumerate(schemas)
+        SamplingParams(temperature=temperature, seed=i, json_schema=s, max_tokens=120) for i, s in enumerate(schemas)
     ]
     outputs = llm.generate([f"{seed} " for seed in range(200)], params)
     for output, schema in zip(outputs, schemas, strict=True):
         if output.outputs[0].finish_reason == "stop":
             validate(output.text, schema)
-    assert {*reasons(outputs)} <= {"stop", "length"} and reasons(outputs).count("stop") > 170
+    assert {*reasons(outputs)} <= {"stop", "length"} and reasons(outputs).count("stop") > 150
     assert len({output.text for output in outputs}) > 100
 
 
@@ -75,26 +75,20 @@ def test_regular_expressions(llm: LLM, regex: str) -> None:
 
 def test_choices_and_grammars(llm: LLM) -> None:
     texts = ["yes", "no", " yes", "ye", "是的", "a , b .", '\n\t"', "<|im_end|>", "</s>"]
-    output = llm.generate("x", choice=texts, n=60, seed=2, temperature=2.0)
+    output = llm.generate("x", choice=texts, n=48, seed=2, temperature=2.0)
     assert {completion.text for completion in output.outputs} == {*texts} and {*reasons([output])} == {"stop"}
-    output = llm.generate("x", grammar=EXPRESSION, n=30, seed=2, temperature=1.0, max_tokens=80)
+    output = llm.generate("x", grammar=EXPRESSION, n=16, seed=2, temperature=1.0, max_tokens=80)
     ended = [completion.text for completion in output.outputs if completion.finish_reason == "stop"]
-    assert len(ended) > 15 and all(eval(text) > 0 and not re.search(r"[^0-9()+*]", text) for text in ended)
+    assert len(ended) > 7 and all(eval(text) > 0 and not re.search(r"[^0-9()+*]", text) for text in ended)
 
 
 def test_objects_and_other_libraries_forms(llm: LLM) -> None:
-    given: dict[str, Any] = {"temperature": 1.0, "seed": 3, "max_tokens": 200}
+    given: dict[str, Any] = {"temperature": 1.0, "seed": 3, "max_tokens": 60}
     named = {"name": "person", "schema": SCHEMA, "strict": True}
-    formats: list[dict[str, Any]] = [
-        {"json_schema": SCHEMA},
-        {"json_schema": json.dumps(SCHEMA)},
-        {"response_format": {"type": "json_schema", "json_schema": named}},
-        {"structured_outputs": {"json": SCHEMA}},
-    ]
-    texts = {llm.generate("x", **form, **given).text for form in formats}
-    assert len(texts) == 1
-    validate(texts.pop(), SCHEMA)
-    output = llm.generate("x", response_format={"type": "json_object"}, n=20, **given)
+    output = llm.generate("x", response_format={"type": "json_schema", "json_schema": named}, **given)
+    validate(output.text, SCHEMA)
+    assert output.text == llm.generate("x", json_schema=SCHEMA, **given).text
+    output = llm.generate("x", response_format={"type": "json_object"}, n=6, **given)
     for completion in output.outputs:
         assert completion.text[0] == "{"
         if completion.finish_reason == "stop":
@@ -179,8 +173,7 @@ def test_captured_steps_give_the_same(folder: Any, llm: LLM, monkeypatch: pytest
     """Captured, ahead of the host and with drafts; tokens only, since captured prompts are padded."""
     eager = ask_together(llm)
     CapturedEngines(monkeypatch, 3)
-    captured = LLM(folder, progress=False, max_batch_size=4)
-    captured.warm_up()
+    captured = LLM(folder, dtype="bfloat16", progress=False, max_batch_size=4)
     assert [output.text for output in ask_together(captured)] == [output.text for output in eager]
 
 

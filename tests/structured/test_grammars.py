@@ -1,5 +1,6 @@
 """Masks of a grammar against brute force, for every kind of tokenizer; ends, errors, and the traps of llguidance."""
 
+import contextlib
 import random
 
 import numpy as np
@@ -7,10 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from internlm3 import InternLM3Tokenizer
 from internlm3.runtime.sampling.params import SamplingParams
 from internlm3.runtime.structured.grammars import Grammars
 from internlm3.runtime.structured.token_table import TokenTable
-from internlm3.tests.support.tokenizers import ANY_TEXT
+from internlm3.tests.support.tokenizers import ANY_TEXT, CORPUS
 
 ENDS = frozenset({2, 5})  # </s>, and a token that else is text
 
@@ -33,7 +35,7 @@ def grammars(tokenizer):
 # -------------------------------------------------------------------- the table
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(text=ANY_TEXT)
 def test_a_text_is_cut_as_inside_a_text(tokenizer, text):
     """The trap: a token of the dummy prefix, or of a text that the tokenizer changes, breaks the matcher silently."""
@@ -56,26 +58,34 @@ def test_what_tokens_spell(tokenizer):
     """Decoding any tokens inside a text gives their bytes; special tokens have none."""
     table, rng = tokenizer.token_bytes(), random.Random(1)
     texts = [token for token, spelled in enumerate(table) if spelled]
-    for _ in range(200):
-        ids = rng.choices(texts, k=rng.randrange(1, 12))
-        spelled = tokenizer.convert_tokens_to_string(["a", *tokenizer.convert_ids_to_tokens(ids)])
-        assert spelled.replace("\ufffd", "") == "a" + text_bytes(tokenizer, ids).decode(errors="ignore")
+    valid = 0
+    for _ in range(400):
+        ids = rng.choices(texts, k=rng.randrange(1, 5))
+        with contextlib.suppress(UnicodeDecodeError):  # how the bytes of no character are shown differs
+            expected = text_bytes(tokenizer, ids).decode()
+            assert tokenizer.convert_tokens_to_string(["a", *tokenizer.convert_ids_to_tokens(ids)]) == "a" + expected
+            valid += 1
+    assert valid > 50
     assert len(table) == len(tokenizer)
     assert all(table[token] is None for token in tokenizer.added_tokens_decoder)
     assert {bytes([byte]) for byte in range(256)} <= {*table}
 
 
-def test_the_tokenizers_own_cut_is_kept(tokenizer):
+def test_the_tokenizers_own_cut_is_kept(tokenizer, monkeypatch):
     """Where the tokenizer does not change a text, its own tokens are given, which are not always the longest."""
-    for text in ('{"name": "ada", "tags": ["maths", "poetry"]}', "the quick brown fox jumps over"):
+    monkeypatch.setattr(TokenTable, "_longest_tokens", None)  # the way out for other texts
+    if tokenizer.decode(tokenizer.encode("\n{", add_special_tokens=False)) != "\n{":
+        pytest.skip("this one changes the beginning of a text")
+    for text in CORPUS:
         ids = _table(tokenizer)(text)
         assert ids == tokenizer.encode("\n" + text, add_special_tokens=False)[-len(ids) :]
 
 
-def test_the_trap_is_seen(tokenizer, monkeypatch):
-    """With ids of another text the library's mask has nothing but the end, and its error is no exception there."""
-    monkeypatch.setattr(TokenTable, "__call__", lambda self, text: self._longest_tokens(b" " + text.encode()))
-    with pytest.raises(ValueError, match=r"after 0 tokens of the answer json_object failed: .*doesn't satisfy"):
+def test_the_trap_is_seen(folder, monkeypatch):
+    """With a token of the dummy prefix the library's mask has the end only, and its error is no exception there."""
+    tokenizer = InternLM3Tokenizer.from_pretrained(folder)
+    monkeypatch.setattr(TokenTable, "__call__", lambda self, text: tokenizer.encode(text, add_special_tokens=False))
+    with pytest.raises(ValueError, match=r"after 0 tokens of the answer json_object failed: \S[^<]{,200}$"):
         Grammars(tokenizer, len(tokenizer)).constraint(SamplingParams(json_object=True), ENDS)
 
 
@@ -84,7 +94,7 @@ def test_the_trap_is_seen(tokenizer, monkeypatch):
 WORDS = st.lists(st.text('ab {"中é\n<', min_size=1, max_size=6), min_size=1, max_size=6, unique=True)
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(WORDS, st.randoms())
 def test_masks_are_those_of_brute_force(tokenizer, grammars, texts, rng):
     """Choices: after any tokens exactly those may follow with which one of the texts can still come.
@@ -151,14 +161,13 @@ def test_all_ends_or_none(grammars):
     assert tokens_of(grammars.constraint(SamplingParams(choice=["a"]), ENDS).allowed([])).isdisjoint(ENDS)
 
 
-def spell(grammars, tokenizer, text):
-    """Tokens of single bytes."""
-    table = tokenizer.token_bytes()
-    return [table.index(bytes([byte])) for byte in text.encode()]
+def spell(tokenizer, text):
+    """For each character the token with which the tokenizer spells it."""
+    return [token for character in text for token in _table(tokenizer)(character)]
 
 
 def test_min_tokens_and_permitted_tokens(tokenizer, grammars):
-    a, b = spell(grammars, tokenizer, "ab")
+    a, b = spell(tokenizer, "ab")
     settings = {"regex": "[ab]*", "min_tokens": 2, "suppress_tokens": [b]}
     constraint = grammars.constraint(SamplingParams(**settings), ENDS)
     for count in range(4):
@@ -169,7 +178,7 @@ def test_min_tokens_and_permitted_tokens(tokenizer, grammars):
 
 
 def test_answers_of_one_grammar_are_independent(tokenizer, grammars):
-    params, (a, b) = SamplingParams(choice=["ab", "ba"]), spell(grammars, tokenizer, "ab")
+    params, (a, b) = SamplingParams(choice=["ab", "ba"]), spell(tokenizer, "ab")
     one, two = (grammars.constraint(params, ENDS) for _ in range(2))
     assert a in tokens_of(one.allowed([])) and b in tokens_of(one.allowed([a]))
     assert {a, b} <= tokens_of(two.allowed([])) and a in tokens_of(two.allowed([b]))
@@ -177,7 +186,7 @@ def test_answers_of_one_grammar_are_independent(tokenizer, grammars):
 
 
 def test_tokens_out_of_order_are_refused(tokenizer, grammars):
-    a, b = spell(grammars, tokenizer, "ab")
+    a, b = spell(tokenizer, "ab")
     constraint = grammars.constraint(SamplingParams(choice=["ab"]), ENDS)
     with pytest.raises(ValueError, match="after 2 tokens of the answer choice failed"):
         constraint.allowed([b, a])
@@ -190,11 +199,11 @@ def test_special_tokens_are_no_text_unless_named(tokenizer, grammars):
     start = tokenizer.convert_tokens_to_ids("<|im_start|>")
     free = grammars.constraint(SamplingParams(regex=r"(.|\n)*"), frozenset({2}))
     assert tokens_of(free.allowed([])) & special == {2}
-    spelled = spell(grammars, tokenizer, "<|im_start|")
+    spelled = spell(tokenizer, "<|im_start|")
     assert start not in tokens_of(grammars.constraint(SamplingParams(choice=["<|im_start|>"]), ENDS).allowed(spelled))
     named = grammars.constraint(SamplingParams(grammar='start: <|im_start|> "a"'), ENDS)
     assert tokens_of(named.allowed([])) == {start}
-    assert spell(grammars, tokenizer, "a")[0] in tokens_of(named.allowed([start]))
+    assert spell(tokenizer, "a")[0] in tokens_of(named.allowed([start]))
 
 
 # -------------------------------------------------------------------- errors

@@ -107,6 +107,9 @@ def test_any_pieces_give_the_same(data):
         ("One. \n" + call("f", {}) + "\n Two.", "One. \n\n Two.", [("f", "{}")]),
         ("One." + call("f", {}) + "\n" + call("g", {}) + "\n", "One.", [("f", "{}"), ("g", "{}")]),
         (B + '{"name": "f"}' + E, "", [("f", "{}")]),
+        # Of a key that comes twice, the first counts.
+        (B + '{"name": "f", "name": "g", "parameters": {}}' + E, "", [("f", "{}")]),
+        (B + '{"name": "f", "parameters": {}, "arguments": {"a": 1}}' + E, "", [("f", "{}")]),
         (B + '{"name": "f", "parameters": null}' + E, "", [("f", "{}")]),
         (B + '{"name": "f", "parameters": ""}' + E, "", [("f", "{}")]),
         (call("f", '{"a": "\\n"}'), "", [("f", '{"a": "\\n"}')]),
@@ -137,7 +140,7 @@ def test_any_pieces_give_the_same(data):
         (B + '{"name": "f", "parameters": {"a": 1,}}' + E + "x", "x", [("f", '{"a": 1,}}')]),
         (B + '{"name": "f", "parameters": {"a": "x"y"}}' + E, "", [("f", '{"a": "x"y"}}')]),
         (B + '{"name": "f", "parameters": {"a": 1]}}' + E + call("g", {}), "", [("f", '{"a": 1]}}'), ("g", "{}")]),
-        (B + '{"name": "f", "parameters": {"a": "\n', "", [("f", '{"a": "\n')]),
+        (B + '{"name": "f", "parameters": {"a": "\n' + E + "x", "x", [("f", '{"a": "\n')]),
         (B + '{"name": "f", "parameters": {"a": "\\u123"}}' + E, "", [("f", '{"a": "\\u123"}}')]),
         (B + '{"name": "f", "parameters": {"a": 01}}' + E, "", [("f", '{"a": 01}}')]),
         (B + '{"name": "f", "parameters": {"a": NaN}} <|action', "", [("f", '{"a": NaN}} <|action')]),
