@@ -63,18 +63,13 @@ class AsyncLLM:
         self,
         prompts: str | Sequence[int] | Iterable[Any],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-        *,
-        priority: int = 0,
         **kwargs: Unpack[SamplingKeywords],
     ) -> Any:
         """As LLM.generate: a RequestOutput, or for several prompts a list of them.
 
-        Of the requests that wait, those with the lowest `priority` come first.
-
         Also raises QueueFull, and RuntimeError after `close`.
         """
-        call = await asyncio.to_thread(self.llm._generate_call, prompts, sampling_params, kwargs)
-        return await self._answer(call, priority)
+        return await self._answer(await asyncio.to_thread(self.llm._generate_call, prompts, sampling_params, kwargs))
 
     async def chat(
         self,
@@ -84,18 +79,15 @@ class AsyncLLM:
         thinking: bool = False,
         tools: Sequence[Tool] | None = None,
         tool_choice: str | Mapping[str, Any] = "auto",
-        priority: int = 0,
         **kwargs: Unpack[SamplingKeywords],
     ) -> Any:
         """As LLM.chat: a RequestOutput, or for several conversations a list of them. `stream` streams one.
-
-        `priority` is as for `generate`.
 
         Also raises QueueFull, and RuntimeError after `close`.
         """
         options = sampling_params, thinking, tools, tool_choice, kwargs
         call = await asyncio.to_thread(self.llm._chat_call, messages, *options)
-        return await self._answer(call, priority)
+        return await self._answer(call)
 
     async def stream(
         self,
@@ -105,10 +97,9 @@ class AsyncLLM:
         thinking: bool = False,
         tools: Sequence[Tool] | None = None,
         tool_choice: str | Mapping[str, Any] = "auto",
-        priority: int = 0,
         **kwargs: Unpack[SamplingKeywords],
     ) -> AsyncGenerator[Chunk, None]:
-        """As LLM.stream: an asynchronous iterator of chunks. `priority` is as for `generate`.
+        """As LLM.stream: an asynchronous iterator of chunks.
 
         Closing it (`aclose`, or leaving `contextlib.aclosing`) cancels the answer, and so does cancelling the task that
         waits for its next chunk.
@@ -116,7 +107,7 @@ class AsyncLLM:
         options = sampling_params, thinking, tools, tool_choice, kwargs
         call = await asyncio.to_thread(self.llm._stream_call, prompt, *options)
         device = self.llm.model.device
-        async with aclosing(self._updates(call, priority)) as news:
+        async with aclosing(self._updates(call)) as news:
             async for updates in news:
                 for own in _by_answer(updates):
                     yield chunk_of(own, call.called, device)
@@ -142,16 +133,14 @@ class AsyncLLM:
         """The number of requests that wait for a slot."""
         return self._thread.waiting
 
-    async def _answer(self, call: Call, priority: int) -> RequestOutput | list[RequestOutput]:
-        async with aclosing(self._updates(call, priority)) as news:
+    async def _answer(self, call: Call) -> RequestOutput | list[RequestOutput]:
+        async with aclosing(self._updates(call)) as news:
             async for _ in news:
                 pass
         return call.outputs()
 
-    async def _updates(self, call: Call, priority: int) -> AsyncGenerator[list[Update], None]:
+    async def _updates(self, call: Call) -> AsyncGenerator[list[Update], None]:
         """What comes for a call, until all its answers have finished."""
-        for answer in call.answers:
-            answer.request.priority = check_int("priority", priority, -(2**31), 2**31)
         mailbox = _Mailbox(asyncio.get_running_loop())
         unfinished = len(call.answers)
         try:

@@ -32,7 +32,6 @@ def routes(service: Service) -> APIRouter:
             "thinking": body.thinks,
             "tools": body.tools,
             "tool_choice": body.tool_choice or "auto",
-            "priority": body.priority or 0,
             **body.settings(),
         }
         if body.stream:

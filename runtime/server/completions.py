@@ -28,7 +28,7 @@ def routes(service: Service) -> APIRouter:
     async def completions(body: CompletionRequest, request: Request) -> Response:
         service.check_model(body.model)
         llm = service.llm
-        options = {"priority": body.priority or 0, **body.settings()}
+        options = body.settings()
         prompts = _prompts(body)
         answers, most = len(prompts) * (body.n or 1), service.settings.max_waiting
         if answers > most:
