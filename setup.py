@@ -74,6 +74,8 @@ setup(
         "demo": ["gguf>=0.17", "protobuf>=5", "prompt_toolkit>=3.0"],
         # Answers of a given form: json_schema, regex, choice, grammar.
         "json": ["llguidance>=1.9"],
+        # `internlm3 serve`.
+        "server": ["fastapi>=0.115", "uvicorn>=0.30", "prometheus-client>=0.20"],
         # `python -m bench.report --plot` draws a record.
         "plots": ["matplotlib>=3.9"],
         # Tests and benchmarks compare with transformers. The runtime never imports it.
@@ -85,6 +87,11 @@ setup(
             "matplotlib>=3.9",
             "llguidance>=1.9",
             "jsonschema>=4.20",  # validates answers
+            "fastapi>=0.115",
+            "uvicorn>=0.30",
+            "prometheus-client>=0.20",
+            "httpx>=0.27",  # asks the app without a network
+            "openai>=1.50",  # asks the server as its users do
             # 5.23 is the first with InternLM3. It needs Python 3.11; with an older one these tests are left out.
             "transformers>=5.23; python_version >= '3.11'",
             "transformers>=5.20; python_version < '3.11'",

@@ -16,6 +16,10 @@ from ..tokenization.tokenizer import InternLM3Tokenizer
 from .prompts import THINKING_SYSTEM_PROMPT
 
 
+class PromptTooLong(ValueError):
+    """A prompt that leaves no room for an answer in the context window."""
+
+
 def prompt_list(given: Any) -> tuple[list[Any], bool]:
     """The prompts in a list, and whether the caller gave a single one. Tensors and arrays become lists of integers."""
     if isinstance(given, str):
@@ -47,13 +51,13 @@ def encode_prompt(tokenizer: InternLM3Tokenizer, text: str, window: int, **optio
         options: of `tokenizer.encode`.
 
     Raises:
-        ValueError: the text has more than twice as many tokens as the window.
+        PromptTooLong: the text has more than twice as many tokens as the window.
     """
     length = 16 * window
     while length < len(text):
         count = len(tokenizer.encode(text[:length], **options))
         if count > 2 * window + 100:
-            raise ValueError(
+            raise PromptTooLong(
                 f"a prompt of {len(text)} characters has more than {count // 2} tokens, and max_seq_len is {window}: "
                 "shorten it, or load the model with a larger max_seq_len"
             )

@@ -40,7 +40,15 @@ from ..tools.schemas import Tool
 from ..tools.text_stream import ToolTextStream
 from ..tools.use import ToolUse
 from .call import Call
-from .inputs import check_window, checkpoint_defaults, conversation_of, encode_prompt, prompt_list, token_ids_of
+from .inputs import (
+    PromptTooLong,
+    check_window,
+    checkpoint_defaults,
+    conversation_of,
+    encode_prompt,
+    prompt_list,
+    token_ids_of,
+)
 from .outputs import Chunk, RequestOutput, ToolAnswer, chunk_of
 from .perplexity import Perplexity, perplexity
 
@@ -421,7 +429,7 @@ class LLM:
             check_prompt(name, prompt, self.config.vocab_size)
             room = self.max_seq_len - len(prompt)
             if room < 1:
-                raise ValueError(
+                raise PromptTooLong(
                     f"{name} has {len(prompt)} tokens, and max_seq_len is {self.max_seq_len}: "
                     "shorten it, or load the model with a larger max_seq_len"
                 )

@@ -32,6 +32,7 @@ class Chunk:
         cached_tokens, drafted, accepted: as in RequestOutput, so far.
         index: the answer's place among the `n` answers to the prompt.
         tool_calls: what is new in calls of tools.
+        timings: None until the last chunk, then those of this answer.
     """
 
     text: str
@@ -50,6 +51,7 @@ class Chunk:
     accepted: int = 0
     index: int = 0
     tool_calls: list[ToolCallDelta] = field(default_factory=list)
+    timings: Timings | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -208,6 +210,7 @@ def chunk_of(updates: Sequence[Update], called: float, device: torch.device) -> 
         request.accepted,
         request.answer,
         [delta for update in updates if isinstance(update, ToolUpdate) for delta in update.tool_calls],
+        timings_of([request], called) if last.finished else None,
     )
 
 

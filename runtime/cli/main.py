@@ -167,6 +167,32 @@ def _quantize(args: argparse.Namespace) -> None:
     )
 
 
+def _serve(args: argparse.Namespace) -> None:
+    from ..server.settings import Settings
+
+    try:
+        from ..server.serve import serve
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"{error}: the server needs it: pip install 'internlm3[server]'") from None
+    from ..api.async_llm import AsyncLLM
+
+    # A path is nobody's business.
+    name = Path(args.model).resolve().name if Path(args.model).exists() else args.model
+    settings = Settings(
+        args.served_model_name or name,
+        host=args.host,
+        api_key=args.api_key or os.environ.get("INTERNLM3_API_KEY") or None,
+        allow_host=tuple(args.allow_host),
+        allow_origin=tuple(args.allow_origin),
+        max_waiting=args.max_waiting,
+    )
+    serve(
+        lambda: AsyncLLM(_load(args, max_batch_size=args.max_batch_size), max_waiting=settings.max_waiting),
+        settings,
+        args.port,
+    )
+
+
 def _read(path: str) -> str:
     from ..common.files import read_text
 
@@ -176,8 +202,8 @@ def _read(path: str) -> str:
 # -------------------------------------------------------------------- shared by the commands
 
 
-def _load(args: argparse.Namespace, *, progress: bool | None = None) -> LLM:
-    """progress: what LLM says on standard error while it loads; None: only if that is a terminal."""
+def _load(args: argparse.Namespace, *, progress: bool | None = None, **options: Any) -> LLM:
+    """progress: what LLM says on standard error while it loads; None: only if that is a terminal. options: of LLM."""
     from ..api.llm import LLM
     from .threads import leave_busy_cores
 
@@ -191,6 +217,7 @@ def _load(args: argparse.Namespace, *, progress: bool | None = None) -> LLM:
         revision=args.revision,
         local_files_only=args.local_files_only,
         progress=sys.stderr.isatty() if progress is None else progress,
+        **options,
     )
 
 
@@ -208,11 +235,17 @@ def _answer(llm: LLM, messages: list[dict[str, str]], args: argparse.Namespace) 
     return llm.stream(messages, _preset(args), thinking=args.thinking, **given_settings(args))
 
 
+def _count(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected an integer of at least 1, not {text!r}")
+    return int(text)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="internlm3", description="InternLM3 at the lowest latency one GPU allows.")
     parser.add_argument("--version", action="version", version=f"internlm3 {VERSION}")
     commands = parser.add_subparsers(
-        title="commands", required=True, metavar="{chat,generate,info,perplexity,quantize,demo}"
+        title="commands", required=True, metavar="{chat,generate,serve,info,perplexity,quantize,demo}"
     )
 
     def command(name: str, run: Callable[[argparse.Namespace], int | None], text: str) -> argparse.ArgumentParser:
@@ -222,12 +255,13 @@ def _parser() -> argparse.ArgumentParser:
 
     chat = command("chat", _chat, "Talk with a model in the terminal.")
     generate = command("generate", _generate, "Answer one prompt, streaming.")
+    server = command("serve", _serve, "Serve a model under OpenAI's API.")
     info = command("info", _info, "Show a checkpoint's configuration, parameters and memory.")
     score = command("perplexity", _perplexity, "Measure how well a model predicts a text.")
     quantise = command("quantize", _quantize, "Write a checkpoint with 4 or 8 bits a weight, as compressed-tensors.")
     demo = command("demo", _demo, "Fetch a small real model, convert it once to InternLM3's format, and talk with it.")
 
-    for each in (chat, generate, info, score):
+    for each in (chat, generate, server, info, score):
         each.add_argument(
             "model",
             nargs="?",
@@ -239,6 +273,23 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("-p", "--prompt", required=True, help="the prompt; - reads standard input")
     generate.add_argument("--raw", action="store_true", help="continue the bare text, without the chat template")
     demo.add_argument("-p", "--prompt", help=f"answer this and quit (default: {DEMO_QUESTION!r}, then chat)")
+    server.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 is all (default: 127.0.0.1)")
+    server.add_argument("--port", type=int, default=8000, help="port to listen on (default: 8000)")
+    server.add_argument(
+        "--api-key", help="clients must send this as a bearer token (default: INTERNLM3_API_KEY, if it is set)"
+    )
+    server.add_argument("--served-model-name", metavar="NAME", help="the model's name in the API (default: MODEL)")
+    server.add_argument(
+        "--max-waiting", type=_count, default=256, help="requests that may wait; more get 429 (default: 256)"
+    )
+    server.add_argument(
+        "--allow-origin", action="append", default=[], metavar="ORIGIN",
+        help="let web pages from there use the server, such as https://chat.example; may be given again",
+    )  # fmt: skip
+    server.add_argument(
+        "--allow-host", action="append", default=[], metavar="NAME",
+        help="serve under this name, too, besides addresses, localhost and the machine's own; may be given again",
+    )  # fmt: skip
     info.add_argument("--length", type=int, help="context length of the KV cache (default: the trained window)")
 
     score.add_argument("text", nargs="?", help="a file of text; - reads standard input (default: one that ships)")
@@ -258,7 +309,7 @@ def _parser() -> argparse.ArgumentParser:
         "--calibrate", metavar="TEXT", help="4 bits: a file of text like the model's later input (default: one ships)"
     )
 
-    for each in (chat, generate, demo, info, score, quantise):
+    for each in (chat, generate, server, demo, info, score, quantise):
         group = each.add_argument_group("model")
         if each is not quantise:
             group.add_argument("--dtype", default="auto", help="auto, bfloat16, float16 or float32")
@@ -271,7 +322,11 @@ def _parser() -> argparse.ArgumentParser:
             continue
         group.add_argument("--max-seq-len", type=int, help="context length: prompt and answer together, in tokens")
         group.add_argument("--quantization", help="quantise the weights on load: int4, int8 or fp8")
-        if each is score:
+        if each is server:
+            group.add_argument(
+                "--max-batch-size", type=_count, default=16, help="answers decoded together; more wait (default: 16)"
+            )
+        if each in (score, server):
             continue
         group = each.add_argument_group("conversation")
         group.add_argument("--system", help="the system prompt")

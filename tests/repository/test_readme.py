@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from internlm3 import AsyncLLM
 from internlm3.runtime.api import async_llm
 from internlm3.runtime.api import llm as llm_module
 from internlm3.runtime.sampling import params
+from internlm3.tests.server.conftest import served
 
 PAGES = ["README.md", "runtime/README.md", "kernels/README.md", "bench/README.md", "tests/README.md", "CONTRIBUTING.md"]
 LANGUAGES = ("README.md", "README.zh-CN.md")
@@ -173,7 +175,9 @@ def test_python_runs_as_it_is_pasted(page, code, demo_model, loaded, monkeypatch
     monkeypatch.setattr(llm_module, "LLM", loaded)
     monkeypatch.setattr(async_llm, "AsyncLLM", lambda model, **options: AsyncLLM(loaded(model), **options))
     code = re.sub(r"\b(max_tokens|max_new_tokens)=\d+", r"\1=8", code.replace(MODEL, str(demo_model)))
-    exec(compile(code, f"<a block of {page}>", "exec"), {"__name__": "pasted"})
+    with served(AsyncLLM(loaded(demo_model)), MODEL.partition("/")[2]) if "OpenAI(" in code else nullcontext() as url:
+        code = code.replace("http://localhost:8000", str(url))
+        exec(compile(code, f"<a block of {page}>", "exec"), {"__name__": "pasted"})
     assert capsys.readouterr().out.strip()
 
 
@@ -259,7 +263,7 @@ def test_commands_are_accepted():
                     arguments = ["cpu" if word == "triton" else word for word in arguments]
                 if arguments:  # the name alone stands for the program
                     parsers.append((module, arguments))
-            case ["mypy", *_]:
+            case ["mypy" | "curl", *_]:
                 pass
             case ["pytest", *arguments] if any(Path(ROOT, word.partition("::")[0]).exists() for word in arguments):
                 collections.append(arguments)
