@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test lint fuzz soak audit bench clean
+.PHONY: demo test test-serving lint fuzz soak audit bench clean
 
 # The environment is updated whenever setup.py or constraints.txt is newer than this stamp.
 # torch is installed first and alone: pip then has no reason to touch the CUDA packages that it depends on.
@@ -53,6 +53,10 @@ test: lint
 	$(BIN)/pytest -n 2 --dist worksteal
 	$(BIN)/python -m bench.audit $(addprefix --target ,sm_80 sm_90 sm_100)
 endif
+
+# What needs more than the environment has, and is skipped without it: the chat page in a Chromium of this machine.
+test-serving: $(VENV)/.ready
+	$(BIN)/pytest tests/serving $(ARGS)
 
 # New random cases: make fuzz ARGS="--op linear --dtype bfloat16 --minutes 5"
 fuzz: $(VENV)/.ready

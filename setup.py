@@ -44,7 +44,11 @@ setup(
     python_requires=">=3.10",
     package_dir={"internlm3": "."},
     packages=["internlm3", *(f"internlm3.{name}" for name in find_packages(ROOT, include=PACKAGES))],
-    package_data={"internlm3": ["py.typed"], "internlm3.runtime.checkpoint.quantise": ["calibration.txt"]},
+    package_data={
+        "internlm3": ["py.typed"],
+        "internlm3.runtime.checkpoint.quantise": ["calibration.txt"],
+        "internlm3.runtime.server": ["page.html"],
+    },
     cmdclass={"build_py": BuildPackageOnly},
     # Both ends were tested (2026-11-25, Python 3.11, no GPU): the newest versions are in constraints.txt, and
     # - torch 2.11.0 with triton 3.6.0, and 2.14.1 with 3.8.0: kernels in the interpreter, model, engine;

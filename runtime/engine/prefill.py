@@ -167,6 +167,14 @@ def run_chunks(
     return x
 
 
+def cost(tokens: int) -> int:
+    """What running so many tokens of a prompt counts against the chunk that may run between two decode steps.
+
+    A few tokens take as long as many: a launch reads all weights.
+    """
+    return max(tokens, CHUNK // 4)
+
+
 def _launch_width(model: LanguageModel, tokens: int, most: int) -> int:
     """How many of a prompt's remaining tokens the next launch runs: one chunk.
 

@@ -86,7 +86,7 @@ class Runner:
         capture = None if self._eager else self._capture
         self._prefill = prefill.Prefill(self._model, self.kv_cache, self._state, self._staging, capture)
         self._weights = WeightsState(self._model)
-        self._prompts_ran = False  # since the last decode step
+        self._room = prefill.CHUNK  # what prompts may still cost until the next decode step
 
     def drop_if_stale(self, message: str) -> bool:
         """Whether the weights have changed. If so, ends all requests with "error" and this message, and begins anew."""
@@ -129,14 +129,15 @@ class Runner:
         keep their pace.
         """
         alone = not self.scheduler.decoding
-        if self._prompts_ran and not alone:
-            return
         long = self.scheduler.prefilling
-        slots = [] if long is not None else self.scheduler.schedule(math.inf if alone else prefill.CHUNK)
+        slots = [] if long is not None else self.scheduler.schedule(math.inf if alone else self._room)
+        self._room -= sum(prefill.cost(slot.remaining) for slot in slots if slot.twin is None)
         if slots and slots[0].remaining > prefill.CHUNK:
             long = slots[0]
+        elif long is not None and not alone and self._room < prefill.CHUNK:
+            return
         if long is not None:
-            self._prompts_ran = True
+            self._room = 0
             if not self._prefill.run_chunk(long, prefill.LAUNCH_TOKENS if alone else prefill.CHUNK):
                 return
             self.scheduler.register(long)
@@ -146,7 +147,6 @@ class Runner:
 
     def _run_to_first_tokens(self, slots: list[Slot]) -> None:
         """Runs what is left of these prompts, and samples the token after each."""
-        self._prompts_ran = True
         slot = slots[0]
         for each in slots:
             each.started = True
@@ -188,7 +188,7 @@ class Runner:
             slots = self.scheduler.in_step(batch_size)
             drafts = self.speculation is not None and self.speculation.prepare(slots)
             self._steps.launch(Step(batch_size, max(slot.tier for slot in unfinished), drafts), slots)
-            self._prompts_ran = False
+            self._room = prefill.CHUNK
 
     def _unfinished(self) -> list[Slot]:
         """The slots that may have tokens after the steps in flight, of which each generates at least one."""
@@ -210,7 +210,7 @@ class Runner:
         self._steps.launch(Step(batch_size, Tier.FULL, part=Part.TOKENS), slots)
         if self.speculation is not None:
             self.speculation.drop_drafts()
-        self._prompts_ran = False
+        self._room = prefill.CHUNK
         return moved
 
     def _step_on_host(self) -> list[Request]:
@@ -229,7 +229,7 @@ class Runner:
         if self.speculation is not None:
             self.speculation.drop_drafts()
         self._steps.copy_report(slots)
-        self._prompts_ran = False
+        self._room = prefill.CHUNK
         return self._collect()
 
     def _collect_all(self) -> list[Request]:

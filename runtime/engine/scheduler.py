@@ -67,11 +67,12 @@ class Scheduler:
         for request in requests:
             insort(self.waiting, request, key=lambda each: each.params.priority)
 
-    def schedule(self, most_tokens: float) -> list[Slot]:
+    def schedule(self, room: float) -> list[Slot]:
         """Gives slots and pages to waiting requests, in order, as long as there are enough.
 
-        Their prompts have at most `most_tokens` tokens to run together, and at most a chunk each. Only the first may
-        have more: then it comes alone, or with those after it that have the same prompt.
+        Args:
+            room: what their prompts may cost together; each at most a chunk. If it is a chunk or more, the first prompt
+                may be longer: then it comes alone, or with those after it that have the same prompt.
         """
         scheduled: list[Slot] = []
         first_of: dict[tuple[int, ...], Slot] = {}
@@ -80,21 +81,19 @@ class Scheduler:
                 self.waiting.pop(0)
                 continue
             prompt = tuple(self.waiting[0].prompt_ids)
-            room = min(most_tokens, prefill.CHUNK) if scheduled else math.inf
+            most = math.inf if not scheduled and room >= prefill.CHUNK else min(room, prefill.CHUNK)
             twin = first_of.get(prompt)
-            slot = self._place(self.waiting[0], twin, room) if twin is not None or room > 0 else None
+            slot = self._place(self.waiting[0], twin, most) if twin is not None or most > 0 else None
             if slot is None:
                 break
             self.waiting.pop(0)
             first_of.setdefault(prompt, slot)
             scheduled.append(slot)
-            if slot.twin is None:
-                tokens = slot.remaining
-                most_tokens = most_tokens - tokens if tokens <= prefill.CHUNK else 0
+            room -= 0 if twin is not None else prefill.cost(slot.remaining)
         return scheduled
 
-    def _place(self, request: Request, twin: Slot | None, room: float) -> Slot | None:
-        """A slot and pages for a request, None if too few pages are free, or its prompt has more tokens to run.
+    def _place(self, request: Request, twin: Slot | None, most: float) -> Slot | None:
+        """A slot and pages for a request, None if too few pages are free, or its prompt costs more than `most`.
 
         Pages that hold its prompt already are shared: all whole pages of `twin`, which has the same prompt, or those
         that an earlier sequence registered. The last token always runs, so its page (or chunk) is not shared.
@@ -107,7 +106,7 @@ class Scheduler:
             shared = self._pages.match_prefix(ids[: len(ids) - 1], root, self._reused_pages)
         missing = pages_of(len(ids) + request.max_tokens) - len(shared)
         cached = len(shared) * PAGE
-        if missing > self._pages.free or (twin is None and len(ids) - cached > room):
+        if missing > self._pages.free or (twin is None and prefill.cost(len(ids) - cached) > most):
             self._pages.release(shared)
             return None
         pages = shared + self._pages.allocate(missing, after=shared[-1] if shared else None)

@@ -51,8 +51,8 @@ def wheel(tmp_path_factory):
 
 def test_the_wheel_contains_the_package_and_nothing_else(wheel):
     modules = {path for name in PACKAGED for path in [ROOT / name, *(ROOT / name).rglob("*.py")] if path.is_file()}
-    data = ROOT / "runtime" / "checkpoint" / "quantise" / "calibration.txt"
-    expected = {f"internlm3/{path.relative_to(ROOT).as_posix()}" for path in {*modules, data}}
+    data = {ROOT / "runtime" / name for name in ("checkpoint/quantise/calibration.txt", "server/page.html")}
+    expected = {f"internlm3/{path.relative_to(ROOT).as_posix()}" for path in modules | data}
     names = zipfile.ZipFile(wheel).namelist()
     assert {name for name in names if ".dist-info/" not in name} == expected
     assert len([name for name in names if name.endswith(".dist-info/licenses/LICENSE")]) == 1
