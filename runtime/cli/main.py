@@ -176,12 +176,15 @@ def _serve(args: argparse.Namespace) -> None:
         raise ModuleNotFoundError(f"{error}: the server needs it: pip install 'internlm3[server]'") from None
     from ..api.async_llm import AsyncLLM
 
+    key = args.api_key or os.environ.get("INTERNLM3_API_KEY") or None
+    if key is None and args.host not in ("127.0.0.1", "localhost", "::1"):
+        print("internlm3: without --api-key, whoever reaches this machine may use the model", file=sys.stderr)
     # A path is nobody's business.
     name = Path(args.model).resolve().name if Path(args.model).exists() else args.model
     settings = Settings(
         args.served_model_name or name,
         host=args.host,
-        api_key=args.api_key or os.environ.get("INTERNLM3_API_KEY") or None,
+        api_key=key,
         allow_host=tuple(args.allow_host),
         allow_origin=tuple(args.allow_origin),
         max_waiting=args.max_waiting,

@@ -60,6 +60,6 @@ async def _lines(events: AsyncGenerator[dict[str, Any], None]) -> AsyncGenerator
             async for event in events:
                 yield f"data: {json.dumps(event, ensure_ascii=False, separators=(',', ':'))}\n\n"
         except ApiError as error:
-            yield f"data: {json.dumps(error.body, ensure_ascii=False)}\n\n"
+            yield f"data: {json.dumps(error.body)}\n\n"
             return
     yield "data: [DONE]\n\n"

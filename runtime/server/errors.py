@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -9,8 +10,8 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.responses import Response
 
 from ..api.inputs import PromptTooLong
 from ..common.shown import shown
@@ -37,9 +38,10 @@ class ApiError(Exception):
         kind = _TYPES.get(self.status, "invalid_request_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
-    def response(self) -> JSONResponse:
+    def response(self) -> Response:
         headers = {401: {"www-authenticate": "Bearer"}, 429: {"retry-after": "1"}, 503: {"retry-after": "1"}}
-        return JSONResponse(self.body, self.status, headers.get(self.status))
+        text = json.dumps(self.body)  # in ASCII: a name that a client sent may have half of a surrogate pair
+        return Response(text, self.status, headers.get(self.status), media_type="application/json")
 
 
 class Disconnected(Exception):
@@ -81,11 +83,11 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(Exception, _fault)
 
 
-def _api_error(_: Request, error: Any) -> JSONResponse:
+def _api_error(_: Request, error: Any) -> Response:
     return error.response()
 
 
-def _invalid(_: Request, error: Any) -> JSONResponse:
+def _invalid(_: Request, error: Any) -> Response:
     return invalid(error.errors()).response()
 
 
@@ -103,7 +105,7 @@ def invalid(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     return ApiError(400, f"{'.'.join(place)}: {first['msg']}{got}", param=name)
 
 
-def _http(request: Request, error: Any) -> JSONResponse:
+def _http(request: Request, error: Any) -> Response:
     if error.status_code == 404:
         return ApiError(404, f"there is no {request.url.path} here", code="unknown_url").response()
     if error.status_code == 405:
@@ -112,9 +114,9 @@ def _http(request: Request, error: Any) -> JSONResponse:
     return ApiError(400, f"the body is not valid JSON: {cause or error.detail}", code="invalid_json").response()
 
 
-def _disconnected(_: Request, error: Any) -> JSONResponse:
+def _disconnected(_: Request, error: Any) -> Response:
     return ApiError(499, "the client has gone").response()  # nobody reads it; logs have the status
 
 
-def _fault(_: Request, error: Any) -> JSONResponse:
+def _fault(_: Request, error: Any) -> Response:
     return ApiError(500, "an error of this server; its log has the traceback").response()

@@ -66,7 +66,7 @@ class LimitedProtocol(H11Protocol):
             self._head.cancel()
             self._head = None
         elif self._head is None and not busy:
-            self._head = self.loop.call_later(self.settings.head_seconds, self.transport.abort)
+            self._head = self.loop.call_later(self.settings.head_seconds, self.transport.close)
 
     def _refuse(self, error: ApiError) -> None:
         body = json.dumps(error.body).encode()

@@ -56,7 +56,7 @@ def server_of(model: AsyncLLM | Callable[[], AsyncLLM], settings: Settings, port
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        timeout_keep_alive=int(settings.head_seconds),
+        timeout_keep_alive=int(settings.head_seconds) + 1,  # the protocol's own limit comes first
         timeout_graceful_shutdown=1,  # by then all has finished, or had its time
     )
     return DrainingServer(config, app.state.service)

@@ -50,6 +50,7 @@ WRONG = [
     ({"stream": "yes"}, "stream", "boolean"),
     ({"temprature": 1}, "temprature", "did you mean 'temperature'?"),
     ({"flavour": 1}, "flavour", "unknown field 'flavour'"),
+    ({"\ud800": 1}, "\ud800", "unknown field"),
     ({"reasoning_effort": "high"}, "reasoning_effort", "thinking"),
     ({"functions": [{"name": "f"}]}, "functions", "tools"),
     ({"modalities": ["audio"]}, "modalities", "modalities"),
@@ -111,6 +112,7 @@ def test_a_form_of_a_web_page_is_no_request(ask):
 
 def test_completions(ask):
     assert "empty" in error(ask(COMPLETIONS, prompt=[]), 400)["message"]
+    assert error(ask(COMPLETIONS, prompt="\ud800", echo=True), 400)
     assert "empty" in error(ask(COMPLETIONS, prompt=""), 400)["message"]
     assert error(ask(COMPLETIONS, prompt=[1, "a"]), 400)["param"] == "prompt"
     assert "4999999" in error(ask(COMPLETIONS, prompt=[4999999]), 400)["message"]
