@@ -56,11 +56,12 @@ def routes(service: Service) -> APIRouter:
     async def metrics() -> Response:
         return Response(service.metrics.text(), media_type=_PROMETHEUS)
 
-    if _PAGE.exists():
-
-        @router.get("/")
-        async def page() -> Response:
-            return FileResponse(_PAGE, media_type="text/html")
+    @router.get("/")
+    async def page() -> Response:
+        # Its own policy, in a meta element, can't forbid that another page frames it.
+        return FileResponse(
+            _PAGE, media_type="text/html", headers={"content-security-policy": "frame-ancestors 'none'"}
+        )
 
     return router
 
