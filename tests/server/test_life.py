@@ -136,6 +136,7 @@ def test_the_page(ask, tmp_path, monkeypatch):
     (tmp_path / "page.html").write_text("<h1>书生</h1>")
     response = ask("/", {"api_key": "k"}, _method="GET")
     assert response.text == "<h1>书生</h1>" and response.headers["content-type"].startswith("text/html")
+    assert response.headers["x-frame-options"] == "DENY"
 
 
 # --- limits
