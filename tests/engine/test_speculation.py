@@ -436,8 +436,8 @@ def test_a_warm_up_captures_all_steps_and_measures_their_cost(model, monkeypatch
     engine.warm_up()
     engine.warm_up()
     assert engine.pages.free == len(engine.pages) and not engine._runner.speculation.rows.batch.seq_lens.any()
-    # Steps of 1, 2, 4, 8 and 9 rows, by tier, and in two parts; with drafts up to 8; chunks of up to 16, 64, 128 and 256
-    # tokens; first tokens, by tier.
+    # Steps of 1, 2, 4, 8 and 9 rows, by tier, and in two parts; with drafts up to 8; chunks of up to 16, 64, 128 and
+    # 256 tokens; first tokens, by tier.
     assert len(captured) == (4 + 2) * 5 + 4 * 4 + 4 + 4
     assert [*engine._runner.speculation.costs] == [*range(1, MOST_SEQUENCES + 1)]
     run(model, requests_of([GREEDY], [ids(20) * 3, ids(9)]), engine)

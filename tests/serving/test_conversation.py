@@ -53,14 +53,19 @@ def test_the_whole_conversation_is_sent(page, server, ask):
     assert spoken(server.asked[-1]) == [("user", "One"), ("assistant", "1"), ("user", "Two\n  lines")]
 
 
-def test_characters_may_be_cut_in_the_middle(page, server):
-    page.type("?")
-    page.press("Enter")
-    for byte in 'data: {"choices": [{"delta": {"content": "书生😀"}}]}\r\n\r\n: a comment\r\n\r\n'.encode():
-        server.parts.put(bytes([byte]))
-    server.finish()
-    page.wait("!running")
-    assert turns(page)[-1] == ("assistant", "书生😀")
+def test_a_stream_may_be_cut_anywhere(page):
+    """Every byte comes by itself: those of a character, of a line's end, of a word."""
+    stream = 'data: {"a": "书生😀"}\r\n\r\n: a comment\n\ndata:2\n\ndata: [DONE]\n\n'
+    events = """(async text => {
+      const body = new ReadableStream({start(to) {
+        for (const byte of new TextEncoder().encode(text)) to.enqueue(new Uint8Array([byte]));
+        to.close();
+      }});
+      const found = [];
+      for await (const data of eventsOf({body})) found.push(data);
+      return found;
+    })"""
+    assert page.run(f"{events}({json.dumps(stream)})") == ['{"a": "书生😀"}', "2", "[DONE]"]
 
 
 @pytest.mark.parametrize("how", ["button", "Escape"])
