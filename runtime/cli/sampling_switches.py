@@ -67,5 +67,8 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "token biases": {"type": _bias, "action": "append", "metavar": "ID=BIAS"},
     "sequences": {"type": _sequence, "action": "append", "metavar": "ID,ID"},
     "sequence biases": {"type": _sequence_bias, "action": "append", "metavar": "ID,ID=BIAS"},
+    "text": {},
+    "texts": {"action": "append"},
+    "JSON schema": {"metavar": "JSON"},
     "start and factor": {"type": float, "nargs": 2, "metavar": ("START", "FACTOR")},
 }

@@ -271,7 +271,7 @@ def test_the_command_by_its_other_name_and_its_version():
 def test_every_sampling_parameter_has_a_switch(demo_model, run):
     shown = run("generate", "--help").stdout
     for field in fields(SamplingParams):
-        if field.name not in ("n", "logprobs"):  # of which a stream shows nothing
+        if field.name not in ("n", "logprobs", "priority"):  # of which a stream shows nothing
             assert f"--{field.name.replace('_', '-')}" in shown.replace("--no-s", "--s"), field.name
     tokens = InternLM3Tokenizer.from_pretrained(demo_model)
     paris = tokens.encode("Paris", add_special_tokens=False)
@@ -281,6 +281,8 @@ def test_every_sampling_parameter_has_a_switch(demo_model, run):
     capital = tokens.encode(" capital", add_special_tokens=False)
     assert run(*options, "--stop-token-ids", *capital).stdout == "The\n"
     assert run(*options, "--stop", " of", "--include-stop-str-in-output").stdout == "The capital of\n"
+    assert run(*options, "--choice", "Lyon", "--choice", "Nice").stdout in ("Lyon\n", "Nice\n")
+    assert run(*options, "--json-schema", '{"enum": [17]}').stdout == "17\n"
     assert run(*options, "--ignore-eos", "--no-skip-special-tokens").stdout.count("<|im_end|>") > 0
     assert run(*options, "--frequency-penalty", 2, "--presence-penalty", -2, "--typical-p", 0.5, "--seed", -1).stdout
 

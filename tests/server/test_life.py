@@ -132,7 +132,7 @@ def test_the_page(ask):
     """Without a key, and in no frame of another page."""
     response = ask("/", {"api_key": "k"}, _method="GET")
     assert "internlm3" in response.text and response.headers["content-type"].startswith("text/html")
-    assert response.headers["x-frame-options"] == "DENY"
+    assert response.headers["content-security-policy"] == "frame-ancestors 'none'"
 
 
 # --- limits
