@@ -125,7 +125,7 @@ SETTINGS = (
     Setting("speculation", "bool", help="do not draft tokens from what the text repeats"),
     Setting("priority", "integer", f"[{-(2**31)}, {2**31 - 1}]"),
     Setting("suppress_tokens", "token ids", none=True, generate="suppress_tokens", help="never these tokens"),
-    Setting("json_schema", "JSON schema", none=True, help="the answer is JSON that this schema, given as JSON, describes"),
+    Setting("json_schema", "JSON schema", none=True, help="the answer is JSON that this schema describes"),
     Setting("json_object", "bool", help="the answer is a JSON object"),
     Setting("regex", "text", none=True, help="the answer matches this regular expression"),
     Setting("choice", "texts", none=True, help="the answer is this text; may be given again"),
