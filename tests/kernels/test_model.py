@@ -116,7 +116,10 @@ def test_a_prompt_in_padded_chunks(monkeypatch, backend):
         rows = torch.zeros(layout.words, dtype=torch.int32, device=DEVICE)
         staging = prefill.Staging(model.config, layout, rows, kv_cache.spare, PAGE)
         slot = Slot(Request(prompt, SamplingParams(), 1), 0, pages, Tier.GREEDY)
-        return prefill.CapturedPrompts(model, kv_cache, staging, lambda launch: launch).run(slot).clone()
+        prompts = prefill.CapturedPrompts(model, kv_cache, staging, lambda launch: launch)
+        while slot.remaining:
+            last = prompts.run_chunk(slot)
+        return last.clone()
 
     def plain(kv_cache, prompt):
         inv_freq = inverse_frequencies(model.config, len(prompt), DEVICE)[None]
