@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 import weakref
 from collections.abc import Generator, Iterable, Iterator, Sequence
 
@@ -98,6 +99,9 @@ class Engine(Exclusive):
                 if updates:
                     yield updates
                     unfinished = [answer for answer in unfinished if not answer.finished]
+                else:
+                    # A prompt is under way. Locks are not fair: a thread that waits for this one's gets it now.
+                    time.sleep(1e-4)
         finally:
             self.cancel([answer.request for answer in answers])
 
