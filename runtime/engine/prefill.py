@@ -168,9 +168,9 @@ def run_chunks(
 
 
 def cost(tokens: int) -> int:
-    """What running so many tokens of a prompt counts against the chunk that may run between two decode steps.
+    """The share of a prompt's `tokens` in the chunk of tokens that may run between two decode steps.
 
-    A few tokens take as long as many: a launch reads all weights.
+    A few tokens count as a quarter of a chunk: they take as long, since a launch reads all weights.
     """
     return max(tokens, CHUNK // 4)
 

@@ -22,7 +22,7 @@ _TYPES = {429: "rate_limit_error", 500: "server_error", 501: "server_error", 503
 
 
 class ApiError(Exception):
-    """What a client is told, with its status.
+    """The error that a client gets, with its status.
 
     Args:
         param: the field of the request that is wrong.
@@ -92,7 +92,7 @@ def _invalid(_: Request, error: Any) -> Response:
 
 
 def invalid(errors: Sequence[Mapping[str, Any]]) -> ApiError:
-    """The error of a body that does not validate; `errors`: pydantic's, of which the first is told."""
+    """The error of a body that does not validate; `errors`: pydantic's, the first of which the client gets."""
     first = errors[0]
     place = [str(part) for part in first["loc"] if part != "body"]
     if first["type"] == "json_invalid":

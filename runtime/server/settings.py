@@ -1,4 +1,4 @@
-"""What `internlm3 serve` can be told."""
+"""The settings of `internlm3 serve`."""
 
 from __future__ import annotations
 
