@@ -102,6 +102,7 @@ def test_draft(seed, batch, rows, letters, longest, padding, block):
     width = max(1, *map(len, texts)) + below(2 * block)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module_of(kernels.draft), "BLOCK", block)
+        patch.setattr(module_of(kernels.draft), "BLOCKS", 4)
         check(texts, width, rows, limits, padding)
 
 
