@@ -110,6 +110,7 @@ def test_the_longest_match_and_the_last_of_equal_ones():
     assert check([[1, 2, 3, 4, 9, 2, 3, 5, 1, 2, 3]], 16, 4) == [[4, 9, 2]]
     assert check([[2, 3, 4, 8, 9, 2, 3, 5, 1, 2, 3]], 16, 4) == [[5, 1, 2]]
     assert check([[3, 4, 8, 9, 1, 3]], 16, 4) == [[]]  # one token is no match
+    assert check([[3], [3, 3]], 2, 4) == [[], []]
 
 
 def test_a_text_that_repeats_itself_goes_on():
