@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
-import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
@@ -44,7 +42,7 @@ def routes(service: Service) -> APIRouter:
             for place, output in enumerate(outputs)
             for answer in output.outputs
         ]
-        return JSONResponse({**_head(service), "choices": choices, "usage": usage.json()})
+        return JSONResponse({**service.head("cmpl", "text_completion"), "choices": choices, "usage": usage.json()})
 
     return router
 
@@ -56,11 +54,6 @@ def _prompts(body: CompletionRequest) -> list[Any]:
     if not body.prompt:
         raise ApiError(400, "prompt is an empty list: give at least one prompt, or one token", param="prompt")
     return [*body.prompt]
-
-
-def _head(service: Service) -> dict[str, Any]:
-    name, now = f"cmpl-{secrets.token_hex(12)}", int(time.time())
-    return {"id": name, "object": "text_completion", "created": now, "model": service.settings.model}
 
 
 def _echo(service: Service, body: CompletionRequest, prompt: str | list[int] | None) -> str:
@@ -94,19 +87,19 @@ def _logprobs(
 async def _events(
     service: Service, body: CompletionRequest, chunks: AsyncGenerator[Chunk, None]
 ) -> AsyncGenerator[dict[str, Any], None]:
-    head = _head(service)
+    head = service.head("cmpl", "text_completion")
     rest = {"usage": None} if body.include_usage else {}
-    texts: dict[int, str] = {}
+    lengths: dict[int, int] = {}
     last: list[Chunk] = []
     async with aclosing(chunks):
         async for chunk in chunks:
-            before = texts.get(chunk.index)
-            echo = _echo(service, body, _prompts(body)[0]) if before is None else ""
-            texts[chunk.index] = (before or "") + chunk.text
+            echo = "" if chunk.index in lengths else _echo(service, body, _prompts(body)[0])
+            begin = lengths.get(chunk.index, 0)
+            lengths[chunk.index] = begin + len(chunk.text)
             choice = {
                 "index": chunk.index,
                 "text": echo + chunk.text,
-                "logprobs": _logprobs(service, body, chunk, len(before or "")),
+                "logprobs": _logprobs(service, body, chunk, begin),
                 "finish_reason": chunk.finish_reason,
                 "stop_reason": chunk.stop_reason,
             }

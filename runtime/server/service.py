@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import secrets
 import threading
 import time
 from collections.abc import Callable
 from functools import cached_property
+from typing import Any
 
 from ..api.async_llm import AsyncLLM
 from .errors import ApiError
@@ -64,6 +66,11 @@ class Service:
         if name not in (None, self.settings.model):
             known = f"the model {name!r} does not exist here; {self.settings.model!r} does"
             raise ApiError(404, known, param="model", code="model_not_found")
+
+    def head(self, prefix: str, kind: str) -> dict[str, Any]:
+        """The fields that begin an answer, and are the same in every chunk of it: an id of its own with this prefix."""
+        name, now = f"{prefix}-{secrets.token_hex(12)}", int(time.time())
+        return {"id": name, "object": kind, "created": now, "model": self.settings.model}
 
     @cached_property
     def token_bytes(self) -> list[bytes | None]:
