@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import threading
 import time
@@ -26,12 +27,14 @@ class Service:
         draining: whether new requests are refused, since the server is about to end.
         active: requests under way.
         failure: what loading raised.
+        scoring: held while a prompt is scored, which takes a KV cache of its own: one at a time.
     """
 
     def __init__(self, model: AsyncLLM | Callable[[], AsyncLLM], settings: Settings):
         self.settings, self.created = settings, int(time.time())
         self.draining, self.active = False, 0
         self.failure: BaseException | None = None
+        self.scoring = asyncio.Lock()
         self._llm = model if isinstance(model, AsyncLLM) else None
         self._load = None if isinstance(model, AsyncLLM) else model
         self.metrics = Metrics(settings.model, lambda: self._llm)
