@@ -15,7 +15,7 @@ from .schemas import DetokenizeRequest, TokenizeRequest
 from .service import Service
 
 _PAGE = Path(__file__).with_name("page.html")
-_PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
+PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 
 
 def routes(service: Service) -> APIRouter:
@@ -54,7 +54,7 @@ def routes(service: Service) -> APIRouter:
 
     @router.get("/metrics")
     async def metrics() -> Response:
-        return Response(service.metrics.text(), media_type=_PROMETHEUS)
+        return Response(service.metrics.text(), media_type=PROMETHEUS)
 
     @router.get("/")
     async def page() -> Response:
