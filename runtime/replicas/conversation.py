@@ -18,7 +18,7 @@ def conversation(body: bytes) -> str:
     """
     try:
         request = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         return ""
     if not isinstance(request, dict):
         return ""

@@ -23,4 +23,6 @@ class Count:
         return cls(least, most)
 
     def __str__(self) -> str:
-        return f"{self.least} to {self.most} replicas" if self.least < self.most else f"{self.most} replica(s)"
+        if self.least < self.most:
+            return f"{self.least} to {self.most} replicas"
+        return "1 replica" if self.most == 1 else f"{self.most} replicas"

@@ -8,6 +8,8 @@ import re
 import signal
 import socket
 import sys
+import threading
+import time
 from typing import Any
 
 import ray
@@ -23,6 +25,8 @@ from .replica import Replica
 APP = "internlm3"
 # Requests of one session go to one replica, while that is there and has room.
 _ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
+# The streams that one door should have.
+_STREAMS = 64
 _LOGS = "/tmp/ray/session_latest/logs/serve"
 
 
@@ -47,9 +51,12 @@ def application(options: dict[str, Any], settings: Settings, count: Count, gpus:
         max_constructor_retry_count=1,
         **scale,
     )
+    # Passing on what a replica sends is little work: a door is enough for many streams.
+    streams = {"min_replicas": 1, "max_replicas": count.most, "target_ongoing_requests": _STREAMS}
     door = serve.deployment(serve.ingress()(Door)).options(
         name="Door",
         max_ongoing_requests=settings.max_connections,
+        autoscaling_config=AutoscalingConfig(**streams),
         ray_actor_options={"num_cpus": 0},
         graceful_shutdown_timeout_s=settings.drain_seconds,
     )
@@ -59,30 +66,30 @@ def application(options: dict[str, Any], settings: Settings, count: Count, gpus:
 def serve_replicas(options: dict[str, Any], settings: Settings, port: int, count: Count) -> None:
     """Serves until a signal, on the cluster that RAY_ADDRESS names, or on this machine.
 
-    Returns never: raises KeyboardInterrupt after SIGINT, and SystemExit after SIGTERM, when what was under way has
-    finished. Raises ValueError if this machine has too little for `count` or the port is taken, and RuntimeError if a
-    replica can't load the model.
+    Never returns: raises KeyboardInterrupt after SIGINT, and SystemExit after SIGTERM, when what was under way has
+    finished; a second signal does not wait. Raises ValueError if this machine has too little for `count`, and OSError
+    if the port is taken or a replica can't load the model.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    cluster = os.environ.get("RAY_ADDRESS")
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
-    if cluster:
-        ray.init(cluster, **quiet)
+    if cluster := os.environ.get("RAY_ADDRESS"):
+        ray.init(cluster, log_to_driver=False)
     else:
-        _check_port(settings.host, port)
-        ray.init("local", include_dashboard=False, **quiet)
+        _start_here(settings.host, port)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # after Ray's own
     try:
         gpus = int(options["device"] != "cpu" and ray.cluster_resources().get("GPU", 0) >= 1)
         if not cluster:
             _check_this_machine(count, gpus)
-        print(f"internlm3: starts {count}; their logs are below {_LOGS}", file=sys.stderr)
+        # A Serve that was running keeps its own host and port, and says so.
+        where = "" if cluster else f" at http://{settings.host}:{port}"
+        print(f"internlm3: starts {count} of {settings.model}; logs are below {_LOGS}", file=sys.stderr)
         serve.start(http_options=HTTPOptions(host=settings.host, port=port), logging_config={"log_level": "WARNING"})
         try:
             _run(application(options, settings, count, gpus))
-            print(f"internlm3: serves {settings.model} at http://{settings.host}:{port}", file=sys.stderr)
-            while True:
-                signal.pause()
+            print(f"internlm3: ready{where}", file=sys.stderr)
+            try:
+                threading.Event().wait()
+            finally:
+                _drain(settings.drain_seconds)
         finally:
             serve.delete(APP)
     finally:
@@ -91,12 +98,16 @@ def serve_replicas(options: dict[str, Any], settings: Settings, port: int, count
         ray.shutdown()
 
 
-def _check_port(host: str, port: int) -> None:
+def _start_here(host: str, port: int) -> None:
+    """Starts Ray on this machine alone, without its reports of usage and its lines about itself."""
     try:
         with socket.create_server((host, port)):
             pass
     except OSError as error:
         raise OSError(f"cannot listen on {host} port {port} ({error.strerror}): choose another by --port") from None
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    ray.init("local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
 
 
 def _check_this_machine(count: Count, gpus: int) -> None:
@@ -107,11 +118,18 @@ def _check_this_machine(count: Count, gpus: int) -> None:
         raise ValueError(f"{count} need a {what} each, and this machine has {name}: name a cluster by RAY_ADDRESS")
 
 
+def _drain(seconds: float) -> None:
+    """Has new requests refused, and waits for those under way."""
+    end, doors = time.monotonic() + seconds, serve.get_deployment_handle("Door", APP)
+    while any(doors.broadcast("drain").results()) and time.monotonic() < end:
+        time.sleep(0.1)
+
+
 def _run(app: Application) -> None:
-    """Deploys, and waits until all replicas are there. Raises RuntimeError with what a replica raised."""
+    """Deploys, and waits until all replicas are there. Raises OSError with what a replica raised."""
     try:
         serve.run(app, name=APP, route_prefix="/")
     except RuntimeError as error:
         messages = [each.message for each in serve.status().applications[APP].deployments.values()]
         raised = [line for message in messages for line in message.splitlines() if re.match(r"[\w.]+: ", line)]
-        raise RuntimeError(raised[-1] if raised else str(error)) from None
+        raise OSError(f"a replica could not start: {raised[-1] if raised else error}") from None

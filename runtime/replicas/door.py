@@ -30,20 +30,32 @@ class Door:
     """
 
     def __init__(self, replicas: DeploymentHandle, settings: Settings):
+        self._passing = _PassOn(replicas, settings)
         metrics = Guard(MetricsOfAll(replicas), settings)
-        self._app = Starlette(routes=[Route("/metrics", metrics), Route("/{path:path}", _PassOn(replicas, settings))])
+        self._app = Starlette(routes=[Route("/metrics", metrics), Route("/{path:path}", self._passing)])
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """What Ray Serve sends requests to."""
         return self._app
 
+    async def drain(self) -> int:
+        """Refuses new requests from now on. Returns the number of those under way."""
+        self._passing.draining = True
+        return self._passing.active
+
 
 class _PassOn:
-    """An ASGI app whose requests replicas answer. Who may send any is theirs to say."""
+    """An ASGI app whose requests replicas answer. Who may send any is theirs to say.
+
+    Attributes:
+        draining: whether new requests are refused.
+        active: requests under way.
+    """
 
     def __init__(self, replicas: DeploymentHandle, settings: Settings):
         self._replicas = replicas.options(method_name="answer", stream=True)
         self._settings = settings
+        self.draining, self.active = False, 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         begun = False
@@ -53,8 +65,11 @@ class _PassOn:
             begun = True
             await send(message)
 
+        self.active += 1
         try:
             with _told_to_the_client():
+                if self.draining:
+                    raise ApiError(503, "this server is about to end, and takes no new requests", code="draining")
                 body = await read_body(scope, receive, self._settings)
                 await while_connected(receive, self._answer(scope, body, send_on))
         except Disconnected:
@@ -64,6 +79,8 @@ class _PassOn:
                 await send({"type": "http.response.body", "body": error_event(error).encode()})
             else:
                 await error.response()(scope, receive, send)
+        finally:
+            self.active -= 1
 
     async def _answer(self, scope: Scope, body: bytes, send: Send) -> None:
         asked = Asked(scope["method"], scope["path"], scope["query_string"], [*scope["headers"]], body)
