@@ -9,6 +9,7 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
 from starlette.applications import Starlette
+from starlette.datastructures import Headers
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -84,7 +85,8 @@ class _PassOn:
 
     async def _answer(self, scope: Scope, body: bytes, send: Send) -> None:
         asked = Asked(scope["method"], scope["path"], scope["query_string"], [*scope["headers"]], body)
-        answer = self._replicas.options(session_id=conversation(body)).remote(asked)
+        session = Headers(scope=scope).get("x-session-id") or conversation(body)
+        answer = self._replicas.options(session_id=session).remote(asked)
         try:
             async for messages in answer:
                 for message in messages:

@@ -60,9 +60,10 @@ class Cluster:
     def client(self, **options):
         return openai.OpenAI(base_url=self.url + "/v1", api_key=KEY, **options)
 
-    def stream(self, question):
+    def stream(self, question, **options):
+        messages = [{"role": "user", "content": question}]
         return self.client().chat.completions.create(
-            model="tiny", messages=[{"role": "user", "content": question}], stream=True, **LONG
+            model="tiny", messages=messages, stream=True, **{**LONG, **options}
         )
 
     def metric(self, name, **labels):
@@ -223,12 +224,12 @@ def test_replicas_come_as_they_are_needed(model):
     assert len(cluster.metric("num_requests_running")) == 1
     enough = threading.Event()
 
-    def talk():
+    def talk(number):
         while not enough.is_set():
-            for _ in cluster.stream("Tell a story."):
+            for _ in cluster.stream(f"Tell story {number}.", max_tokens=100):
                 pass
 
-    talkers = [threading.Thread(target=talk) for _ in range(3 * ROWS)]
+    talkers = [threading.Thread(target=talk, args=(number,)) for number in range(3 * ROWS)]
     for talker in talkers:
         talker.start()
     until(lambda: len(cluster.metric("num_requests_running")) == 2)
