@@ -20,6 +20,7 @@ from ray.serve.deployment import Application
 from ..server.settings import Settings
 from .count import Count
 from .door import Door
+from .metrics import Board
 from .replica import Replica
 
 APP = "internlm3"
@@ -60,7 +61,8 @@ def application(options: dict[str, Any], settings: Settings, count: Count, gpus:
         ray_actor_options={"num_cpus": 0},
         graceful_shutdown_timeout_s=settings.drain_seconds,
     )
-    return door.bind(replicas.bind(options, settings), settings)
+    board = ray.remote(Board).options(num_cpus=0, max_restarts=-1).remote()
+    return door.bind(replicas.bind(options, settings, board), settings, board)
 
 
 def serve_replicas(options: dict[str, Any], settings: Settings, port: int, count: Count) -> None:

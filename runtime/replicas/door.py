@@ -5,18 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from ray.actor import ActorHandle
 from ray.exceptions import RayError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..server.connection import error_event, while_connected
 from ..server.errors import ApiError, Disconnected
 from ..server.guard import Guard
-from ..server.limits import read_body
+from ..server.limits import draining, read_body
 from ..server.settings import Settings
 from .conversation import conversation
 from .metrics import MetricsOfAll
@@ -28,16 +31,23 @@ class Door:
 
     Args:
         replicas: the deployment of replicas.
+        board: has their metrics.
     """
 
-    def __init__(self, replicas: DeploymentHandle, settings: Settings):
+    def __init__(self, replicas: DeploymentHandle, settings: Settings, board: ActorHandle):
         self._passing = _PassOn(replicas, settings)
-        metrics = Guard(MetricsOfAll(replicas), settings)
-        self._app = Starlette(routes=[Route("/metrics", metrics), Route("/{path:path}", self._passing)])
+        # These must not wait for a replica that has all the requests it may have.
+        own = [Route("/metrics", Guard(MetricsOfAll(board), settings)), Route("/health", self._health)]
+        self._app = Starlette(routes=[*own, Route("/{path:path}", self._passing)])
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """What Ray Serve sends requests to."""
         return self._app
+
+    async def _health(self, _: Request) -> Response:
+        if self._passing.draining:
+            return draining().response()
+        return JSONResponse({"status": "ok"})
 
     async def drain(self) -> int:
         """Refuses new requests from now on. Returns the number of those under way."""
@@ -70,7 +80,7 @@ class _PassOn:
         try:
             with _told_to_the_client():
                 if self.draining:
-                    raise ApiError(503, "this server is about to end, and takes no new requests", code="draining")
+                    raise draining()
                 body = await read_body(scope, receive, self._settings)
                 await while_connected(receive, self._answer(scope, body, send_on))
         except Disconnected:

@@ -6,8 +6,8 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Any
 
-from prometheus_client.metrics_core import Metric
 from ray import serve
+from ray.actor import ActorHandle
 from starlette.types import Message
 
 from ..api.async_llm import AsyncLLM
@@ -15,6 +15,7 @@ from ..server.app import create_app
 from ..server.in_process import ask
 from ..server.service import Service
 from ..server.settings import Settings
+from .metrics import report
 
 
 @dataclass(frozen=True)
@@ -33,13 +34,16 @@ class Replica:
 
     Args:
         options: of LLM.
+        board: where its metrics go.
     """
 
-    def __init__(self, options: dict[str, Any], settings: Settings):
+    def __init__(self, options: dict[str, Any], settings: Settings, board: ActorHandle):
         llm = AsyncLLM(max_waiting=settings.max_waiting, **options)
         if llm.llm.model.device.type == "cuda":
             llm.llm.warm_up()
         self._app = create_app(llm, settings)
+        service: Service = self._app.state.service
+        report(board, serve.get_replica_context().replica_id.unique_id, service.metrics.collect)
 
     async def answer(self, request: Asked) -> AsyncGenerator[list[Message], None]:
         """The ASGI messages of the response, as they come."""
@@ -47,8 +51,3 @@ class Replica:
             self._app, request.method, request.path, request.headers, request.body, request.query
         ):
             yield messages
-
-    async def metrics(self) -> tuple[str, list[Metric]]:
-        """This replica's id, and what it has counted."""
-        service: Service = self._app.state.service
-        return serve.get_replica_context().replica_id.unique_id, service.metrics.collect()

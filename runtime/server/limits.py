@@ -27,7 +27,7 @@ class Limits:
             return
         try:
             if self._service.draining:
-                raise ApiError(503, "this server is about to end, and takes no new requests", code="draining")
+                raise draining()
             body = await read_body(scope, receive, self._service.settings)
         except Disconnected:
             return
@@ -82,3 +82,7 @@ def _replay(body: bytes, receive: Receive) -> Receive:
 
 def _too_large(most: int) -> ApiError:
     return ApiError(413, f"the body has more than {most:,} bytes", code="body_too_large")
+
+
+def draining() -> ApiError:
+    return ApiError(503, "this server is about to end, and takes no new requests", code="draining")

@@ -11,6 +11,7 @@ from starlette.responses import FileResponse, Response
 
 from ..api.inputs import encode_prompt
 from .errors import ApiError, told_to_the_client
+from .limits import draining
 from .schemas import DetokenizeRequest, TokenizeRequest
 from .service import Service
 
@@ -48,7 +49,7 @@ def routes(service: Service) -> APIRouter:
     @router.get("/health")
     async def health() -> dict[str, str]:
         if service.draining:
-            raise ApiError(503, "this server is about to end", code="draining")
+            raise draining()
         assert service.llm
         return {"status": "ok"}
 
