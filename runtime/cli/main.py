@@ -19,6 +19,8 @@ from .terminal import tolerate_other_encodings, typing_discarded
 if TYPE_CHECKING:
     from ..api.llm import LLM
     from ..api.outputs import Chunk
+    from ..replicas.count import Count
+    from ..server.settings import Settings
 
 DEFAULT_MODEL = "internlm/internlm3-8b-instruct"
 DEMO_QUESTION = "What is the capital of France?"
@@ -188,11 +190,26 @@ def _serve(args: argparse.Namespace) -> None:
         allow_origin=tuple(args.allow_origin),
         max_waiting=args.max_waiting,
     )
+    if args.replicas is not None:
+        return _serve_replicas(args, settings)
     serve(
         lambda: AsyncLLM(_load(args, max_batch_size=args.max_batch_size), max_waiting=settings.max_waiting),
         settings,
         args.port,
     )
+
+
+def _serve_replicas(args: argparse.Namespace, settings: Settings) -> None:
+    try:
+        from ..replicas.deploy import serve_replicas
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"{error}: replicas need it: pip install 'internlm3[ray]'") from None
+    if args.device.startswith("cuda:"):
+        raise ValueError(f"--device {args.device}: Ray gives each replica a GPU of its own; leave it out")
+    options = {**_options(args), "max_batch_size": args.max_batch_size}
+    if Path(args.model).exists():
+        options["model"] = str(Path(args.model).resolve())
+    serve_replicas(options, settings, args.port, args.replicas)
 
 
 def _batch(args: argparse.Namespace) -> int:
@@ -225,17 +242,21 @@ def _load(args: argparse.Namespace, *, progress: bool | None = None, **options: 
     from .threads import leave_busy_cores
 
     leave_busy_cores()
-    return LLM(
-        args.model,
-        dtype=args.dtype,
-        device=args.device,
-        max_seq_len=args.max_seq_len,
-        quantization=args.quantization,
-        revision=args.revision,
-        local_files_only=args.local_files_only,
-        progress=sys.stderr.isatty() if progress is None else progress,
-        **options,
-    )
+    progress = sys.stderr.isatty() if progress is None else progress
+    return LLM(**_options(args), progress=progress, **options)
+
+
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of LLM that the group "model" of the switches gives."""
+    return {
+        "model": args.model,
+        "dtype": args.dtype,
+        "device": args.device,
+        "max_seq_len": args.max_seq_len,
+        "quantization": args.quantization,
+        "revision": args.revision,
+        "local_files_only": args.local_files_only,
+    }
 
 
 def _served_name(args: argparse.Namespace) -> str:
@@ -262,6 +283,15 @@ def _count(text: str) -> int:
     if not text.isascii() or not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected an integer of at least 1, not {text!r}")
     return int(text)
+
+
+def _replicas(text: str) -> Count:
+    from ..replicas.count import Count
+
+    try:
+        return Count.read(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -316,6 +346,11 @@ def _parser() -> argparse.ArgumentParser:
     server.add_argument(
         "--allow-host", action="append", default=[], metavar="NAME",
         help="serve under this name, too, besides addresses, localhost and the machine's own; may be given again",
+    )  # fmt: skip
+    server.add_argument(
+        "--replicas", type=_replicas, metavar="N",
+        help="serve by N copies of the model on a Ray cluster, the one of RAY_ADDRESS or of this machine; "
+        "1-4: from one to four, as the requests ask for",
     )  # fmt: skip
     info.add_argument("--length", type=int, help="context length of the KV cache (default: the trained window)")
 
