@@ -25,6 +25,11 @@ $(VENV)/.ready: setup.py constraints.txt
 	@echo "$(VENV) is ready."
 	@touch $@
 
+$(VENV)/.serving: $(VENV)/.ready
+	@echo "Then Ray: 0.2 GB."
+	@$(PIP) -c constraints.txt -e '.[ray]' | $(SHOWN)
+	@touch $@
+
 demo: $(VENV)/.ready
 	@$(BIN)/internlm3 demo $(ARGS)
 
@@ -54,8 +59,9 @@ test: lint
 	$(BIN)/python -m bench.audit $(addprefix --target ,sm_80 sm_90 sm_100)
 endif
 
-# What needs more than the environment has, and is skipped without it: the chat page in a Chromium of this machine.
-test-serving: $(VENV)/.ready
+# What needs more than the environment has: replicas on Ray, which is installed here, and the chat page in a Chromium of
+# this machine, without which its tests are skipped.
+test-serving: $(VENV)/.serving
 	$(BIN)/pytest tests/serving $(ARGS)
 
 # New random cases: make fuzz ARGS="--op linear --dtype bfloat16 --minutes 5"

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .runtime.api.outputs import CompletionOutput as CompletionOutput
     from .runtime.api.outputs import RequestOutput as RequestOutput
     from .runtime.api.perplexity import Perplexity as Perplexity
+    from .runtime.api.prompt_logprobs import PromptLogprobs as PromptLogprobs
     from .runtime.api.prompts import SYSTEM_PROMPT as SYSTEM_PROMPT
     from .runtime.api.prompts import THINKING_SYSTEM_PROMPT as THINKING_SYSTEM_PROMPT
     from .runtime.api.run_tools import run_tools as run_tools
@@ -39,6 +40,7 @@ _HOME = {
     "InternLM3Tokenizer": "tokenization.tokenizer",
     "LLM": "api.llm",
     "Perplexity": "api.perplexity",
+    "PromptLogprobs": "api.prompt_logprobs",
     "QueueFull": "engine.thread",
     "RECOMMENDED": "sampling.params",
     "RECOMMENDED_THINKING": "sampling.params",

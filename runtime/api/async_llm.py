@@ -11,14 +11,15 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
 
 from ..common.checks import check_int
-from ..engine.answer import Update
+from ..engine.answer import Answer, Update
 from ..engine.engine import why_aborted
 from ..engine.thread import EngineThread
 from ..sampling.params import SamplingParams
 from ..tools.schemas import Tool
 from .call import Call
 from .llm import LLM
-from .outputs import Chunk, RequestOutput, chunk_of
+from .outputs import Chunk, RequestOutput
+from .prompt_logprobs import PromptLogprobs, joined
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -91,8 +92,8 @@ class AsyncLLM:
 
     async def stream(
         self,
-        prompt: str | Sequence[int] | Sequence[Mapping[str, Any]],
-        sampling_params: SamplingParams | None = None,
+        prompt: str | Sequence[int | str | Sequence[int] | Mapping[str, Any]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         thinking: bool = False,
         tools: Sequence[Tool] | None = None,
@@ -110,7 +111,15 @@ class AsyncLLM:
         async with aclosing(self._updates(call)) as news:
             async for updates in news:
                 for own in _by_answer(updates):
-                    yield chunk_of(own, call.called, device)
+                    yield call.chunk(own, device)
+
+    async def prompt_logprobs(self, prompt: str | Sequence[int], count: int = 0) -> PromptLogprobs:
+        """As LLM.prompt_logprobs. Of a long prompt a chunk is computed between two steps of the answers under way."""
+        ids, chunks = await asyncio.to_thread(self.llm._prompt_logprobs, prompt, count)
+        done = []
+        while (chunk := await asyncio.to_thread(next, chunks, None)) is not None:
+            done.append(chunk)
+        return joined(ids, done)
 
     async def warm_up(self) -> None:
         """As LLM.warm_up."""
@@ -194,7 +203,7 @@ def _put(news: list[tuple[_Mailbox, list[Update]]], error: BaseException | None)
 
 def _by_answer(updates: list[Update]) -> Iterable[list[Update]]:
     """The updates of each answer, in order."""
-    answers: dict[int, list[Update]] = {}
+    answers: dict[Answer, list[Update]] = {}
     for update in updates:
-        answers.setdefault(update.answer.request.answer, []).append(update)
+        answers.setdefault(update.answer, []).append(update)
     return answers.values()

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
-from ..engine.answer import Answer
+import torch
+
+from ..engine.answer import Answer, Update
 from ..sampling.params import SamplingParams
-from .outputs import RequestOutput, completion_of, timings_of
+from .outputs import Chunk, RequestOutput, chunk_of, completion_of, timings_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,3 +51,13 @@ class Call:
                 )
             )
         return outputs[0] if self.single else outputs
+
+    def chunk(self, updates: Sequence[Update], device: torch.device) -> Chunk:
+        """The chunk of one answer's next updates."""
+        return chunk_of(updates, self.called, self._prompts_of[updates[-1].answer], device)
+
+    @cached_property
+    def _prompts_of(self) -> dict[Answer, int]:
+        """For each answer the place of its prompt."""
+        places = [place for place, params in enumerate(self.params) for _ in range(params.n)]
+        return dict(zip(self.answers, places, strict=True))

@@ -49,8 +49,9 @@ from .inputs import (
     prompt_list,
     token_ids_of,
 )
-from .outputs import Chunk, RequestOutput, ToolAnswer, chunk_of
+from .outputs import Chunk, RequestOutput, ToolAnswer
 from .perplexity import Perplexity, perplexity
+from .prompt_logprobs import PromptLogprobs, Scores, joined, scores
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -289,21 +290,27 @@ class LLM:
         """
         progress = check_bool("use_tqdm", kwargs.pop("use_tqdm", True))
         call = self._chat_call(messages, sampling_params, thinking, tools, tool_choice, kwargs)
-        return self._chunks(_one_prompt(call)) if stream else self._answer(call, progress)
+        return self._chunks(call) if stream else self._answer(call, progress)
 
     def stream(
         self,
-        prompt: str | Sequence[int] | Sequence[Mapping[str, Any]] | torch.Tensor,
-        sampling_params: SamplingParams | None = None,
+        prompt: str
+        | Sequence[int]
+        | Sequence[str]
+        | Sequence[Sequence[int]]
+        | Sequence[Mapping[str, Any]]
+        | torch.Tensor,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         thinking: bool = False,
         tools: Sequence[Tool] | None = None,
         tool_choice: str | Mapping[str, Any] = "auto",
         **kwargs: Unpack[SamplingKeywords],
     ) -> Iterator[Chunk]:
-        """Like `generate` (for a text or token ids) or `chat` (for messages), as an iterator of chunks.
+        """Like `generate` (for texts or token ids) or `chat` (for messages), as an iterator of chunks.
 
-        With n > 1 the chunks of all answers come as they are generated; `chunk.index` says whose each is.
+        With several prompts or n > 1 the chunks of all answers come as they are generated; `chunk.prompt_index` and
+        `chunk.index` say whose each is.
 
         Closing the iterator stops generation at once, and so does Ctrl-C.
 
@@ -334,6 +341,24 @@ class LLM:
         if len(ids) < 2:
             raise ValueError("the text has one token, and a perplexity needs two")
         return perplexity(self.model, ids, size, step, progress=self._progress)
+
+    def prompt_logprobs(self, prompt: str | Sequence[int], count: int = 0) -> PromptLogprobs:
+        """How likely each token of a prompt is after those before it.
+
+        Args:
+            prompt: a text, which is tokenised as `generate` does, or token ids; of max_seq_len tokens at most.
+            count: how many of the likeliest tokens to give in each place.
+
+        Raises ValueError as `generate`.
+        """
+        return joined(*self._prompt_logprobs(prompt, count))
+
+    def _prompt_logprobs(self, prompt: Any, count: int) -> tuple[list[int], Iterator[Scores]]:
+        _, ids = self._encode(prompt)
+        check_prompt("the prompt", ids, self.config.vocab_size)
+        if len(ids) > self.max_seq_len:
+            raise PromptTooLong(f"the prompt has {len(ids)} tokens, and max_seq_len is {self.max_seq_len}: shorten it")
+        return ids, scores(self.model, self.engine, ids, check_int("count", count, 0))
 
     # ---------------------------------------------------------------- calls, which AsyncLLM makes too
 
@@ -370,8 +395,8 @@ class LLM:
     ) -> Call:
         messages = isinstance(prompt, (list, tuple)) and bool(prompt) and isinstance(prompt[0], Mapping)
         if messages or thinking or tools or tool_choice not in ("auto", "none", None):
-            return _one_prompt(self._chat_call(prompt, sampling_params, thinking, tools, tool_choice, kwargs))
-        return _one_prompt(self._generate_call(prompt, sampling_params, kwargs))
+            return self._chat_call(prompt, sampling_params, thinking, tools, tool_choice, kwargs)
+        return self._generate_call(prompt, sampling_params, kwargs)
 
     def _call(
         self,
@@ -465,7 +490,7 @@ class LLM:
         with closing(self.engine.run(call.answers)) as run:
             for updates in run:
                 for update in updates:
-                    yield chunk_of([update], call.called, device)
+                    yield call.chunk([update], device)
 
     @cached_property
     def _grammars(self) -> Grammars:
@@ -509,9 +534,3 @@ class LLM:
         servers: call it before the first request. Raises RuntimeError while requests are under way.
         """
         self.engine.warm_up()
-
-
-def _one_prompt(call: Call) -> Call:
-    if len(call.prompts) != 1:
-        raise ValueError(f"stream answers one prompt; there are {len(call.prompts)}")
-    return call

@@ -31,6 +31,7 @@ class Chunk:
         peak_memory: the most memory so far, in gigabytes, of the GPU or of the process.
         cached_tokens, drafted, accepted: as in RequestOutput, so far.
         index: the answer's place among the `n` answers to the prompt.
+        prompt_index: the prompt's place among those of the call.
         tool_calls: what is new in calls of tools.
         timings: None until the last chunk, then those of this answer.
     """
@@ -50,6 +51,7 @@ class Chunk:
     drafted: int = 0
     accepted: int = 0
     index: int = 0
+    prompt_index: int = 0
     tool_calls: list[ToolCallDelta] = field(default_factory=list)
     timings: Timings | None = field(default=None, compare=False)
 
@@ -187,7 +189,7 @@ def completion_of(answer: Answer) -> CompletionOutput:
     )
 
 
-def chunk_of(updates: Sequence[Update], called: float, device: torch.device) -> Chunk:
+def chunk_of(updates: Sequence[Update], called: float, prompt_index: int, device: torch.device) -> Chunk:
     """The chunk of one answer's next updates; `called`: the time.perf_counter() of the call."""
     last = updates[-1]
     request, read = last.answer.request, last.read_tokens
@@ -209,6 +211,7 @@ def chunk_of(updates: Sequence[Update], called: float, device: torch.device) -> 
         request.drafted,
         request.accepted,
         request.answer,
+        prompt_index,
         [delta for update in updates if isinstance(update, ToolUpdate) for delta in update.tool_calls],
         timings_of([request], called) if last.finished else None,
     )

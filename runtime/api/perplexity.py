@@ -7,14 +7,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from ..common.progress import hides_bar
-from ..model.kv_cache import BatchMetadata, PagedKVCache, pages_of
+from ..model.kv_cache import PagedKVCache, pages_of
 from ..model.model import LanguageModel
-from ..model.rope import inverse_frequencies
-
-_CHUNK = 512  # tokens of a launch: logits of 512 tokens are 0.26 GB in float32 for InternLM3's vocabulary
+from .prompt_logits import prompt_logits
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,8 @@ def perplexity(model: LanguageModel, ids: list[int], window: int, stride: int, *
         for begin in range(0, len(ids), stride):
             end = min(begin + window, len(ids))
             with torch.autocast(model.device.type, enabled=False):
-                losses.append(_losses(model, kv_cache, ids[begin:end], done - begin))
+                for logits, tokens in prompt_logits(model, kv_cache, ids[begin:end], max(done - begin, 1)):
+                    losses.append(cross_entropy(logits.float(), tokens, reduction="none").cpu())
             bar.update(end - bar.n)
             done = end
             if end == len(ids):
@@ -62,27 +62,3 @@ def perplexity(model: LanguageModel, ids: list[int], window: int, stride: int, *
     loss = of_all.mean().item()
     error = (of_all.std() / math.sqrt(len(of_all))).item() if len(of_all) > 1 else math.nan
     return Perplexity(math.exp(loss), loss, math.exp(loss) * error, len(of_all), window, stride)
-
-
-def _losses(model: LanguageModel, kv_cache: PagedKVCache, ids: list[int], first: int) -> Tensor:
-    """-ln p of the tokens from `first` on (from 1 on for 0), given those before: [N] float32 on the CPU."""
-    device, pages = model.device, pages_of(len(ids))
-    tokens = torch.tensor(ids, dtype=torch.int64, device=device)
-    batch = BatchMetadata(
-        torch.arange(pages, dtype=torch.int32, device=device)[None],
-        torch.zeros(1, dtype=torch.int32, device=device),
-        inverse_frequencies(model.config, len(ids), device)[None],
-    )
-    losses = [torch.zeros(0, dtype=torch.float32, device=device)]
-    for begin in range(0, len(ids), _CHUNK):
-        chunk = tokens[begin : begin + _CHUNK]
-        batch.seq_lens.fill_(begin + len(chunk))
-        x = model.model.ops.embed(chunk, model.model.embed_tokens.weight)
-        x = model.model.run(x, batch, kv_cache)
-        # Row i predicts token begin + i + 1.
-        rows = x[max(first - 1 - begin, 0) : len(ids) - 1 - begin]
-        if len(rows):
-            logits = model.head(rows.contiguous()).float()
-            targets = tokens[max(first, begin + 1) : begin + len(chunk) + 1]
-            losses.append(torch.nn.functional.cross_entropy(logits, targets, reduction="none"))
-    return torch.cat(losses).cpu()

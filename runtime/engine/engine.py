@@ -234,6 +234,12 @@ class Engine(Exclusive):
             self._runner.end_all("abort")
 
     @contextlib.contextmanager
+    def between_steps(self) -> Iterator[None]:
+        """For work on the model that is no request's: other threads' steps wait for its end. It may fail."""
+        with self._lock, torch.inference_mode(), self._on_device():
+            yield
+
+    @contextlib.contextmanager
     def exclusively(self) -> Iterator[None]:
         """As in Exclusive; on the device's stream. Raises RuntimeError on a GPU after a fork."""
         if self.forked and self._device.type == "cuda":

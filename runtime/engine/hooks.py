@@ -162,3 +162,12 @@ def top_logprobs(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """
     token_ids = logits.float().topk(min(count, logits.shape[-1])).indices
     return token_ids, log_probability(logits, token_ids)
+
+
+def scores_of(logits: Tensor, tokens: Tensor, count: int) -> list[tuple[float, dict[int, float]]]:
+    """The log-probability of a token, int64 [B], in each row of logits [B, V], and the `count` likeliest there."""
+    own = log_probability(logits, tokens).tolist()
+    top = [
+        dict(zip(*each, strict=True)) for each in zip(*(x.tolist() for x in top_logprobs(logits, count)), strict=True)
+    ]
+    return list(zip(own, top, strict=True))

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
-from collections.abc import AsyncGenerator, Awaitable
+from collections.abc import AsyncGenerator, Awaitable, Sequence
 from contextlib import aclosing
 from typing import Any
 
 from starlette.types import Receive
 
 from ..api.outputs import Chunk, RequestOutput
+from ..api.prompt_logprobs import PromptLogprobs
+from ..engine.request import NOT_NUMBERS
 from .connection import while_connected
 from .errors import ApiError, failed_answer, told_to_the_client
 from .service import Service
@@ -35,6 +38,28 @@ async def whole(service: Service, receive: Receive, work: Awaitable[Any]) -> tup
     usage = sum(used[1:], start=used[0])
     service.metrics.finished(usage, [answer.finish_reason for answer in answers])
     return outputs, usage
+
+
+async def scored(service: Service, receive: Receive, prompts: Sequence[Any], count: int) -> list[PromptLogprobs]:
+    """How likely the tokens of each prompt are, and the `count` likeliest in each place.
+
+    Raises ApiError, or Disconnected.
+    """
+    try:
+        return await _in_time(service, receive, _one_by_one(service, prompts, count))
+    except BaseException as error:
+        _count(service, error)
+        raise
+
+
+async def _one_by_one(service: Service, prompts: Sequence[Any], count: int) -> list[PromptLogprobs]:
+    found = []
+    for prompt in prompts:
+        async with service.scoring:
+            found.append(await service.llm.prompt_logprobs(prompt, count))
+        if any(math.isnan(logprob) for logprob in found[-1].logprobs if logprob is not None):
+            raise failed_answer(NOT_NUMBERS)
+    return found
 
 
 async def begun(service: Service, receive: Receive, stream: AsyncGenerator[Chunk, None]) -> AsyncGenerator[Chunk, None]:

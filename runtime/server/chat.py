@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
-import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
@@ -39,14 +37,9 @@ def routes(service: Service) -> APIRouter:
             return EventStream(_events(service, body, chunks))
         outputs, usage = await whole(service, request.receive, llm.chat(body.messages, **options))
         choices = [_choice(service, body, answer) for answer in outputs[0].outputs]
-        return JSONResponse({**_head(service, "chat.completion"), "choices": choices, "usage": usage.json()})
+        return JSONResponse({**service.head("chatcmpl", "chat.completion"), "choices": choices, "usage": usage.json()})
 
     return router
-
-
-def _head(service: Service, kind: str) -> dict[str, Any]:
-    name, now = f"chatcmpl-{secrets.token_hex(12)}", int(time.time())
-    return {"id": name, "object": kind, "created": now, "model": service.settings.model}
 
 
 def _choice(service: Service, body: ChatRequest, answer: CompletionOutput) -> dict[str, Any]:
@@ -66,7 +59,7 @@ def _logprobs(service: Service, body: ChatRequest, answer: Chunk | CompletionOut
 async def _events(
     service: Service, body: ChatRequest, chunks: AsyncGenerator[Chunk, None]
 ) -> AsyncGenerator[dict[str, Any], None]:
-    head = _head(service, "chat.completion.chunk")
+    head = service.head("chatcmpl", "chat.completion.chunk")
     rest = {"usage": None} if body.include_usage else {}
 
     def event(chunk: Chunk, delta: dict[str, Any], **more: Any) -> dict[str, Any]:

@@ -2,23 +2,37 @@
 
 from __future__ import annotations
 
-import secrets
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
+from starlette.types import Receive
 
-from ..api.outputs import Chunk, CompletionOutput, RequestOutput
-from .answers import begun, whole
+from ..api.outputs import Chunk, CompletionOutput, Timings
+from ..sampling.params import SamplingParams
+from .answers import begun, scored, whole
 from .connection import EventStream
-from .errors import ApiError
-from .logprobs import Logprobs
+from .errors import ApiError, told_to_the_client
+from .logprobs import Logprobs, of_prompt
 from .schemas import CompletionRequest
 from .service import Service
 from .usage import Usage
+
+
+@dataclass(frozen=True)
+class _Echo:
+    """What an answer repeats of its prompt.
+
+    Attributes:
+        logprobs: of the prompt's tokens, in the form of the API.
+    """
+
+    text: str = ""
+    logprobs: dict[str, Any] | None = None
 
 
 def routes(service: Service) -> APIRouter:
@@ -27,24 +41,25 @@ def routes(service: Service) -> APIRouter:
     @router.post("/v1/completions")
     async def completions(body: CompletionRequest, request: Request) -> Response:
         service.check_model(body.model)
-        llm = service.llm
+        llm, n = service.llm, body.n or 1
         options = body.settings()
         prompts = _prompts(body)
-        answers, most = len(prompts) * (body.n or 1), service.settings.max_waiting
+        answers, most = len(prompts) * n, service.settings.max_waiting
         if answers > most:
             raise ApiError(400, f"{answers} answers are asked for, and at most {most} may be", param="prompt")
+        if body.max_tokens == 0:
+            return await _only_scored(service, body, request.receive, prompts)
+        echoes = await _echoes(service, body, request.receive, prompts)
         if body.stream:
-            if len(prompts) > 1:
-                raise ApiError(400, f"a stream answers one prompt; there are {len(prompts)}", param="prompt")
-            chunks = await begun(service, request.receive, llm.stream(prompts[0], **options))
-            return EventStream(_events(service, body, chunks))
+            chunks = await begun(service, request.receive, llm.stream(prompts, **options))
+            return EventStream(_events(service, body, echoes, chunks))
         outputs, usage = await whole(service, request.receive, llm.generate(prompts, **options))
         choices = [
-            _choice(service, body, place * (body.n or 1) + answer.index, output, answer)
-            for place, output in enumerate(outputs)
+            _choice(service, body, place * n + answer.index, echo, answer)
+            for place, (output, echo) in enumerate(zip(outputs, echoes, strict=True))
             for answer in output.outputs
         ]
-        return JSONResponse({**_head(service), "choices": choices, "usage": usage.json()})
+        return JSONResponse({**service.head("cmpl", "text_completion"), "choices": choices, "usage": usage.json()})
 
     return router
 
@@ -58,59 +73,76 @@ def _prompts(body: CompletionRequest) -> list[Any]:
     return [*body.prompt]
 
 
-def _head(service: Service) -> dict[str, Any]:
-    name, now = f"cmpl-{secrets.token_hex(12)}", int(time.time())
-    return {"id": name, "object": "text_completion", "created": now, "model": service.settings.model}
+async def _echoes(service: Service, body: CompletionRequest, receive: Receive, prompts: list[Any]) -> list[_Echo]:
+    """What the answers to each prompt begin with."""
+    if not body.echo:
+        return [_Echo()] * len(prompts)
+    decode = service.llm.llm.tokenizer.decode
+    texts = [prompt if isinstance(prompt, str) else str(decode(prompt)) for prompt in prompts]
+    if body.logprobs is None:
+        return [_Echo(text) for text in texts]
+    scores = await scored(service, receive, prompts, body.logprobs)
+    return [_Echo(text, of_prompt(service, own, text)) for text, own in zip(texts, scores, strict=True)]
 
 
-def _echo(service: Service, body: CompletionRequest, prompt: str | list[int] | None) -> str:
-    """The beginning of the text that repeats the prompt, if that was asked for."""
-    if not body.echo or prompt is None:
-        return ""
-    return prompt if isinstance(prompt, str) else str(service.llm.llm.tokenizer.decode(prompt))
+async def _only_scored(service: Service, body: CompletionRequest, receive: Receive, prompts: list[Any]) -> Response:
+    """The answer for max_tokens 0: prompts with their log-probabilities, and nothing after them."""
+    with told_to_the_client():
+        SamplingParams.from_kwargs(SamplingParams(), **{**body.settings(), "max_tokens": None})
+    began = time.perf_counter()
+    echoes = await _echoes(service, body, receive, prompts)
+    seconds = time.perf_counter() - began
+    n, nothing = body.n or 1, CompletionOutput(0, "", [], [], None, "length", None)
+    choices = [
+        _choice(service, body, place * n + index, echo, nothing)
+        for place, echo in enumerate(echoes)
+        for index in range(n)
+    ]
+    count = sum(len(echo.logprobs["tokens"]) for echo in echoes if echo.logprobs)
+    usage = Usage(count, 0, 0, 0, 0, Timings(seconds, seconds, 0.0))
+    service.metrics.finished(usage, ["length"] * len(choices))
+    return JSONResponse({**service.head("cmpl", "text_completion"), "choices": choices, "usage": usage.json()})
 
 
 def _choice(
-    service: Service, body: CompletionRequest, index: int, output: RequestOutput, answer: CompletionOutput
+    service: Service,
+    body: CompletionRequest,
+    index: int,
+    echo: _Echo,
+    answer: Chunk | CompletionOutput,
+    begin: int = 0,
 ) -> dict[str, Any]:
-    echo = _echo(service, body, output.prompt if output.prompt is not None else output.prompt_token_ids)
+    """One choice, or a piece of it, whose text begins at `begin`."""
+    logprobs: dict[str, Any] | None = None
+    if body.logprobs is not None:
+        own = Logprobs(service, answer, bool(body.include_stop_str_in_output))
+        logprobs = own.completion(begin + len(echo.text))
+        if echo.logprobs is not None:
+            logprobs = {name: echo.logprobs[name] + values for name, values in logprobs.items()}
     return {
         "index": index,
-        "text": echo + answer.text,
-        "logprobs": _logprobs(service, body, answer),
+        "text": echo.text + answer.text,
+        "logprobs": logprobs,
         "finish_reason": answer.finish_reason,
         "stop_reason": answer.stop_reason,
     }
 
 
-def _logprobs(
-    service: Service, body: CompletionRequest, answer: Chunk | CompletionOutput, offset: int = 0
-) -> dict[str, Any] | None:
-    if body.logprobs is None:
-        return None
-    return Logprobs(service, answer, bool(body.include_stop_str_in_output)).completion(offset)
-
-
 async def _events(
-    service: Service, body: CompletionRequest, chunks: AsyncGenerator[Chunk, None]
+    service: Service, body: CompletionRequest, echoes: list[_Echo], chunks: AsyncGenerator[Chunk, None]
 ) -> AsyncGenerator[dict[str, Any], None]:
-    head = _head(service)
+    head = service.head("cmpl", "text_completion")
     rest = {"usage": None} if body.include_usage else {}
-    texts: dict[int, str] = {}
+    lengths: dict[int, int] = {}
     last: list[Chunk] = []
     async with aclosing(chunks):
         async for chunk in chunks:
-            before = texts.get(chunk.index)
-            echo = _echo(service, body, _prompts(body)[0]) if before is None else ""
-            texts[chunk.index] = (before or "") + chunk.text
-            choice = {
-                "index": chunk.index,
-                "text": echo + chunk.text,
-                "logprobs": _logprobs(service, body, chunk, len(before or "")),
-                "finish_reason": chunk.finish_reason,
-                "stop_reason": chunk.stop_reason,
-            }
-            if chunk.text or echo or chunk.finish_reason or choice["logprobs"]:
+            index = chunk.prompt_index * (body.n or 1) + chunk.index
+            echo = _Echo() if index in lengths else echoes[chunk.prompt_index]
+            begin = lengths.get(index, 0)
+            choice = _choice(service, body, index, echo, chunk, begin)
+            lengths[index] = begin + len(choice["text"])
+            if choice["text"] or choice["finish_reason"] or choice["logprobs"]:
                 yield {**head, "choices": [choice], **rest}
             if chunk.finish_reason is not None:
                 last.append(chunk)

@@ -7,7 +7,10 @@ from itertools import accumulate
 from typing import Any
 
 from ..api.outputs import Chunk, CompletionOutput
+from ..api.prompt_logprobs import PromptLogprobs
 from .service import Service
+
+_LEAST = -9999.0  # JSON has no -inf
 
 
 class Logprobs:
@@ -37,10 +40,27 @@ class Logprobs:
     def completion(self, offset: int = 0) -> dict[str, Any]:
         """As `logprobs` of a completion whose text begins at `offset`."""
         tokens = [self._service.token(id)[0] for id in self._ids]
-        tops = [{self._service.token(id)[0]: value for id, value in top.items()} for top in self._tops]
+        tops = [_by_text(self._service, top) for top in self._tops]
         offsets = [*accumulate(map(len, tokens), initial=offset)][: len(tokens)]
-        return {"tokens": tokens, "token_logprobs": self._logprobs, "top_logprobs": tops, "text_offset": offsets}
+        logprobs = [max(logprob, _LEAST) for logprob in self._logprobs]
+        return {"tokens": tokens, "token_logprobs": logprobs, "top_logprobs": tops, "text_offset": offsets}
 
     def _entry(self, id: int, logprob: float) -> dict[str, Any]:
         text, spelt = self._service.token(id)
-        return {"token": text, "logprob": max(logprob, -9999.0), "bytes": spelt}  # JSON has no -inf
+        return {"token": text, "logprob": max(logprob, _LEAST), "bytes": spelt}
+
+
+def of_prompt(service: Service, scores: PromptLogprobs, text: str) -> dict[str, Any]:
+    """As `logprobs` of a completion that repeats its prompt, whose text is given."""
+    tokens = [service.token(id)[0] for id in scores.token_ids]
+    # What a tokenizer adds, a token that begins every prompt or a space, is before the text.
+    added = max("".join(tokens).find(text), 0)
+    begins = [*accumulate(map(len, tokens), initial=-added)][: len(tokens)]
+    offsets = [max(begin, 0) for begin in begins]
+    logprobs = [None if logprob is None else max(logprob, _LEAST) for logprob in scores.logprobs]
+    tops = [None if top is None else _by_text(service, top) for top in scores.top_logprobs]
+    return {"tokens": tokens, "token_logprobs": logprobs, "top_logprobs": tops, "text_offset": offsets}
+
+
+def _by_text(service: Service, top: Mapping[int, float]) -> dict[str, float]:
+    return {service.token(id)[0]: max(value, _LEAST) for id, value in top.items()}

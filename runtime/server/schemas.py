@@ -187,10 +187,15 @@ class CompletionRequest(Generation):
 
     def settings(self) -> dict[str, Any]:
         given = {"max_tokens": 16, **super().settings()}
-        if self.echo and self.logprobs is not None:
-            what = "echo with logprobs would need the prompt's log-probabilities, which this server does not compute"
-            raise ApiError(400, what, param="echo", code="unsupported_value")
+        if given["max_tokens"] == 0 and (self.stream or not self.scores_prompts):
+            what = "max_tokens: 0 scores a prompt: it needs echo: true and logprobs, and is no stream"
+            raise ApiError(400, what, param="max_tokens")
         return given | ({"logprobs": self.logprobs} if self.logprobs else {})
+
+    @property
+    def scores_prompts(self) -> bool:
+        """Whether the log-probabilities of the prompts' tokens are asked for."""
+        return bool(self.echo) and self.logprobs is not None
 
 
 class TokenizeRequest(_Body):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import secrets
 import threading
 import time
 from collections.abc import Callable
 from functools import cached_property
+from typing import Any
 
 from ..api.async_llm import AsyncLLM
 from .errors import ApiError
@@ -24,12 +27,14 @@ class Service:
         draining: whether new requests are refused, since the server is about to end.
         active: requests under way.
         failure: what loading raised.
+        scoring: held while a prompt is scored, which takes a KV cache of its own: one at a time.
     """
 
     def __init__(self, model: AsyncLLM | Callable[[], AsyncLLM], settings: Settings):
         self.settings, self.created = settings, int(time.time())
         self.draining, self.active = False, 0
         self.failure: BaseException | None = None
+        self.scoring = asyncio.Lock()
         self._llm = model if isinstance(model, AsyncLLM) else None
         self._load = None if isinstance(model, AsyncLLM) else model
         self.metrics = Metrics(settings.model, lambda: self._llm)
@@ -64,6 +69,11 @@ class Service:
         if name not in (None, self.settings.model):
             known = f"the model {name!r} does not exist here; {self.settings.model!r} does"
             raise ApiError(404, known, param="model", code="model_not_found")
+
+    def head(self, prefix: str, kind: str) -> dict[str, Any]:
+        """The fields that begin an answer, and are the same in every chunk of it: an id of its own with this prefix."""
+        name, now = f"{prefix}-{secrets.token_hex(12)}", int(time.time())
+        return {"id": name, "object": kind, "created": now, "model": self.settings.model}
 
     @cached_property
     def token_bytes(self) -> list[bytes | None]:

@@ -34,7 +34,15 @@ class Usage:
 
     @classmethod
     def of_chunks(cls, last: Sequence[Chunk]) -> Usage:
-        """From the last chunk of each answer to a prompt."""
+        """From the last chunk of each answer to some prompts."""
+        prompts: dict[int, list[Chunk]] = {}
+        for chunk in last:
+            prompts.setdefault(chunk.prompt_index, []).append(chunk)
+        first, *others = map(cls._of_prompt, prompts.values())
+        return sum(others, start=first)
+
+    @classmethod
+    def _of_prompt(cls, last: Sequence[Chunk]) -> Usage:
         each = [chunk.timings for chunk in last if chunk.timings is not None]
         first = min(each, key=lambda timings: timings.first_token)
         end = max(timings.first_token + timings.decode for timings in each)

@@ -74,6 +74,22 @@ def test_streams_are_what_generate_gives(tiny, asynchronous):
 
 
 @pytest.mark.parametrize("door", [AsyncLLM, None])
+def test_a_stream_answers_several_prompts(tiny, asynchronous, door):
+    async def chunks():
+        return [chunk async for chunk in asynchronous.stream(PROMPTS, n=2, max_tokens=9, **SAMPLED)]
+
+    settings = {"n": 2, "max_tokens": 9, **SAMPLED}
+    got = asyncio.run(chunks()) if door else list(tiny.stream(PROMPTS, **settings))
+    texts = {}
+    for chunk in got:
+        place = chunk.prompt_index, chunk.index
+        texts[place] = texts.get(place, "") + chunk.text
+    outputs = tiny.generate(PROMPTS, **settings)
+    assert texts == {(place, each.index): each.text for place, output in enumerate(outputs) for each in output.outputs}
+    assert sum(chunk.finish_reason is not None for chunk in got) == 2 * len(PROMPTS)
+
+
+@pytest.mark.parametrize("door", [AsyncLLM, None])
 def test_a_stream_has_n_answers(tiny, asynchronous, door):
     async def chunks():
         return [chunk async for chunk in asynchronous.stream(PROMPTS[0], n=3, max_tokens=9, **SAMPLED)]

@@ -116,9 +116,13 @@ def test_completions(ask):
     assert "empty" in error(ask(COMPLETIONS, prompt=""), 400)["message"]
     assert error(ask(COMPLETIONS, prompt=[1, "a"]), 400)["param"] == "prompt"
     assert "4999999" in error(ask(COMPLETIONS, prompt=[4999999]), 400)["message"]
-    found = error(ask(COMPLETIONS, prompt="a", echo=True, logprobs=1), 400)
-    assert (found["param"], found["code"]) == ("echo", "unsupported_value")
-    assert "one prompt" in error(ask(COMPLETIONS, prompt=["a", "b"], stream=True), 400)["message"]
+    for fields in ({}, {"echo": True}, {"logprobs": 1}, {"echo": True, "logprobs": 1, "stream": True}):
+        assert error(ask(COMPLETIONS, prompt="a", max_tokens=0, **fields), 400)["param"] == "max_tokens"
+    scored = {"echo": True, "logprobs": 1, "max_tokens": 0}
+    assert error(ask(COMPLETIONS, prompt="a", temperature=-1, **scored), 400)["param"] == "temperature"
+    assert "max_seq_len is 1024" in error(ask(COMPLETIONS, prompt=[5] * 1025, **scored), 400)["message"]
+    assert "empty" in error(ask(COMPLETIONS, prompt="", **scored), 400)["message"]
+    assert "prompt 1 is empty" in error(ask(COMPLETIONS, prompt=["a", ""], stream=True), 400)["message"]
     assert "at most 256" in error(ask(COMPLETIONS, prompt=["a"] * 100, n=3, temperature=1), 400)["message"]
     assert "'n'" in error(ask(COMPLETIONS, prompt="a", best_of=4), 400)["message"]
     assert "suffix" in error(ask(COMPLETIONS, prompt="a", suffix="b"), 400)["message"]

@@ -1,12 +1,16 @@
 """What the official client of OpenAI's API gets."""
 
 import json
+import math
 import time
+from types import SimpleNamespace
 
 import openai
 import pytest
 
+from internlm3.runtime.api.prompt_logprobs import PromptLogprobs
 from internlm3.runtime.engine.request import Request
+from internlm3.runtime.server.logprobs import of_prompt
 from internlm3.tests.server.conftest import NAME, idle
 
 CHAT = [{"role": "user", "content": "Say something."}]
@@ -166,6 +170,67 @@ def test_completions_stream_echo_and_logprobs(client, llm):
     assert logprobs.token_logprobs == pytest.approx(expected.logprobs, abs=1e-4)
     assert logprobs.text_offset[0] == 0 and logprobs.text_offset[-1] == sum(map(len, logprobs.tokens[:-1]))
     assert len(logprobs.top_logprobs[0]) == 2
+
+
+def test_a_stream_of_completions_to_several_prompts(client, llm):
+    prompts, options = ["Once upon a time", "Water", "The sea"], {"n": 2, **SAMPLED}
+    whole = client.completions.create(model=NAME, prompt=prompts, echo=True, **options)
+    asked = {"stream": True, "stream_options": {"include_usage": True}}
+    chunks = list(client.completions.create(model=NAME, prompt=prompts, echo=True, **asked, **options))
+    texts = [""] * 6
+    for choice in (choice for chunk in chunks for choice in chunk.choices):
+        texts[choice.index] += choice.text
+    assert texts == [choice.text for choice in whole.choices] and texts[2].startswith("Water")
+    usage = chunks[-1].usage
+    assert (usage.prompt_tokens, usage.completion_tokens) == (whole.usage.prompt_tokens, 72)
+
+
+def test_offsets_leave_out_what_a_tokenizer_adds():
+    names = ["<s>", " Water", " wet"]
+    scores = PromptLogprobs([0, 1, 2], [None, -1.0, -math.inf], [None, {1: -1.0}, {0: -0.5}])
+    found = of_prompt(SimpleNamespace(token=lambda id: (names[id], [])), scores, "Water wet")
+    assert (found["text_offset"], found["tokens"]) == ([0, 0, 5], names)
+    assert found["token_logprobs"] == [None, -1.0, -9999.0] and found["top_logprobs"] == [
+        None,
+        {" Water": -1.0},
+        {"<s>": -0.5},
+    ]
+
+
+@pytest.mark.parametrize("prompts", [["Water is \nwet, 今天", "The sea"], [[5, 6, 7, 9], [600, 2, 70, 8]]])
+def test_echo_with_logprobs_scores_the_prompt(client, llm, prompts):
+    """Whole, streamed, and with nothing after it, as evaluation harnesses ask."""
+    asked = {"model": NAME, "echo": True, "logprobs": 2, "temperature": 0}
+    choices = client.completions.create(prompt=prompts, max_tokens=3, **asked).choices
+    for prompt, choice in zip(prompts, choices, strict=True):
+        scores, answer = llm.prompt_logprobs(prompt, 2), llm.generate(prompt, temperature=0, max_tokens=3, logprobs=2)
+        got = choice.logprobs
+        text = prompt if isinstance(prompt, str) else llm.tokenizer.decode(prompt)
+        assert choice.text == text + answer.text
+        assert got.token_logprobs[0] is got.top_logprobs[0] is None
+        expected = scores.logprobs[1:] + answer.outputs[0].logprobs
+        assert got.token_logprobs[1:] == pytest.approx(expected, abs=1e-4)
+        assert {*map(len, got.top_logprobs[1:])} <= {1, 2} and len(got.tokens) == len(scores.token_ids) + 3
+        assert got.text_offset[0] == 0 and got.text_offset[len(scores.token_ids)] == len(text)
+        for place in (2, 3):  # in ASCII
+            assert choice.text[got.text_offset[place] :].startswith(got.tokens[place])
+    chunks = [
+        chunk.choices[0] for chunk in client.completions.create(prompt=prompts, max_tokens=3, stream=True, **asked)
+    ]
+    for index, choice in enumerate(choices):
+        own = [chunk for chunk in chunks if chunk.index == index]
+        assert "".join(chunk.text for chunk in own) == choice.text
+        for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
+            joined = [value for chunk in own for value in getattr(chunk.logprobs, name)]
+            assert joined == getattr(choice.logprobs, name)
+    scored = client.completions.create(prompt=prompts, max_tokens=0, n=1, **asked)
+    for choice, longer in zip(scored.choices, choices, strict=True):
+        assert (choice.text, choice.finish_reason) == (longer.text[: len(choice.text)], "length")
+        assert choice.logprobs.token_logprobs == longer.logprobs.token_logprobs[:-3]
+    assert (scored.usage.completion_tokens, scored.usage.prompt_tokens) == (
+        0,
+        sum(len(c.logprobs.tokens) for c in scored.choices),
+    )
 
 
 def test_json_schema(client):
