@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from typing import Any
@@ -17,6 +16,7 @@ from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
 from ..api.async_llm import AsyncLLM
+from ..replicas.cluster import check_this_machine, connect, gpus_each
 from .answer import Answer, answer, app_for
 from .request import BatchRequest
 
@@ -40,14 +40,16 @@ def answer_on_ray(
 
     Raises OSError if a replica can't load the model or fails, and ValueError if this machine has too little for them.
     """
-    cluster = _connect()
+    cluster = connect()
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # it logs what it raises
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    # Any row fills a block, and a block is what replicas are given and give back: no answer waits for another.
+    context.target_max_block_size = 1
     try:
-        resources = ray.cluster_resources()
-        gpus = int(options["device"] != "cpu" and resources.get("GPU", 0) >= 1)
-        what = "GPU" if gpus else "CPU"
-        if not cluster and replicas > resources.get(what, 0):
-            there = f"{replicas} replicas need a {what} each, and this machine has {resources.get(what, 0):g}"
-            raise ValueError(f"{there}: name a cluster by RAY_ADDRESS")
+        gpus = gpus_each(options["device"])
+        if not cluster:
+            check_this_machine(replicas, gpus)
         in_flight = 2 * options["max_batch_size"]
         answers = ray.data.read_datasource(_Requests(requests), num_cpus=0, override_num_blocks=1).map_batches(
             _Replica,
@@ -66,20 +68,6 @@ def answer_on_ray(
         raise OSError(f"a replica failed: {_last_line(error)}") from None
     finally:
         ray.shutdown()
-
-
-def _connect() -> str | None:
-    """Connects to the cluster that RAY_ADDRESS names, which is returned, or starts Ray on this machine alone."""
-    cluster = os.environ.get("RAY_ADDRESS")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no reports to elsewhere
-    dashboard = None if cluster else False
-    ray.init(cluster or "local", include_dashboard=dashboard, log_to_driver=False, logging_level=logging.ERROR)
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    context = DataContext.get_current()
-    context.enable_progress_bars = False
-    # Any row fills a block, and a block is what replicas are given and give back: no answer waits for another.
-    context.target_max_block_size = 1
-    return cluster
 
 
 def _last_line(error: Exception) -> str:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from ..api.async_llm import AsyncLLM
     from ..api.llm import LLM
     from ..api.outputs import Chunk
+    from ..replicas.count import Count
+    from ..server.settings import Settings
 
 DEFAULT_MODEL = "internlm/internlm3-8b-instruct"
 DEMO_QUESTION = "What is the capital of France?"
@@ -188,11 +190,21 @@ def _serve(args: argparse.Namespace) -> None:
         allow_origin=tuple(args.allow_origin),
         max_waiting=args.max_waiting,
     )
+    if args.replicas is not None:
+        return _serve_replicas(args, settings)
     serve(
         lambda: _load_async(args, max_waiting=settings.max_waiting),
         settings,
         args.port,
     )
+
+
+def _serve_replicas(args: argparse.Namespace, settings: Settings) -> None:
+    try:
+        from ..replicas.deploy import serve_replicas
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"{error}: replicas need it: pip install 'internlm3[ray]'") from None
+    serve_replicas(_replica_options(args), settings, args.port, args.replicas)
 
 
 def _batch(args: argparse.Namespace) -> int:
@@ -288,6 +300,15 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _replicas(text: str) -> Count:
+    from ..replicas.count import Count
+
+    try:
+        return Count.read(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="internlm3", description="InternLM3 at the lowest latency one GPU allows.")
     parser.add_argument("--version", action="version", version=f"internlm3 {VERSION}")
@@ -343,6 +364,11 @@ def _parser() -> argparse.ArgumentParser:
     server.add_argument(
         "--allow-host", action="append", default=[], metavar="NAME",
         help="serve under this name, too, besides addresses, localhost and the machine's own; may be given again",
+    )  # fmt: skip
+    server.add_argument(
+        "--replicas", type=_replicas, metavar="N",
+        help="serve by N copies of the model on a Ray cluster, the one of RAY_ADDRESS or of this machine; "
+        "1-4: from one to four, as the requests ask for",
     )  # fmt: skip
     info.add_argument("--length", type=int, help="context length of the KV cache (default: the trained window)")
 
