@@ -41,13 +41,14 @@ def started(model, source, out, replicas=2):
     """The process of a batch."""
     command = [sys.executable, "-m", "internlm3.runtime.cli.main", "batch", model, source, out]
     command += ["--served-model-name", "tiny", "--device", "cpu", "--max-batch-size", "2", "--replicas", replicas]
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    return subprocess.Popen([*map(str, command)], stderr=subprocess.PIPE, env={**environment, "HF_HUB_OFFLINE": "1"})
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | {"HF_HUB_OFFLINE": "1"}
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return subprocess.Popen([*map(str, command)], env=environment, **streams)
 
 
 def until_answered(process, out, count):
     while not out.exists() or out.read_bytes().count(b"\n") < count:
-        assert process.poll() is None, process.stderr.read().decode()
+        assert process.poll() is None, process.stdout.read().decode()
         time.sleep(0.1)
 
 
@@ -78,7 +79,7 @@ def test_a_replica_that_is_killed_is_replaced(folder, source, expected, tmp_path
         first, *others = replicas_of(process)
         assert len(others) == 1
         os.kill(first, signal.SIGKILL)
-        _, said = process.communicate()
+        said, _ = process.communicate()
     assert process.returncode == 0, said.decode()
     assert f"{COUNT + 1} of {COUNT + 1} requests are answered" in said.decode()
     check(out, expected)
@@ -93,7 +94,7 @@ def test_a_batch_that_is_killed_goes_on(folder, source, expected, tmp_path):
     done = out.read_bytes().count(b"\n")
     assert 3 <= done <= COUNT
     with started(folder, source, out) as process:
-        _, said = process.communicate()
+        said, _ = process.communicate()
     assert process.returncode == 0, said.decode()
     assert f"internlm3: {COUNT + 1 - done} answers, " in said.decode()
     check(out, expected)
@@ -105,7 +106,7 @@ def test_a_batch_that_is_killed_goes_on(folder, source, expected, tmp_path):
 def test_what_cannot_start_is_one_sentence(folder, source, tmp_path, model, replicas, says):
     out = tmp_path / "out"
     with started(folder if model == "FOLDER" else model, source, out, replicas) as process:
-        _, said = process.communicate()
+        said, _ = process.communicate()
     errors = [line for line in said.decode().splitlines() if line.startswith("internlm3: error: ")]
     assert process.returncode == 1 and len(errors) == 1 and says in errors[0], said.decode()
     assert "Traceback" not in said.decode()
