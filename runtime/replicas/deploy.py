@@ -13,6 +13,7 @@ import time
 from typing import Any
 
 import ray
+import torch
 from ray import serve
 from ray.serve.config import AutoscalingConfig, HTTPOptions, RequestRouterConfig
 from ray.serve.deployment import Application
@@ -70,17 +71,15 @@ def serve_replicas(options: dict[str, Any], settings: Settings, port: int, count
 
     Never returns: raises KeyboardInterrupt after SIGINT, and SystemExit after SIGTERM, when what was under way has
     finished; a second signal does not wait. Raises ValueError if this machine has too little for `count`, and OSError
-    if the port is taken or a replica can't load the model.
+    if the port is taken, or if Ray or a replica can't start.
     """
     if cluster := os.environ.get("RAY_ADDRESS"):
         ray.init(cluster, log_to_driver=False)
     else:
-        _start_here(settings.host, port)
+        _start_here(settings.host, port, count, options["device"])
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # after Ray's own
     try:
         gpus = int(options["device"] != "cpu" and ray.cluster_resources().get("GPU", 0) >= 1)
-        if not cluster:
-            _check_this_machine(count, gpus)
         # A Serve that was running keeps its own host and port, and says so.
         where = "" if cluster else f" at http://{settings.host}:{port}"
         print(f"internlm3: starts {count} of {settings.model}; logs are below {_LOGS}", file=sys.stderr)
@@ -100,24 +99,25 @@ def serve_replicas(options: dict[str, Any], settings: Settings, port: int, count
         ray.shutdown()
 
 
-def _start_here(host: str, port: int) -> None:
+def _start_here(host: str, port: int, count: Count, device: str) -> None:
     """Starts Ray on this machine alone, without its reports of usage and its lines about itself."""
+    cpus, gpus = len(os.sched_getaffinity(0)), 0 if device == "cpu" else torch.cuda.device_count()
+    there, what = (gpus, "GPU") if gpus else (cpus, "CPU")
+    if count.least > there:  # Ray would wait for machines that may come
+        name = f"{there} {what}{'s' * (there != 1)}"
+        raise ValueError(f"{count} need a {what} each, and this machine has {name}: name a cluster by RAY_ADDRESS")
     try:
         with socket.create_server((host, port)):
             pass
     except OSError as error:
         raise OSError(f"cannot listen on {host} port {port} ({error.strerror}): choose another by --port") from None
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    ray.init("local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
-
-
-def _check_this_machine(count: Count, gpus: int) -> None:
-    """Ray waits for machines that may come. Here none will."""
-    what = "GPU" if gpus else "CPU"
-    if count.least > (there := int(ray.cluster_resources().get(what, 0))):
-        name = f"{there} {what}{'s' * (there != 1)}"
-        raise ValueError(f"{count} need a {what} each, and this machine has {name}: name a cluster by RAY_ADDRESS")
+    resources = {"num_cpus": max(cpus, count.most), "num_gpus": gpus}
+    try:
+        ray.init("local", **resources, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    except Exception as error:  # Ray's own are of this class itself
+        raise OSError(f"Ray could not start: {error}") from error
 
 
 def _drain(seconds: float) -> None:

@@ -100,9 +100,16 @@ def llm(model):
     return LLM(model, progress=False, device="cpu", max_batch_size=ROWS)
 
 
+def start(model, *switches):
+    """A Cluster. Ray gives up where it can't start within 30 seconds, which may happen on a busy machine."""
+    while "Ray could not start" in "".join((cluster := Cluster(model, *switches)).lines):
+        cluster.process.wait()
+    return cluster
+
+
 @pytest.fixture(scope="module")
 def cluster(model):
-    cluster = Cluster(model, "--replicas", "2", "--max-waiting", "2")
+    cluster = start(model, "--replicas", "2", "--max-waiting", "2")
     assert any("ready at" in line for line in cluster.lines), "".join(cluster.lines)
     yield cluster
     if cluster.process.poll() is None:
@@ -227,7 +234,7 @@ def test_after_a_signal_what_is_under_way_finishes(cluster):
 
 
 def test_replicas_come_as_they_are_needed(model):
-    cluster = Cluster(model, "--replicas", "1-2")
+    cluster = start(model, "--replicas", "1-2")
     until(lambda: len(cluster.metric("num_requests_running")) == 1)
     enough = threading.Event()
 
@@ -254,7 +261,7 @@ def test_replicas_come_as_they_are_needed(model):
     ],
 )
 def test_what_cannot_start_says_why(model, switches, message):
-    cluster = Cluster(model, *switches)
+    cluster = start(model, *switches)
     assert cluster.process.wait() == 1
     cluster._reader.join()
     assert message in "".join(cluster.lines) and "Traceback" not in "".join(cluster.lines)
