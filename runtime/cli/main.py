@@ -17,6 +17,7 @@ from .sampling_switches import add_switches, given_settings
 from .terminal import tolerate_other_encodings, typing_discarded
 
 if TYPE_CHECKING:
+    from ..api.async_llm import AsyncLLM
     from ..api.llm import LLM
     from ..api.outputs import Chunk
     from ..replicas.count import Count
@@ -177,7 +178,6 @@ def _serve(args: argparse.Namespace) -> None:
         from ..server.serve import serve
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f"{error}: the server needs it: pip install 'internlm3[server]'") from None
-    from ..api.async_llm import AsyncLLM
 
     key = args.api_key or os.environ.get("INTERNLM3_API_KEY") or None
     if key is None and args.host not in ("127.0.0.1", "localhost", "::1"):
@@ -193,7 +193,7 @@ def _serve(args: argparse.Namespace) -> None:
     if args.replicas is not None:
         return _serve_replicas(args, settings)
     serve(
-        lambda: AsyncLLM(_load(args, max_batch_size=args.max_batch_size), max_waiting=settings.max_waiting),
+        lambda: _load_async(args, max_waiting=settings.max_waiting),
         settings,
         args.port,
     )
@@ -204,26 +204,24 @@ def _serve_replicas(args: argparse.Namespace, settings: Settings) -> None:
         from ..replicas.deploy import serve_replicas
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f"{error}: replicas need it: pip install 'internlm3[ray]'") from None
-    if args.device.startswith("cuda:"):
-        raise ValueError(f"--device {args.device}: Ray gives each replica a GPU of its own; leave it out")
-    options = {**_options(args), "max_batch_size": args.max_batch_size}
-    if Path(args.model).exists():
-        options["model"] = str(Path(args.model).resolve())
-    serve_replicas(options, settings, args.port, args.replicas)
+    serve_replicas(_replica_options(args), settings, args.port, args.replicas)
 
 
 def _batch(args: argparse.Namespace) -> int:
+    name, extra = _served_name(args), "server" if args.replicas is None else "ray"
     try:
-        from ..batch.on_this_machine import answer_on_this_machine
         from ..batch.run import run_batch
+
+        if args.replicas is None:
+            from ..batch.on_this_machine import answer_on_this_machine
+
+            answer_all = partial(answer_on_this_machine, lambda: _load_async(args), name)
+        else:
+            from ..batch.on_ray import answer_on_ray
+
+            answer_all = partial(answer_on_ray, _replica_options(args), name, args.replicas)
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"{error}: batches need it: pip install 'internlm3[server]'") from None
-    from ..api.async_llm import AsyncLLM
-
-    def load() -> AsyncLLM:
-        return AsyncLLM(_load(args, max_batch_size=args.max_batch_size))
-
-    answer_all = partial(answer_on_this_machine, load, _served_name(args))
+        raise ModuleNotFoundError(f"{error}: batches need it: pip install 'internlm3[{extra}]'") from None
     return 0 if run_batch(Path(args.source), Path(args.out), answer_all) else 1
 
 
@@ -246,6 +244,13 @@ def _load(args: argparse.Namespace, *, progress: bool | None = None, **options: 
     return LLM(**_options(args), progress=progress, **options)
 
 
+def _load_async(args: argparse.Namespace, **options: Any) -> AsyncLLM:
+    """options: of AsyncLLM."""
+    from ..api.async_llm import AsyncLLM
+
+    return AsyncLLM(_load(args, max_batch_size=args.max_batch_size), **options)
+
+
 def _options(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments of LLM that the group "model" of the switches gives."""
     return {
@@ -257,6 +262,16 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
         "revision": args.revision,
         "local_files_only": args.local_files_only,
     }
+
+
+def _replica_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of LLM for replicas, whose processes are elsewhere."""
+    if args.device.startswith("cuda:"):
+        raise ValueError(f"--device {args.device}: Ray gives each replica a GPU of its own; leave it out")
+    options = {**_options(args), "max_batch_size": args.max_batch_size}
+    if Path(args.model).exists():
+        options["model"] = str(Path(args.model).resolve())
+    return options
 
 
 def _served_name(args: argparse.Namespace) -> str:
@@ -324,6 +339,10 @@ def _parser() -> argparse.ArgumentParser:
         )
     batch.add_argument("source", metavar="IN.jsonl", help="the requests, one a line")
     batch.add_argument("out", metavar="OUT.jsonl", help="gets the answers; those that it has are not computed again")
+    batch.add_argument(
+        "--replicas", type=_replicas, metavar="N",
+        help="answer by N copies of the model on a Ray cluster, the one of RAY_ADDRESS or of this machine",
+    )  # fmt: skip
     quantise.add_argument("model", help="folder or repository")
     quantise.add_argument("out", help="the new folder")
     generate.add_argument("-p", "--prompt", required=True, help="the prompt; - reads standard input")

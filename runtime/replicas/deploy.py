@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
 import signal
 import socket
@@ -13,12 +12,12 @@ import time
 from typing import Any
 
 import ray
-import torch
 from ray import serve
 from ray.serve.config import AutoscalingConfig, HTTPOptions, RequestRouterConfig
 from ray.serve.deployment import Application
 
 from ..server.settings import Settings
+from .cluster import cluster, connect
 from .count import Count
 from .door import Door
 from .metrics import Board
@@ -73,15 +72,14 @@ def serve_replicas(options: dict[str, Any], settings: Settings, port: int, count
     finished; a second signal does not wait. Raises ValueError if this machine has too little for `count`, and OSError
     if the port is taken, or if Ray or a replica can't start.
     """
-    if cluster := os.environ.get("RAY_ADDRESS"):
-        ray.init(cluster, log_to_driver=False)
-    else:
-        _start_here(settings.host, port, count, options["device"])
+    if not cluster():
+        _check_free(settings.host, port)
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    gpus = connect(count, options["device"])
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # after Ray's own
     try:
-        gpus = int(options["device"] != "cpu" and ray.cluster_resources().get("GPU", 0) >= 1)
         # A Serve that was running keeps its own host and port, and says so.
-        where = "" if cluster else f" at http://{settings.host}:{port}"
+        where = "" if cluster() else f" at http://{settings.host}:{port}"
         print(f"internlm3: starts {count} of {settings.model}; logs are below {_LOGS}", file=sys.stderr)
         serve.start(http_options=HTTPOptions(host=settings.host, port=port), logging_config={"log_level": "WARNING"})
         try:
@@ -94,30 +92,17 @@ def serve_replicas(options: dict[str, Any], settings: Settings, port: int, count
         finally:
             serve.delete(APP)
     finally:
-        if not cluster:
+        if not cluster():
             serve.shutdown()
         ray.shutdown()
 
 
-def _start_here(host: str, port: int, count: Count, device: str) -> None:
-    """Starts Ray on this machine alone, without its reports of usage and its lines about itself."""
-    cpus, gpus = len(os.sched_getaffinity(0)), 0 if device == "cpu" else torch.cuda.device_count()
-    there, what = (gpus, "GPU") if gpus else (cpus, "CPU")
-    if count.least > there:  # Ray would wait for machines that may come
-        name = f"{there} {what}{'s' * (there != 1)}"
-        raise ValueError(f"{count} need a {what} each, and this machine has {name}: name a cluster by RAY_ADDRESS")
+def _check_free(host: str, port: int) -> None:
     try:
         with socket.create_server((host, port)):
             pass
     except OSError as error:
         raise OSError(f"cannot listen on {host} port {port} ({error.strerror}): choose another by --port") from None
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    resources = {"num_cpus": max(cpus, count.most), "num_gpus": gpus}
-    try:
-        ray.init("local", **resources, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-    except Exception as error:  # Ray's own are of this class itself
-        raise OSError(f"Ray could not start: {error}") from error
 
 
 def _drain(seconds: float) -> None:

@@ -51,7 +51,7 @@ def test_a_run_that_ends_in_the_middle(run, source, folder, whole, tmp_path, cap
     assert 3 <= done < 30
     assert run(source, out)
     assert {name: text_of(line) for name, line in read(out).items()} == whole
-    assert f"{30 - done} answers in " in capsys.readouterr().err
+    assert f"{30 - done} answers, " in capsys.readouterr().err
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
 
 
