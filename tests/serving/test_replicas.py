@@ -5,18 +5,15 @@ import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import threading
-from pathlib import Path
 
 import httpx
 import openai
 import pytest
 
-from bench import ROOT
 from internlm3 import LLM
 from internlm3.tests.api.conftest import make  # noqa: F401 - a fixture
+from internlm3.tests.support.ray_processes import command_with_replicas, replicas_of
 
 pytest.importorskip("ray", reason="Ray is not installed here: make test-serving installs it")
 
@@ -33,11 +30,8 @@ class Cluster:
         with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as listener:
             port = str(listener.getsockname()[1])
         self.url, self.lines = f"http://127.0.0.1:{port}", []
-        command = [sys.executable, "-m", "internlm3", "serve", str(model), "--port", port, "--device", "cpu"]
-        command += ["--max-batch-size", str(ROWS), "--served-model-name", "tiny", *switches]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT / "bench" / "checkout"), "INTERNLM3_API_KEY": KEY}
-        environment.pop("RAY_ADDRESS", None)
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+        given = ["--port", port, "--device", "cpu", "--max-batch-size", ROWS, "--served-model-name", "tiny", *switches]
+        self.process = command_with_replicas("serve", model, *given, INTERNLM3_API_KEY=KEY)
         self._ready = threading.Event()
         self._reader = threading.Thread(target=self._read)
         self._reader.start()
@@ -78,16 +72,7 @@ class Cluster:
 
     def replicas(self):
         """The process ids of the replicas."""
-        parents, names = {}, {}
-        for folder in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):
-                parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-                names[int(folder.name)] = (folder / "cmdline").read_bytes().decode(errors="replace")
-
-        def ours(process):
-            return process == self.process.pid or (process in parents and ours(parents[process]))
-
-        return [process for process, name in names.items() if ":internlm3:Replica" in name and ours(process)]
+        return replicas_of(self.process, "ray::ServeReplica:internlm3:Replica")
 
 
 @pytest.fixture(scope="module")
@@ -256,7 +241,7 @@ def test_replicas_come_as_they_are_needed(model):
 @pytest.mark.parametrize(
     ("switches", "message"),
     [
-        (["--replicas", "1000"], "1000 replicas need a CPU each, and this machine has"),
+        (["--replicas", "1000"], "1000 replicas need a core each, and this machine has"),
         (["--replicas", "1", "--max-seq-len", "99999999"], "a replica could not start: ValueError: max_seq_len"),
     ],
 )
