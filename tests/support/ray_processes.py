@@ -13,7 +13,8 @@ from typing import Any
 # Prints the address of a cluster of four CPUs, and keeps it until standard input ends.
 CLUSTER = """
 import sys, ray
-print(ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False).address_info["gcs_address"], flush=True)
+there = ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False)
+print(there.address_info["gcs_address"], flush=True)
 sys.stdin.read()
 """
 
