@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar
+from typing import Any, ClassVar
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from ..common.neutral import Neutral
 from ..common.shown import shown
@@ -46,7 +46,7 @@ class ResponseRequest(Sampling):
     }
 
     model: str | None = None
-    input: str | Annotated[list[dict[str, Any]], Field(min_length=1)]
+    input: Any
     instructions: str | None = None
     max_output_tokens: int | None = None
     text: dict[str, Any] | None = None
@@ -84,6 +84,8 @@ class ResponseRequest(Sampling):
     def messages(self) -> list[dict[str, Any]]:
         """The conversation, as messages of a chat."""
         own = [] if self.instructions is None else [{"role": "system", "content": self.instructions}]
+        if not isinstance(self.input, (str, list)) or not self.input:
+            raise _wrong(f"input must be a text or a list of items, and not empty; got {shown(self.input)}")
         if isinstance(self.input, str):
             return [*own, {"role": "user", "content": self.input}]
         for place, item in enumerate(self.input):
@@ -109,8 +111,10 @@ class ResponseRequest(Sampling):
         return choice
 
 
-def _add(messages: list[dict[str, Any]], item: Mapping[str, Any], where: str) -> None:
+def _add(messages: list[dict[str, Any]], item: Any, where: str) -> None:
     """Adds an item of an input. Calls of functions belong to the assistant's message before them, if there is one."""
+    if not isinstance(item, Mapping):
+        raise _wrong(f"{where} must be an object, not {shown(item)}")
     kind = item.get("type", "message")
     if kind == "message":
         if item.get("role") not in _ROLES:

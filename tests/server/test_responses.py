@@ -8,7 +8,12 @@ import openai
 import pytest
 from pydantic import BaseModel
 
+from internlm3.runtime.api.outputs import Chunk, Timings
 from internlm3.runtime.engine.runner import Runner
+from internlm3.runtime.server.response import Response
+from internlm3.runtime.server.response_events import events_of
+from internlm3.runtime.server.response_schemas import ResponseRequest
+from internlm3.runtime.tools.calls import ToolCallDelta
 from internlm3.tests.server.conftest import NAME, App, idle
 from internlm3.tests.server.test_bad_input import error
 
@@ -198,13 +203,8 @@ def test_json(client):
     assert parsed.output_parsed.year in (True, False)
 
 
-def test_text_and_calls_are_items_of_their_own(asynchronous, llm, monkeypatch):
+def test_text_and_calls_are_items_of_their_own():
     """What a model may say: a text, calls, a text again."""
-    from internlm3.runtime.api.outputs import Chunk, Timings
-    from internlm3.runtime.server.response import Response
-    from internlm3.runtime.server.response_events import events_of
-    from internlm3.runtime.server.response_schemas import ResponseRequest
-    from internlm3.runtime.tools.calls import ToolCallDelta
 
     def chunk(text="", *calls, reason=None):
         timings = Timings(0.1, 0.1, 0.1) if reason else None
@@ -269,10 +269,11 @@ def parts(*content):
 
 
 WRONG = [
-    ({"input": 5}, "input", "string"),
-    ({"input": []}, "input", "at least 1 item"),
-    ({"input": ""}, None, "empty"),
-    ({"input": ["x"]}, "input", "dictionary"),
+    ({"input": 5}, "input", "not empty; got 5"),
+    ({"input": []}, "input", "not empty; got []"),
+    ({"input": ""}, "input", "not empty"),
+    ({"input": ["x"]}, "input", "input[0] must be an object"),
+    ({}, "input", "input: Field required"),
     ({"input": [{"role": "poet", "content": "x"}]}, "input", "input[0].role must be one of user, assistant"),
     ({"input": [{"role": "user"}]}, "input", "input[0].content must be a string"),
     (parts({"type": "input_image", "image_url": "x"}), "input", "input[0].content[0]: this server reads text only"),
@@ -313,7 +314,9 @@ WRONG = [
 @pytest.mark.parametrize(("fields", "param", "part"), WRONG, ids=lambda value: str(value)[:60])
 def test_a_wrong_field_is_named(ask, fields, param, part):
     for stream in (False, True):
-        found = error(ask(PATH, **{"input": "x", "max_output_tokens": 3, "stream": stream, **fields}), 400)
+        found = error(
+            ask(PATH, **{**({"input": "x"} if fields else {}), "max_output_tokens": 3, "stream": stream, **fields}), 400
+        )
         assert part in found["message"], found["message"]
         assert param is None or found["param"] == param
 
