@@ -22,6 +22,7 @@ from internlm3 import LLM, InternLM3Config, InternLM3Tokenizer, SamplingParams
 from internlm3.runtime.checkpoint.gguf.folder import locate
 from internlm3.runtime.checkpoint.quantise.calibration import shipped_text
 from internlm3.runtime.checkpoint.sizes import read_per_token, weight_bytes
+from internlm3.runtime.cli.parser import command_parser
 from internlm3.runtime.cli.sampling_switches import given_settings
 from internlm3.tests.support.checkpoints import make
 from internlm3.tests.support.command_line import FIGURES, run_command
@@ -44,7 +45,6 @@ def test_help_names_every_command_and_imports_nothing_heavy():
     program = """
 import sys
 from internlm3.runtime.cli.main import main
-from internlm3.runtime.cli.parser import command_parser
 try:
     main(["--help"])
 except SystemExit as stop:
