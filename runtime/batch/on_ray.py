@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from typing import Any
@@ -64,16 +65,20 @@ def answer_on_ray(
             num_gpus=gpus,
         )
         for batch in answers.iter_batches(batch_size=None, prefetch_batches=0):
-            for text in batch["answer"]:
+            for text, failure in zip(batch["answer"], batch["failure"], strict=True):
+                if failure:
+                    raise OSError(f"a replica can't load the model: {failure}")
                 write(Answer(**json.loads(text)))
     except ray.exceptions.RayError as error:
-        raise OSError(f"a replica failed: {_last_line(error)}") from None
+        raise OSError(f"a replica failed: {_first_error(str(error))}") from None
     finally:
         ray.shutdown()
 
 
-def _last_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[-1]
+def _first_error(text: str) -> str:
+    """The first exception that a text of tracebacks names."""
+    found = re.search(r"^[\w.]+: .*", text, re.MULTILINE)
+    return found[0] if found else text
 
 
 class _Requests(Datasource):
@@ -104,13 +109,27 @@ class _Requests(Datasource):
 
 
 class _Replica:
-    """A model in a process of its own, and the server's app for it."""
+    """A model in a process of its own, and the server's app for it.
+
+    Ray would start one whose constructor raises again and again, so what loading raises is part of every result.
+    """
 
     def __init__(self, options: dict[str, Any], name: str):
-        self._app = app_for(AsyncLLM(**options), name)
+        self._failure = ""
+        try:
+            self._app = app_for(AsyncLLM(**options), name)
+        except Exception as error:
+            self._failure = f"{type(error).__name__}: {error}"
 
     async def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
-        """The answers to requests, both as JSON texts."""
-        requests = [BatchRequest(**json.loads(text)) for text in batch["request"]]
+        """The answer to each request, both as JSON texts, or else why there is none."""
+        count = len(batch["request"])
+        return {
+            "answer": [""] * count if self._failure else await self._answers(batch["request"]),
+            "failure": [self._failure] * count,
+        }
+
+    async def _answers(self, texts: Iterable[str]) -> list[str]:
+        requests = [BatchRequest(**json.loads(text)) for text in texts]
         answers = await asyncio.gather(*(answer(self._app, request) for request in requests))
-        return {"answer": [json.dumps(asdict(each)) for each in answers]}
+        return [json.dumps(asdict(each)) for each in answers]

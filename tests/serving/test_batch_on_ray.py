@@ -37,14 +37,14 @@ def expected(folder):
 
 @pytest.fixture(scope="module")
 def cluster():
-    with ray_cluster() as (process, address):
-        yield process, address
+    with ray_cluster() as (process, environment):
+        yield process, environment
 
 
 @pytest.fixture
 def started(cluster):
     """Starts a batch on the cluster."""
-    return partial(batch, RAY_ADDRESS=cluster[1])
+    return partial(batch, **cluster[1])
 
 
 def batch(model, source, out, replicas=2, **environment):
@@ -55,7 +55,7 @@ def batch(model, source, out, replicas=2, **environment):
 
 def until_answered(process, out, count):
     while not out.exists() or out.read_bytes().count(b"\n") < count:
-        assert process.poll() is None, process.stderr.read()
+        assert process.poll() is None, process.stdout.read()
         time.sleep(0.1)
 
 
@@ -72,7 +72,7 @@ def test_a_replica_that_is_killed_is_replaced(cluster, started, folder, source, 
         first, *others = replicas_of(cluster[0], "ray::MapWorker")
         assert len(others) == 1
         os.kill(first, signal.SIGKILL)
-        _, said = process.communicate()
+        said, _ = process.communicate()
     assert process.returncode == 0, said
     assert f"{COUNT + 1} of {COUNT + 1} requests are answered" in said
     check(out, expected)
@@ -87,7 +87,7 @@ def test_a_batch_that_is_killed_goes_on(started, folder, source, expected, tmp_p
     done = out.read_bytes().count(b"\n")
     assert 3 <= done <= COUNT
     with started(folder, source, out) as process:
-        _, said = process.communicate()
+        said, _ = process.communicate()
     assert process.returncode == 0, said
     assert f"internlm3: {COUNT + 1 - done} answers, " in said
     check(out, expected)
@@ -103,7 +103,7 @@ def test_more_replicas_than_this_machine_has_room_for_are_refused(folder, source
 
 def refused(process, says):
     with process:
-        _, said = process.communicate()
+        said, _ = process.communicate()
     errors = [line for line in said.splitlines() if line.startswith("internlm3: error: ")]
     assert process.returncode == 1 and len(errors) == 1 and says in errors[0], said
     assert "Traceback" not in said

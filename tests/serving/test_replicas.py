@@ -38,7 +38,7 @@ class Cluster:
         self._ready.wait()
 
     def _read(self):
-        for line in self.process.stderr:
+        for line in self.process.stdout:
             self.lines.append(line)
             if "ready at" in line:
                 self._ready.set()

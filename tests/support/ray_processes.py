@@ -22,26 +22,27 @@ sys.stdin.read()
 def command_with_replicas(*args: object, **environment: str) -> subprocess.Popen[str]:
     """`internlm3 ARGS` in a process of its own, on a Ray of its own unless RAY_ADDRESS is given.
 
-    Its standard error is a pipe.
+    Its output, errors included, is a pipe.
     """
     inherited = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     command = [sys.executable, "-m", "internlm3", *map(str, args)]
     environment = {**inherited, "HF_HUB_OFFLINE": "1", **environment}
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
 
 
 @contextlib.contextmanager
-def ray_cluster() -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """The process of a Ray cluster, and its address. Ray gives up starting after 30 seconds, on a busy machine too."""
-    address = ""
-    while not address:
+def ray_cluster() -> Iterator[tuple[subprocess.Popen[str], dict[str, str]]]:
+    """The process of a Ray cluster, and the environment of its drivers."""
+    address, command = "", [sys.executable, "-c", CLUSTER]
+    environment = {"RAY_AUTH_MODE": "token"}
+    while not address:  # Ray gives up starting after 30 seconds, on a busy machine too
         process = subprocess.Popen(
-            [sys.executable, "-c", CLUSTER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **environment}
         )
         assert process.stdout
         address = process.stdout.readline().strip()
     with process:
-        yield process, address
+        yield process, {**environment, "RAY_ADDRESS": address}
         process.communicate()
 
 
