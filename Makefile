@@ -54,7 +54,8 @@ test: lint
 	$(BIN)/python -m bench.audit $(addprefix --target ,sm_80 sm_90 sm_100)
 endif
 
-# What needs more than the environment has, and is skipped without it: the chat page in a Chromium of this machine.
+# What takes a minute, or needs more than the environment has: a server under load; the chat page in a Chromium of this
+# machine, which is skipped without one.
 test-serving: $(VENV)/.ready
 	$(BIN)/pytest tests/serving $(ARGS)
 
