@@ -25,6 +25,11 @@ $(VENV)/.ready: setup.py constraints.txt
 	@echo "$(VENV) is ready."
 	@touch $@
 
+$(VENV)/.serving: $(VENV)/.ready
+	@echo "Then Ray: 0.2 GB."
+	@$(PIP) -c constraints.txt -e '.[ray]' | $(SHOWN)
+	@touch $@
+
 demo: $(VENV)/.ready
 	@$(BIN)/internlm3 demo $(ARGS)
 
@@ -54,9 +59,9 @@ test: lint
 	$(BIN)/python -m bench.audit $(addprefix --target ,sm_80 sm_90 sm_100)
 endif
 
-# What takes a minute, or needs more than the environment has: a server under load; the chat page in a Chromium of this
-# machine, which is skipped without one.
-test-serving: $(VENV)/.ready
+# What takes minutes, or needs more than the environment has: a server under load, replicas on Ray, which is installed
+# here, and the chat page in a Chromium of this machine, without which its tests are skipped.
+test-serving: $(VENV)/.serving
 	$(BIN)/pytest tests/serving $(ARGS)
 
 # New random cases: make fuzz ARGS="--op linear --dtype bfloat16 --minutes 5"

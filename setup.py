@@ -76,6 +76,8 @@ setup(
         "json": ["llguidance>=1.9"],
         # `internlm3 serve`.
         "server": ["fastapi>=0.115", "uvicorn>=0.30", "prometheus-client>=0.20"],
+        # `internlm3 serve --replicas` and `internlm3 batch --replicas`: on the machines of a Ray cluster.
+        "ray": ["ray[serve,data]>=2.60", "fastapi>=0.115", "uvicorn>=0.30", "prometheus-client>=0.20"],
         # `python -m bench.report --plot` draws a record.
         "plots": ["matplotlib>=3.9"],
         # Tests and benchmarks compare with transformers. The runtime never imports it.

@@ -101,9 +101,11 @@ def programs(case: Case, launch: Launch, code: MachineCode, shape: Shape, splits
 
     def runs(label: str) -> float:
         """How often the instructions of another loop run."""
-        if launch.kernel == "_narrow_few" and label:  # an outer loop, and one over all chunks but the first
+        if launch.kernel == "_narrow_few" and label:
+            # An outer loop, and one over all chunks but the first; none run for candidates that fit one chunk.
+            chunks = -(-search.candidates // constants["CHUNK"])
             inner = any(x.loop == label and x.pointers & set(facts.bulk) for x in loads)
-            return PASSES * (-(-search.candidates // constants["CHUNK"]) - 1 if inner else 1)
+            return 0 if chunks == 1 else PASSES * (chunks - 1 if inner else 1)
         if launch.kernel == "_combine" and label:
             return max(splits / constants.get("BS", splits), 1)
         # The loop of the late bytes is counted for each tile; without late bytes it does not run.

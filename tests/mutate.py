@@ -253,8 +253,8 @@ def ends_the_process(test: Callable[..., None]) -> Callable[..., None]:
 class Run:
     """A plugin of pytest that runs the collected tests for each mutant."""
 
-    def __init__(self, name: str, first: int):
-        self.name, self.first = name, first
+    def __init__(self, name: str, first: int, every: int):
+        self.name, self.first, self.every = name, first, every
         self.seconds: dict[str, float] = {}
         self.found: dict[str, int] = {}
         self.failed = self.in_a_fork = False
@@ -277,13 +277,15 @@ class Run:
             raise pytest.UsageError("the tests fail without a fault")
         chosen, known, listed, survivors = of_op(self.name), equivalent(), 0, 0
         print(f"\n{len(chosen)} mutants, and {sum(self.seconds.values()):.0f} s of tests", flush=True)
-        for number, mutant in enumerate(chosen[self.first :], self.first):
+        numbers = range(self.first, len(chosen), self.every)
+        for number in numbers:
+            mutant = chosen[number]
             if (mutant.file, mutant.before, mutant.after) in known:
                 listed += 1
             elif not self.finds(session.items, mutant):
                 survivors += 1
                 print(f"survives: {number}, {mutant}", flush=True)
-        run = len(chosen) - self.first - listed
+        run = len(numbers) - listed
         print(f"{self.name}: {run} run, {run - survivors} found, {survivors} survive; {listed} are equivalent")
         session.testsfailed = survivors
         return True
@@ -340,12 +342,15 @@ def main() -> int:
     )
     parser.add_argument("--op", required=True, type=one_of("op", FILES), help=f"one of {', '.join(FILES)}")
     parser.add_argument("--first", type=int, default=0, help="go on from this mutant; they are numbered from 0")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="run only every N-th mutant from there on")
     options = parser.parse_args()
+    if options.first < 0 or options.every < 1:
+        parser.error("--first must be 0 or more, and --every 1 or more")
     tests = [f"tests/kernels/test_{name}.py" for name in (options.op, "far_strides")]
     plugins = [word for name in ("xdist", "cacheprovider", "faulthandler", "warnings") for word in ("-p", f"no:{name}")]
     os.chdir(ROOT)
     arguments = ["-q", "-s", "--no-header", "--tb=no", *plugins, *tests]
-    return int(pytest.main(arguments, [Run(options.op, options.first)]))
+    return int(pytest.main(arguments, [Run(options.op, options.first, options.every)]))
 
 
 if __name__ == "__main__":

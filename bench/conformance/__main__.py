@@ -36,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
     add("--run", choices=("prompts", "decode"), required=True, help="what to run")
     add("--dtype", choices=ALLOWED, default="float32", help="what to compute in (float32)")
     add("--out", type=output, required=True, metavar="LOGITS.npy", help="where to write them")
-    commands.add_parser("record", help="compute the expected logits again, which takes some minutes")
+    commands.add_parser("record", help="compute the expected logits again, which takes a quarter of an hour")
     return made
 
 

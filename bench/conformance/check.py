@@ -35,7 +35,7 @@ class Report(NamedTuple):
 
 
 def expected(run: str) -> dict[str, Tensor]:
-    """Logits [len(PLACES), VOCAB] by name: "right", float64, "transformers", float64, and those of faults, float32."""
+    """Logits [len(PLACES), VOCAB] by name: "right" is float64; "transformers", except for "decode", and faults."""
     tensors = {tuple(name.split("/")): rows for name, rows in load_file(DATA / "expected.safetensors").items()}
     return {name: rows for (own, name), rows in tensors.items() if own == run}
 

@@ -7,7 +7,7 @@ sums their weights by the next digit. The largest digit with enough mass is the 
     _collect      [B, blocks]   the candidates
     _narrow       [B, chunks]   one pass; there are eight for each filter
     _weigh        [B, chunks]   before the passes of typical-p: the sums from which its mean is computed
-    _narrow_few   [B]           instead of `_narrow`, all passes of top-k and top-p, where there are few candidates
+    _narrow_few   [B]           instead of `_narrow`, top-k and top-p at once, where there are few candidates
 
 Any kernel reads the results by `read_thresholds`.
 """
@@ -337,6 +337,42 @@ def _all_passes(
     return bits
 
 
+@triton.jit
+def _at_once(search_ptr, x, count, k, share, dropped, best, sharpness, CHUNK: tl.constexpr):
+    """The searches for top-k and top-p among candidates that fit one chunk: each is compared with all others.
+
+    dropped: the mass of the tokens that are no candidates.
+    """
+    real, key = tl.arange(0, CHUNK) < count, order_key(x)
+    weight = tl.where(real, weight_of((x - best) * sharpness), 0)
+    # Keys in 32 bits, and sums in 32 bits as in `_by_digit`: over the candidates [:, None] whose key is not less.
+    order = (key - 2147483648).to(tl.int32)
+    not_less = order[:, None] >= order[None, :]
+    number = tl.sum(tl.where(not_less, real.to(tl.int32)[:, None], 0), axis=0)
+    low = tl.sum(tl.where(not_less, (weight & _HALF).to(tl.int32)[:, None], 0), axis=0)
+    high = tl.sum(tl.where(not_less, (weight >> _HALF_BITS).to(tl.int32)[:, None], 0), axis=0)
+    # Top-p counts only what top-k keeps. A key that top-k keeps has the same mass with or without the others.
+    mass = (high.to(tl.int64) << _HALF_BITS) + low
+    floor = tl.full((), 0, tl.int64)
+    if k >= 0:
+        floor = tl.max(tl.where(number >= k, key, 0), axis=0)
+        _store_threshold(search_ptr, floor, TOP_K)
+    if share >= 0:
+        kept = tl.sum(tl.where(key >= floor, weight, 0), axis=0)
+        target = tl.maximum(share_of(dropped + kept, share), 1)
+        _store_threshold(search_ptr, tl.max(tl.where(mass >= target, key, 0), axis=0), TOP_P)
+
+
+@triton.jit
+def _store_threshold(search_ptr, bits, SEARCH: tl.constexpr):
+    """Stores a last pass whose result is this threshold."""
+    last: tl.constexpr = _PASSES - 1
+    digit = bits & (_DIGITS - 1)
+    tl.store(search_ptr + _first_mass(SEARCH, last) + digit, 1)
+    tl.store(search_ptr + _begun(SEARCH, last), bits - digit)
+    tl.store(search_ptr + _begun(SEARCH, last) + 1, 1)
+
+
 @jit("candidate_ptr V")
 def _narrow_few(
     candidate_ptr, search_ptr, best_ptr, temperature_ptr, top_k_ptr, top_p_ptr,
@@ -350,18 +386,21 @@ def _narrow_few(
         tl.extra.cuda.gdc_wait()
     search_ptr = of_row(search_ptr, row)
     candidate_ptr += row * V
-    count = tl.load(search_ptr + _COUNT)
+    count, dropped = tl.load(search_ptr + _COUNT), tl.load(search_ptr + _first_mass(TOP_P, 0))
     k, share = _goal(top_k_ptr, row, V, TOP_K), _goal(top_p_ptr, row, V, TOP_P)
     maxima = read_maxima(best_ptr, row, blocks, BLOCKS)
     sharpness = read_sharpness(temperature_ptr, row)
     at = tl.arange(0, CHUNK)
     x = tl.load(candidate_ptr + at, mask=at < count, other=-INF)
     best = best_of(maxima)
-    floor = tl.full((), 0, tl.int64)
-    if k >= 0:
-        floor = _all_passes(candidate_ptr, x, count, search_ptr, k, best, sharpness, floor, TOP_K, CHUNK)
-    if share >= 0:
-        _all_passes(candidate_ptr, x, count, search_ptr, share, best, sharpness, floor, TOP_P, CHUNK)
+    if count <= CHUNK:
+        _at_once(search_ptr, x, count, k, share, dropped, best, sharpness, CHUNK)
+    else:
+        floor = tl.full((), 0, tl.int64)
+        if k >= 0:
+            floor = _all_passes(candidate_ptr, x, count, search_ptr, k, best, sharpness, floor, TOP_K, CHUNK)
+        if share >= 0:
+            _all_passes(candidate_ptr, x, count, search_ptr, share, best, sharpness, floor, TOP_P, CHUNK)
 
 
 def find_thresholds(

@@ -7,6 +7,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,8 @@ from .terminal import tolerate_other_encodings, typing_discarded
 if TYPE_CHECKING:
     from ..api.llm import LLM
     from ..api.outputs import Chunk
+    from ..replicas.count import Count
+    from ..server.settings import Settings
 
 DEFAULT_MODEL = "internlm/internlm3-8b-instruct"
 DEMO_QUESTION = "What is the capital of France?"
@@ -179,21 +182,49 @@ def _serve(args: argparse.Namespace) -> None:
     key = args.api_key or os.environ.get("INTERNLM3_API_KEY") or None
     if key is None and args.host not in ("127.0.0.1", "localhost", "::1"):
         print("internlm3: without --api-key, whoever reaches this machine may use the model", file=sys.stderr)
-    # A path is nobody's business.
-    name = Path(args.model).resolve().name if Path(args.model).exists() else args.model
     settings = Settings(
-        args.served_model_name or name,
+        _served_name(args),
         host=args.host,
         api_key=key,
         allow_host=tuple(args.allow_host),
         allow_origin=tuple(args.allow_origin),
         max_waiting=args.max_waiting,
     )
+    if args.replicas is not None:
+        return _serve_replicas(args, settings)
     serve(
         lambda: AsyncLLM(_load(args, max_batch_size=args.max_batch_size), max_waiting=settings.max_waiting),
         settings,
         args.port,
     )
+
+
+def _serve_replicas(args: argparse.Namespace, settings: Settings) -> None:
+    try:
+        from ..replicas.deploy import serve_replicas
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"{error}: replicas need it: pip install 'internlm3[ray]'") from None
+    if args.device.startswith("cuda:"):
+        raise ValueError(f"--device {args.device}: Ray gives each replica a GPU of its own; leave it out")
+    options = {**_options(args), "max_batch_size": args.max_batch_size}
+    if Path(args.model).exists():
+        options["model"] = str(Path(args.model).resolve())
+    serve_replicas(options, settings, args.port, args.replicas)
+
+
+def _batch(args: argparse.Namespace) -> int:
+    try:
+        from ..batch.on_this_machine import answer_on_this_machine
+        from ..batch.run import run_batch
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"{error}: batches need it: pip install 'internlm3[server]'") from None
+    from ..api.async_llm import AsyncLLM
+
+    def load() -> AsyncLLM:
+        return AsyncLLM(_load(args, max_batch_size=args.max_batch_size))
+
+    answer_all = partial(answer_on_this_machine, load, _served_name(args))
+    return 0 if run_batch(Path(args.source), Path(args.out), answer_all) else 1
 
 
 def _read(path: str) -> str:
@@ -211,17 +242,27 @@ def _load(args: argparse.Namespace, *, progress: bool | None = None, **options: 
     from .threads import leave_busy_cores
 
     leave_busy_cores()
-    return LLM(
-        args.model,
-        dtype=args.dtype,
-        device=args.device,
-        max_seq_len=args.max_seq_len,
-        quantization=args.quantization,
-        revision=args.revision,
-        local_files_only=args.local_files_only,
-        progress=sys.stderr.isatty() if progress is None else progress,
-        **options,
-    )
+    progress = sys.stderr.isatty() if progress is None else progress
+    return LLM(**_options(args), progress=progress, **options)
+
+
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of LLM that the group "model" of the switches gives."""
+    return {
+        "model": args.model,
+        "dtype": args.dtype,
+        "device": args.device,
+        "max_seq_len": args.max_seq_len,
+        "quantization": args.quantization,
+        "revision": args.revision,
+        "local_files_only": args.local_files_only,
+    }
+
+
+def _served_name(args: argparse.Namespace) -> str:
+    """The model's name in the API: of a path only the last part, since the rest is nobody's business."""
+    named = args.served_model_name
+    return named or (Path(args.model).resolve().name if Path(args.model).exists() else args.model)
 
 
 def _preset(args: argparse.Namespace) -> Any:
@@ -244,11 +285,20 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _replicas(text: str) -> Count:
+    from ..replicas.count import Count
+
+    try:
+        return Count.read(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="internlm3", description="InternLM3 at the lowest latency one GPU allows.")
     parser.add_argument("--version", action="version", version=f"internlm3 {VERSION}")
     commands = parser.add_subparsers(
-        title="commands", required=True, metavar="{chat,generate,serve,info,perplexity,quantize,demo}"
+        title="commands", required=True, metavar="{chat,generate,serve,batch,info,perplexity,quantize,demo}"
     )
 
     def command(name: str, run: Callable[[argparse.Namespace], int | None], text: str) -> argparse.ArgumentParser:
@@ -259,18 +309,21 @@ def _parser() -> argparse.ArgumentParser:
     chat = command("chat", _chat, "Talk with a model in the terminal.")
     generate = command("generate", _generate, "Answer one prompt, streaming.")
     server = command("serve", _serve, "Serve a model under OpenAI's API.")
+    batch = command("batch", _batch, "Answer a file of requests in OpenAI's batch format; run again, it goes on.")
     info = command("info", _info, "Show a checkpoint's configuration, parameters and memory.")
     score = command("perplexity", _perplexity, "Measure how well a model predicts a text.")
     quantise = command("quantize", _quantize, "Write a checkpoint with 4 or 8 bits a weight, as compressed-tensors.")
     demo = command("demo", _demo, "Fetch a small real model, convert it once to InternLM3's format, and talk with it.")
 
-    for each in (chat, generate, server, info, score):
+    for each in (chat, generate, server, batch, info, score):
         each.add_argument(
             "model",
             nargs="?",
             default=DEFAULT_MODEL,
             help=f"folder, repository or GGUF file (default: {DEFAULT_MODEL})",
         )
+    batch.add_argument("source", metavar="IN.jsonl", help="the requests, one a line")
+    batch.add_argument("out", metavar="OUT.jsonl", help="gets the answers; those that it has are not computed again")
     quantise.add_argument("model", help="folder or repository")
     quantise.add_argument("out", help="the new folder")
     generate.add_argument("-p", "--prompt", required=True, help="the prompt; - reads standard input")
@@ -281,7 +334,8 @@ def _parser() -> argparse.ArgumentParser:
     server.add_argument(
         "--api-key", help="clients must send this as a bearer token (default: INTERNLM3_API_KEY, if it is set)"
     )
-    server.add_argument("--served-model-name", metavar="NAME", help="the model's name in the API (default: MODEL)")
+    for each in (server, batch):
+        each.add_argument("--served-model-name", metavar="NAME", help="the model's name in the API (default: MODEL)")
     server.add_argument(
         "--max-waiting", type=_count, default=256, help="requests that may wait; more get 429 (default: 256)"
     )
@@ -292,6 +346,11 @@ def _parser() -> argparse.ArgumentParser:
     server.add_argument(
         "--allow-host", action="append", default=[], metavar="NAME",
         help="serve under this name, too, besides addresses, localhost and the machine's own; may be given again",
+    )  # fmt: skip
+    server.add_argument(
+        "--replicas", type=_replicas, metavar="N",
+        help="serve by N copies of the model on a Ray cluster, the one of RAY_ADDRESS or of this machine; "
+        "1-4: from one to four, as the requests ask for",
     )  # fmt: skip
     info.add_argument("--length", type=int, help="context length of the KV cache (default: the trained window)")
 
@@ -312,7 +371,7 @@ def _parser() -> argparse.ArgumentParser:
         "--calibrate", metavar="TEXT", help="4 bits: a file of text like the model's later input (default: one ships)"
     )
 
-    for each in (chat, generate, server, demo, info, score, quantise):
+    for each in (chat, generate, server, batch, demo, info, score, quantise):
         group = each.add_argument_group("model")
         if each is not quantise:
             group.add_argument("--dtype", default="auto", help="auto, bfloat16, float16 or float32")
@@ -325,11 +384,11 @@ def _parser() -> argparse.ArgumentParser:
             continue
         group.add_argument("--max-seq-len", type=int, help="context length: prompt and answer together, in tokens")
         group.add_argument("--quantization", help="quantise the weights on load: int4, int8 or fp8")
-        if each is server:
+        if each in (server, batch):
             group.add_argument(
                 "--max-batch-size", type=_count, default=16, help="answers decoded together; more wait (default: 16)"
             )
-        if each in (score, server):
+        if each in (score, server, batch):
             continue
         group = each.add_argument_group("conversation")
         group.add_argument("--system", help="the system prompt")

@@ -65,7 +65,12 @@ async def _lines(events: AsyncGenerator[dict[str, Any], None]) -> AsyncGenerator
                 name = f"event: {event['type']}\n" if typed else ""
                 yield f"{name}data: {json.dumps(event, ensure_ascii=False, separators=(',', ':'))}\n\n"
         except ApiError as error:
-            yield f"data: {json.dumps(error.body)}\n\n"
+            yield error_event(error)
             return
     if not typed:
         yield "data: [DONE]\n\n"
+
+
+def error_event(error: ApiError) -> str:
+    """The last event of a stream that an error ends."""
+    return f"data: {json.dumps(error.body)}\n\n"

@@ -9,6 +9,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .errors import ApiError, Disconnected
 from .service import Service
+from .settings import Settings
 
 # What is answered while the server drains, too.
 _ALWAYS = ("/health", "/metrics")
@@ -26,8 +27,8 @@ class Limits:
             return
         try:
             if self._service.draining:
-                raise ApiError(503, "this server is about to end, and takes no new requests", code="draining")
-            body = await self._body(Headers(scope=scope), receive)
+                raise draining()
+            body = await read_body(scope, receive, self._service.settings)
         except Disconnected:
             return
         except ApiError as error:
@@ -39,17 +40,17 @@ class Limits:
         finally:
             self._service.active -= 1
 
-    async def _body(self, headers: Headers, receive: Receive) -> bytes:
-        settings = self._service.settings
-        most = settings.max_body
-        length = headers.get("content-length", "")
-        if length.isdigit() and int(length[:20]) > most:
-            raise _too_large(most)
-        try:
-            return await asyncio.wait_for(_read(receive, most), settings.body_seconds)
-        except asyncio.TimeoutError:
-            what = f"the body did not come within {settings.body_seconds:g} seconds"
-            raise ApiError(408, what, code="body_timeout") from None
+
+async def read_body(scope: Scope, receive: Receive, settings: Settings) -> bytes:
+    """The whole body of a request. Raises ApiError if it is too large or late, or Disconnected."""
+    length = Headers(scope=scope).get("content-length", "")
+    if length.isdigit() and int(length[:20]) > settings.max_body:
+        raise _too_large(settings.max_body)
+    try:
+        return await asyncio.wait_for(_read(receive, settings.max_body), settings.body_seconds)
+    except asyncio.TimeoutError:
+        what = f"the body did not come within {settings.body_seconds:g} seconds"
+        raise ApiError(408, what, code="body_timeout") from None
 
 
 async def _read(receive: Receive, most: int) -> bytes:
@@ -81,3 +82,7 @@ def _replay(body: bytes, receive: Receive) -> Receive:
 
 def _too_large(most: int) -> ApiError:
     return ApiError(413, f"the body has more than {most:,} bytes", code="body_too_large")
+
+
+def draining() -> ApiError:
+    return ApiError(503, "this server is about to end, and takes no new requests", code="draining")

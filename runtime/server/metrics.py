@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.metrics_core import Metric
 
 from ..api.async_llm import AsyncLLM
 from .usage import Usage
@@ -62,6 +63,10 @@ class Metrics:
     def text(self) -> bytes:
         """All metrics in Prometheus' text format."""
         return generate_latest(self._registry)
+
+    def collect(self) -> list[Metric]:
+        """All metrics as they are."""
+        return list(self._registry.collect())
 
     def _gauge(self, name: str, text: str, value: Callable[[], float]) -> None:
         gauge = Gauge(f"internlm3:{name}", text, ("model_name",), registry=self._registry)

@@ -11,11 +11,12 @@ from starlette.responses import FileResponse, Response
 
 from ..api.inputs import encode_prompt
 from .errors import ApiError, told_to_the_client
+from .limits import draining
 from .schemas import DetokenizeRequest, TokenizeRequest
 from .service import Service
 
 _PAGE = Path(__file__).with_name("page.html")
-_PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
+PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 
 
 def routes(service: Service) -> APIRouter:
@@ -48,13 +49,13 @@ def routes(service: Service) -> APIRouter:
     @router.get("/health")
     async def health() -> dict[str, str]:
         if service.draining:
-            raise ApiError(503, "this server is about to end", code="draining")
+            raise draining()
         assert service.llm
         return {"status": "ok"}
 
     @router.get("/metrics")
     async def metrics() -> Response:
-        return Response(service.metrics.text(), media_type=_PROMETHEUS)
+        return Response(service.metrics.text(), media_type=PROMETHEUS)
 
     @router.get("/")
     async def page() -> Response:

@@ -263,7 +263,7 @@ def test_the_command_by_its_other_name_and_its_version():
         assert done.stdout == f"internlm3 {internlm3.__version__}\n"
     assert "version=VERSION" in Path(__file__).parents[2].joinpath("setup.py").read_text()  # of runtime/version.py
     assert (
-        "{chat,generate,serve,info,perplexity,quantize,demo}"
+        "{chat,generate,serve,batch,info,perplexity,quantize,demo}"
         in subprocess.run([*other, "--help"], capture_output=True, text=True).stdout
     )
 

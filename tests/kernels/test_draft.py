@@ -127,6 +127,12 @@ def test_a_match_ends_where_its_sequence_begins():
     assert check([[9] * 8 + [5], [1, 2, 8, 1, 2, 9, 5, 1, 2]], 9, 2)[1] == [9]
 
 
+def test_the_last_place_of_the_last_block():
+    """The only match is where the sequence ends, and the history is full."""
+    block = module_of(kernels.draft).BLOCK
+    assert check([[*range(100, 98 + block), 5, 5, 5]], 1 + block, 3) == [[5, 5]]
+
+
 def test_a_context_of_32k():
     text = torch.randint(50, (32768,), generator=generator(4)).tolist()
     text[-40:] = text[777 : 777 + 40]

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from internlm3 import kernels
 from internlm3.kernels import cpu, reference
 from internlm3.kernels.triton import linear_few_rows
+from internlm3.kernels.triton.launch import INTERPRETED
 from internlm3.tests.kernels.support import (
     DEVICE,
     MODULES,
@@ -450,6 +451,20 @@ def test_long_rows(dtype, rows, width):
     exact, size = product(case.x, case.weight)
     results = run_all("linear_add", case.x, case.weight, case.residual)
     assert_near(exact + case.residual.double(), 1.0, size + exact.abs(), **results)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("rows", [1, 3, 17])
+def test_the_head_of_an_odd_vocabulary(monkeypatch, rows, dtype):
+    """128133 tokens, the last of which are in a tile that they do not fill."""
+    if INTERPRETED:  # a program takes milliseconds: 32 large ones
+        tile = linear_few_rows.Tile(4096, 4)
+        monkeypatch.setattr(linear_few_rows, "ONE_ROW", tile)
+        for name in ("FLOAT32", "ROWS_WIDE"):
+            monkeypatch.setattr(linear_few_rows, name, dict.fromkeys(linear_few_rows.FLOAT32, tile))
+    case = Case(31, dtype, rows, 8, 128133)
+    exact, size = product(case.normed(), case.weight, normed=True)
+    assert_near(exact, 1.0, size, **run_all("rms_norm_linear", case.x, case.norm, EPS, case.weight))
 
 
 def test_any_leading_dimensions():

@@ -21,7 +21,9 @@ ROOMS = {
         "common", "sampling", "model", "checkpoint", "chat_template", "tokenization", "structured", "tools", "engine",
     },
     "server": {"common", "sampling", "tools", "engine", "api"},
-    "cli": {"common", "sampling", "model", "checkpoint", "api", "server"},
+    "batch": {"common", "api", "server"},
+    "replicas": {"api", "server"},
+    "cli": {"common", "sampling", "model", "checkpoint", "api", "server", "batch", "replicas"},
 }  # fmt: skip
 # The only files of the runtime that import kernels: the model runs them, hooks penalise and filter on the host, the
 # state needs the limit of a small top-k, and the warm-up the list of launches to compile. The rest is about quantised

@@ -14,7 +14,7 @@ from internlm3.tests.api.conftest import make  # noqa: F401 - a fixture
 from internlm3.tests.server.conftest import idle, running
 from internlm3.tests.support.load import check, load, random_jobs
 
-CLIENTS, ROUNDS, EACH = 64, 8, 4  # EACH requests of each client in a round
+CLIENTS, ROUNDS, EACH = 64, 6, 4  # EACH requests of each client in a round
 STATUS = Path("/proc/self/status")
 
 
@@ -36,9 +36,9 @@ def resident():
 def test_64_streams_at_a_time(llm):
     """None is lost or mixed up, nothing stays behind, and memory does not grow.
 
-    What each request would leave behind, be it one object, grows from the middle to the end. Freed memory stays with
-    the process where other memory lies behind it, so that its size changes by some megabytes between rounds; a request
-    that left its pages' worth of text, 100 kB, would add 100 MB.
+    An object that each request left behind would be counted 768 times from the middle to the end, where other objects
+    come and go by some hundred. The process's size changed by 1 MB when this was written; 20 kB of each request that
+    stayed would add 16 MB.
     """
     jobs = random_jobs(CLIENTS * EACH * ROUNDS, 80)
     size = CLIENTS * EACH
@@ -60,6 +60,5 @@ def test_64_streams_at_a_time(llm):
     assert idle(llm) and check(llm, jobs, answers) > len(jobs) // 2
     middle = ROUNDS // 2 - 1
     requests = size * (ROUNDS - 1 - middle)
-    assert objects[-1] - objects[middle] < requests // 2, objects
-    assert megabytes[-1] - megabytes[middle] < 32, megabytes
-    print(objects, megabytes)
+    assert objects[-1] - objects[middle] < requests, objects
+    assert megabytes[-1] - megabytes[middle] < 16, megabytes

@@ -1,0 +1,137 @@
+"""Runs replicas on a Ray cluster until a signal: then what is under way finishes, and the replicas end."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import signal
+import socket
+import sys
+import threading
+import time
+from typing import Any
+
+import ray
+from ray import serve
+from ray.serve.config import AutoscalingConfig, HTTPOptions, RequestRouterConfig
+from ray.serve.deployment import Application
+
+from ..server.settings import Settings
+from .count import Count
+from .door import Door
+from .metrics import Board
+from .replica import Replica
+
+APP = "internlm3"
+# Requests of one session go to one replica, while that is there and has room.
+_ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
+# The streams that one door should have.
+_STREAMS = 64
+_LOGS = "/tmp/ray/session_latest/logs/serve"
+
+
+def application(options: dict[str, Any], settings: Settings, count: Count, gpus: int) -> Application:
+    """The application of Ray Serve: replicas, and the door before them.
+
+    Args:
+        options: of LLM, for every replica; max_batch_size is one of them.
+        gpus: that a replica has, 0 or 1.
+    """
+    rows = options["max_batch_size"]
+    scale: dict[str, Any] = {"num_replicas": count.most}
+    if count.least < count.most:
+        limits = {"min_replicas": count.least, "max_replicas": count.most, "initial_replicas": count.least}
+        scale = {"autoscaling_config": AutoscalingConfig(**limits, target_ongoing_requests=rows)}
+    replicas = serve.deployment(Replica).options(
+        max_ongoing_requests=2 * rows,  # as many as are decoded together, and as many that wait for a slot
+        max_queued_requests=settings.max_waiting,
+        ray_actor_options={"num_cpus": 1, "num_gpus": gpus},
+        request_router_config=RequestRouterConfig(request_router_class=_ROUTER),
+        graceful_shutdown_timeout_s=settings.drain_seconds,
+        max_constructor_retry_count=1,
+        **scale,
+    )
+    # Passing on what a replica sends is little work: a door is enough for many streams.
+    streams = {"min_replicas": 1, "max_replicas": count.most, "target_ongoing_requests": _STREAMS}
+    door = serve.deployment(serve.ingress()(Door)).options(
+        name="Door",
+        max_ongoing_requests=settings.max_connections,
+        autoscaling_config=AutoscalingConfig(**streams),
+        ray_actor_options={"num_cpus": 0},
+        graceful_shutdown_timeout_s=settings.drain_seconds,
+    )
+    board = ray.remote(Board).options(num_cpus=0, max_restarts=-1).remote()
+    return door.bind(replicas.bind(options, settings, board), settings, board)
+
+
+def serve_replicas(options: dict[str, Any], settings: Settings, port: int, count: Count) -> None:
+    """Serves until a signal, on the cluster that RAY_ADDRESS names, or on this machine.
+
+    Never returns: raises KeyboardInterrupt after SIGINT, and SystemExit after SIGTERM, when what was under way has
+    finished; a second signal does not wait. Raises ValueError if this machine has too little for `count`, and OSError
+    if the port is taken or a replica can't load the model.
+    """
+    if cluster := os.environ.get("RAY_ADDRESS"):
+        ray.init(cluster, log_to_driver=False)
+    else:
+        _start_here(settings.host, port)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # after Ray's own
+    try:
+        gpus = int(options["device"] != "cpu" and ray.cluster_resources().get("GPU", 0) >= 1)
+        if not cluster:
+            _check_this_machine(count, gpus)
+        # A Serve that was running keeps its own host and port, and says so.
+        where = "" if cluster else f" at http://{settings.host}:{port}"
+        print(f"internlm3: starts {count} of {settings.model}; logs are below {_LOGS}", file=sys.stderr)
+        serve.start(http_options=HTTPOptions(host=settings.host, port=port), logging_config={"log_level": "WARNING"})
+        try:
+            _run(application(options, settings, count, gpus))
+            print(f"internlm3: ready{where}", file=sys.stderr)
+            try:
+                threading.Event().wait()
+            finally:
+                _drain(settings.drain_seconds)
+        finally:
+            serve.delete(APP)
+    finally:
+        if not cluster:
+            serve.shutdown()
+        ray.shutdown()
+
+
+def _start_here(host: str, port: int) -> None:
+    """Starts Ray on this machine alone, without its reports of usage and its lines about itself."""
+    try:
+        with socket.create_server((host, port)):
+            pass
+    except OSError as error:
+        raise OSError(f"cannot listen on {host} port {port} ({error.strerror}): choose another by --port") from None
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    ray.init("local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+
+
+def _check_this_machine(count: Count, gpus: int) -> None:
+    """Ray waits for machines that may come. Here none will."""
+    what = "GPU" if gpus else "CPU"
+    if count.least > (there := int(ray.cluster_resources().get(what, 0))):
+        name = f"{there} {what}{'s' * (there != 1)}"
+        raise ValueError(f"{count} need a {what} each, and this machine has {name}: name a cluster by RAY_ADDRESS")
+
+
+def _drain(seconds: float) -> None:
+    """Has new requests refused, and waits for those under way."""
+    end, doors = time.monotonic() + seconds, serve.get_deployment_handle("Door", APP)
+    while any(doors.broadcast("drain").results()) and time.monotonic() < end:
+        time.sleep(0.1)
+
+
+def _run(app: Application) -> None:
+    """Deploys, and waits until all replicas are there. Raises OSError with what a replica raised."""
+    try:
+        serve.run(app, name=APP, route_prefix="/")
+    except RuntimeError as error:
+        messages = [each.message for each in serve.status().applications[APP].deployments.values()]
+        raised = [line for message in messages for line in message.splitlines() if re.match(r"[\w.]+: ", line)]
+        raise OSError(f"a replica could not start: {raised[-1] if raised else error}") from None

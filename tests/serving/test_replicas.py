@@ -1,0 +1,260 @@
+"""`internlm3 serve --replicas` on a Ray of this machine, asked by OpenAI's client."""
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+
+from bench import ROOT
+from internlm3 import LLM
+from internlm3.tests.api.conftest import make  # noqa: F401 - a fixture
+
+pytest.importorskip("ray", reason="Ray is not installed here: make test-serving installs it")
+
+KEY = "secret"
+ROWS = 2  # that a replica decodes together
+# An answer of several seconds.
+LONG = {"max_tokens": 1500, "temperature": 0.0, "extra_body": {"ignore_eos": True}}
+
+
+class Cluster:
+    """The process of `internlm3 serve`, and clients for it."""
+
+    def __init__(self, model, *switches):
+        with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as listener:
+            port = str(listener.getsockname()[1])
+        self.url, self.lines = f"http://127.0.0.1:{port}", []
+        command = [sys.executable, "-m", "internlm3", "serve", str(model), "--port", port, "--device", "cpu"]
+        command += ["--max-batch-size", str(ROWS), "--served-model-name", "tiny", *switches]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT / "bench" / "checkout"), "INTERNLM3_API_KEY": KEY}
+        environment.pop("RAY_ADDRESS", None)
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+        self._ready = threading.Event()
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+        self._ready.wait()
+
+    def _read(self):
+        for line in self.process.stderr:
+            self.lines.append(line)
+            if "ready at" in line:
+                self._ready.set()
+        self._ready.set()
+
+    def end(self, number=signal.SIGTERM):
+        """The exit status after a signal."""
+        self.process.send_signal(number)
+        status = self.process.wait()
+        self._reader.join()
+        return status
+
+    def client(self, **options):
+        return openai.OpenAI(base_url=self.url + "/v1", api_key=KEY, **options)
+
+    def stream(self, question, **options):
+        messages = [{"role": "user", "content": question}]
+        return self.client().chat.completions.create(
+            model="tiny", messages=messages, stream=True, **{**LONG, **options}
+        )
+
+    def metric(self, name, **labels):
+        """The value of a metric for each replica, by its id."""
+        text = httpx.get(self.url + "/metrics", headers={"authorization": f"Bearer {KEY}"}, timeout=60).text
+        found = {}
+        for labelled, value in re.findall(rf"^internlm3:{name}{{(.+)}} (\S+)$", text, re.MULTILINE):
+            given = dict(re.findall(r'(\w+)="([^"]*)"', labelled))
+            if labels.items() <= given.items():
+                found[given["replica"]] = float(value)
+        return found
+
+    def replicas(self):
+        """The process ids of the replicas."""
+        parents, names = {}, {}
+        for folder in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+                names[int(folder.name)] = (folder / "cmdline").read_bytes().decode(errors="replace")
+
+        def ours(process):
+            return process == self.process.pid or (process in parents and ours(parents[process]))
+
+        return [process for process, name in names.items() if ":internlm3:Replica" in name and ours(process)]
+
+
+@pytest.fixture(scope="module")
+def model(make):
+    return make(max_position_embeddings=2048, num_hidden_layers=2)
+
+
+@pytest.fixture(scope="module")
+def llm(model):
+    return LLM(model, progress=False, device="cpu", max_batch_size=ROWS)
+
+
+@pytest.fixture(scope="module")
+def cluster(model):
+    cluster = Cluster(model, "--replicas", "2", "--max-waiting", "2")
+    assert any("ready at" in line for line in cluster.lines), "".join(cluster.lines)
+    yield cluster
+    if cluster.process.poll() is None:
+        cluster.end()
+
+
+def until(happens):
+    """Waits for something that happens sooner or later."""
+    pause = threading.Event()
+    while not happens():
+        assert not pause.wait(0.2)
+
+
+def test_answers_are_the_models(cluster, llm):
+    question = "What is the capital of France?"
+    expected = llm.chat(question, max_tokens=24, temperature=0.0).text
+    messages = [{"role": "user", "content": question}]
+    client = cluster.client()
+    whole = client.chat.completions.create(model="tiny", messages=messages, max_tokens=24, temperature=0.0)
+    assert whole.choices[0].message.content == expected
+    chunks = client.chat.completions.create(
+        model="tiny", messages=messages, max_tokens=24, temperature=0.0, stream=True
+    )
+    pieces = [chunk.choices[0].delta.content or "" for chunk in chunks]
+    assert "".join(pieces) == expected and len([piece for piece in pieces if piece]) > 3
+    text = client.completions.create(model="tiny", prompt="Once upon a time", max_tokens=8, temperature=0.0)
+    assert text.choices[0].text == llm.generate("Once upon a time", max_tokens=8, temperature=0.0).text
+
+
+def test_errors_are_the_apps(cluster):
+    client = cluster.client(max_retries=0)
+    with pytest.raises(openai.BadRequestError, match="greater than or equal to 1"):
+        client.completions.create(model="tiny", prompt="x", n=0)
+    with pytest.raises(openai.NotFoundError, match="another"):
+        client.completions.create(model="another", prompt="x")
+    for headers in ({}, {"authorization": "Bearer wrong"}, {"host": "elsewhere.example"}):
+        for path in ("/v1/models", "/metrics"):
+            answer = httpx.get(cluster.url + path, headers=headers)
+            assert answer.status_code in (401, 403) and answer.json()["error"]["code"]
+    huge = b'{"prompt": "' + b"x" * (9 << 20) + b'"}'
+    headers = {"authorization": f"Bearer {KEY}", "content-type": "application/json"}
+    assert httpx.post(cluster.url + "/v1/completions", headers=headers, content=huge).status_code == 413
+
+
+def test_a_conversation_stays_with_its_replica(cluster):
+    """Its first turn is in the cache of the replica that answers its second; both replicas have some of the work."""
+    client = cluster.client()
+    before = cluster.metric("prompt_tokens_total")
+    for number in range(12):
+        messages = [{"role": "user", "content": f"Conversation {number}. " + "Tell me more about it. " * 40}]
+        first = client.chat.completions.create(model="tiny", messages=messages, max_tokens=4, temperature=0.0)
+        assert not first.usage.prompt_tokens_details.cached_tokens
+        said = {"role": "assistant", "content": first.choices[0].message.content}
+        messages += [said, {"role": "user", "content": "Why?"}]
+        second = client.chat.completions.create(model="tiny", messages=messages, max_tokens=4, temperature=0.0)
+        assert second.usage.prompt_tokens_details.cached_tokens > 128
+    assert len(before) == 2
+    until(lambda: all(count > before[replica] for replica, count in cluster.metric("prompt_tokens_total").items()))
+
+
+def test_a_client_that_goes_cancels_its_answer(cluster):
+    def ended(reason):
+        return sum(cluster.metric("request_success_total", finished_reason=reason).values())
+
+    before = ended("length")
+    assert not ended("abort")
+    stream = cluster.stream("Tell a long story.")
+    next(iter(stream))
+    stream.close()
+    until(lambda: ended("abort") == 1)
+    until(lambda: not any(cluster.metric("num_requests_running").values()))
+    assert ended("length") == before
+
+
+def test_more_than_may_wait_are_refused(cluster):
+    """Both replicas have as many as they may, and two more wait."""
+    statuses = []
+
+    def ask(number):
+        body = {"prompt": f"{number}", "max_tokens": 400, "ignore_eos": True, "temperature": 0}
+        headers = {"authorization": f"Bearer {KEY}"}
+        answer = httpx.post(cluster.url + "/v1/completions", json=body, headers=headers, timeout=None)
+        statuses.append((answer.status_code, answer.json()))
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(2 * 2 * ROWS + 2 + 10)]
+    for thread in threads:
+        thread.start()
+    until(lambda: sum(cluster.metric("num_requests_running").values()) == 2 * ROWS)
+    assert httpx.get(cluster.url + "/health").json() == {"status": "ok"}
+    for thread in threads:
+        thread.join()
+    refused = [body["error"]["code"] for status, body in statuses if status != 200]
+    assert refused and set(refused) == {"queue_full"}
+    assert sum(status == 200 for status, _ in statuses) >= 2 * ROWS
+
+
+def test_a_replica_that_dies_ends_its_answers_and_another_comes(cluster):
+    stream = cluster.stream("Tell another long story.")
+    next(iter(stream))
+    until(lambda: sum(cluster.metric("num_requests_running").values()) == 1)
+    before = cluster.metric("num_requests_running").keys()
+    for process in cluster.replicas():
+        os.kill(process, signal.SIGKILL)
+    with pytest.raises(openai.APIError, match="gone"):
+        for _ in stream:
+            pass
+    answer = cluster.client(max_retries=20).completions.create(model="tiny", prompt="x", max_tokens=2)
+    assert answer.choices[0].text
+    until(lambda: len(cluster.replicas()) == 2)
+    until(lambda: len(after := cluster.metric("num_requests_running")) == 2 and not before & after.keys())
+
+
+def test_after_a_signal_what_is_under_way_finishes(cluster):
+    stream = iter(cluster.stream("Tell a third story."))
+    next(stream)
+    cluster.process.send_signal(signal.SIGTERM)
+    headers = {"authorization": f"Bearer {KEY}"}
+    until(lambda: httpx.get(cluster.url + "/v1/models", headers=headers, timeout=60).status_code == 503)
+    *_, last = stream
+    assert last.choices[0].finish_reason == "length"
+    assert cluster.process.wait() == 128 + signal.SIGTERM
+
+
+def test_replicas_come_as_they_are_needed(model):
+    cluster = Cluster(model, "--replicas", "1-2")
+    until(lambda: len(cluster.metric("num_requests_running")) == 1)
+    enough = threading.Event()
+
+    def talk(number):
+        while not enough.is_set():
+            for _ in cluster.stream(f"Tell story {number}.", max_tokens=100):
+                pass
+
+    talkers = [threading.Thread(target=talk, args=(number,)) for number in range(3 * ROWS)]
+    for talker in talkers:
+        talker.start()
+    until(lambda: len(cluster.metric("num_requests_running")) == 2)
+    enough.set()
+    for talker in talkers:
+        talker.join()
+    assert cluster.end(signal.SIGINT) == 130
+
+
+@pytest.mark.parametrize(
+    ("switches", "message"),
+    [
+        (["--replicas", "1000"], "1000 replicas need a CPU each, and this machine has"),
+        (["--replicas", "1", "--max-seq-len", "99999999"], "a replica could not start: ValueError: max_seq_len"),
+    ],
+)
+def test_what_cannot_start_says_why(model, switches, message):
+    cluster = Cluster(model, *switches)
+    assert cluster.process.wait() == 1
+    cluster._reader.join()
+    assert message in "".join(cluster.lines) and "Traceback" not in "".join(cluster.lines)
