@@ -17,7 +17,8 @@ from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
 from ..api.async_llm import AsyncLLM
-from ..replicas.cluster import check_this_machine, connect, gpus_each
+from ..replicas.cluster import connect
+from ..replicas.count import Count
 from .answer import Answer, answer, app_for
 from .request import BatchRequest
 
@@ -25,7 +26,7 @@ from .request import BatchRequest
 def answer_on_ray(
     options: dict[str, Any],
     name: str,
-    replicas: int,
+    count: Count,
     requests: Iterable[BatchRequest],
     write: Callable[[Answer], None],
 ) -> None:
@@ -39,25 +40,26 @@ def answer_on_ray(
         name: the model's name in requests.
         requests: are read on this machine, one by one, by another process.
 
-    Raises OSError if a replica can't load the model or fails, and ValueError if this machine has too little for them.
+    Raises OSError if Ray does not start, or if a replica can't load the model or fails, and ValueError if this machine
+    has too little for them.
     """
-    cluster = connect()
+    gpus = connect(count, options["device"])
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # it logs what it raises
     context = DataContext.get_current()
     context.enable_progress_bars = False
     # Any row fills a block, and a block is what replicas are given and give back: no answer waits for another.
     context.target_max_block_size = 1
     try:
-        gpus = gpus_each(options["device"])
-        if not cluster:
-            check_this_machine(replicas, gpus)
         in_flight = 2 * options["max_batch_size"]
         answers = ray.data.read_datasource(_Requests(requests), num_cpus=0, override_num_blocks=1).map_batches(
             _Replica,
             batch_size=None,
             fn_constructor_args=(options, name),
             compute=ActorPoolStrategy(
-                size=replicas, max_tasks_in_flight_per_actor=in_flight, max_concurrent_calls_per_actor=in_flight
+                min_size=count.least,
+                max_size=count.most,
+                max_tasks_in_flight_per_actor=in_flight,
+                max_concurrent_calls_per_actor=in_flight,
             ),
             num_cpus=1,
             num_gpus=gpus,

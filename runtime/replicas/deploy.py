@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
 import signal
 import socket
@@ -18,7 +17,7 @@ from ray.serve.config import AutoscalingConfig, HTTPOptions, RequestRouterConfig
 from ray.serve.deployment import Application
 
 from ..server.settings import Settings
-from .cluster import check_this_machine, connect, gpus_each
+from .cluster import cluster, connect
 from .count import Count
 from .door import Door
 from .metrics import Board
@@ -71,19 +70,16 @@ def serve_replicas(options: dict[str, Any], settings: Settings, port: int, count
 
     Never returns: raises KeyboardInterrupt after SIGINT, and SystemExit after SIGTERM, when what was under way has
     finished; a second signal does not wait. Raises ValueError if this machine has too little for `count`, and OSError
-    if the port is taken or a replica can't load the model.
+    if the port is taken, or if Ray or a replica can't start.
     """
-    if not os.environ.get("RAY_ADDRESS"):
+    if not cluster():
         _check_free(settings.host, port)
-    cluster = connect()
-    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    gpus = connect(count, options["device"])
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # after Ray's own
     try:
-        gpus = gpus_each(options["device"])
-        if not cluster:
-            check_this_machine(count.least, gpus)
         # A Serve that was running keeps its own host and port, and says so.
-        where = "" if cluster else f" at http://{settings.host}:{port}"
+        where = "" if cluster() else f" at http://{settings.host}:{port}"
         print(f"internlm3: starts {count} of {settings.model}; logs are below {_LOGS}", file=sys.stderr)
         serve.start(http_options=HTTPOptions(host=settings.host, port=port), logging_config={"log_level": "WARNING"})
         try:
@@ -96,7 +92,7 @@ def serve_replicas(options: dict[str, Any], settings: Settings, port: int, count
         finally:
             serve.delete(APP)
     finally:
-        if not cluster:
+        if not cluster():
             serve.shutdown()
         ray.shutdown()
 

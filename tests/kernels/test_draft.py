@@ -102,6 +102,7 @@ def test_draft(seed, batch, rows, letters, longest, padding, block):
     width = max(1, *map(len, texts)) + below(2 * block)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module_of(kernels.draft), "BLOCK", block)
+        patch.setattr(module_of(kernels.draft), "BLOCKS", 4)
         check(texts, width, rows, limits, padding)
 
 
@@ -109,6 +110,7 @@ def test_the_longest_match_and_the_last_of_equal_ones():
     assert check([[1, 2, 3, 4, 9, 2, 3, 5, 1, 2, 3]], 16, 4) == [[4, 9, 2]]
     assert check([[2, 3, 4, 8, 9, 2, 3, 5, 1, 2, 3]], 16, 4) == [[5, 1, 2]]
     assert check([[3, 4, 8, 9, 1, 3]], 16, 4) == [[]]  # one token is no match
+    assert check([[3], [3, 3]], 2, 4) == [[], []]
 
 
 def test_a_text_that_repeats_itself_goes_on():

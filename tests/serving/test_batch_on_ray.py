@@ -1,18 +1,16 @@
-"""`internlm3 batch --replicas` on a Ray of this machine: answers, and what is killed meanwhile."""
+"""`internlm3 batch --replicas` on a Ray cluster that is there: answers, and what is killed meanwhile."""
 
-import contextlib
 import os
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
+from functools import partial
 
 import pytest
 
 from internlm3 import LLM
 from internlm3.tests.api.conftest import make  # noqa: F401 - a fixture
 from internlm3.tests.batch.conftest import chat, read, text_of, write
+from internlm3.tests.support.ray_processes import command_with_replicas, ray_cluster, replicas_of
 
 pytest.importorskip("ray", reason="Ray is not installed here: make test-serving installs it")
 
@@ -37,33 +35,28 @@ def expected(folder):
     return {f"{n}": llm.chat(f"Number {n}", **TOKENS).text for n in range(COUNT)}
 
 
-def started(model, source, out, replicas=2):
+@pytest.fixture(scope="module")
+def cluster():
+    with ray_cluster() as (process, environment):
+        yield process, environment
+
+
+@pytest.fixture
+def started(cluster):
+    """Starts a batch on the cluster."""
+    return partial(batch, **cluster[1])
+
+
+def batch(model, source, out, replicas=2, **environment):
     """The process of a batch."""
-    command = [sys.executable, "-m", "internlm3.runtime.cli.main", "batch", model, source, out]
-    command += ["--served-model-name", "tiny", "--device", "cpu", "--max-batch-size", "2", "--replicas", replicas]
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | {"HF_HUB_OFFLINE": "1"}
-    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    return subprocess.Popen([*map(str, command)], env=environment, **streams)
+    switches = ["--served-model-name", "tiny", "--device", "cpu", "--max-batch-size", 2, "--replicas", replicas]
+    return command_with_replicas("batch", model, source, out, *switches, **environment)
 
 
 def until_answered(process, out, count):
     while not out.exists() or out.read_bytes().count(b"\n") < count:
-        assert process.poll() is None, process.stdout.read().decode()
+        assert process.poll() is None, process.stdout.read()
         time.sleep(0.1)
-
-
-def replicas_of(process):
-    """The process ids of its replicas."""
-    parents, names = {}, {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-            names[int(folder.name)] = (folder / "cmdline").read_bytes().decode(errors="replace")
-
-    def below(pid):
-        return pid == process.pid or (pid in parents and below(parents[pid]))
-
-    return [pid for pid, name in names.items() if name.startswith("ray::MapWorker") and below(pid)]
 
 
 def check(out, expected):
@@ -72,20 +65,20 @@ def check(out, expected):
     assert {name: text_of(line) for name, line in lines.items()} == expected
 
 
-def test_a_replica_that_is_killed_is_replaced(folder, source, expected, tmp_path):
+def test_a_replica_that_is_killed_is_replaced(cluster, started, folder, source, expected, tmp_path):
     out = tmp_path / "out"
     with started(folder, source, out) as process:
         until_answered(process, out, 3)
-        first, *others = replicas_of(process)
+        first, *others = replicas_of(cluster[0], "ray::MapWorker")
         assert len(others) == 1
         os.kill(first, signal.SIGKILL)
         said, _ = process.communicate()
-    assert process.returncode == 0, said.decode()
-    assert f"{COUNT + 1} of {COUNT + 1} requests are answered" in said.decode()
+    assert process.returncode == 0, said
+    assert f"{COUNT + 1} of {COUNT + 1} requests are answered" in said
     check(out, expected)
 
 
-def test_a_batch_that_is_killed_goes_on(folder, source, expected, tmp_path):
+def test_a_batch_that_is_killed_goes_on(started, folder, source, expected, tmp_path):
     out = tmp_path / "out"
     with started(folder, source, out) as process:
         until_answered(process, out, 3)
@@ -95,18 +88,22 @@ def test_a_batch_that_is_killed_goes_on(folder, source, expected, tmp_path):
     assert 3 <= done <= COUNT
     with started(folder, source, out) as process:
         said, _ = process.communicate()
-    assert process.returncode == 0, said.decode()
-    assert f"internlm3: {COUNT + 1 - done} answers, " in said.decode()
+    assert process.returncode == 0, said
+    assert f"internlm3: {COUNT + 1 - done} answers, " in said
     check(out, expected)
 
 
-@pytest.mark.parametrize(
-    ("model", "replicas", "says"), [("/no/such/model", 1, "/no/such/model"), ("FOLDER", 999, "and this machine has")]
-)
-def test_what_cannot_start_is_one_sentence(folder, source, tmp_path, model, replicas, says):
-    out = tmp_path / "out"
-    with started(folder if model == "FOLDER" else model, source, out, replicas) as process:
+def test_a_model_that_is_not_there_is_one_sentence(started, source, tmp_path):
+    refused(started("/no/such/model", source, tmp_path / "out", 1), "/no/such/model")
+
+
+def test_more_replicas_than_this_machine_has_room_for_are_refused(folder, source, tmp_path):
+    refused(batch(folder, source, tmp_path / "out", 999), "999 replicas need a core each, and this machine has")
+
+
+def refused(process, says):
+    with process:
         said, _ = process.communicate()
-    errors = [line for line in said.decode().splitlines() if line.startswith("internlm3: error: ")]
-    assert process.returncode == 1 and len(errors) == 1 and says in errors[0], said.decode()
-    assert "Traceback" not in said.decode()
+    errors = [line for line in said.splitlines() if line.startswith("internlm3: error: ")]
+    assert process.returncode == 1 and len(errors) == 1 and says in errors[0], said
+    assert "Traceback" not in said
