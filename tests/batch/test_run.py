@@ -1,5 +1,6 @@
 """What a batch answers, and what it refuses."""
 
+import asyncio
 import json
 import sys
 
@@ -7,6 +8,7 @@ import pytest
 from filelock import FileLock
 
 from internlm3 import AsyncLLM
+from internlm3.runtime.batch.answer import answer, app_for
 from internlm3.runtime.batch.on_this_machine import answer_on_this_machine
 from internlm3.runtime.batch.request import BatchRequest
 from internlm3.runtime.batch.run import run_batch
@@ -75,6 +77,12 @@ def test_a_request_that_is_refused_has_its_error(run, tmp_path, capsys, request_
         report = capsys.readouterr().err
         assert f"1 of the answers are errors; the first is that of {name!r}: {status}, " in report
         assert run_batch(source, tmp_path / "out", never)
+
+
+def test_a_url_with_half_a_character(llm):
+    request = BatchRequest("x", "/v1/\ud800", {})
+    found = asyncio.run(answer(app_for(AsyncLLM(llm), NAME), request))
+    assert found.status == 404 and "\ud800" in found.body["error"]["message"]
 
 
 def test_urls_with_a_slash_too_many(run, tmp_path):
@@ -169,14 +177,16 @@ def test_few_requests_are_in_memory_and_the_engine_is_full(llm):
     assert (unanswered, most) == (0, 8) and decoded >= 3  # one has just ended
 
 
-def test_a_missing_extra_is_named(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "fastapi", None)
-    for name in [
-        name for name in sys.modules if name.startswith(("internlm3.runtime.server.", "internlm3.runtime.batch."))
-    ]:
+@pytest.mark.parametrize(
+    ("module", "switches", "extra"), [("fastapi", [], "server"), ("ray", ["--replicas", "2"], "ray")]
+)
+def test_a_missing_extra_is_named(monkeypatch, capsys, module, switches, extra):
+    monkeypatch.setitem(sys.modules, module, None)
+    rooms = ("internlm3.runtime.server.", "internlm3.runtime.batch.", "internlm3.runtime.replicas.")
+    for name in [name for name in sys.modules if name.startswith(rooms)]:
         monkeypatch.delitem(sys.modules, name)
-    assert command_line(["batch", "in", "out"]) == 1
-    assert "pip install 'internlm3[server]'" in capsys.readouterr().err
+    assert command_line(["batch", "in", "out", *switches]) == 1
+    assert f"pip install 'internlm3[{extra}]'" in capsys.readouterr().err
 
 
 def test_two_runs_at_once(tmp_path):
