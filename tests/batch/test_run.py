@@ -19,6 +19,12 @@ from internlm3.tests.server.conftest import idle
 WORDS = ("Water", "今天天气很好", "Once upon a time", "def fibonacci(n):", "")
 COMPLETION = {"method": "POST", "url": "/v1/completions", "body": {"prompt": "One, two,", "temperature": 0}}
 
+RESPONSE = {
+    "method": "POST",
+    "url": "/v1/responses",
+    "body": {"input": "One, two,", "temperature": 0, "max_output_tokens": 8},
+}
+
 
 def never(requests, write):
     raise AssertionError("nothing should be computed")
@@ -28,6 +34,7 @@ def test_answers_are_what_llm_says(run, llm, tmp_path, capsys):
     asked = {f"{n}": f"{WORDS[n % len(WORDS)]} {n}" for n in range(20)}
     requests = [chat(name, text) for name, text in asked.items()]
     requests += [chat("many", "Water", n=2, temperature=0.9, seed=3), {"custom_id": "completion", **COMPLETION}]
+    requests += [{"custom_id": "response", **RESPONSE}]
     assert run(write(tmp_path / "in", requests), tmp_path / "out")
     lines = read(tmp_path / "out")
     assert {name: text_of(lines[name]) for name in asked} == {
@@ -38,14 +45,17 @@ def test_answers_are_what_llm_says(run, llm, tmp_path, capsys):
     assert [choice["message"]["content"] for choice in choices] == [answer.text for answer in expected]
     body = lines["completion"]["response"]["body"]
     assert body["choices"][0]["text"] == llm.generate("One, two,", temperature=0, max_tokens=16).text
+    (item,) = lines["response"]["response"]["body"]["output"]
+    assert item["content"][0]["text"] == llm.chat("One, two,", temperature=0, max_tokens=8).text
     for line in lines.values():
         assert line.keys() == {"id", "custom_id", "response", "error"} and line["error"] is None
         assert line["response"].keys() == {"status_code", "request_id", "body"}
     for names in zip(*((line["id"], line["response"]["request_id"]) for line in lines.values()), strict=True):
         assert len({*names}) == len(lines)
-    tokens = sum(line["response"]["body"]["usage"]["completion_tokens"] for line in lines.values())
+    usages = [line["response"]["body"]["usage"] for line in lines.values()]
+    tokens = sum(usage.get("completion_tokens", usage.get("output_tokens")) for usage in usages)
     report = capsys.readouterr().err
-    assert "22 of 22 requests are answered" in report and f"{tokens} tokens" in report and "error" not in report
+    assert "23 of 23 requests are answered" in report and f"{tokens} tokens" in report and "error" not in report
     assert idle(llm)
 
 
