@@ -59,8 +59,8 @@ test: lint
 	$(BIN)/python -m bench.audit $(addprefix --target ,sm_80 sm_90 sm_100)
 endif
 
-# What needs more than the environment has: replicas on Ray, which is installed here, and the chat page in a Chromium of
-# this machine, without which its tests are skipped.
+# What takes minutes, or needs more than the environment has: a server under load, replicas on Ray, which is installed
+# here, and the chat page in a Chromium of this machine, without which its tests are skipped.
 test-serving: $(VENV)/.serving
 	$(BIN)/pytest tests/serving $(ARGS)
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import traceback
 from dataclasses import dataclass
 from typing import Any
 
-from starlette.types import ASGIApp, Message
+from starlette.types import ASGIApp
 
 from ..api.async_llm import AsyncLLM
 from ..common.shown import one_line
 from ..server.app import create_app
 from ..server.errors import ApiError
+from ..server.in_process import ask
 from ..server.settings import Settings
 from .request import BatchRequest
 
@@ -50,40 +50,15 @@ async def answer(app: ASGIApp, request: BatchRequest) -> Answer:
     if request.body.get("stream") is True:
         refused = ApiError(400, "a batch has no streams: leave stream out", param="stream")
         return Answer(request.custom_id, refused.status, refused.body)
-    status, content = await _post(app, "/" + request.url.strip("/"), json.dumps(request.body).encode())
-    return Answer(request.custom_id, status, json.loads(content))
-
-
-async def _post(app: ASGIApp, path: str, body: bytes) -> tuple[int, bytes]:
-    """Status and content of the response to a POST of JSON."""
-    scope = {
-        "type": "http",
-        "asgi": {"version": "3.0"},
-        "http_version": "1.1",
-        "method": "POST",
-        "scheme": "http",
-        "path": path,
-        "query_string": b"",
-        "root_path": "",
-        "headers": [(b"host", b"localhost"), (b"content-type", b"application/json")],
-    }
-    unread = [body]
     status, content = 0, bytearray()
-
-    async def receive() -> Message:
-        if not unread:
-            await asyncio.Event().wait()  # for a disconnect, which never comes
-        return {"type": "http.request", "body": unread.pop(), "more_body": False}
-
-    async def send(message: Message) -> None:
-        nonlocal status
-        status = message.get("status", status)
-        content.extend(message.get("body", b""))
-
     try:
-        await app(scope, receive, send)
+        path, headers = "/" + request.url.strip("/"), [(b"host", b"localhost"), (b"content-type", b"application/json")]
+        async for messages in ask(app, "POST", path, headers, json.dumps(request.body).encode()):
+            for message in messages:
+                status = message.get("status", status)
+                content += message.get("body", b"")
     except Exception:
         if not status:
             raise
         traceback.print_exc()  # a fault of the app, which has answered with status 500
-    return status, bytes(content)
+    return Answer(request.custom_id, status, json.loads(content))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 
 from starlette.types import ASGIApp
 
@@ -13,7 +13,7 @@ from .request import BatchRequest
 
 
 def answer_on_this_machine(
-    load: Callable[[], AsyncLLM], name: str, requests: Iterator[BatchRequest], write: Callable[[Answer], None]
+    load: Callable[[], AsyncLLM], name: str, requests: Iterable[BatchRequest], write: Callable[[Answer], None]
 ) -> None:
     """Gives the answer to each request to `write`, in the order in which they are ready.
 
@@ -29,12 +29,14 @@ def answer_on_this_machine(
 
 
 async def _answer_all(
-    app: ASGIApp, requests: Iterator[BatchRequest], write: Callable[[Answer], None], in_flight: int
+    app: ASGIApp, requests: Iterable[BatchRequest], write: Callable[[Answer], None], in_flight: int
 ) -> None:
     """With twice as many requests in flight as are decoded together, one that waits is there whenever another ends."""
 
+    left = iter(requests)
+
     async def one_after_the_other() -> None:
-        for request in requests:
+        for request in left:
             write(await answer(app, request))
 
     await asyncio.gather(*(one_after_the_other() for _ in range(in_flight)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,9 +46,15 @@ def custom_ids(path: Path) -> set[str]:
     return {*lines}
 
 
-def read_requests(path: Path) -> Iterator[BatchRequest]:
-    """The requests of a file, each read when it is asked for. Raises ValueError as `custom_ids`."""
-    return (request for _, request in _numbered(path))
+@dataclass(frozen=True)
+class Unanswered:
+    """The requests of a file but for those whose custom_id is in `answered`. Each is read when it is asked for."""
+
+    path: Path
+    answered: Collection[str]
+
+    def __iter__(self) -> Iterator[BatchRequest]:
+        return (request for _, request in _numbered(self.path) if request.custom_id not in self.answered)
 
 
 def _numbered(path: Path) -> Iterator[tuple[int, BatchRequest]]:

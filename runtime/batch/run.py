@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from tqdm import tqdm
@@ -13,9 +13,9 @@ from ..common.progress import hides_bar
 from ..common.shown import shown
 from .answer import Answer
 from .output import Output
-from .request import BatchRequest, custom_ids, read_requests
+from .request import BatchRequest, Unanswered, custom_ids
 
-AnswerAll = Callable[[Iterator[BatchRequest], Callable[[Answer], None]], None]
+AnswerAll = Callable[[Iterable[BatchRequest], Callable[[Answer], None]], None]
 
 
 def run_batch(source: Path, out: Path, answer_all: AnswerAll) -> bool:
@@ -35,10 +35,10 @@ def run_batch(source: Path, out: Path, answer_all: AnswerAll) -> bool:
     if out.exists() and out.samefile(source):
         raise ValueError(f"{out} is the input: name another file for the output")
     with Output(out, known) as output:
-        batch = _Run(source, output, len(known))
+        batch = _Run(output, len(known))
         try:
             if len(output.answered) < len(known):
-                answer_all(batch.left(), batch.write)
+                answer_all(Unanswered(source, output.answered), batch.write)
         finally:
             batch.close()
             print(batch.report(out), file=sys.stderr)
@@ -48,19 +48,12 @@ def run_batch(source: Path, out: Path, answer_all: AnswerAll) -> bool:
 class _Run:
     """What happens in one run."""
 
-    def __init__(self, source: Path, output: Output, count: int):
-        self._source, self._output, self._count = source, output, count
+    def __init__(self, output: Output, count: int):
+        self._output, self._count = output, count
         self._earlier = len(output.answered)
         self._start, self._tokens = time.perf_counter(), 0
         self._failed, self._first_failure = 0, ""
         self._bar = tqdm(total=count, initial=self._earlier, unit=" requests", disable=hides_bar(True))
-
-    def left(self) -> Iterator[BatchRequest]:
-        """The requests without an answer. The time begins with the first."""
-        self._start = time.perf_counter()
-        for request in read_requests(self._source):
-            if request.custom_id not in self._output.answered:
-                yield request
 
     def write(self, answer: Answer) -> None:
         self._bar.update()
@@ -85,6 +78,6 @@ class _Run:
         if answered < self._count:
             lines.append("the same command goes on with those that have no answer")
         if new := answered - self._earlier:
-            rate = self._tokens / seconds
-            lines.append(f"{new:,} answers in {seconds:.1f} s, {self._tokens:,} tokens, {rate:.1f} tokens/s")
+            per_second = f"{self._tokens / seconds:.1f} tokens/s, loading included"
+            lines.append(f"{new:,} answers, {self._tokens:,} tokens in {seconds:.1f} s: {per_second}")
         return "\n".join(f"internlm3: {line}" for line in lines)

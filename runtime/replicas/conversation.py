@@ -17,22 +17,27 @@ def conversation(body: bytes) -> str:
     request may have any name: a replica refuses it.
     """
     try:
-        request = json.loads(body)
+        return _name(json.loads(body))
     except (ValueError, RecursionError):
         return ""
+
+
+def _name(request: Any) -> str:
     if not isinstance(request, dict):
         return ""
-    if request.get("instructions") or "input" in request:
-        beginning: Any = [request.get("instructions"), _up_to_the_user(request.get("input"))]
-    else:
-        beginning = _up_to_the_user(request.get("messages", request.get("prompt")))
-    return "" if beginning is None else hashlib.sha256(json.dumps(beginning).encode()).hexdigest()
+    asked = request.get("messages", request.get("input", request.get("prompt")))
+    if "input" in request and isinstance(asked, str):  # the same as a message, which it is in the next turn
+        asked = [{"role": "user", "content": asked}]
+    beginning = _beginning(asked)
+    if beginning is None:
+        return ""
+    return hashlib.sha256(json.dumps([request.get("instructions"), beginning]).encode()).hexdigest()
 
 
-def _up_to_the_user(content: Any) -> Any:
-    if not isinstance(content, list):
-        return content[:BEGINNING] if isinstance(content, str) else None
-    if not all(isinstance(each, dict) for each in content):  # token ids, or several prompts
-        return content[:BEGINNING]
-    users = [place for place, message in enumerate(content) if message.get("role") == "user"]
-    return content[: users[0] + 1] if users else content
+def _beginning(asked: Any) -> Any:
+    if not isinstance(asked, list):
+        return asked[:BEGINNING] if isinstance(asked, str) else None
+    if not all(isinstance(each, dict) for each in asked):  # token ids, or several prompts
+        return asked[:BEGINNING]
+    users = [place for place, message in enumerate(asked) if message.get("role") == "user"]
+    return [[message.get("role"), message.get("content")] for message in asked[: users[0] + 1 if users else None]]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
 import signal
 import socket
@@ -18,6 +17,7 @@ from ray.serve.config import AutoscalingConfig, HTTPOptions, RequestRouterConfig
 from ray.serve.deployment import Application
 
 from ..server.settings import Settings
+from .cluster import cluster, connect
 from .count import Count
 from .door import Door
 from .metrics import Board
@@ -70,19 +70,16 @@ def serve_replicas(options: dict[str, Any], settings: Settings, port: int, count
 
     Never returns: raises KeyboardInterrupt after SIGINT, and SystemExit after SIGTERM, when what was under way has
     finished; a second signal does not wait. Raises ValueError if this machine has too little for `count`, and OSError
-    if the port is taken or a replica can't load the model.
+    if the port is taken, or if Ray or a replica can't start.
     """
-    if cluster := os.environ.get("RAY_ADDRESS"):
-        ray.init(cluster, log_to_driver=False)
-    else:
-        _start_here(settings.host, port)
+    if not cluster():
+        _check_free(settings.host, port)
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    gpus = connect(count, options["device"])
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # after Ray's own
     try:
-        gpus = int(options["device"] != "cpu" and ray.cluster_resources().get("GPU", 0) >= 1)
-        if not cluster:
-            _check_this_machine(count, gpus)
         # A Serve that was running keeps its own host and port, and says so.
-        where = "" if cluster else f" at http://{settings.host}:{port}"
+        where = "" if cluster() else f" at http://{settings.host}:{port}"
         print(f"internlm3: starts {count} of {settings.model}; logs are below {_LOGS}", file=sys.stderr)
         serve.start(http_options=HTTPOptions(host=settings.host, port=port), logging_config={"log_level": "WARNING"})
         try:
@@ -95,29 +92,17 @@ def serve_replicas(options: dict[str, Any], settings: Settings, port: int, count
         finally:
             serve.delete(APP)
     finally:
-        if not cluster:
+        if not cluster():
             serve.shutdown()
         ray.shutdown()
 
 
-def _start_here(host: str, port: int) -> None:
-    """Starts Ray on this machine alone, without its reports of usage and its lines about itself."""
+def _check_free(host: str, port: int) -> None:
     try:
         with socket.create_server((host, port)):
             pass
     except OSError as error:
         raise OSError(f"cannot listen on {host} port {port} ({error.strerror}): choose another by --port") from None
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    ray.init("local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-    logging.getLogger("ray.serve").setLevel(logging.ERROR)
-
-
-def _check_this_machine(count: Count, gpus: int) -> None:
-    """Ray waits for machines that may come. Here none will."""
-    what = "GPU" if gpus else "CPU"
-    if count.least > (there := int(ray.cluster_resources().get(what, 0))):
-        name = f"{there} {what}{'s' * (there != 1)}"
-        raise ValueError(f"{count} need a {what} each, and this machine has {name}: name a cluster by RAY_ADDRESS")
 
 
 def _drain(seconds: float) -> None:

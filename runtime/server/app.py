@@ -10,7 +10,7 @@ from fastapi.middleware.cors import CORSMiddleware
 
 from ..api.async_llm import AsyncLLM
 from ..version import VERSION
-from . import chat, completions, errors, model_routes
+from . import chat, completions, errors, model_routes, responses
 from .guard import Guard
 from .limits import Limits
 from .service import Service
@@ -35,7 +35,7 @@ def create_app(model: AsyncLLM | Callable[[], AsyncLLM], settings: Settings) -> 
     # No pages of documentation: they load scripts from elsewhere. Their content is at /openapi.json.
     app = FastAPI(title="internlm3", version=VERSION, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.service = service
-    for room in (chat, completions, model_routes):
+    for room in (chat, completions, responses, model_routes):
         app.include_router(room.routes(service))
     errors.install(app)
     app.add_middleware(Limits, service=service)

@@ -36,7 +36,9 @@ async def _disconnect(receive: Receive) -> None:
 
 
 class EventStream(StreamingResponse):
-    """A stream of server-sent events: each object as JSON, and then [DONE]. An ApiError is one, and ends the stream.
+    """A stream of server-sent events: each object as JSON, under its type if it has one. An ApiError ends the stream.
+
+    Objects without a type have [DONE] after them. The type of the last one says so itself.
 
     Closes `events` when the client disconnects.
     """
@@ -55,14 +57,18 @@ class EventStream(StreamingResponse):
 
 
 async def _lines(events: AsyncGenerator[dict[str, Any], None]) -> AsyncGenerator[str, None]:
+    typed = False
     async with aclosing(events):
         try:
             async for event in events:
-                yield f"data: {json.dumps(event, ensure_ascii=False, separators=(',', ':'))}\n\n"
+                typed = "type" in event
+                name = f"event: {event['type']}\n" if typed else ""
+                yield f"{name}data: {json.dumps(event, ensure_ascii=False, separators=(',', ':'))}\n\n"
         except ApiError as error:
             yield error_event(error)
             return
-    yield "data: [DONE]\n\n"
+    if not typed:
+        yield "data: [DONE]\n\n"
 
 
 def error_event(error: ApiError) -> str:

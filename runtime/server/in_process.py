@@ -26,7 +26,7 @@ async def ask(
         "method": method,
         "scheme": "http",
         "path": path,
-        "raw_path": path.encode(),
+        "raw_path": path.encode(errors="surrogatepass"),
         "query_string": query,
         "root_path": "",
         "headers": [*headers],

@@ -6,8 +6,8 @@ no table here is an error, which names the nearest one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any
+from collections.abc import Collection, Mapping
+from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 
@@ -82,7 +82,13 @@ class TemplateKwargs(_Strict):
     enable_thinking: bool | None = None
 
 
-class _Body(_Strict):
+class Body(_Strict):
+    """A body whose fields are the model's own, and beside them those that are ignored or at a neutral value."""
+
+    ignored: ClassVar[Collection[str]] = IGNORED
+    unsupported: ClassVar[Neutral] = UNSUPPORTED
+    counterparts: ClassVar[Mapping[str, str]] = _COUNTERPARTS
+
     @model_validator(mode="before")
     @classmethod
     def _known_fields(cls, given: Any) -> Any:
@@ -90,27 +96,53 @@ class _Body(_Strict):
         if not isinstance(given, Mapping):
             return given
         own = {name: value for name, value in given.items() if name in cls.model_fields}
-        neutral = {**SAMPLING, **UNSUPPORTED}
-        for name in given.keys() - own.keys() - {*IGNORED}:
+        neutral = {**SAMPLING, **cls.unsupported}
+        for name in given.keys() - own.keys() - {*cls.ignored}:
             try:
-                without_neutral("the request", {name: given[name]}, neutral, known=own, counterparts=_COUNTERPARTS)
+                without_neutral("the request", {name: given[name]}, neutral, known=own, counterparts=cls.counterparts)
             except ValueError as error:
                 raise ApiError(400, str(error), param=name, code="unsupported_value") from None
             except TypeError:
-                raise ApiError(400, _unknown(name, cls.model_fields), param=name, code="unknown_field") from None
+                raise ApiError(400, cls._unknown(name), param=name, code="unknown_field") from None
         return own
 
-
-def _unknown(name: str, known: Mapping[str, Any]) -> str:
-    match = _COUNTERPARTS.get(name) or nearest(name, known)
-    return f"unknown field {name!r}" + (f"; did you mean {match!r}?" if match else f"; known are {', '.join(known)}")
+    @classmethod
+    def _unknown(cls, name: str) -> str:
+        known = cls.model_fields
+        match = cls.counterparts.get(name) or nearest(name, known)
+        return f"unknown field {name!r}" + (
+            f"; did you mean {match!r}?" if match else f"; known are {', '.join(known)}"
+        )
 
 
 _fields: dict[str, Any] = {name: (kind | None, None) for name, kind in _SETTINGS.items()}
-_Sampling: Any = create_model("_Sampling", __base__=_Body, **_fields)
+_Sampling: Any = create_model("_Sampling", __base__=Body, **_fields)
 
 
-class Generation(_Sampling):
+class Sampling(_Sampling):
+    """The settings of sampling, all but `n` and `logprobs`."""
+
+    def settings(self) -> dict[str, Any]:
+        """The keywords of SamplingParams that were given."""
+        given = {name: getattr(self, name) for name in _SETTINGS}
+        given = {name: value for name, value in given.items() if value is not None}
+        if (biases := given.get("logit_bias")) is not None:
+            if wrong := next((token for token in biases if not token.isascii() or not token.isdigit()), None):
+                raise ApiError(400, f"logit_bias: {wrong[:40]!r} is no token id", param="logit_bias")
+            given["logit_bias"] = {int(token): bias for token, bias in biases.items()}
+        return given
+
+
+def with_length(given: dict[str, Any], name: str, most: int | None) -> dict[str, Any]:
+    """Settings with max_tokens from a field of another name, if that was given."""
+    if most is None:
+        return given
+    if given.get("max_tokens", most) != most:
+        raise ApiError(400, f"max_tokens and {name} are the same and differ; give one of them", param="max_tokens")
+    return given | {"max_tokens": most}
+
+
+class Generation(Sampling):
     """What requests for an answer and for a completion have in common."""
 
     model: str | None = None
@@ -135,18 +167,13 @@ class Generation(_Sampling):
         return bool(self.stream_options and self.stream_options.include_usage)
 
     def settings(self) -> dict[str, Any]:
-        """The keywords of SamplingParams that were given."""
-        given = {name: getattr(self, name) for name in (*_SETTINGS, *FORMS, "n")}
-        given = {name: value for name, value in given.items() if value is not None}
+        given = super().settings()
+        given |= {name: value for name in (*FORMS, "n") if (value := getattr(self, name)) is not None}
         for guided, name in _GUIDED.items():
             if (value := getattr(self, guided)) is not None:
                 if name in given:
                     raise ApiError(400, f"{guided} and {name} are the same; give one of them", param=guided)
                 given[name] = value
-        if (biases := given.get("logit_bias")) is not None:
-            if wrong := next((token for token in biases if not token.isascii() or not token.isdigit()), None):
-                raise ApiError(400, f"logit_bias: {wrong[:40]!r} is no token id", param="logit_bias")
-            given["logit_bias"] = {int(token): bias for token, bias in biases.items()}
         return given
 
 
@@ -169,12 +196,7 @@ class ChatRequest(Generation):
         return bool(said and said[0])
 
     def settings(self) -> dict[str, Any]:
-        given = super().settings()
-        if self.max_completion_tokens is not None:
-            if given.get("max_tokens", self.max_completion_tokens) != self.max_completion_tokens:
-                what = "max_tokens and max_completion_tokens are the same and differ; give one of them"
-                raise ApiError(400, what, param="max_tokens")
-            given["max_tokens"] = self.max_completion_tokens
+        given = with_length(super().settings(), "max_completion_tokens", self.max_completion_tokens)
         if self.top_logprobs and not self.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
         return given | ({"logprobs": self.top_logprobs} if self.top_logprobs else {})
@@ -198,7 +220,7 @@ class CompletionRequest(Generation):
         return bool(self.echo) and self.logprobs is not None
 
 
-class TokenizeRequest(_Body):
+class TokenizeRequest(Body):
     """Either a prompt or messages."""
 
     model: str | None = None
@@ -207,6 +229,6 @@ class TokenizeRequest(_Body):
     add_special_tokens: bool = True
 
 
-class DetokenizeRequest(_Body):
+class DetokenizeRequest(Body):
     model: str | None = None
     tokens: list[int]

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Sequence, Set
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
-from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
 from numpy.typing import NDArray
 
+from ..common.large_stack import on_large_stack
 from ..common.shown import one_line
 from ..sampling.params import SamplingParams
 from ..sampling.token_masks import holding, packed, permitted
@@ -24,6 +25,17 @@ from .token_table import TokenTable
 _SPACE = r"\n?[ \t]{0,32}"
 # llguidance's error where no token may follow, and the answer may not end.
 _DEAD_END = "NoExtensionBias"
+# What a grammar may cost. Where one repeats a repetition, as (a{1000}){1000}, llguidance's own limits let it compute
+# for seconds, also in a step, which other requests wait for. With these the worst that was found takes 0.3 s before the
+# first token, or 0.1 s in one step, and its answer ends with an error.
+_LIMITS = LLParserLimits(initial_lexer_fuel=200_000, step_lexer_fuel=100_000)
+# The compiler descends along references and rules, and the regex engine along those of terminals. Both have room for
+# what fits into grammars of this size, the first one on a stack of its own.
+_LONGEST = 1 << 17  # characters
+_MOST_RULES = 2000
+_STACK = 256 << 20  # bytes; 64 MB were enough for the deepest that was found
+# llguidance's errors where a limit is reached.
+_TOO_COMPLEX = ("too many expressions", "Too many items", "too big", "too large", "items; max is")
 # Compiled grammars that are kept: many requests come with the same one.
 _KEPT = 64
 
@@ -50,23 +62,35 @@ class Grammars:
         """
         name = params.constraint
         assert name is not None
-        matcher = self._compiled(name, getattr(params, name)).deep_copy()
-        return TokenConstraint(matcher, params, ends, self._vocab_size)
+        matcher, bits = self._compiled(name, getattr(params, name))
+        return TokenConstraint(matcher.deep_copy(), bits.copy(), params, ends, self._vocab_size)
 
-    def _compile(self, name: str, value: str | bool | tuple[str, ...]) -> LLMatcher:
+    def _compile(self, name: str, value: str | bool | tuple[str, ...]) -> tuple[LLMatcher, NDArray[np.int32]]:
         try:
-            matcher = LLMatcher(self._tokenizer, _GRAMMARS[name](value), log_level=0)
-            error = matcher.get_error()
+            grammar = _GRAMMARS[name](value)
         except ValueError as raised:
-            error = str(raised)
-        if error:
+            raise ValueError(f"{name} can't be compiled: {_shortened(str(raised))}") from None
+        if len(grammar) > _LONGEST:
+            raise ValueError(f"{name} is too long: {len(grammar)} characters, and at most {_LONGEST} may be")
+        if name == "grammar" and grammar.count(":") > _MOST_RULES:
+            raise ValueError(f"grammar has more than {_MOST_RULES} rules (they are counted by their colons)")
+        return on_large_stack(partial(self._matcher, name, grammar), _STACK)
+
+    def _matcher(self, name: str, grammar: str) -> tuple[LLMatcher, NDArray[np.int32]]:
+        """The matcher, and its first mask: a bit for each token, and one for the end after them."""
+        matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=_LIMITS)
+        if error := matcher.get_error():
             raise ValueError(f"{name} can't be compiled: {_shortened(error)}")
-        return matcher
+        bits = allocate_token_bitmask(1, self._vocab_size + 1)
+        fill_next_token_bitmask(matcher, bits)
+        return matcher, bits
 
 
 def _shortened(error: str) -> str:
     """llguidance's message, without the states of its parser and its stack."""
-    return one_line(re.split("<state>|<backtrace>", error)[0].strip())
+    short = one_line(re.split("<state>|<backtrace>", error)[0].strip())
+    complex_ = any(part in error for part in _TOO_COMPLEX)
+    return f"it is too complex, repeat less in it ({short})" if complex_ else short
 
 
 def _of_schema(schema: str) -> str:
@@ -91,18 +115,27 @@ class TokenConstraint:
 
     The answer may end where the grammar is satisfied, and with any of its end tokens. Where it is not, it can't end.
     Settings that allow or suppress tokens apply as well.
+
+    Args:
+        bits: the matcher's first mask.
     """
 
-    def __init__(self, matcher: LLMatcher, params: SamplingParams, ends: Set[int], vocab_size: int):
+    def __init__(
+        self,
+        matcher: LLMatcher,
+        bits: NDArray[np.int32],
+        params: SamplingParams,
+        ends: Set[int],
+        vocab_size: int,
+    ):
         self._matcher, self._params = matcher, params
         self._accepted = 0
-        # A bit for each token, and one for the end after them.
-        self._bits = allocate_token_bitmask(1, vocab_size + 1)
+        self._bits = bits
         words = -(-vocab_size // 32)
         self._end = divmod(vocab_size, 32)
         self._ends = packed(holding(ends, 32 * words))
         self._permitted = packed(permitted(params, 32 * words))
-        self._words = self._next_words()
+        self._words = self._read_words()
 
     def allowed(self, token_ids: Sequence[int]) -> NDArray[np.uint32]:
         """The tokens that may follow the first tokens of the answer: words [ceil(V / 32)], a bit for each.
@@ -116,11 +149,11 @@ class TokenConstraint:
         if new:
             self._accepted = len(token_ids)
             self._matcher.consume_tokens(new)
-            self._words = self._next_words()
+            fill_next_token_bitmask(self._matcher, self._bits)
+            self._words = self._read_words()
         return self._words
 
-    def _next_words(self) -> NDArray[np.uint32]:
-        fill_next_token_bitmask(self._matcher, self._bits)
+    def _read_words(self) -> NDArray[np.uint32]:
         # An error is no exception there: the mask has the end only, from then on.
         error = _shortened(self._matcher.get_error())
         if error and error != _DEAD_END:

@@ -10,6 +10,8 @@ from functools import partial
 
 import pytest
 
+from internlm3.runtime.batch.answer import Answer
+from internlm3.runtime.batch.output import Output
 from internlm3.runtime.batch.run import run_batch
 from internlm3.tests.batch.conftest import chat, read, text_of, write
 from internlm3.tests.batch.test_run import never
@@ -51,8 +53,14 @@ def test_a_run_that_ends_in_the_middle(run, source, folder, whole, tmp_path, cap
     assert 3 <= done < 30
     assert run(source, out)
     assert {name: text_of(line) for name, line in read(out).items()} == whole
-    assert f"{30 - done} answers in " in capsys.readouterr().err
+    assert f"{30 - done} answers, " in capsys.readouterr().err
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
+
+
+def test_an_answer_is_in_the_file_as_soon_as_it_is_written(tmp_path):
+    with Output(tmp_path / "out", {"a"}) as output:
+        output.write(Answer("a", 200, {}))
+        assert read(tmp_path / "out").keys() == {"a"}
 
 
 def test_an_unfinished_last_line_is_cut_off(run, source, whole, tmp_path):

@@ -1,5 +1,6 @@
 """What a batch answers, and what it refuses."""
 
+import asyncio
 import json
 import sys
 
@@ -7,6 +8,7 @@ import pytest
 from filelock import FileLock
 
 from internlm3 import AsyncLLM
+from internlm3.runtime.batch.answer import answer, app_for
 from internlm3.runtime.batch.on_this_machine import answer_on_this_machine
 from internlm3.runtime.batch.request import BatchRequest
 from internlm3.runtime.batch.run import run_batch
@@ -17,6 +19,12 @@ from internlm3.tests.server.conftest import idle
 WORDS = ("Water", "今天天气很好", "Once upon a time", "def fibonacci(n):", "")
 COMPLETION = {"method": "POST", "url": "/v1/completions", "body": {"prompt": "One, two,", "temperature": 0}}
 
+RESPONSE = {
+    "method": "POST",
+    "url": "/v1/responses",
+    "body": {"input": "One, two,", "temperature": 0, "max_output_tokens": 8},
+}
+
 
 def never(requests, write):
     raise AssertionError("nothing should be computed")
@@ -26,6 +34,7 @@ def test_answers_are_what_llm_says(run, llm, tmp_path, capsys):
     asked = {f"{n}": f"{WORDS[n % len(WORDS)]} {n}" for n in range(20)}
     requests = [chat(name, text) for name, text in asked.items()]
     requests += [chat("many", "Water", n=2, temperature=0.9, seed=3), {"custom_id": "completion", **COMPLETION}]
+    requests += [{"custom_id": "response", **RESPONSE}]
     assert run(write(tmp_path / "in", requests), tmp_path / "out")
     lines = read(tmp_path / "out")
     assert {name: text_of(lines[name]) for name in asked} == {
@@ -36,14 +45,17 @@ def test_answers_are_what_llm_says(run, llm, tmp_path, capsys):
     assert [choice["message"]["content"] for choice in choices] == [answer.text for answer in expected]
     body = lines["completion"]["response"]["body"]
     assert body["choices"][0]["text"] == llm.generate("One, two,", temperature=0, max_tokens=16).text
+    (item,) = lines["response"]["response"]["body"]["output"]
+    assert item["content"][0]["text"] == llm.chat("One, two,", temperature=0, max_tokens=8).text
     for line in lines.values():
         assert line.keys() == {"id", "custom_id", "response", "error"} and line["error"] is None
         assert line["response"].keys() == {"status_code", "request_id", "body"}
     for names in zip(*((line["id"], line["response"]["request_id"]) for line in lines.values()), strict=True):
         assert len({*names}) == len(lines)
-    tokens = sum(line["response"]["body"]["usage"]["completion_tokens"] for line in lines.values())
+    usages = [line["response"]["body"]["usage"] for line in lines.values()]
+    tokens = sum(usage.get("completion_tokens", usage.get("output_tokens")) for usage in usages)
     report = capsys.readouterr().err
-    assert "22 of 22 requests are answered" in report and f"{tokens} tokens" in report and "error" not in report
+    assert "23 of 23 requests are answered" in report and f"{tokens} tokens" in report and "error" not in report
     assert idle(llm)
 
 
@@ -75,6 +87,12 @@ def test_a_request_that_is_refused_has_its_error(run, tmp_path, capsys, request_
         report = capsys.readouterr().err
         assert f"1 of the answers are errors; the first is that of {name!r}: {status}, " in report
         assert run_batch(source, tmp_path / "out", never)
+
+
+def test_a_url_with_half_a_character(llm):
+    request = BatchRequest("x", "/v1/\ud800", {})
+    found = asyncio.run(answer(app_for(AsyncLLM(llm), NAME), request))
+    assert found.status == 404 and "\ud800" in found.body["error"]["message"]
 
 
 def test_urls_with_a_slash_too_many(run, tmp_path):
@@ -169,14 +187,16 @@ def test_few_requests_are_in_memory_and_the_engine_is_full(llm):
     assert (unanswered, most) == (0, 8) and decoded >= 3  # one has just ended
 
 
-def test_a_missing_extra_is_named(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "fastapi", None)
-    for name in [
-        name for name in sys.modules if name.startswith(("internlm3.runtime.server.", "internlm3.runtime.batch."))
-    ]:
+@pytest.mark.parametrize(
+    ("module", "switches", "extra"), [("fastapi", [], "server"), ("ray", ["--replicas", "2"], "ray")]
+)
+def test_a_missing_extra_is_named(monkeypatch, capsys, module, switches, extra):
+    monkeypatch.setitem(sys.modules, module, None)
+    rooms = ("internlm3.runtime.server.", "internlm3.runtime.batch.", "internlm3.runtime.replicas.")
+    for name in [name for name in sys.modules if name.startswith(rooms)]:
         monkeypatch.delitem(sys.modules, name)
-    assert command_line(["batch", "in", "out"]) == 1
-    assert "pip install 'internlm3[server]'" in capsys.readouterr().err
+    assert command_line(["batch", "in", "out", *switches]) == 1
+    assert f"pip install 'internlm3[{extra}]'" in capsys.readouterr().err
 
 
 def test_two_runs_at_once(tmp_path):

@@ -22,7 +22,7 @@ from internlm3 import LLM, InternLM3Config, InternLM3Tokenizer, SamplingParams
 from internlm3.runtime.checkpoint.gguf.folder import locate
 from internlm3.runtime.checkpoint.quantise.calibration import shipped_text
 from internlm3.runtime.checkpoint.sizes import read_per_token, weight_bytes
-from internlm3.runtime.cli import main as cli
+from internlm3.runtime.cli.parser import command_parser
 from internlm3.runtime.cli.sampling_switches import given_settings
 from internlm3.tests.support.checkpoints import make
 from internlm3.tests.support.command_line import FIGURES, run_command
@@ -290,7 +290,7 @@ def test_every_sampling_parameter_has_a_switch(demo_model, run):
 def test_switches_of_sequences():
     line = """chat --suppress-tokens 3 4 --begin-suppress-tokens 5 --bad-words-ids 6,7 --bad-words-ids 8 --sequence-bias
         9,10=-1.5 --no-repeat-ngram-size 3 --exponential-decay-length-penalty 20 1.1 --forced-eos-token-id 2 11"""
-    settings = given_settings(cli._parser().parse_args(line.split()))
+    settings = given_settings(command_parser().parse_args(line.split()))
     assert SamplingParams.from_kwargs(**settings) == SamplingParams(
         suppress_tokens=(3, 4), begin_suppress_tokens=(5,), bad_words_ids=((6, 7), (8,)), sequence_bias={(9, 10): -1.5},
         no_repeat_ngram_size=3, exponential_decay_length_penalty=(20, 1.1), forced_eos_token_id=(2, 11),

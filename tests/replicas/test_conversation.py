@@ -31,6 +31,8 @@ def test_all_turns_of_responses_have_one_name():
         named(instructions="Be brief.", input="Hello"),
         named(instructions="Be brief.", input="Hello", stream=True),
     }
+    typed = [{"type": "message", **FIRST}, {"type": "message", **SAID}, NEXT]
+    names |= {named(instructions="Be brief.", input=typed), named(instructions="Be brief.", input=[FIRST])}
     assert len(names) == 1
     assert named(input=[FIRST]) == named(input=[FIRST, SAID, NEXT])
 
@@ -62,6 +64,12 @@ def test_texts_and_tokens_are_compared_by_their_beginning():
 )
 def test_what_is_no_request_has_no_name(body):
     assert conversation(body) == ""
+
+
+@pytest.mark.parametrize("depth", [100, 900, 970, 990, 1000, 2000, 100_000])
+def test_any_depth_has_a_name_or_none(depth):
+    nested = b"[" * depth + b"]" * depth
+    assert isinstance(conversation(b'{"messages": [{"role": "user", "content": ' + nested + b"}]}"), str)
 
 
 @pytest.mark.parametrize("body", [b'{"messages": []}', b'{"messages": [3]}', b'{"messages": [{"role": []}]}'])

@@ -21,8 +21,8 @@ ROOMS = {
         "common", "sampling", "model", "checkpoint", "chat_template", "tokenization", "structured", "tools", "engine",
     },
     "server": {"common", "sampling", "tools", "engine", "api"},
-    "batch": {"common", "api", "server"},
     "replicas": {"api", "server"},
+    "batch": {"common", "api", "server", "replicas"},
     "cli": {"common", "sampling", "model", "checkpoint", "api", "server", "batch", "replicas"},
 }  # fmt: skip
 # The only files of the runtime that import kernels: the model runs them, hooks penalise and filter on the host, the

@@ -68,6 +68,8 @@ WRONG = [
     ({"json_schema": {"type": "nonsense"}}, "json_schema", "nonsense"),
     ({"json_schema": {"type": "object", "uniqueItems": True, "not": {}}}, "json_schema", "not"),
     ({"regex": "("}, "regex", "regex"),
+    ({"regex": "(a{1000}){1000}"}, None, "regex failed: it is too complex"),
+    ({"regex": "a" * 200_000}, "regex", "regex is too long"),
     ({"grammar": "start: nowhere"}, "grammar", "nowhere"),
     ({"regex": "a", "choice": ["b"]}, None, "give one of them"),
     ({"guided_regex": "a", "regex": "b"}, "guided_regex", "are the same"),

@@ -77,7 +77,9 @@ def test_without_the_extra_the_command_names_it(monkeypatch, capsys):
 
 
 def test_help_imports_no_server():
-    code = "import sys; from internlm3.runtime.cli import main; main._parser(); print('fastapi' in sys.modules)"
+    code = (
+        "import sys; from internlm3.runtime.cli.parser import command_parser as p; p(); print('fastapi' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "False\n"
 

@@ -5,18 +5,15 @@ import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import threading
-from pathlib import Path
 
 import httpx
 import openai
 import pytest
 
-from bench import ROOT
 from internlm3 import LLM
 from internlm3.tests.api.conftest import make  # noqa: F401 - a fixture
+from internlm3.tests.support.ray_processes import command_with_replicas, replicas_of
 
 pytest.importorskip("ray", reason="Ray is not installed here: make test-serving installs it")
 
@@ -33,18 +30,15 @@ class Cluster:
         with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as listener:
             port = str(listener.getsockname()[1])
         self.url, self.lines = f"http://127.0.0.1:{port}", []
-        command = [sys.executable, "-m", "internlm3", "serve", str(model), "--port", port, "--device", "cpu"]
-        command += ["--max-batch-size", str(ROWS), "--served-model-name", "tiny", *switches]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT / "bench" / "checkout"), "INTERNLM3_API_KEY": KEY}
-        environment.pop("RAY_ADDRESS", None)
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+        given = ["--port", port, "--device", "cpu", "--max-batch-size", ROWS, "--served-model-name", "tiny", *switches]
+        self.process = command_with_replicas("serve", model, *given, INTERNLM3_API_KEY=KEY)
         self._ready = threading.Event()
         self._reader = threading.Thread(target=self._read)
         self._reader.start()
         self._ready.wait()
 
     def _read(self):
-        for line in self.process.stderr:
+        for line in self.process.stdout:
             self.lines.append(line)
             if "ready at" in line:
                 self._ready.set()
@@ -78,16 +72,7 @@ class Cluster:
 
     def replicas(self):
         """The process ids of the replicas."""
-        parents, names = {}, {}
-        for folder in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):
-                parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-                names[int(folder.name)] = (folder / "cmdline").read_bytes().decode(errors="replace")
-
-        def ours(process):
-            return process == self.process.pid or (process in parents and ours(parents[process]))
-
-        return [process for process, name in names.items() if ":internlm3:Replica" in name and ours(process)]
+        return replicas_of(self.process, "ray::ServeReplica:internlm3:Replica")
 
 
 @pytest.fixture(scope="module")
@@ -100,9 +85,16 @@ def llm(model):
     return LLM(model, progress=False, device="cpu", max_batch_size=ROWS)
 
 
+def start(model, *switches):
+    """A Cluster. Ray gives up where it can't start within 30 seconds, which may happen on a busy machine."""
+    while "Ray could not start" in "".join((cluster := Cluster(model, *switches)).lines):
+        cluster.process.wait()
+    return cluster
+
+
 @pytest.fixture(scope="module")
 def cluster(model):
-    cluster = Cluster(model, "--replicas", "2", "--max-waiting", "2")
+    cluster = start(model, "--replicas", "2", "--max-waiting", "2")
     assert any("ready at" in line for line in cluster.lines), "".join(cluster.lines)
     yield cluster
     if cluster.process.poll() is None:
@@ -227,7 +219,7 @@ def test_after_a_signal_what_is_under_way_finishes(cluster):
 
 
 def test_replicas_come_as_they_are_needed(model):
-    cluster = Cluster(model, "--replicas", "1-2")
+    cluster = start(model, "--replicas", "1-2")
     until(lambda: len(cluster.metric("num_requests_running")) == 1)
     enough = threading.Event()
 
@@ -249,12 +241,12 @@ def test_replicas_come_as_they_are_needed(model):
 @pytest.mark.parametrize(
     ("switches", "message"),
     [
-        (["--replicas", "1000"], "1000 replicas need a CPU each, and this machine has"),
+        (["--replicas", "1000"], "1000 replicas need a core each, and this machine has"),
         (["--replicas", "1", "--max-seq-len", "99999999"], "a replica could not start: ValueError: max_seq_len"),
     ],
 )
 def test_what_cannot_start_says_why(model, switches, message):
-    cluster = Cluster(model, *switches)
+    cluster = start(model, *switches)
     assert cluster.process.wait() == 1
     cluster._reader.join()
     assert message in "".join(cluster.lines) and "Traceback" not in "".join(cluster.lines)

@@ -222,6 +222,16 @@ def test_special_tokens_are_no_text_unless_named(tokenizer, grammars):
         ({"regex": "(" * 5000 + ")" * 5000}, "regex can't be compiled"),
         ({"grammar": "start: nothing"}, 'grammar can\'t be compiled: .*unknown name: "nothing"'),
         ({"grammar": 'begin: "a"'}, "grammar can't be compiled: no start rule found"),
+        ({"regex": "a" * 200_000}, "regex is too long: 2.* characters, and at most 131072 may be"),
+        ({"grammar": "start: r0\n" + "\n".join(f"r{i}: r{i + 1}" for i in range(2001))}, "more than 2000 rules"),
+        (
+            {
+                "json_schema": {
+                    "allOf": [{"anyOf": [{"properties": {f"a{i}{j}": {}}} for i in range(8)]} for j in range(8)]
+                }
+            },
+            "json_schema can't be compiled: it is too complex, repeat less in it .schema too large",
+        ),
         ({"grammar": 'start: start "a"'}, "after 0 tokens of the answer grammar permits no token there"),
         ({"choice": ["b"], "suppress_tokens": range(3, 500)}, "choice and suppress_tokens permit no token there"),
     ],
