@@ -276,7 +276,8 @@ def test_extreme_rows(temperature):
         device=DEVICE,
     )
     rows = len(logits)
-    for filters in ({}, {"top_k": 1, "top_p": 1e-12, "min_p": 1.0, "typical_p": 1e-12}, {"top_k": 2, "typical_p": 0.9}):
+    strict = {"top_k": 1, "top_p": 1e-12, "min_p": 1.0, "typical_p": 1e-12}
+    for filters in ({}, strict, {"top_k": 2, "typical_p": 0.9}, {"min_p": 2.0}):  # the last one keeps no token
         arguments = {name: torch.full((rows,), value, device=DEVICE) for name, value in filters.items()}
         arguments["temperature"] = None if temperature is None else torch.full((rows,), temperature, device=DEVICE)
         compare(logits, {**arguments, **random_numbers(generator(3), rows)})
