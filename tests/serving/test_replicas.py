@@ -1,4 +1,4 @@
-"""`internlm3 serve --replicas` on a Ray of this machine, asked by OpenAI's client."""
+"""`internlm3 serve --replicas` on a Ray of its own and on a cluster that is there, asked by OpenAI's client."""
 
 import contextlib
 import os
@@ -13,7 +13,7 @@ import pytest
 
 from internlm3 import LLM
 from internlm3.tests.api.conftest import make  # noqa: F401 - a fixture
-from internlm3.tests.support.ray_processes import command_with_replicas, replicas_of
+from internlm3.tests.support.ray_processes import command_with_replicas, ray_cluster, replicas_of
 
 pytest.importorskip("ray", reason="Ray is not installed here: make test-serving installs it")
 
@@ -26,12 +26,12 @@ LONG = {"max_tokens": 1500, "temperature": 0.0, "extra_body": {"ignore_eos": Tru
 class Cluster:
     """The process of `internlm3 serve`, and clients for it."""
 
-    def __init__(self, model, *switches):
+    def __init__(self, model, *switches, **environment):
         with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as listener:
             port = str(listener.getsockname()[1])
         self.url, self.lines = f"http://127.0.0.1:{port}", []
         given = ["--port", port, "--device", "cpu", "--max-batch-size", ROWS, "--served-model-name", "tiny", *switches]
-        self.process = command_with_replicas("serve", model, *given, INTERNLM3_API_KEY=KEY)
+        self.process = command_with_replicas("serve", model, *given, **environment, INTERNLM3_API_KEY=KEY)
         self._ready = threading.Event()
         self._reader = threading.Thread(target=self._read)
         self._reader.start()
@@ -40,7 +40,7 @@ class Cluster:
     def _read(self):
         for line in self.process.stdout:
             self.lines.append(line)
-            if "ready at" in line:
+            if "internlm3: ready" in line:
                 self._ready.set()
         self._ready.set()
 
@@ -86,7 +86,7 @@ def llm(model):
 
 
 def start(model, *switches):
-    """A Cluster. Ray gives up where it can't start within 30 seconds, which may happen on a busy machine."""
+    """A Cluster of its own. Ray gives up where it can't start within 30 seconds, which may happen on a busy machine."""
     while "Ray could not start" in "".join((cluster := Cluster(model, *switches)).lines):
         cluster.process.wait()
     return cluster
@@ -95,7 +95,7 @@ def start(model, *switches):
 @pytest.fixture(scope="module")
 def cluster(model):
     cluster = start(model, "--replicas", "2", "--max-waiting", "2")
-    assert any("ready at" in line for line in cluster.lines), "".join(cluster.lines)
+    assert any("internlm3: ready at" in line for line in cluster.lines), "".join(cluster.lines)
     yield cluster
     if cluster.process.poll() is None:
         cluster.end()
@@ -228,24 +228,26 @@ def test_after_a_signal_what_is_under_way_finishes(cluster):
     assert cluster.process.wait() == 128 + signal.SIGTERM
 
 
-def test_replicas_come_as_they_are_needed(model):
-    cluster = start(model, "--replicas", "1-2")
-    until(lambda: len(cluster.metric("num_requests_running")) == 1)
-    enough = threading.Event()
+def test_replicas_come_as_they_are_needed_on_a_cluster_that_is_there(model):
+    with ray_cluster() as (owner, environment):
+        cluster = Cluster(model, "--replicas", "1-2", **environment)
+        until(lambda: len(cluster.metric("num_requests_running")) == 1)
+        enough = threading.Event()
 
-    def talk(number):
-        while not enough.is_set():
-            for _ in cluster.stream(f"Tell story {number}.", max_tokens=100):
-                pass
+        def talk(number):
+            while not enough.is_set():
+                for _ in cluster.stream(f"Tell story {number}.", max_tokens=100):
+                    pass
 
-    talkers = [threading.Thread(target=talk, args=(number,)) for number in range(3 * ROWS)]
-    for talker in talkers:
-        talker.start()
-    until(lambda: len(cluster.metric("num_requests_running")) == 2)
-    enough.set()
-    for talker in talkers:
-        talker.join()
-    assert cluster.end(signal.SIGINT) == 130
+        talkers = [threading.Thread(target=talk, args=(number,)) for number in range(3 * ROWS)]
+        for talker in talkers:
+            talker.start()
+        until(lambda: len(cluster.metric("num_requests_running")) == 2)
+        enough.set()
+        for talker in talkers:
+            talker.join()
+        assert cluster.end(signal.SIGINT) == 130
+        assert owner.poll() is None and not replicas_of(owner, "ray::ServeReplica:internlm3")
 
 
 @pytest.mark.parametrize(
