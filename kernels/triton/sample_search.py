@@ -52,6 +52,9 @@ _DIGIT_BITS = tl.constexpr(DIGIT_BITS)
 _DIGITS = tl.constexpr(2**DIGIT_BITS)
 _HALF_BITS = tl.constexpr(UNIT_BITS // 2)
 _HALF = tl.constexpr(2 ** (UNIT_BITS // 2) - 1)
+# The mass of FEW candidates, each of weight 2^40 at most, fits these bits of an int64, and their number those above.
+_MASS_BITS = tl.constexpr(48)
+_MASS = tl.constexpr(2**48 - 1)
 # The int64 numbers of a row's search. For each filter and pass: the mass of each digit, then the leading bits and the
 # target mass at the beginning of the pass. Then the number of candidates; for typical-p, their total weight and moment.
 _MASSES = SEARCHES * PASSES * 2**DIGIT_BITS
@@ -343,16 +346,14 @@ def _at_once(search_ptr, x, count, k, share, dropped, best, sharpness, CHUNK: tl
 
     dropped: the mass of the tokens that are no candidates.
     """
-    real, key = tl.arange(0, CHUNK) < count, order_key(x)
+    key, real = order_key(x), tl.arange(0, CHUNK) < count
     weight = tl.where(real, weight_of((x - best) * sharpness), 0)
-    # Keys in 32 bits, and sums in 32 bits as in `_by_digit`: over the candidates [:, None] whose key is not less.
+    # For each candidate [None, :] the number of those whose keys are not less, and below it their mass.
     order = (key - 2147483648).to(tl.int32)
-    not_less = order[:, None] >= order[None, :]
-    number = tl.sum(tl.where(not_less, real.to(tl.int32)[:, None], 0), axis=0)
-    low = tl.sum(tl.where(not_less, (weight & _HALF).to(tl.int32)[:, None], 0), axis=0)
-    high = tl.sum(tl.where(not_less, (weight >> _HALF_BITS).to(tl.int32)[:, None], 0), axis=0)
+    one_of = weight + (real.to(tl.int64) << _MASS_BITS)
+    not_less = tl.sum(tl.where(order[:, None] >= order[None, :], one_of[:, None], 0), axis=0)
+    number, mass = not_less >> _MASS_BITS, not_less & _MASS
     # Top-p counts only what top-k keeps. A key that top-k keeps has the same mass with or without the others.
-    mass = (high.to(tl.int64) << _HALF_BITS) + low
     floor = tl.full((), 0, tl.int64)
     if k >= 0:
         floor = tl.max(tl.where(number >= k, key, 0), axis=0)
