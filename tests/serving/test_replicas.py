@@ -70,6 +70,10 @@ class Cluster:
                 found[given["replica"]] = float(value)
         return found
 
+    def idle(self):
+        """Whether no replica has reported a running request. A report may be a second old."""
+        return not any(self.metric("num_requests_running").values())
+
     def replicas(self):
         """The process ids of the replicas."""
         return replicas_of(self.process, "ray::ServeReplica:internlm3:Replica")
@@ -156,15 +160,12 @@ def test_a_conversation_stays_with_its_replica(cluster):
 
 
 def test_a_client_that_goes_cancels_its_answer(cluster):
-    def running():
-        return any(cluster.metric("num_requests_running").values())
-
-    until(lambda: not running())
+    until(cluster.idle)
     stream = cluster.stream("Tell a long story.")
     next(iter(stream))
-    until(running)
+    until(lambda: not cluster.idle())
     stream.close()
-    until(lambda: not running())  # counted as broken off before it is cancelled
+    until(cluster.idle)  # counted as broken off before it is cancelled
     assert sum(cluster.metric("request_success_total", finished_reason="abort").values()) == 1
 
 
@@ -178,6 +179,7 @@ def test_more_than_may_wait_are_refused(cluster):
         answer = httpx.post(cluster.url + "/v1/completions", json=body, headers=headers, timeout=None)
         statuses.append((answer.status_code, answer.json()))
 
+    until(cluster.idle)
     threads = [threading.Thread(target=ask, args=(number,)) for number in range(2 * 2 * ROWS + 2 + 10)]
     for thread in threads:
         thread.start()
@@ -200,6 +202,7 @@ def test_a_replica_that_is_killed_ends_its_own_answers_and_another_comes(cluster
         except openai.APIError as error:
             ended.append(error.message)
 
+    until(cluster.idle)
     talkers = [threading.Thread(target=talk, args=(number,)) for number in range(3 * ROWS)]
     for talker in talkers:
         talker.start()
