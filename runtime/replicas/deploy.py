@@ -19,20 +19,20 @@ from ray.serve.deployment import Application
 from ..server.settings import Settings
 from .cluster import cluster, connect
 from .count import Count
-from .door import Door
-from .metrics import Board
+from .ingress import Ingress
+from .metrics import MetricsStore
 from .replica import Replica
 
 APP = "internlm3"
 # Requests of one session go to one replica, while that is there and has room.
 _ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
-# The streams that one door should have.
+# The streams that one replica of the ingress should have.
 _STREAMS = 64
 _LOGS = "/tmp/ray/session_latest/logs/serve"
 
 
 def application(options: dict[str, Any], settings: Settings, count: Count, gpus: int) -> Application:
-    """The application of Ray Serve: replicas, and the door before them.
+    """The application of Ray Serve: replicas, and the ingress before them.
 
     Args:
         options: of LLM, for every replica; max_batch_size is one of them.
@@ -52,25 +52,25 @@ def application(options: dict[str, Any], settings: Settings, count: Count, gpus:
         max_constructor_retry_count=1,
         **scale,
     )
-    # Passing on what a replica sends is little work: a door is enough for many streams.
+    # Forwarding what a replica sends is little work: one process is enough for many streams.
     streams = {"min_replicas": 1, "max_replicas": count.most, "target_ongoing_requests": _STREAMS}
-    door = serve.deployment(serve.ingress()(Door)).options(
-        name="Door",
+    ingress = serve.deployment(serve.ingress()(Ingress)).options(
+        name="Ingress",
         max_ongoing_requests=settings.max_connections,
         autoscaling_config=AutoscalingConfig(**streams),
         ray_actor_options={"num_cpus": 0},
         graceful_shutdown_timeout_s=settings.drain_seconds,
     )
-    board = ray.remote(Board).options(num_cpus=0, max_restarts=-1).remote()
-    return door.bind(replicas.bind(options, settings, board), settings, board)
+    store = ray.remote(MetricsStore).options(num_cpus=0, max_restarts=-1).remote()
+    return ingress.bind(replicas.bind(options, settings, store), settings, store)
 
 
 def serve_replicas(options: dict[str, Any], settings: Settings, port: int, count: Count) -> None:
     """Serves until a signal, on the cluster that RAY_ADDRESS names, or on this machine.
 
     Never returns: raises KeyboardInterrupt after SIGINT, and SystemExit after SIGTERM, when what was under way has
-    finished; a second signal does not wait. Raises ValueError if this machine has too little for `count`, and OSError
-    if the port is taken, or if Ray or a replica can't start.
+    finished, or has had its time. Raises ValueError if this machine has too little for `count`, and OSError if the port
+    is taken, or if Ray or a replica can't start.
     """
     if not cluster():
         _check_free(settings.host, port)
@@ -107,8 +107,8 @@ def _check_free(host: str, port: int) -> None:
 
 def _drain(seconds: float) -> None:
     """Has new requests refused, and waits for those under way."""
-    end, doors = time.monotonic() + seconds, serve.get_deployment_handle("Door", APP)
-    while any(doors.broadcast("drain").results()) and time.monotonic() < end:
+    end, ingress = time.monotonic() + seconds, serve.get_deployment_handle("Ingress", APP)
+    while any(ingress.broadcast("drain").results()) and time.monotonic() < end:
         time.sleep(0.1)
 
 

@@ -1,6 +1,6 @@
-"""The metrics of all replicas together: each reports its own to a board, where the door reads them.
+"""The metrics of all replicas together: each reports its own to one actor, where the ingress reads them.
 
-A door can't ask a replica that has all the requests it may have: that would wait like another request.
+The ingress can't ask a replica that has all the requests it may have: that would wait like another request.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ..server.model_routes import PROMETHEUS
 EVERY, GONE = 1.0, 10.0
 
 
-class Board:
+class MetricsStore:
     """An actor that has the last report of each replica."""
 
     def __init__(self) -> None:
@@ -38,12 +38,12 @@ class Board:
         return {replica: metrics for replica, (_, metrics) in self._reports.items()}
 
 
-def report(board: ActorHandle, replica: str, collect: Callable[[], list[Metric]]) -> None:
+def report(store: ActorHandle, replica: str, collect: Callable[[], list[Metric]]) -> None:
     """Reports what `collect` returns, as long as this process lives."""
 
     def go_on() -> None:
         while True:
-            board.report.remote(replica, collect())
+            store.report.remote(replica, collect())
             time.sleep(EVERY)
 
     threading.Thread(target=go_on, name="internlm3-metrics", daemon=True).start()
@@ -52,12 +52,12 @@ def report(board: ActorHandle, replica: str, collect: Callable[[], list[Metric]]
 class MetricsOfAll:
     """An ASGI app that answers with the metrics of every replica, whose id is the label replica."""
 
-    def __init__(self, board: ActorHandle):
-        self._board = board
+    def __init__(self, store: ActorHandle):
+        self._store = store
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         registry = CollectorRegistry()
-        registry.register(_Together((await self._board.reports.remote()).items()))
+        registry.register(_Together((await self._store.reports.remote()).items()))
         await Response(generate_latest(registry), media_type=PROMETHEUS)(scope, receive, send)
 
 

@@ -19,7 +19,7 @@ from .metrics import report
 
 
 @dataclass(frozen=True)
-class Asked:
+class ForwardedRequest:
     """A request over HTTP."""
 
     method: str
@@ -34,18 +34,18 @@ class Replica:
 
     Args:
         options: of LLM.
-        board: where its metrics go.
+        store: where its metrics go.
     """
 
-    def __init__(self, options: dict[str, Any], settings: Settings, board: ActorHandle):
+    def __init__(self, options: dict[str, Any], settings: Settings, store: ActorHandle):
         llm = AsyncLLM(max_waiting=settings.max_waiting, **options)
         if llm.llm.model.device.type == "cuda":
             llm.llm.warm_up()
         self._app = create_app(llm, settings)
         service: Service = self._app.state.service
-        report(board, serve.get_replica_context().replica_id.unique_id, service.metrics.collect)
+        report(store, serve.get_replica_context().replica_id.unique_id, service.metrics.collect)
 
-    async def answer(self, request: Asked) -> AsyncGenerator[list[Message], None]:
+    async def answer(self, request: ForwardedRequest) -> AsyncGenerator[list[Message], None]:
         """The ASGI messages of the response, as they come."""
         async for messages in ask(
             self._app, request.method, request.path, request.headers, request.body, request.query

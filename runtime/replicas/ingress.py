@@ -1,4 +1,4 @@
-"""The door: takes requests from Ray Serve's proxies, and passes each on to the replica of its conversation."""
+"""The ingress deployment: forwards each request from Ray Serve's proxies to the replica of its conversation."""
 
 from __future__ import annotations
 
@@ -23,40 +23,40 @@ from ..server.limits import draining, read_body
 from ..server.settings import Settings
 from .conversation import conversation
 from .metrics import MetricsOfAll
-from .replica import Asked
+from .replica import ForwardedRequest
 
 
-class Door:
+class Ingress:
     """The deployment that Ray Serve's proxies send requests to. It has no model.
 
     Args:
         replicas: the deployment of replicas.
-        board: has their metrics.
+        store: has their metrics.
     """
 
-    def __init__(self, replicas: DeploymentHandle, settings: Settings, board: ActorHandle):
-        self._passing = _PassOn(replicas, settings)
+    def __init__(self, replicas: DeploymentHandle, settings: Settings, store: ActorHandle):
+        self._forward = _Forward(replicas, settings)
         # These must not wait for a replica that has all the requests it may have.
-        own = [Route("/metrics", Guard(MetricsOfAll(board), settings)), Route("/health", self._health)]
-        self._app = Starlette(routes=[*own, Route("/{path:path}", self._passing)])
+        own = [Route("/metrics", Guard(MetricsOfAll(store), settings)), Route("/health", self._health)]
+        self._app = Starlette(routes=[*own, Route("/{path:path}", self._forward)])
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """What Ray Serve sends requests to."""
         return self._app
 
     async def _health(self, _: Request) -> Response:
-        if self._passing.draining:
+        if self._forward.draining:
             return draining().response()
         return JSONResponse({"status": "ok"})
 
     async def drain(self) -> int:
         """Refuses new requests from now on. Returns the number of those under way."""
-        self._passing.draining = True
-        return self._passing.active
+        self._forward.draining = True
+        return self._forward.active
 
 
-class _PassOn:
-    """An ASGI app whose requests replicas answer. Who may send any is theirs to say.
+class _Forward:
+    """An ASGI app that forwards requests to replicas. Who may send any is theirs to say.
 
     Attributes:
         draining: whether new requests are refused.
@@ -94,7 +94,7 @@ class _PassOn:
             self.active -= 1
 
     async def _answer(self, scope: Scope, body: bytes, send: Send) -> None:
-        asked = Asked(scope["method"], scope["path"], scope["query_string"], [*scope["headers"]], body)
+        asked = ForwardedRequest(scope["method"], scope["path"], scope["query_string"], [*scope["headers"]], body)
         session = Headers(scope=scope).get("x-session-id") or conversation(body)
         answer = self._replicas.options(session_id=session).remote(asked)
         try:
