@@ -2,10 +2,12 @@
 
     python -m bench.serving [--clients 1 4 16] [--tokens 32] [--rounds 3] [--json FILE]
 
-Both serve the demo model from processes of their own, and are asked in turns (A B A B ...): that many clients at a time
-stream one chat answer each, over loopback. Printed are the median and the 95th and 99th percentile of the time to the
-first piece of text and of the time between two of them, and tokens a second of all clients together. A piece is a token
-or more. A server that does not start is named with its reason.
+Each is asked as it comes and in a second way: `internlm3 serve` behind an ingress, with one replica (needs the extra
+`ray`), and `transformers serve` with continuous batching (both need the package accelerate). They serve the demo model
+from processes of their own, and are asked in turns (A B C D A B ...): that many clients at a time stream one chat answer
+each, over loopback. Printed are the median and the 95th and 99th percentile of the time to the first piece of text and
+of the time between two of them, and tokens a second of all clients together. A piece is a token or more. A server that
+does not start is named with its reason.
 """
 
 import argparse
@@ -43,11 +45,20 @@ class Load:
     rate: float
 
 
+OURS = [sys.executable, "-m", "internlm3", "serve"]
+PEER = [str(Path(sys.executable).with_name("transformers")), "serve"]
+SERVERS = {
+    "internlm3": OURS,
+    "internlm3, 1 replica": [*OURS, "--replicas", "1"],
+    "transformers": PEER,
+    "transformers, continuous batching": [*PEER, "--continuous-batching"],
+}
+
+
 def commands(folder: Path, place: Path) -> dict[str, list[str]]:
-    """How each server is started. Both serve the model under a folder's path in `place`."""
-    peer = [str(Path(sys.executable).with_name("transformers")), "serve"]
+    """How each server is started. Each serves the model under the path of a folder in `place`, of the server's name."""
     found = {}
-    for name, command in {"internlm3": [sys.executable, "-m", "internlm3", "serve"], "transformers": peer}.items():
+    for name, command in SERVERS.items():
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = str(free.getsockname()[1])
         own = place / name
@@ -55,12 +66,14 @@ def commands(folder: Path, place: Path) -> dict[str, list[str]]:
         for file in folder.iterdir():
             (own / file.name).symlink_to(file)
         found[name] = [*command, str(own), "--port", port, "--device", "cpu", "--dtype", "float32"]
-    # transformers serve looks up the class that config.json names, and its name for this one is Llama's.
-    config = place / "transformers" / "config.json"
-    values = json.loads(config.read_text()) | {"architectures": ["LlamaForCausalLM"]}
-    config.unlink()
-    config.write_text(json.dumps(values))
-    found["internlm3"] += ["--served-model-name", str(place / "internlm3")]
+        if name.startswith("internlm3"):
+            found[name] += ["--served-model-name", str(own)]
+            continue
+        # transformers serve looks up the class that config.json names, and its name for this one is Llama's.
+        config = own / "config.json"
+        values = json.loads(config.read_text()) | {"architectures": ["LlamaForCausalLM"]}
+        config.unlink()
+        config.write_text(json.dumps(values))
     return found
 
 
@@ -79,7 +92,11 @@ def started(command: Sequence[str]) -> Iterator[str]:
                 time.sleep(0.2)
             yield url
         finally:
-            process.kill()
+            process.terminate()
+            try:
+                process.communicate(timeout=PATIENCE)
+            finally:
+                process.kill()
 
 
 def _healthy(url: str) -> bool:

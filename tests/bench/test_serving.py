@@ -1,4 +1,4 @@
-"""bench.serving, by a small random model that is served in this process, next to a server that does not start."""
+"""bench.serving, by a small random model that is served in this process, next to servers that do not start."""
 
 import sys
 
@@ -14,7 +14,9 @@ def test_rows(make, monkeypatch, tmp_path):
     monkeypatch.setattr("internlm3.runtime.checkpoint.demo_model.demo_model_checkpoint", lambda: folder)
     commands, started = serving.commands, serving.started
     broken = [sys.executable, "-c", "raise SystemExit('no such package')", "--port", "1"]
-    monkeypatch.setattr(serving, "commands", lambda *places: commands(*places) | {"transformers": broken})
+
+    def one_works(*places):
+        return {name: command if name == "internlm3" else broken for name, command in commands(*places).items()}
 
     def here(command):
         if command is broken:
@@ -22,10 +24,17 @@ def test_rows(make, monkeypatch, tmp_path):
         assert command[1:4] == ["-m", "internlm3", "serve"]
         return served(AsyncLLM(LLM(command[4], progress=False)), command[command.index("--served-model-name") + 1])
 
+    monkeypatch.setattr(serving, "commands", one_works)
     monkeypatch.setattr(serving, "started", here)
     serving.main(["--rounds", "2", "--clients", "1", "3", "--tokens", "4", "--json", str(tmp_path / "run.json")])
-    missing, *rows = load(tmp_path / "run.json").rows
-    assert missing.name == "transformers" and "no such package" in missing.note
+    found = load(tmp_path / "run.json").rows
+    missing, rows = found[:3], found[3:]
+    assert [row.name for row in missing] == [
+        "internlm3, 1 replica",
+        "transformers",
+        "transformers, continuous batching",
+    ]
+    assert all("no such package" in row.note for row in missing)
     assert [row.name for row in rows] == [
         f"internlm3, {count} at a time, {what}"
         for count in (1, 3)
