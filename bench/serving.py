@@ -4,10 +4,10 @@
 
 Each is asked as it comes and in a second way: `internlm3 serve` behind an ingress, with one replica (needs the extra
 `ray`), and `transformers serve` with continuous batching (both need the package accelerate). They serve the demo model
-from processes of their own, and are asked in turns (A B C D A B ...): that many clients at a time stream one chat answer
-each, over loopback. Printed are the median and the 95th and 99th percentile of the time to the first piece of text and
-of the time between two of them, and tokens a second of all clients together. A piece is a token or more. A server that
-does not start is named with its reason.
+from processes of their own, and are asked in turns (A B C D A B ...): that many clients at a time stream one chat
+answer each, over loopback. Printed are the median and the 95th and 99th percentile of the time to the first piece of
+text and of the time between two of them, and tokens a second of all clients together. A piece is a token or more. A
+server that does not start is named with its reason.
 """
 
 import argparse
