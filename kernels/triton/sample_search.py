@@ -40,7 +40,7 @@ CHUNK = 1024
 WARPS = 4
 FEW = 128
 # Maxima of blocks that `_collect` compares with all of them at a time.
-_SLICE = tl.constexpr(16)
+_SLICE = tl.constexpr(8)
 # Bits of the threshold that a pass determines, from the highest on; a key has 32.
 DIGIT_BITS = 4
 PASSES = 8
@@ -96,6 +96,13 @@ def _shift(step):
     return (_PASSES - 1 - step) * _DIGIT_BITS
 
 
+@triton.jit
+def _maxima_from(best_ptr, first, blocks):
+    """The next _SLICE of a row's maxima."""
+    at = first + tl.arange(0, _SLICE)
+    return tl.load(best_ptr + at, mask=at < blocks, other=-INF)
+
+
 @jit("x_ptr V")
 def _collect(
     x_ptr, best_ptr, temperature_ptr, top_k_ptr, top_p_ptr, typical_p_ptr, candidate_ptr, search_ptr,
@@ -124,12 +131,14 @@ def _collect(
     least_x = tl.where((share >= 0) | (typical >= 0), -INF, INF)
     least_weight = tl.where(share >= 0, (WHOLE - share) * (UNIT // WHOLE) // (2 * BLOCK * BLOCKS), 0)
     if top_k_ptr is not None:
-        # All at once would take 168 registers, and a multiprocessor three programs instead of nine.
+        # All at once would take 168 registers, and a multiprocessor three programs instead of ten.
         not_less = tl.zeros((_SLICE, BLOCKS), tl.int32)
-        for first in range(0, BLOCKS, _SLICE):
-            at = first + tl.arange(0, _SLICE)
-            others = tl.load(best_ptr + row * blocks + at, mask=at < blocks, other=-INF)
+        others = _maxima_from(best_ptr + row * blocks, 0, blocks)
+        for first in range(_SLICE, BLOCKS + _SLICE, _SLICE):
+            # Requested before these are compared: a loop that waits for each slice waits 18 times with Triton 3.6.0.
+            following = _maxima_from(best_ptr + row * blocks, first, blocks)
             not_less += (others[:, None] >= maxima[None, :]).to(tl.int32)
+            others = following
         rank = tl.sum(not_less, axis=0)
         # -inf where there are fewer blocks than k.
         of_k = tl.max(tl.where((rank >= k) & (rank <= blocks), maxima, -INF), axis=0)
