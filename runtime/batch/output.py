@@ -26,16 +26,18 @@ class Output:
 
     Args:
         known: the custom_ids of the requests.
+        model: the model's name, which answers that are no errors have.
 
     Attributes:
         answered: the custom_ids of the answers.
         errors: how many answers are errors.
         first_error: the first of them.
 
-    Raises OSError if another process writes to the file, and ValueError if it is no output of these requests.
+    Raises OSError if another process writes to the file, and ValueError if it is no output of these requests and this
+    model.
     """
 
-    def __init__(self, path: Path, known: Container[str]):
+    def __init__(self, path: Path, known: Container[str], model: str):
         self.answered: set[str] = set()
         self.errors, self.first_error = 0, ""
         self._lock = FileLock(f"{path}.lock")
@@ -45,7 +47,7 @@ class Output:
             raise OSError(f"another process is writing to {path}: wait for its end") from None
         try:
             if has_file(path):
-                os.truncate(path, self._read(path, known))
+                os.truncate(path, self._read(path, known, model))
             self._file = path.open("ab")
         except BaseException:
             self._unlock()
@@ -88,7 +90,7 @@ class Output:
             self.errors += 1
             self.first_error = self.first_error or f"{shown(answer.custom_id)}: {answer.error}"
 
-    def _read(self, path: Path, known: Container[str]) -> int:
+    def _read(self, path: Path, known: Container[str], model: str) -> int:
         """Counts what is there. Returns the number of bytes in whole lines."""
         size = 0
         with path.open("rb") as file:
@@ -100,6 +102,9 @@ class Output:
                     raise ValueError(f"{path}, line {number} is no answer of a batch: name another file for the output")
                 if answer.custom_id not in known:
                     what = f"{path}, line {number} answers {shown(answer.custom_id)}, which the input does not have"
+                    raise ValueError(f"{what}: name another file for the output")
+                if (name := answer.body.get("model", model)) != model:
+                    what = f"{path}, line {number} is an answer of {shown(name)}, and this model is {model!r}"
                     raise ValueError(f"{what}: name another file for the output")
                 if answer.custom_id in self.answered:
                     what = f"{path}, line {number} answers {shown(answer.custom_id)}, as an earlier line does"

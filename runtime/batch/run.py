@@ -18,12 +18,13 @@ from .request import BatchRequest, Unanswered, custom_ids
 AnswerAll = Callable[[Iterable[BatchRequest], Callable[[Answer], None]], None]
 
 
-def run_batch(source: Path, out: Path, answer_all: AnswerAll) -> bool:
+def run_batch(source: Path, out: Path, model: str, answer_all: AnswerAll) -> bool:
     """Answers the requests in `source` that have no answer in `out` yet, and reports on standard error.
 
     An answer of status 500 or more is the machine's fault, and not written, so that the next run asks again.
 
     Args:
+        model: the model's name in requests.
         answer_all: takes requests, and a function to which it gives each answer. It is not called if none is left.
 
     Returns whether all requests have their answer in `out` now.
@@ -34,7 +35,7 @@ def run_batch(source: Path, out: Path, answer_all: AnswerAll) -> bool:
     known = custom_ids(source)
     if out.exists() and out.samefile(source):
         raise ValueError(f"{out} is the input: name another file for the output")
-    with Output(out, known) as output:
+    with Output(out, known, model) as output:
         batch = _Run(output, len(known))
         try:
             if len(output.answered) < len(known):

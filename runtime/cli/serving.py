@@ -63,7 +63,7 @@ def batch(args: argparse.Namespace) -> int:
             answer_all = partial(answer_on_ray, _replica_options(args), name, args.replicas)
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f"{error}: batches need it: pip install 'internlm3[{extra}]'") from None
-    return 0 if run_batch(Path(args.source), Path(args.out), answer_all) else 1
+    return 0 if run_batch(Path(args.source), Path(args.out), name, answer_all) else 1
 
 
 def _load_async(args: argparse.Namespace, **options: Any) -> AsyncLLM:

@@ -27,9 +27,10 @@ def run(llm):
     """Runs a batch; returns whether all requests have an answer."""
 
     def run(source, out):
-        return run_batch(
-            source, out, lambda requests, write: answer_on_this_machine(lambda: AsyncLLM(llm), NAME, requests, write)
-        )
+        def answer_all(requests, write):
+            answer_on_this_machine(lambda: AsyncLLM(llm), NAME, requests, write)
+
+        return run_batch(source, out, NAME, answer_all)
 
     return run
 

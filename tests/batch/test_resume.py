@@ -13,7 +13,7 @@ import pytest
 from internlm3.runtime.batch.answer import Answer
 from internlm3.runtime.batch.output import Output
 from internlm3.runtime.batch.run import run_batch
-from internlm3.tests.batch.conftest import chat, read, text_of, write
+from internlm3.tests.batch.conftest import NAME, chat, read, text_of, write
 from internlm3.tests.batch.test_run import never
 
 COMMAND = [sys.executable, "-m", "internlm3.runtime.cli.main", "batch"]
@@ -58,7 +58,7 @@ def test_a_run_that_ends_in_the_middle(run, source, folder, whole, tmp_path, cap
 
 
 def test_an_answer_is_in_the_file_as_soon_as_it_is_written(tmp_path):
-    with Output(tmp_path / "out", {"a"}) as output:
+    with Output(tmp_path / "out", {"a"}, NAME) as output:
         output.write(Answer("a", 200, {}))
         assert read(tmp_path / "out").keys() == {"a"}
 
@@ -74,7 +74,7 @@ def test_an_unfinished_last_line_is_cut_off(run, source, whole, tmp_path):
         assert run(short, out)
         assert {name: text_of(line) for name, line in read(out).items()} == {n: whole[n] for n in ("0", "1", "2")}
         assert out.read_bytes().startswith(b"".join(lines[:2]))
-    assert run_batch(short, out, never)
+    assert run_batch(short, out, NAME, never)
 
 
 @pytest.mark.parametrize(
@@ -85,19 +85,22 @@ def test_an_unfinished_last_line_is_cut_off(run, source, whole, tmp_path):
         (b"{ANSWER}\n}", "line 2 is no answer of a batch"),
         (b"{ANSWER}\n\n", "line 2 is no answer of a batch"),
         (b"{ANSWER}\n{ANSWER}\n", "line 2 answers '0', as an earlier line does"),
+        (b"{ANSWER}\n{OF ANOTHER MODEL}\n", "line 2 is an answer of 'other', and this model is 'tiny'"),
         (b"{OTHER}\n{UNFINISHED}", "line 1 answers 'other', which the input does not have"),
     ],
 )
 def test_another_files_output_is_refused_and_kept(source, tmp_path, content, says):
-    def line(name):
-        response = {"status_code": 200, "request_id": "req_1", "body": {}}
+    def line(name, model=NAME):
+        response = {"status_code": 200, "request_id": "req_1", "body": {"model": model}}
         return json.dumps({"id": "batch_req_1", "custom_id": name, "response": response, "error": None}).encode()
 
-    for word, given in {b"{ANSWER}": line("0"), b"{OTHER}": line("other"), b"{UNFINISHED}": line("1")[:40]}.items():
+    words = {b"{ANSWER}": line("0"), b"{OTHER}": line("other"), b"{UNFINISHED}": line("1")[:40]}
+    words[b"{OF ANOTHER MODEL}"] = line("1", "other")
+    for word, given in words.items():
         content = content.replace(word, given)
     out = tmp_path / "out"
     out.write_bytes(content)
     with pytest.raises(ValueError) as raised:
-        run_batch(source, out, never)
+        run_batch(source, out, NAME, never)
     assert says in str(raised.value) and str(out) in str(raised.value)
     assert out.read_bytes() == content

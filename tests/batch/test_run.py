@@ -87,7 +87,7 @@ def test_a_request_that_is_refused_has_its_error(run, tmp_path, capsys, request_
     for _ in range(2):  # the second run finds all of it in the output
         report = capsys.readouterr().err
         assert f"1 of the answers are errors; the first is that of {name!r}: {status}, " in report
-        assert run_batch(source, tmp_path / "out", never)
+        assert run_batch(source, tmp_path / "out", NAME, never)
 
 
 def test_a_url_with_half_a_character(llm):
@@ -127,7 +127,7 @@ def test_a_wrong_line_is_an_error_before_anything_is_computed(tmp_path, line, sa
     source, out = tmp_path / "in", tmp_path / "out"
     source.write_bytes(b"\n".join([b"\xef\xbb\xbf" + GOOD, b"", line, b""]))
     with pytest.raises(ValueError) as raised:
-        run_batch(source, out, never)
+        run_batch(source, out, NAME, never)
     assert f"{source}, line 3: " in str(raised.value) and says in str(raised.value)
     assert not out.exists()
 
@@ -135,15 +135,15 @@ def test_a_wrong_line_is_an_error_before_anything_is_computed(tmp_path, line, sa
 def test_files_that_are_none(tmp_path):
     source, out = write(tmp_path / "in", [chat("a", "Water")]), tmp_path / "out"
     with pytest.raises(FileNotFoundError, match="there is no file"):
-        run_batch(tmp_path / "nothing", out, never)
+        run_batch(tmp_path / "nothing", out, NAME, never)
     with pytest.raises(OSError, match="folder"):
-        run_batch(tmp_path, out, never)
+        run_batch(tmp_path, out, NAME, never)
     with pytest.raises(OSError, match="folder"):
-        run_batch(source, tmp_path, never)
+        run_batch(source, tmp_path, NAME, never)
     with pytest.raises(ValueError, match="has no requests"):
-        run_batch(write(tmp_path / "empty", []), out, never)
+        run_batch(write(tmp_path / "empty", []), out, NAME, never)
     with pytest.raises(ValueError, match="is the input"):
-        run_batch(source, source, never)
+        run_batch(source, source, NAME, never)
     assert {path.name for path in tmp_path.iterdir()} == {"in", "empty"}
 
 
@@ -212,5 +212,5 @@ def test_a_missing_extra_is_named(monkeypatch, capsys, module, switches, extra):
 def test_two_runs_at_once(tmp_path):
     source, out = write(tmp_path / "in", [chat("a", "Water")]), tmp_path / "out"
     with FileLock(f"{out}.lock"), pytest.raises(OSError, match="another process is writing"):
-        run_batch(source, out, never)
+        run_batch(source, out, NAME, never)
     assert not out.exists()
