@@ -9,9 +9,9 @@ import torch
 import transformers
 
 from internlm3 import InternLM3Config, InternLM3ForCausalLM
-from internlm3.runtime.engine import prefill
 from internlm3.runtime.model.kv_cache import PAGE
 from internlm3.tests.support.capture import CapturedEngines
+from internlm3.tests.support.engine import shorten_chunks
 from internlm3.tests.support.prompts import PROMPTS, padded
 
 
@@ -170,8 +170,7 @@ def test_a_long_prompt_in_chunks(tiny, monkeypatch, length):
     prompt = torch.randint(6, 50, (1, length), generator=torch.Generator().manual_seed(length))
     flags = {"do_sample": False, "max_new_tokens": 3, "return_dict_in_generate": True, "output_logits": True}
     whole = tiny.ours.generate(prompt, eos_token_id=[], **flags)
-    monkeypatch.setattr(prefill, "CHUNK", PAGE)
-    monkeypatch.setattr(prefill, "LAUNCH_TOKENS", PAGE)
+    shorten_chunks(monkeypatch, PAGE, PAGE)
     chunks = tiny.ours.generate(prompt, eos_token_id=[], **flags)
     assert chunks.sequences.equal(whole.sequences)
     theirs = tiny.theirs(prompt).logits[:, -1]

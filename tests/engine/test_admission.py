@@ -6,12 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from internlm3.runtime.engine import prefill
 from internlm3.runtime.engine.engine import Engine
 from internlm3.runtime.engine.graphs import StepQueue
 from internlm3.runtime.model.kv_cache import PAGE
 from internlm3.tests.support.capture import Recorder
-from internlm3.tests.support.engine import alone, ask, ids, random_model, result, run
+from internlm3.tests.support.engine import alone, ask, ids, random_model, result, run, shorten_chunks
 
 CHUNK = PAGE
 
@@ -24,7 +23,7 @@ def model():
 @pytest.fixture(autouse=True)
 def short_chunks(monkeypatch):
     """Chunks of one page, so that short prompts have several."""
-    monkeypatch.setattr(prefill, "CHUNK", CHUNK)
+    shorten_chunks(monkeypatch, CHUNK)
 
 
 @pytest.fixture
@@ -80,13 +79,13 @@ def test_at_most_a_chunk_between_two_steps(model, work, depth):
 
 def test_without_a_stream_nothing_is_held_back(model, work, monkeypatch):
     """Short prompts that come together run before the first step; a long one runs in as few launches as it can."""
-    monkeypatch.setattr(prefill, "LAUNCH_TOKENS", 4 * CHUNK)
+    shorten_chunks(monkeypatch, CHUNK, 4 * CHUNK)
     run(Engine(model, max_batch_size=8, max_seq_len=512), *(ask(ids(40, seed), 3) for seed in range(5)))
     assert work.index("step") == len([each for each in work if each != "step"])
     work.clear()
-    run(Engine(model, max_batch_size=8, max_seq_len=512), ask(ids(400), 3))
+    run(Engine(model, max_batch_size=8, max_seq_len=512), ask(ids(424), 3))
     launches = [each for each in work if each != "step"]
-    assert sum(launches) == 400 and len(launches) <= (2 if model.model.can_batch_prompts(CHUNK) else 7)
+    assert sum(launches) == 424 and len(launches) <= (2 if model.model.can_batch_prompts(CHUNK) else 7)
 
 
 def test_prompts_come_in_by_captured_launches(model, monkeypatch):

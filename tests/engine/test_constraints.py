@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from internlm3.kernels import cpu
-from internlm3.runtime.engine import prefill
 from internlm3.runtime.engine.engine import Engine
 from internlm3.runtime.engine.hooks import LogitsHooks
 from internlm3.runtime.engine.request import Request
@@ -18,7 +17,7 @@ from internlm3.runtime.model.kv_cache import PAGE
 from internlm3.runtime.sampling.token_masks import holding, packed
 from internlm3.tests.support.capture import Recorder
 from internlm3.tests.support.drafts import Planted
-from internlm3.tests.support.engine import SHAPE, alone, ask, ids, random_model, result, run
+from internlm3.tests.support.engine import SHAPE, alone, ask, ids, random_model, result, run, shorten_chunks
 
 VOCAB = SHAPE["vocab_size"]
 ENDS = (2, 7, 300)
@@ -31,8 +30,7 @@ def model():
 
 @pytest.fixture(autouse=True)
 def short_chunks(monkeypatch):
-    monkeypatch.setattr(prefill, "CHUNK", PAGE)
-    monkeypatch.setattr(prefill, "LAUNCH_TOKENS", PAGE)
+    shorten_chunks(monkeypatch, PAGE, PAGE)
 
 
 def permitted(token_ids, step=5):

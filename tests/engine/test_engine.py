@@ -13,7 +13,6 @@ from bench import batching
 from internlm3.kernels import triton
 from internlm3.kernels.cpu import ROW_COUNT_CHANGES_BITS
 from internlm3.kernels.reference import FEW_ROWS
-from internlm3.runtime.engine import prefill
 from internlm3.runtime.engine.answer import Answer
 from internlm3.runtime.engine.engine import Engine
 from internlm3.runtime.engine.graphs import StepQueue, cuda_graphs
@@ -22,7 +21,7 @@ from internlm3.runtime.model import model as runtime_model
 from internlm3.runtime.model.kv_cache import PAGE, page_bytes, pages_of
 from internlm3.runtime.model.model import Decoder
 from internlm3.tests.support.capture import Recorder
-from internlm3.tests.support.engine import alone, ask, count_tokens, ids, random_model, result, run
+from internlm3.tests.support.engine import alone, ask, count_tokens, ids, random_model, result, run, shorten_chunks
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +32,7 @@ def model():
 @pytest.fixture(autouse=True)
 def short_chunks(monkeypatch):
     """Chunks of one page, so that short prompts have several."""
-    monkeypatch.setattr(prefill, "CHUNK", PAGE)
-    monkeypatch.setattr(prefill, "LAUNCH_TOKENS", PAGE)
+    shorten_chunks(monkeypatch, PAGE, PAGE)
 
 
 # -------------------------------------------------------------------- prefill
@@ -43,8 +41,7 @@ def short_chunks(monkeypatch):
 @pytest.mark.skipif(ROW_COUNT_CHANGES_BITS, reason="on this CPU the number of rows may change rounding")
 def test_short_prompts_are_batched(model, monkeypatch):
     """Prompts of similar lengths, up to a bound; one of up to 16 tokens runs alone."""
-    monkeypatch.setattr(prefill, "CHUNK", 192)
-    monkeypatch.setattr(prefill, "LAUNCH_TOKENS", 192)
+    shorten_chunks(monkeypatch, 192, 192)
     engine = Engine(model, max_batch_size=8, max_seq_len=512)
     requests = [ask(ids(length, length)) for length in (50, 45, 16, 40, 51, 39, 37, 36, 38)]
     tokens = count_tokens(monkeypatch, model)
@@ -59,8 +56,7 @@ def test_short_prompts_are_batched(model, monkeypatch):
 
 def test_prompts_run_in_captured_launches(model, monkeypatch):
     """Padded to a few widths and replayed: the same answers, while another request decodes."""
-    monkeypatch.setattr(prefill, "CHUNK", 256)
-    monkeypatch.setattr(prefill, "LAUNCH_TOKENS", 256)
+    shorten_chunks(monkeypatch, 256, 256)
     lengths = (1, 15, 16, 17, 64, 65, 130, 255, 256, 257, 300, 500)
     prompts = {length: ids(length, length) for length in lengths}
     expected = {length: alone(model, ask(prompt))[0] for length, prompt in prompts.items()}

@@ -16,6 +16,7 @@ from internlm3.runtime.engine.answer import Answer
 from internlm3.runtime.engine.request import Request
 from internlm3.runtime.model.kv_cache import PAGE
 from internlm3.runtime.sampling.params import SamplingParams
+from internlm3.tests.support.engine import shorten_chunks
 from internlm3.tests.support.prompts import real_prompts
 
 SETTINGS = [
@@ -93,8 +94,7 @@ def last_logits(model, chunk, cache):
 
 def test_every_setting_in_batches_with_shared_prefixes(model, monkeypatch):
     """50 prompts with shared prefixes, some edited in the middle, ten settings, in batches of up to 8."""
-    monkeypatch.setattr(prefill, "CHUNK", PAGE)
-    monkeypatch.setattr(prefill, "LAUNCH_TOKENS", PAGE)
+    shorten_chunks(monkeypatch, PAGE, PAGE)
     dice = random.Random(0)
     story = [dice.randrange(300) for _ in range(220)]
     prompts = []
@@ -122,8 +122,7 @@ def test_every_setting_in_batches_with_shared_prefixes(model, monkeypatch):
 
 def test_real_prompts_with_every_setting(demo_model, monkeypatch):
     """Real prompts through one call of LLM.generate on the demo model: one for each setting, some with stop strings."""
-    monkeypatch.setattr(prefill, "CHUNK", PAGE)
-    monkeypatch.setattr(prefill, "LAUNCH_TOKENS", PAGE)
+    shorten_chunks(monkeypatch, PAGE, PAGE)
     llm = LLM(demo_model, dtype="bfloat16", device="cpu", max_batch_size=8, progress=False)
     prompts = real_prompts(llm.tokenizer)[::10] * 2  # the second time a prefix is cached
     scale = llm.config.vocab_size // 320

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from internlm3 import InternLM3Config, InternLM3ForCausalLM
 from internlm3.runtime.compat.cache import KVCache
-from internlm3.runtime.engine import prefill
 from internlm3.runtime.engine.pages import PageAllocator
 from internlm3.runtime.model.kv_cache import PAGE, PagedKVCache, page_bytes, pages_of
+from internlm3.tests.support.engine import shorten_chunks
 
 CONFIG = InternLM3Config(
     vocab_size=50, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
@@ -180,8 +180,7 @@ def peak_bytes(run):
 @pytest.mark.parametrize("rows", [1, 3])
 def test_a_prompts_cache_is_never_copied(rows, monkeypatch):
     """Pages are allocated before; prefill in chunks and some steps need far less memory than a second copy."""
-    monkeypatch.setattr(prefill, "CHUNK", 64)
-    monkeypatch.setattr(prefill, "LAUNCH_TOKENS", 64)
+    shorten_chunks(monkeypatch, 64, 64)
     values = {**CONFIG.to_dict(), "num_key_value_heads": 8, "num_attention_heads": 8, "head_dim": 64}
     model = InternLM3ForCausalLM(InternLM3Config.from_dict(values), dtype=torch.float32)
     ids = torch.randint(50, (rows, 630), generator=torch.Generator().manual_seed(0))

@@ -5,12 +5,11 @@ import random
 import pytest
 import torch
 
-from internlm3.kernels import cpu, cpu_cache
-from internlm3.runtime.engine import prefill
+from internlm3.kernels import cpu
 from internlm3.runtime.engine.engine import Engine
 from internlm3.runtime.model.kv_cache import PAGE
 from internlm3.tests.support.capture import Recorder
-from internlm3.tests.support.engine import alone, ask, count_tokens, ids, random_model, result, run
+from internlm3.tests.support.engine import alone, ask, count_tokens, ids, random_model, result, run, shorten_chunks
 
 
 @pytest.fixture(scope="module")
@@ -129,8 +128,7 @@ def test_an_answer_that_was_an_error_is_not_reused(model):
 @pytest.mark.parametrize("length", [1, 64, 65, 128, 150, 192, 256])
 def test_answers_to_a_prompt_that_is_cached_whole(model, exact, monkeypatch, length, invariant):
     """Another sequence began with all of its tokens. Three answers share its pages; only the last token's page runs."""
-    monkeypatch.setattr(prefill, "CHUNK", 2 * PAGE)
-    monkeypatch.setattr(cpu_cache, "QUERY_BLOCK", 2 * PAGE)
+    shorten_chunks(monkeypatch, 2 * PAGE)
     model, unit = (exact, 2 * PAGE) if invariant else (model, PAGE)
     engine, prompt = Engine(model, max_batch_size=4, max_seq_len=512), ids(length)
     (longer,) = run(engine, ask(prompt + ids(300 - length, 1), 5))
@@ -226,8 +224,7 @@ def test_conversations_that_branch_while_others_run(model, monkeypatch, captured
     """Random continuations, edits, cancels and evictions, in a cache that holds a few of them."""
     rng = random.Random(seed)
     monkeypatch.setattr(cpu, "ROW_COUNT_CHANGES_BITS", rng.random() < 0.5)
-    monkeypatch.setattr(prefill, "CHUNK", 128)
-    monkeypatch.setattr(prefill, "LAUNCH_TOKENS", 256)
+    shorten_chunks(monkeypatch, 128, 256)
     options = {"capture": Recorder(monkeypatch).capture, "depth": 2} if captured else {}
     engine = Engine(model, max_batch_size=4, max_seq_len=512, cache_tokens=1024, **options)
     texts, running, ended = [ids(200, seed)], [], []
@@ -267,9 +264,7 @@ def test_prompts_with_different_rotary_bases_share_no_pages():
 
 def test_batch_invariance_reuses_what_has_the_same_bits(exact, monkeypatch):
     """Whole chunks of prompts: bit-identical to a fresh prefill, log-probabilities included."""
-    monkeypatch.setattr(prefill, "CHUNK", 2 * PAGE)
-    # A CPU may run several chunks in one launch, whose attention then has a block for each.
-    monkeypatch.setattr(cpu_cache, "QUERY_BLOCK", 2 * PAGE)
+    shorten_chunks(monkeypatch, 2 * PAGE)
     engine, prompt = Engine(exact, max_batch_size=2, max_seq_len=1024), ids(300)
     (one,) = run(engine, ask(prompt, 100))
     turn = prompt + one.token_ids

@@ -17,6 +17,7 @@ from internlm3.runtime.model.rope import inverse_frequencies
 from internlm3.runtime.sampling.params import SamplingParams
 from internlm3.tests.kernels.support import DEVICE, backends
 from internlm3.tests.support.capture import Recorder
+from internlm3.tests.support.engine import shorten_chunks
 
 SHAPE = {
     "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -45,8 +46,7 @@ def make(dtype, **shape):
 )
 def test_generation(monkeypatch, dtype, shape):
     """Three ragged prompts, one in chunks and past the window, decoded together: tokens and logits."""
-    monkeypatch.setattr(prefill, "CHUNK", 16)
-    monkeypatch.setattr(prefill, "LAUNCH_TOKENS", 16)
+    shorten_chunks(monkeypatch, 16, 16)
     model = make(dtype, **shape)
     ids = torch.randint(1, 96, (3, 24), generator=torch.Generator().manual_seed(1)).to(DEVICE)
     mask = torch.ones_like(ids)
@@ -92,8 +92,7 @@ def test_the_last_rows_of_prompts(monkeypatch, backend):
 @backends
 def test_a_prompt_in_padded_chunks(monkeypatch, backend):
     """The padding of a prompt's end, which stands on tokens that are there, changes no page that anybody holds."""
-    monkeypatch.setattr(prefill, "CHUNK", PAGE)
-    monkeypatch.setattr(prefill, "LAUNCH_TOKENS", PAGE)
+    shorten_chunks(monkeypatch, PAGE, PAGE)
     monkeypatch.setattr(prefill, "WIDTHS", (16, 48))
     model = make(
         torch.float32, num_hidden_layers=1, max_position_embeddings=4 * PAGE

@@ -3,6 +3,8 @@
 import torch
 
 from internlm3 import InternLM3Config, InternLM3ForCausalLM
+from internlm3.kernels import cpu_cache
+from internlm3.runtime.engine import prefill
 from internlm3.runtime.engine.engine import Engine
 from internlm3.runtime.engine.request import Request
 from internlm3.runtime.sampling.params import SamplingParams
@@ -18,6 +20,18 @@ def random_model(dtype=torch.bfloat16, **changes):
     """bfloat16 by default: on a CPU a row's bits do not depend on its batch there."""
     torch.manual_seed(1)
     return InternLM3ForCausalLM(InternLM3Config(**{**SHAPE, **changes}), dtype=dtype)
+
+
+def shorten_chunks(monkeypatch, chunk, launch=None):
+    """Chunks of `chunk` tokens, so that short prompts have several, and launches of at most `launch`.
+
+    The CPU's blocks of queries end where chunks end, as they do in the runtime: else a prompt's bits would depend on
+    where its launches begin, on a CPU that runs several chunks in one.
+    """
+    monkeypatch.setattr(prefill, "CHUNK", chunk)
+    monkeypatch.setattr(cpu_cache, "QUERY_BLOCK", chunk)
+    if launch is not None:
+        monkeypatch.setattr(prefill, "LAUNCH_TOKENS", launch)
 
 
 def ids(length, seed=0):
