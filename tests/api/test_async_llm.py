@@ -11,6 +11,7 @@ import pytest
 from internlm3 import LLM, AsyncLLM, QueueFull
 from internlm3.runtime.engine.answer import Answer
 from internlm3.runtime.engine.runner import Runner
+from internlm3.tests.support.engine import slow_steps
 from internlm3.tests.support.llm import PROMPTS, result
 
 CHAT = [{"role": "user", "content": "Say something."}]
@@ -248,7 +249,9 @@ def test_mistakes_are_raised_where_the_call_is_made(asynchronous):
     assert "max_tokens" in asyncio.run(both("hi", max_tokns=3))
 
 
-def test_close_ends_what_is_under_way(tiny):
+def test_close_ends_what_is_under_way(tiny, monkeypatch):
+    slow_steps(monkeypatch)
+
     async def main():
         async with AsyncLLM(tiny) as llm:
             stream = llm.stream("hello", max_tokens=900, ignore_eos=True)

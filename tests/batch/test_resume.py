@@ -16,7 +16,24 @@ from internlm3.runtime.batch.run import run_batch
 from internlm3.tests.batch.conftest import NAME, chat, read, text_of, write
 from internlm3.tests.batch.test_run import never
 
-COMMAND = [sys.executable, "-m", "internlm3.runtime.cli.main", "batch"]
+# The command, whose steps take half a second once three answers are in the file: it never ends before it is ended.
+SCRIPT = """
+import sys, time
+from pathlib import Path
+from internlm3.runtime.cli.main import main
+from internlm3.runtime.engine.runner import Runner
+
+step, out = Runner.step, Path(sys.argv[4])
+
+def slow(self):
+    if out.exists() and out.read_bytes().count(b"\\n") >= 3:
+        time.sleep(0.5)
+    return step(self)
+
+Runner.step = slow
+sys.exit(main(sys.argv[1:]))
+"""
+COMMAND = [sys.executable, "-c", SCRIPT, "batch"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 

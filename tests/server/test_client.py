@@ -12,6 +12,7 @@ from internlm3.runtime.api.prompt_logprobs import PromptLogprobs
 from internlm3.runtime.engine.request import Request
 from internlm3.runtime.server.logprobs import of_prompt
 from internlm3.tests.server.conftest import NAME, idle
+from internlm3.tests.support.engine import slow_steps
 
 CHAT = [{"role": "user", "content": "Say something."}]
 SAMPLED = {"temperature": 0.9, "top_p": 0.95, "seed": 7, "max_tokens": 12}
@@ -305,6 +306,7 @@ def test_a_stream_that_is_closed_is_cancelled(client, llm, monkeypatch):
         finish(request, reason, why)
 
     monkeypatch.setattr(Request, "finish", noted)
+    slow_steps(monkeypatch)
     stream = chat(client, stream=True, max_tokens=900, extra_body={"ignore_eos": True})
     next(iter(stream))
     stream.close()

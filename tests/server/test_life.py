@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 
 import httpx
 import pytest
@@ -17,8 +16,8 @@ import pytest
 from bench import ROOT
 from internlm3 import AsyncLLM
 from internlm3.runtime.cli.main import main as command_line
-from internlm3.runtime.engine.runner import Runner
 from internlm3.tests.server.conftest import NAME, App, idle, running
+from internlm3.tests.support.engine import slow_steps
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 MESSAGES = [{"role": "user", "content": "Say something."}]
@@ -274,8 +273,9 @@ def test_drain(llm):
                 running_one = asyncio.create_task(client.post(COMPLETIONS, json=fields))
                 while not llm.engine.busy:
                     await asyncio.sleep(0.001)
-                server.handle_exit(signal.SIGTERM, None)
-                refused = [await client.post(CHAT, json={"messages": MESSAGES}), await client.get("/health")]
+                with llm.engine._lock:  # no step begins
+                    server.handle_exit(signal.SIGTERM, None)
+                    refused = [await client.post(CHAT, json={"messages": MESSAGES}), await client.get("/health")]
                 finished = await running_one
             while server.server_state.connections or not server.lifespan.shutdown_event.is_set():
                 await asyncio.sleep(0.01)
@@ -287,8 +287,7 @@ def test_drain(llm):
 
 
 def test_what_does_not_finish_in_time_is_cancelled(llm, monkeypatch):
-    step = Runner.step
-    monkeypatch.setattr(Runner, "step", lambda self: (time.sleep(0.05), step(self))[1])  # the answer takes 10 seconds
+    slow_steps(monkeypatch, 0.05)  # the answer takes 10 seconds
 
     async def main():
         async with (

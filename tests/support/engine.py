@@ -1,5 +1,7 @@
 """A small model with random weights, and requests to engines that run it."""
 
+import time
+
 import torch
 
 from internlm3 import InternLM3Config, InternLM3ForCausalLM
@@ -7,6 +9,7 @@ from internlm3.kernels import cpu_cache
 from internlm3.runtime.engine import prefill
 from internlm3.runtime.engine.engine import Engine
 from internlm3.runtime.engine.request import Request
+from internlm3.runtime.engine.runner import Runner
 from internlm3.runtime.sampling.params import SamplingParams
 
 SHAPE = {
@@ -32,6 +35,12 @@ def shorten_chunks(monkeypatch, chunk, launch=None):
     monkeypatch.setattr(cpu_cache, "QUERY_BLOCK", chunk)
     if launch is not None:
         monkeypatch.setattr(prefill, "LAUNCH_TOKENS", launch)
+
+
+def slow_steps(monkeypatch, seconds=0.02):
+    """Steps take longer, so that a long answer is under way for many seconds: it never ends before a test ends it."""
+    step = Runner.step
+    monkeypatch.setattr(Runner, "step", lambda self: (time.sleep(seconds), step(self))[1])
 
 
 def ids(length, seed=0):
