@@ -260,12 +260,14 @@ class Run:
         self.failed = self.in_a_fork = False
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        """Keeps the tests of the op's file, and the tests of `test_far_strides.py` with its ops."""
+        """Keeps the tests of the op's file, and the tests of `test_far_strides.py` with its ops or the same name."""
         file, table = f"test_{self.name}.py", (ROOT / "kernels" / "README.md").read_text("utf-8")
         ops = [line.split("`")[1] for line in table.splitlines() if line.startswith("| `") and file in line]
         parameters = [getattr(item, "callspec", None) for item in items]
         given = [callspec.params.get("op") if callspec else None for callspec in parameters]
-        items[:] = [item for item, op in zip(items, given, strict=True) if item.path.name == file or op in ops]
+        items[:] = [
+            item for item, op in zip(items, given, strict=True) if item.path.name == file or op in (*ops, self.name)
+        ]
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         importlib.import_module("internlm3.kernels.triton")

@@ -119,8 +119,8 @@ def _linear_quantised(
     w_rows = w_ptr + rows.to(tl.int64)[None, :, None] * WORDS + tl.arange(0, L)[None, None, :]
     scale_rows = scale_ptr + rows[None, :, None]
     minimum_rows = minimum_ptr + rows[None, :, None] if minimum_ptr is not None else None
-    LINE: tl.constexpr = 64  # words of a cache line
     if PDL:
+        LINE: tl.constexpr = 64  # words of a cache line
         line = tl.minimum(tl.arange(0, AHEAD), (WORDS - 1) // LINE)[None, :]
         lines = w_ptr + rows.to(tl.int64)[:, None] * WORDS + line * LINE
         prefetch(lines)

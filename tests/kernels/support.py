@@ -163,7 +163,7 @@ def paged_cache(
     a sequence's pages are unused pages. k and v alternate in one buffer, so pages are not adjacent in memory.
     """
     needed = [-(-length // page_size) for length in lengths]
-    columns = max(needed, default=0) + int(torch.randint(1, 4, (), generator=rng))
+    columns = max(needed, default=0) + int(torch.randint(3, (), generator=rng)) or 1
     spare = int(torch.randint(1, 4, (), generator=rng))
     pages = torch.randperm(sum(needed) + spare, generator=rng, dtype=torch.int32)
     unused = pages[sum(needed) :]

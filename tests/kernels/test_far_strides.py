@@ -12,13 +12,20 @@ import torch
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 
 from internlm3 import kernels
+from internlm3.kernels.triton.dequantise import dequantise
 from internlm3.kernels.triton.launch import INTERPRETED
 from internlm3.tests.kernels.support import DEVICE, assert_same, generator, normal
+from internlm3.tests.kernels.test_linear_quantised import quantised
 
 # One worker runs all of them: on a GPU each takes gigabytes.
 pytestmark = pytest.mark.xdist_group("gigabytes")
 
 ROWS, WIDTH, HEADS, DIM, PAGES, PAGE, VOCAB = 3, 64, 3, 16, 4, 16, 70
+
+
+def function(op):
+    """An op by its name here; those with a quantised weight end with "_quantised"."""
+    return getattr(kernels, op.removesuffix("_quantised"))
 
 
 def arguments():
@@ -42,6 +49,7 @@ def arguments():
     ones = torch.ones(ROWS, device=DEVICE)
     numbers = torch.arange(ROWS, device=DEVICE)
     words = -(-VOCAB // 32)
+    packed = quantised(rng, 6, WIDTH, 16, "int4", 8, minimum=True)[0]
     return {
         "advance": lambda: {
             "sampled": whole(2 * ROWS, below=VOCAB).long(),
@@ -77,6 +85,7 @@ def arguments():
         "embed": lambda: {"token_ids": numbers, "table": x},
         "linear": lambda: {"x": x, "weight": weight},
         "linear_add": lambda: {"x": x, "weight": weight, "residual": residual},
+        "linear_quantised": lambda: {"x": x, "weight": packed},
         "paged_attention": lambda: {"q": random(ROWS, HEADS, DIM), **caches, **places, "scale": 0.3},
         "rms_norm": lambda: {"x": x, "weight": norm, "eps": eps},
         "rms_norm_linear": lambda: {"x": x, "norm": norm, "eps": eps, "weight": weight},
@@ -145,12 +154,17 @@ def test_far_slices_are_found(op, name, axis):
     # Attention requires caches of equal strides.
     for each in ("k_cache", "v_cache") if name == "k_cache" else (name,):
         wide[each] = far(wide[each], axis)
-    expected, found = (getattr(kernels, op)(**args) for args in (near, wide))
+    expected, found = (function(op)(**args) for args in (near, wide))
     if expected is not None:
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
     for each, x in near.items():
         if isinstance(x, torch.Tensor):
             assert_same(x, **{each: wide[each]})
+
+
+def last(grid):
+    """The last program of a launch."""
+    return tuple(size - 1 for size in grid)
 
 
 def large_results():
@@ -162,9 +176,6 @@ def large_results():
 
     def random(*shape, dtype=torch.bfloat16):
         return normal(rng, *shape, dtype=dtype)
-
-    def last(grid):
-        return tuple(size - 1 for size in grid)
 
     rows, width = 2**15 + 1, 2**16
     many, heads, tokens = 2**31 // (14 * 128) + 1, 2**13 + 1, 2**31 // 512 + 1
@@ -223,9 +234,38 @@ def one_program(chosen):
 @pytest.mark.parametrize(("op", "args", "chosen"), large_results().values(), ids=[*large_results()])
 def test_the_end_of_a_large_result(op, args, chosen):
     """The last 16 numbers, which are the same for fewer rows."""
-    function = getattr(kernels, op)
     with one_program(chosen) if INTERPRETED else contextlib.nullcontext():
-        found = function(*args)
+        found = function(op)(*args)
     rows = args[0].shape[0]
     fewer = [x[-1:] if isinstance(x, torch.Tensor) and x.shape[0] == rows else x for x in args]
-    torch.testing.assert_close(found.flatten()[-16:], function(*fewer).flatten()[-16:], rtol=0, atol=0)
+    torch.testing.assert_close(found.flatten()[-16:], function(op)(*fewer).flatten()[-16:], rtol=0, atol=0)
+
+
+@pytest.fixture(scope="module")
+def long_weight():
+    """2^31 words and more: the last rows, which are a weight of their own, after rows that nothing reads."""
+    columns, rows = 2**13, 2**31 // 2**12 + 32
+    small = quantised(generator(3), 32, columns, 0, "int8", 0)[0]
+    words = torch.empty(rows, small.form.words, dtype=torch.int16, device=DEVICE)
+    scales = torch.empty(1, rows, device=DEVICE)
+    words[-32:], scales[:, -32:] = small.words, small.scales
+    return small, small._replace(words=words, scales=scales)
+
+
+@pytest.mark.parametrize("op", ["linear_quantised"])
+def test_the_end_of_a_long_weight(op, long_weight):
+    small, long = long_weight
+    x = normal(generator(4), 3, small.form.columns, dtype=torch.bfloat16)
+    with one_program(last) if INTERPRETED else contextlib.nullcontext():
+        found = function(op)(x, long)
+    assert_same(function(op)(x, small), found=found[:, -32:])
+
+
+@pytest.mark.parametrize("op", ["linear_quantised"])
+def test_the_end_of_a_long_weight_as_a_matrix(op, long_weight):
+    """Which products of more than 64 rows compute first."""
+    small, long = long_weight
+    with one_program(last) if INTERPRETED else contextlib.nullcontext():
+        found = dequantise(long, torch.bfloat16)
+    columns = slice(-long.form.width, None)  # the program's last ones
+    assert_same(dequantise(small, torch.bfloat16)[:, columns], found=found[-32:, columns])

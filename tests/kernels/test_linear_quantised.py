@@ -9,11 +9,13 @@ from internlm3 import kernels
 from internlm3.kernels import reference
 from internlm3.kernels.quantised import Form, QuantisedWeight, pack
 from internlm3.kernels.triton import linear_few_rows
+from internlm3.kernels.triton.dequantise import dequantise
 from internlm3.tests.kernels.support import (
     DEVICE,
     DTYPES,
     assert_near,
     assert_same,
+    call,
     dtypes,
     embedded,
     generator,
@@ -28,11 +30,13 @@ from internlm3.tests.kernels.test_rope_and_cache import ULPS
 from internlm3.tests.kernels.test_rope_and_cache import Case as RopeCase
 
 # Columns, and columns with one scale (0: all): whole blocks of words of every width, and padding.
-columns = st.sampled_from(
-    [(512, 128), (1024, 0), (576, 64), (576, 0), (64, 16), (384, 32), (256, 256), (200, 0), (72, 0), (48, 16), (8, 0)]
-)
+COLUMNS = [
+    (512, 128), (1024, 0), (576, 64), (576, 0), (64, 16), (384, 32), (256, 256), (200, 0), (72, 0), (48, 16), (8, 0),
+]  # fmt: skip
+columns = st.sampled_from(COLUMNS)
 # The kind and its zero point: one for all groups, or "groups" for one each.
-kinds = st.sampled_from([("int4", 8), ("int4", 0), ("int4", "groups"), ("int8", 0), ("int8", "groups"), ("float8", 0)])
+KINDS = [("int4", 8), ("int4", 0), ("int4", "groups"), ("int8", 0), ("int8", "groups"), ("float8", 0)]
+kinds = st.sampled_from(KINDS)
 rows = st.integers(1, 18) | st.sampled_from([31, 32, 33, 63, 64, 65])
 shapes = st.tuples(rows, columns, st.sampled_from([1, 2, 31, 32, 33]) | st.integers(1, 70))
 
@@ -182,6 +186,17 @@ def test_qkv(seed, dtype, lengths, tokens, heads, kind):
         assert torch.equal(kv.isnan(), expected_kv.isnan())
         assert_near(expected_q.double(), ULPS[dtype], 2 * magnitude, q=q)
         assert_near(expected_kv.double().nan_to_num(), ULPS[dtype], 2 * magnitude, kv=kv.nan_to_num())
+
+
+@pytest.mark.parametrize("minimum", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_weight_as_a_matrix(dtype, kind, minimum):
+    """Which products of more than 64 rows compute first. It is rounded once."""
+    for count, group in COLUMNS:
+        weight, exact, size = quantised(generator(count), 33, count, group, *kind, minimum=minimum)
+        cancelled = 4 * torch.finfo(torch.float32).eps / torch.finfo(dtype).eps * (size - exact.abs())
+        assert_near(exact, 0.501 if dtype != torch.float32 else 2.0, cancelled, triton=call(dequantise, weight, dtype))
 
 
 @pytest.mark.parametrize("kind", [("int4", 8), ("int4", "groups"), ("int8", 0), ("float8", 0)])

@@ -379,18 +379,21 @@ def check_bits(seed, dtype, tokens, group, length, **options):
 
 
 @pytest.mark.parametrize("programs", [1, 8, 64])
-@pytest.mark.parametrize("tokens", [1, 3])
-def test_a_length_beyond_the_table_reads_what_the_table_has(tokens, programs):
-    """As in a late replay of a graph: the other sequences are bit-identical, and this one is finite."""
-    cache = paged_cache(generator(8), [160, 70], 1, 32, 16, torch.bfloat16)
+@pytest.mark.parametrize(("tokens", "decode_step"), [(1, False), (1, True), (3, False)])
+@pytest.mark.parametrize("long", [0, 1])
+def test_a_length_beyond_the_table_reads_what_the_table_has(tokens, decode_step, programs, long):
+    """As in a late replay of a graph: the other sequence is bit-identical, and this one is finite."""
+    lengths = [70, 70]
+    lengths[long] = 160
+    cache = paged_cache(generator(8), lengths, 1, 32, 16, torch.bfloat16)
     cache = cache._replace(block_table=cache.block_table[:, :10].contiguous())
     q = normal(generator(9), 2 * tokens, 4, 32, dtype=torch.bfloat16)
     with shared_by(programs):
-        expected = call(kernels.paged_attention, q, *cache, 0.3)
-        cache.seq_lens[0] = 5000
-        found = call(kernels.paged_attention, q, *cache, 0.3)
-    assert_same(expected[tokens:], found=found[tokens:])
-    assert_same(expected[tokens - 1], found=found[tokens - 1])  # the last row sees all keys, before and now
+        expected = call(kernels.paged_attention, q, *cache, 0.3, decode_step=decode_step).view(2, tokens, -1)
+        cache.seq_lens[long] = 5000
+        found = call(kernels.paged_attention, q, *cache, 0.3, decode_step=decode_step).view(2, tokens, -1)
+    assert_same(expected[1 - long], found=found[1 - long])
+    assert_same(expected[long, -1], found=found[long, -1])  # the last row sees all keys, before and now
     assert found.isfinite().all()
 
 
