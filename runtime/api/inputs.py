@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..chat_template.messages import check_messages, joined_text
+from ..chat_template.render import literals
 from ..common.checks import as_ints, as_list, check_ids, check_int
 from ..common.shown import one_line, shown
 from ..model.config import InternLM3Config
@@ -65,11 +66,18 @@ def encode_prompt(tokenizer: InternLM3Tokenizer, text: str, window: int, **optio
     return tokenizer.encode(text, **options)
 
 
-def conversation_of(messages: Any, thinking: bool) -> list[dict[str, Any]]:
-    """Checked messages; in thinking mode its system prompt follows the conversation's own."""
+def conversation_of(tokenizer: InternLM3Tokenizer, messages: Any, thinking: bool) -> list[dict[str, Any]]:
+    """Checked messages; in thinking mode its system prompt follows the conversation's own.
+
+    OpenAI's "developer" is the role "system" of models that do not know it: so it is here, unless the chat template
+    names it.
+    """
     if messages == "":
         raise ValueError("the message is empty: give at least one character")
     messages = check_messages([{"role": "user", "content": messages}] if isinstance(messages, str) else messages)
+    from_developer = any(message["role"] == "developer" for message in messages)
+    if from_developer and "developer" not in literals(tokenizer.get_chat_template()):
+        messages = [{**each, "role": "system"} if each["role"] == "developer" else each for each in messages]
     if not thinking:
         return messages
     leads = messages[0]["role"] == "system"

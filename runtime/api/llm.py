@@ -342,6 +342,18 @@ class LLM:
             raise ValueError("the text has one token, and a perplexity needs two")
         return perplexity(self.model, ids, size, step, progress=self._progress)
 
+    def chat_prompt_ids(
+        self,
+        messages: Sequence[dict[str, Any]],
+        *,
+        thinking: bool = False,
+        tools: Sequence[Tool] | None = None,
+        tool_choice: str | Mapping[str, Any] = "auto",
+    ) -> list[int]:
+        """The token ids of the prompt that `chat` gives the model for one conversation; the arguments are its own."""
+        use = ToolUse.of(self.tokenizer, tools, tool_choice)
+        return self._render(conversation_of(self.tokenizer, messages, thinking), use)[1]
+
     def prompt_logprobs(self, prompt: str | Sequence[int], count: int = 0) -> PromptLogprobs:
         """How likely each token of a prompt is after those before it.
 
@@ -378,7 +390,9 @@ class LLM:
     ) -> Call:
         several = isinstance(messages, Sequence) and bool(messages) and isinstance(messages[0], (str, list, tuple))
         single = isinstance(messages, str) or not several
-        conversations = [conversation_of(each, thinking) for each in ([messages] if single else messages)]
+        conversations = [
+            conversation_of(self.tokenizer, each, thinking) for each in ([messages] if single else messages)
+        ]
         given = sampling_params or (RECOMMENDED_THINKING if thinking else None)
         use = ToolUse.of(self.tokenizer, tools, tool_choice)
         params = use.params(self._params(given, kwargs, None if single else len(conversations)))

@@ -26,12 +26,7 @@ def routes(service: Service) -> APIRouter:
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         service.check_model(body.model)
         llm = service.llm
-        options = {
-            "thinking": body.thinks,
-            "tools": body.tools,
-            "tool_choice": body.tool_choice or "auto",
-            **body.settings(),
-        }
+        options = {**body.prompt_options(), **body.settings()}
         if body.stream:
             chunks = await begun(service, request.receive, llm.stream(body.messages, **options))
             return EventStream(_events(service, body, chunks))

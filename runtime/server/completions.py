@@ -14,13 +14,17 @@ from starlette.types import Receive
 
 from ..api.outputs import Chunk, CompletionOutput, Timings
 from ..sampling.params import SamplingParams
+from ..tokenization.text_stream import TextStream
 from .answers import begun, scored, whole
 from .connection import EventStream
 from .errors import ApiError, told_to_the_client
-from .logprobs import Logprobs, of_prompt
+from .logprobs import Logprobs, TextOffsets, of_prompt
 from .schemas import CompletionRequest
 from .service import Service
 from .usage import Usage
+
+# Characters of a prompt's end that decide how an answer's first token is spelt after it, with room to spare.
+_TAIL = 64
 
 
 @dataclass(frozen=True)
@@ -52,10 +56,12 @@ def routes(service: Service) -> APIRouter:
         echoes = await _echoes(service, body, request.receive, prompts)
         if body.stream:
             chunks = await begun(service, request.receive, llm.stream(prompts, **options))
-            return EventStream(_events(service, body, echoes, chunks))
+            return EventStream(_events(service, body, prompts, echoes, chunks))
         outputs, usage = await whole(service, request.receive, llm.generate(prompts, **options))
         choices = [
-            _choice(service, body, place * n + answer.index, echo, answer)
+            _choice(
+                service, body, place * n + answer.index, echo, answer, _offsets(service, body, prompts[place], echo)
+            )
             for place, (output, echo) in enumerate(zip(outputs, echoes, strict=True))
             for answer in output.outputs
         ]
@@ -94,7 +100,7 @@ async def _only_scored(service: Service, body: CompletionRequest, receive: Recei
     seconds = time.perf_counter() - began
     n, nothing = body.n or 1, CompletionOutput(0, "", [], [], None, "length", None)
     choices = [
-        _choice(service, body, place * n + index, echo, nothing)
+        _choice(service, body, place * n + index, echo, nothing, _offsets(service, body, prompts[place], echo))
         for place, echo in enumerate(echoes)
         for index in range(n)
     ]
@@ -104,19 +110,28 @@ async def _only_scored(service: Service, body: CompletionRequest, receive: Recei
     return JSONResponse({**service.head("cmpl", "text_completion"), "choices": choices, "usage": usage.json()})
 
 
+def _offsets(service: Service, body: CompletionRequest, prompt: Any, echo: _Echo) -> TextOffsets | None:
+    """Where the tokens of an answer to a prompt begin, after what it repeats; None where nobody asks for it."""
+    if body.logprobs is None:
+        return None
+    tokenizer, skips = service.llm.llm.tokenizer, body.skip_special_tokens is not False
+    ids = tokenizer.encode(prompt[-_TAIL:], add_special_tokens=False) if isinstance(prompt, str) else prompt
+    return TextOffsets(TextStream(tokenizer, prompt_ids=ids, skip_special_tokens=skips), len(echo.text))
+
+
 def _choice(
     service: Service,
     body: CompletionRequest,
     index: int,
     echo: _Echo,
     answer: Chunk | CompletionOutput,
-    begin: int = 0,
+    offsets: TextOffsets | None,
 ) -> dict[str, Any]:
-    """One choice, or a piece of it, whose text begins at `begin`."""
+    """One choice, or a piece of it."""
     logprobs: dict[str, Any] | None = None
-    if body.logprobs is not None:
+    if offsets is not None:
         own = Logprobs(service, answer, bool(body.include_stop_str_in_output))
-        logprobs = own.completion(begin + len(echo.text))
+        logprobs = own.completion(offsets)
         if echo.logprobs is not None:
             logprobs = {name: echo.logprobs[name] + values for name, values in logprobs.items()}
     return {
@@ -129,19 +144,23 @@ def _choice(
 
 
 async def _events(
-    service: Service, body: CompletionRequest, echoes: list[_Echo], chunks: AsyncGenerator[Chunk, None]
+    service: Service,
+    body: CompletionRequest,
+    prompts: list[Any],
+    echoes: list[_Echo],
+    chunks: AsyncGenerator[Chunk, None],
 ) -> AsyncGenerator[dict[str, Any], None]:
     head = service.head("cmpl", "text_completion")
     rest = {"usage": None} if body.include_usage else {}
-    lengths: dict[int, int] = {}
+    begun: dict[int, TextOffsets | None] = {}
     last: list[Chunk] = []
     async with aclosing(chunks):
         async for chunk in chunks:
-            index = chunk.prompt_index * (body.n or 1) + chunk.index
-            echo = _Echo() if index in lengths else echoes[chunk.prompt_index]
-            begin = lengths.get(index, 0)
-            choice = _choice(service, body, index, echo, chunk, begin)
-            lengths[index] = begin + len(choice["text"])
+            index, echo = chunk.prompt_index * (body.n or 1) + chunk.index, _Echo()
+            if index not in begun:
+                echo = echoes[chunk.prompt_index]
+                begun[index] = _offsets(service, body, prompts[chunk.prompt_index], echo)
+            choice = _choice(service, body, index, echo, chunk, begun[index])
             if choice["text"] or choice["finish_reason"] or choice["logprobs"]:
                 yield {**head, "choices": [choice], **rest}
             if chunk.finish_reason is not None:

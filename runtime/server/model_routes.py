@@ -46,6 +46,7 @@ def routes(service: Service) -> APIRouter:
             raise ApiError(400, f"tokens: {wrong[0]} is not in [0, {len(tokenizer)})", param="tokens")
         return {"prompt": await asyncio.to_thread(tokenizer.decode, body.tokens)}
 
+    @router.head("/health")  # as probes ask
     @router.get("/health")
     async def health() -> dict[str, str]:
         if service.draining:
@@ -79,5 +80,4 @@ def _tokens(service: Service, body: TokenizeRequest) -> list[int]:
     if body.messages is None:
         special = {"add_special_tokens": body.add_special_tokens}
         return encode_prompt(llm.tokenizer, body.prompt or "", llm.max_seq_len, **special)
-    text = llm.tokenizer.apply_chat_template(body.messages, tokenize=False, add_generation_prompt=True)
-    return encode_prompt(llm.tokenizer, text, llm.max_seq_len, add_special_tokens=False)
+    return llm.chat_prompt_ids(body.messages, **body.prompt_options())

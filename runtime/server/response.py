@@ -62,10 +62,11 @@ class Response:
     def whole(self, answer: CompletionOutput, usage: Usage) -> dict[str, Any]:
         """The response of an answer that was not streamed: its text, if there is any, and its calls."""
         cut = answer.finish_reason == "length"
-        status = "incomplete" if cut else "completed"
-        text = [message_item(answer.text, status)] if answer.text or not answer.tool_calls else []
-        calls = [call_item(call.id, call.name, call.arguments, status) for call in answer.tool_calls]
-        return self.ended([*text, *calls], usage, cut)
+        text = [message_item(answer.text, "completed")] if answer.text or not answer.tool_calls else []
+        calls = [call_item(call.id, call.name, call.arguments, "completed") for call in answer.tool_calls]
+        output = [*text, *calls]
+        output[-1]["status"] = "incomplete" if cut else "completed"
+        return self.ended(output, usage, cut)
 
 
 def _usage(usage: Usage) -> dict[str, Any]:

@@ -177,11 +177,9 @@ class Generation(Sampling):
         return given
 
 
-class ChatRequest(Generation):
-    messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
-    max_completion_tokens: int | None = None
-    logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+class ChatPrompt(Body):
+    """What decides, beside its messages, what the prompt of a chat is."""
+
     thinking: bool | None = None
     chat_template_kwargs: TemplateKwargs | None = None
     tools: list[dict[str, Any]] | None = None
@@ -194,6 +192,17 @@ class ChatRequest(Generation):
         if len({*said}) > 1:
             raise ApiError(400, "thinking is true and false at once; give it once", param="thinking")
         return bool(said and said[0])
+
+    def prompt_options(self) -> dict[str, Any]:
+        """The keywords of LLM.chat for them."""
+        return {"thinking": self.thinks, "tools": self.tools, "tool_choice": self.tool_choice or "auto"}
+
+
+class ChatRequest(ChatPrompt, Generation):
+    messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
     def settings(self) -> dict[str, Any]:
         given = with_length(super().settings(), "max_completion_tokens", self.max_completion_tokens)
@@ -220,8 +229,8 @@ class CompletionRequest(Generation):
         return bool(self.echo) and self.logprobs is not None
 
 
-class TokenizeRequest(Body):
-    """Either a prompt or messages."""
+class TokenizeRequest(ChatPrompt):
+    """Either a prompt or a chat."""
 
     model: str | None = None
     prompt: str | None = None

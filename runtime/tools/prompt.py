@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from itertools import groupby
 from typing import Any
 
@@ -22,15 +21,15 @@ def chat_prompt(
     """The prompt for an assistant's next message.
 
     A template that reads `tools` gets them, and messages with calls and results as they are, except that arguments are
-    objects, by transformers' convention. For any other template they become turns of InternLM's format, whose roles a
-    template prints like every role.
+    objects, by transformers' convention, where their text is one. For any other template they become turns of
+    InternLM's format, whose roles a template prints like every role.
 
     Args:
         messages: checked messages, with calls and results in OpenAI's form. Results of one turn may be in any order.
         schemas: tools, as `tool_schemas` returns them.
 
-    Raises ValueError for a call without a name, arguments that are no JSON object, a result of no call, or a template
-    that leaves out the turn with the tools.
+    Raises ValueError for a call without a name, arguments that are neither an object nor a text, a result of no call,
+    or a template that leaves out the turn with the tools.
     """
     tools = list(schemas) or None
     messages = _linked(messages)
@@ -39,7 +38,7 @@ def chat_prompt(
     turns = [_turn(message) for message in messages]
     if tools is None:
         return _render(tokenizer, turns)
-    listed = json.dumps([_plugin(schema["function"]) for schema in tools], ensure_ascii=False)
+    listed = _json([_plugin(schema["function"]) for schema in tools])
     place = int(turns[0]["role"] in ("system", "developer"))
     turns.insert(place, {"role": f"system {_PLUGIN}", "content": listed})
     prompt = _render(tokenizer, turns)
@@ -91,15 +90,27 @@ def _calls(calls: Any, where: str) -> list[dict[str, Any]]:
         if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
             raise ValueError(f"{where}: tool_calls[{index}] must be {{'id', 'type': 'function', 'function': "
                              f"{{'name', 'arguments'}}}}, not {shown(call)}")  # fmt: skip
-        arguments = function.get("arguments") or {}
-        with suppress(ValueError):
-            arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
-        if not isinstance(arguments, dict):
-            raise ValueError(f"{where}: the arguments of tool_calls[{index}] ({function['name']!r}) are no JSON "
-                             f"object: {shown(arguments)}")  # fmt: skip
+        arguments = _arguments(function.get("arguments"))
+        if not isinstance(arguments, (dict, str)):
+            raise ValueError(f"{where}: the arguments of tool_calls[{index}] ({function['name']!r}) must be a JSON "
+                             f"object or its text, not {shown(arguments)}")  # fmt: skip
         own = {"id": call["id"]} if call.get("id") is not None else {}
         checked.append({**own, "type": "function", "function": {"name": function["name"], "arguments": arguments}})
     return checked
+
+
+def _arguments(given: Any) -> Any:
+    """A call's arguments: the object that their text is, {} for none.
+
+    A text that is no object is returned as it is: a model wrote it, and reads in the call's result what is wrong.
+    """
+    if not isinstance(given, str):
+        return {} if given is None else given
+    try:
+        read = json.loads(given or "null")
+    except (ValueError, RecursionError):
+        return given
+    return {} if read is None else read if isinstance(read, dict) else given
 
 
 def _turn(message: dict[str, Any]) -> dict[str, Any]:
@@ -108,12 +119,21 @@ def _turn(message: dict[str, Any]) -> dict[str, Any]:
         return {"role": f"environment {_PLUGIN}", "content": message["content"]}
     if not message.get("tool_calls"):
         return message
-    calls = [
-        json.dumps({INTERNLM.name: call["name"], INTERNLM.arguments: call["arguments"]}, ensure_ascii=False)
-        for call in (call["function"] for call in message["tool_calls"])
-    ]
+    calls = [_written(call["function"]) for call in message["tool_calls"]]
     text = joined_text(message["content"]) + "".join(f"{INTERNLM.begin}\n{call}{INTERNLM.end}" for call in calls)
     return {"role": message["role"], "content": text}
+
+
+def _written(function: Mapping[str, Any]) -> str:
+    """A call as the model writes it. Arguments that are no object stand there as they were written."""
+    name, arguments = function["name"], function["arguments"]
+    if isinstance(arguments, str):
+        return f"{{{json.dumps(INTERNLM.name)}: {_json(name)}, {json.dumps(INTERNLM.arguments)}: {arguments}}}"
+    return _json({INTERNLM.name: name, INTERNLM.arguments: arguments})
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _plugin(function: Mapping[str, Any]) -> dict[str, Any]:

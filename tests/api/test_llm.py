@@ -253,6 +253,18 @@ def test_thinking_is_the_published_prompt(llm, own):
         assert chunk.prompt_tokens == len(output.prompt_token_ids)
 
 
+def test_a_developer_is_the_system_unless_the_template_knows_one(llm, monkeypatch):
+    def prompts(role):
+        messages = [{"role": role, "content": "Be brief."}, {"role": "user", "content": "2+2?"}]
+        messages += [{"role": role, "content": [{"type": "text", "text": "In French."}]}]
+        return [llm.chat(messages, thinking=thinking, max_tokens=1).prompt for thinking in (False, True)]
+
+    assert prompts("developer") == prompts("system") and "system\nIn French." in prompts("developer")[1]
+    template = "{% for m in messages %}{{ 'D' if m.role == 'developer' else m.role }}: {{ m.content }}\n{% endfor %}"
+    monkeypatch.setattr(llm.tokenizer, "chat_template", template)
+    assert prompts("developer")[0] == "D: Be brief.\nuser: 2+2?\nD: In French.\n"
+
+
 def test_timings(tiny_folder, tiny, monkeypatch):
     """With a clock that advances at each reading: the second prompt waits for the slot of the first."""
     single = LLM(tiny_folder, max_batch_size=1, progress=False)

@@ -269,6 +269,19 @@ def test_mistakes_of_the_model_are_results(name, arguments, says):
     assert says in json.loads(result["content"])["error"]
 
 
+def test_a_conversation_goes_on_after_arguments_that_are_no_json(llm, say):
+    say(TWO)
+    cut = len(llm.tokenizer.encode(TWO[: TWO.index('"days"')], add_special_tokens=False))
+    output = llm.chat(QUESTION, tools=[weather], temperature=0, max_tokens=cut)
+    (broken,) = output.tool_calls
+    with pytest.raises(ValueError):
+        json.loads(broken.arguments)
+    messages = [*QUESTION, *run_tools(output, [weather])]
+    say("没有雨。")
+    after = llm.chat(messages, tools=[weather], temperature=0)
+    assert after.text == "没有雨。" and broken.arguments in after.prompt
+
+
 def test_mistakes_of_the_caller_are_raised():
     def fails() -> None:
         raise KeyError("a fault in a tool")

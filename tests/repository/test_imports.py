@@ -20,7 +20,7 @@ ROOMS = {
     "api": {
         "common", "sampling", "model", "checkpoint", "chat_template", "tokenization", "structured", "tools", "engine",
     },
-    "server": {"common", "sampling", "tools", "engine", "api"},
+    "server": {"common", "sampling", "tokenization", "tools", "engine", "api"},
     "replicas": {"api", "server"},
     "batch": {"common", "api", "server", "replicas"},
     "cli": {"common", "sampling", "model", "checkpoint", "api", "server", "batch", "replicas"},

@@ -8,11 +8,14 @@ from types import SimpleNamespace
 import openai
 import pytest
 
+from internlm3 import InternLM3Tokenizer
 from internlm3.runtime.api.prompt_logprobs import PromptLogprobs
 from internlm3.runtime.engine.request import Request
 from internlm3.runtime.server.logprobs import of_prompt
+from internlm3.runtime.server.service import Service
 from internlm3.tests.server.conftest import NAME, idle
 from internlm3.tests.support.engine import slow_steps
+from internlm3.tests.support.tokenizers import TRAINED, train, write_checkpoint
 
 CHAT = [{"role": "user", "content": "Say something."}]
 SAMPLED = {"temperature": 0.9, "top_p": 0.95, "seed": 7, "max_tokens": 12}
@@ -169,7 +172,6 @@ def test_completions_stream_echo_and_logprobs(client, llm):
     logprobs = client.completions.create(model=NAME, prompt="Water", logprobs=2, **GREEDY).choices[0].logprobs
     expected = llm.generate("Water", logprobs=2, **GREEDY).outputs[0]
     assert logprobs.token_logprobs == pytest.approx(expected.logprobs, abs=1e-4)
-    assert logprobs.text_offset[0] == 0 and logprobs.text_offset[-1] == sum(map(len, logprobs.tokens[:-1]))
     assert len(logprobs.top_logprobs[0]) == 2
 
 
@@ -186,16 +188,51 @@ def test_a_stream_of_completions_to_several_prompts(client, llm):
     assert (usage.prompt_tokens, usage.completion_tokens) == (whole.usage.prompt_tokens, 72)
 
 
-def test_offsets_leave_out_what_a_tokenizer_adds():
-    names = ["<s>", " Water", " wet"]
-    scores = PromptLogprobs([0, 1, 2], [None, -1.0, -math.inf], [None, {1: -1.0}, {0: -0.5}])
-    found = of_prompt(SimpleNamespace(token=lambda id: (names[id], [])), scores, "Water wet")
-    assert (found["text_offset"], found["tokens"]) == ([0, 0, 5], names)
-    assert found["token_logprobs"] == [None, -1.0, -9999.0] and found["top_logprobs"] == [
-        None,
-        {" Water": -1.0},
-        {"<s>": -0.5},
-    ]
+def test_offsets_leave_out_what_a_tokenizer_adds(tmp_path):
+    """A token that begins every prompt, and the space before its first word."""
+    tokenizer = InternLM3Tokenizer.from_pretrained(write_checkpoint(tmp_path / "checkpoint", train(TRAINED["dummy"])))
+    service = SimpleNamespace(
+        llm=SimpleNamespace(llm=SimpleNamespace(tokenizer=tokenizer)), token_bytes=tokenizer.token_bytes()
+    )
+    service.token = lambda id: Service.token(service, id)
+    text = "Water 😀 wet"
+    ids = tokenizer.encode(text)
+    top = {ids[2]: -math.inf, ids[1]: -1.0}
+    scores = PromptLogprobs(ids, [None, *[-math.inf] * (len(ids) - 1)], [None, *[top] * (len(ids) - 1)])
+    found = of_prompt(service, scores, text)
+    spelt = [spelling(name) for name in found["tokens"]]
+    assert spelt[0] == b"<s>" and b"".join(spelt[1:]) == b" " + text.encode() and len({*spelt}) > 4
+    assert found["text_offset"] == [0, 0, *(offset - 1 for offset in begins(spelt[1:])[1:])]
+    assert found["token_logprobs"] == [None, *[-9999.0] * (len(ids) - 1)]
+    assert found["top_logprobs"][1] == {found["tokens"][2]: -9999.0, found["tokens"][1]: -1.0}
+
+
+def spelling(name):
+    """The bytes of a token by its name in a completion."""
+    return bytes.fromhex(name[6:].replace("\\x", "")) if name.startswith("bytes:") else name.encode()
+
+
+def begins(spelt):
+    """For each token the number of characters that are complete before it."""
+    return [len(b"".join(spelt[:place]).decode(errors="ignore")) for place in range(len(spelt))]
+
+
+@pytest.mark.parametrize("prompt", ["The sea 你😀 is 🎉", [504, 1234, 300]], ids=["text", "ids"])
+@pytest.mark.parametrize("echo", [False, True])
+def test_tokens_of_completions_spell_the_text_at_their_offsets(client, prompt, echo):
+    """Of characters of several tokens, too; whole and streamed, with a stop string that holds back text."""
+    answer = "👩🏽‍🚀 wrote 你好, 𝄞!"
+    options = {"logprobs": 3, "max_tokens": 60, "echo": echo, "stop": ["!!"], "extra_body": {"choice": [answer]}}
+    (choice,) = client.completions.create(model=NAME, prompt=prompt, **options).choices
+    spelt = [spelling(name) for name in choice.logprobs.tokens]
+    assert b"".join(spelt).decode() == choice.text and choice.text.endswith(answer)
+    assert choice.logprobs.text_offset == begins(spelt)
+    tops = [top for top in choice.logprobs.top_logprobs if top is not None]
+    assert {*map(len, tops)} == {3} and all(sorted(top.values(), reverse=True) == [*top.values()] for top in tops)
+    chunks = [*client.completions.create(model=NAME, prompt=prompt, stream=True, **options)]
+    for name in ("tokens", "text_offset"):
+        joined = [value for chunk in chunks for value in getattr(chunk.choices[0].logprobs, name)]
+        assert joined == getattr(choice.logprobs, name)
 
 
 @pytest.mark.parametrize("prompts", [["Water is \nwet, 今天", "The sea"], [[5, 6, 7, 9], [600, 2, 70, 8]]])

@@ -117,6 +117,11 @@ def test_metrics(llm):
     assert value("num_requests_running") == value("num_requests_waiting") == value("kv_cache_usage_perc") == 0
 
 
+def test_a_probe_may_leave_out_the_body_of_health(ask):
+    response = ask("/health", _method="HEAD")
+    assert (response.status_code, response.content) == (200, b"")
+
+
 def test_tokenize_and_detokenize(ask, llm):
     text = "今天天气很好 today"
     got = ask("/tokenize", prompt=text).json()
@@ -124,6 +129,18 @@ def test_tokenize_and_detokenize(ask, llm):
     assert ask("/detokenize", tokens=got["tokens"]).json() == {"prompt": llm.tokenizer.decode(got["tokens"])}
     chat = ask("/tokenize", messages=MESSAGES).json()["tokens"]
     assert chat == llm.chat(MESSAGES, max_tokens=1).prompt_token_ids
+    tool = {"type": "function", "function": {"name": "clock"}}
+    call = {"id": "a", "type": "function", "function": {"name": "clock", "arguments": "{}"}}
+    called = [
+        {"role": "developer", "content": "Be brief."},
+        *MESSAGES,
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "a", "content": "12:00"},
+    ]
+    for more in ({}, {"tools": [tool]}, {"tools": [tool], "tool_choice": "none"}, {"thinking": True}):
+        found = ask("/tokenize", messages=called, **more).json()["tokens"]
+        assert found == llm.chat(called, max_tokens=1, temperature=0, **more).prompt_token_ids
+        assert len(found) == ask(CHAT, messages=called, max_tokens=1, **more).json()["usage"]["prompt_tokens"]
     assert code(ask("/tokenize"))[0] == code(ask("/tokenize", prompt="a", messages=MESSAGES))[0] == 400
     assert code(ask("/detokenize", tokens=[10**6]))[0] == 400
     assert code(ask("/tokenize", prompt="word " * 50_000)) == (400, "context_length_exceeded")

@@ -8,12 +8,13 @@ import openai
 import pytest
 from pydantic import BaseModel
 
-from internlm3.runtime.api.outputs import Chunk, Timings
+from internlm3.runtime.api.outputs import Chunk, CompletionOutput, Timings
 from internlm3.runtime.engine.runner import Runner
 from internlm3.runtime.server.response import Response
 from internlm3.runtime.server.response_events import events_of
 from internlm3.runtime.server.response_schemas import ResponseRequest
-from internlm3.runtime.tools.calls import ToolCallDelta
+from internlm3.runtime.server.usage import Usage
+from internlm3.runtime.tools.calls import ToolCall, ToolCallDelta
 from internlm3.tests.server.conftest import NAME, App, idle
 from internlm3.tests.server.test_bad_input import error
 
@@ -93,7 +94,7 @@ CONVERSATIONS = [
             ]
         },
         [
-            {"role": "developer", "content": "Rhyme."},
+            {"role": "system", "content": "Rhyme."},
             {"role": "user", "content": "今天\nb"},
             {"role": "assistant", "content": "Fine."},
             {"role": "user", "content": "Two"},
@@ -239,6 +240,16 @@ def test_text_and_calls_are_items_of_their_own():
     ]
     assert [output[place]["content"][0]["text"] for place in (0, 3)] == ["One.", "Two."]
     assert [event["output_index"] for event in events if event["type"] == "response.output_item.done"] == [0, 1, 2, 3]
+
+
+def test_of_an_answer_that_is_cut_the_last_item_is_incomplete():
+    calls = [ToolCall("call_a", "f", "{}"), ToolCall("call_b", "g", '{"a')]
+    usage = Usage(5, 4, 0, 0, 0, Timings(0.1, 0.1, 0.1))
+    for reason, status in (("length", "incomplete"), ("tool_calls", "completed")):
+        answer = CompletionOutput(0, "One.", [1], [0.0], None, reason, None, calls)
+        whole = Response(ResponseRequest(input="x"), NAME).whole(answer, usage)
+        assert [item["status"] for item in whole["output"]] == ["completed", "completed", status]
+        assert whole["status"] == status
 
 
 def test_an_error_in_a_stream_is_its_last_event(asynchronous, llm, monkeypatch):

@@ -126,6 +126,24 @@ def test_results_without_ids_stay_in_their_order(tokenizer):
     assert prompt.index("\nA<|im_end|>") < prompt.index("\nB<|im_end|>")
 
 
+@pytest.mark.parametrize("text", ['{"a": "x', "{'a': 1}", "[1]", '"x"', "[" * 100_000])
+def test_arguments_that_are_no_object_are_in_the_prompt_as_they_were_written(tokenizer, text):
+    """A model may write such a call, and its result says so: the conversation goes on."""
+    call = {"role": "assistant", "content": None, "tool_calls": [asked("f", "1", text)]}
+    result = {"role": "tool", "tool_call_id": "1", "content": "an error"}
+    prompt = prompt_of(tokenizer, [CONVERSATION[1], call, result])
+    assert f'<|plugin|>\n{{"name": "f", "parameters": {text}}}<|action_end|>' in prompt
+    tokenizer.chat_template = HERMES_TEMPLATE
+    written = {"name": "f", "arguments": text}
+    assert json.dumps(written, ensure_ascii=False) in prompt_of(tokenizer, [CONVERSATION[1], call, result], [CLOCK])
+
+
+@pytest.mark.parametrize("nothing", [None, "", "null", "{}", {}])
+def test_no_arguments(tokenizer, nothing):
+    call = {"role": "assistant", "content": None, "tool_calls": [asked("f", "1", nothing)]}
+    assert '{"name": "f", "parameters": {}}' in prompt_of(tokenizer, [CONVERSATION[1], call])
+
+
 @pytest.mark.parametrize(
     ("message", "says"),
     [
@@ -133,11 +151,7 @@ def test_results_without_ids_stay_in_their_order(tokenizer):
         ({"role": "assistant", "tool_calls": {"name": "f"}}, r"messages\[7\]: tool_calls must be a list"),
         ({"role": "assistant", "tool_calls": ["f"]}, r"messages\[7\]: tool_calls\[0\] must be"),
         ({"role": "assistant", "tool_calls": [asked("", "1", "{}")]}, r"messages\[7\]: tool_calls\[0\] must be"),
-        (
-            {"role": "assistant", "tool_calls": [asked("f", "1", '{"a": ')]},
-            r"tool_calls\[0\] \('f'\) are no JSON object",
-        ),
-        ({"role": "assistant", "tool_calls": [asked("f", "1", "[1]")]}, r"tool_calls\[0\] \('f'\) are no JSON"),
+        ({"role": "assistant", "tool_calls": [asked("f", "1", [1])]}, r"tool_calls\[0\] \('f'\) must be a JSON object"),
         ({"role": "assistant", "content": None}, r"messages\[7\]: 'content' must be"),
     ],
 )
