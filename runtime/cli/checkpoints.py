@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from pathlib import Path
 
@@ -49,7 +50,7 @@ def info(args: argparse.Namespace) -> None:
 def perplexity(args: argparse.Namespace) -> None:
     from ..checkpoint.quantise.calibration import shipped_text
 
-    text = shipped_text() if args.text is None else sys.stdin.read() if args.text == "-" else _read(args.text)
+    text = shipped_text() if args.text is None else _read_standard_input() if args.text == "-" else _read(args.text)
     found = load(args).perplexity(text, window=args.window, stride=args.stride)
     print(f"perplexity {found.value:.4f} +- {found.standard_error:.4f} (loss {found.loss:.5f} per token)")
     print(f"{found.predicted:,} tokens predicted, in windows of {found.window} that begin {found.stride} apart")
@@ -72,6 +73,16 @@ def quantize(args: argparse.Namespace) -> None:
         local_files_only=args.local_files_only,
         progress=sys.stderr.isatty(),
     )
+
+
+def _read_standard_input() -> str:
+    """All of standard input. What is no text is an error, as in a file: replaced, it would change what is measured."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="strict")
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"standard input is not {error.encoding} text ({error}); give it in this encoding") from None
 
 
 def _read(path: str) -> str:

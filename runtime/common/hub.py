@@ -29,6 +29,14 @@ def weight_names(folder: Path) -> tuple[tuple[str, str], ...]:
     return (*WEIGHTS, *((single, single + suffix) for single in singles))
 
 
+def name_of(id_or_path: object) -> str:
+    """A checkpoint's name as text. Raises TypeError for what names none."""
+    name = os.fspath(id_or_path) if isinstance(id_or_path, (str, os.PathLike)) else None
+    if not isinstance(name, str):
+        raise TypeError(f"a checkpoint is named by a string or a Path, not by {shown(id_or_path)}")
+    return name
+
+
 def locate(
     id_or_path: str | os.PathLike[str],
     *,
@@ -55,7 +63,7 @@ def locate(
         NotADirectoryError: `id_or_path` is a file.
         OSError: a fetched file cannot be written.
     """
-    name = os.fspath(id_or_path)
+    name = name_of(id_or_path)
     if not name:
         raise FileNotFoundError("no checkpoint is named: give a folder, or a hub repository as owner/name")
     folder = Path(name).expanduser()

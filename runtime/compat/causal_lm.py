@@ -52,10 +52,11 @@ class InternLM3ForCausalLM(Generation):
                 tensor.
         """
         if unknown:
-            known = inspect.signature(InternLM3ForCausalLM.forward).parameters
+            known = [*inspect.signature(InternLM3ForCausalLM.forward).parameters][1:-1]  # not self, **unknown
             without_neutral("forward", unknown, FORWARD, known=known)
         check_tensors(labels=labels)
-        count = as_int(logits_to_keep)
+        positions = isinstance(logits_to_keep, Tensor) and logits_to_keep.dim() > 0  # a tensor [1] is one position
+        count = None if positions else as_int(logits_to_keep)
         if count is None:
             check_tensors(logits_to_keep=logits_to_keep)
         out = self.model(

@@ -91,7 +91,7 @@ class InternLM3Model(Decoder):
             TypeError: an unknown keyword, or an argument that is no tensor.
         """
         if unknown:
-            known = inspect.signature(InternLM3Model.forward).parameters
+            known = [*inspect.signature(InternLM3Model.forward).parameters][1:-1]  # not self, **unknown
             without_neutral("forward", unknown, FORWARD, known=known)
         check_tensors(attention_mask=attention_mask, position_ids=position_ids)
         x = self._embed(input_ids, inputs_embeds)

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..common.checks import as_list, as_number, check_ids, is_int, is_number
 from ..common.files import has_file, read_json, write_json
-from ..common.hub import locate
+from ..common.hub import locate, name_of
 from ..common.neutral import LOAD, SAVE, without_neutral
 from ..common.shown import one_line, shown
 
@@ -135,7 +135,7 @@ class InternLM3Config:
             ValueError: config.json is not valid JSON, describes another architecture, or has an impossible value.
             TypeError: an override is no configuration key.
         """
-        path = Path(pretrained_model_name_or_path).expanduser()
+        path = Path(name_of(pretrained_model_name_or_path)).expanduser()
         if not path.is_file():
             folder = locate(
                 pretrained_model_name_or_path,

@@ -44,8 +44,8 @@ def processors(
     if words := [word for word in params.bad_words_ids or () if len(word) > 1 or word[0] not in ends]:
         found.append(sequence_bias((word, -math.inf) for word in words))
     found += prefix
-    if params.forced_eos_token_id:
-        found.append(forced_tokens(params.forced_eos_token_id, begin + most - 1))
+    if params.forced_ends:
+        found.append(forced_tokens(params.forced_ends, begin + most - 1))
     if params.exponential_decay_length_penalty and ends:
         start, factor = params.exponential_decay_length_penalty
         found.append(exponential_decay(begin + start, factor, ends))

@@ -164,7 +164,8 @@ class SamplingParams:
     with the tokens counted from `start`."""
 
     forced_eos_token_id: Sequence[int] | None = None
-    """If the answer reaches max_tokens, its last token is this one, or one of several."""
+    """If the answer reaches max_tokens, its last token is this one, or one of several, which suppress_tokens and
+    allowed_token_ids permit."""
 
     def __post_init__(self) -> None:
         for setting in SETTINGS:
@@ -175,6 +176,10 @@ class SamplingParams:
             raise ValueError(f"n must be 1 at temperature 0, where every answer would be the same; got {self.n}")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens must be at most max_tokens = {self.max_tokens}; got {self.min_tokens}")
+        if self.forced_eos_token_id and not self.forced_ends:
+            given = [name for name in ("suppress_tokens", "allowed_token_ids") if getattr(self, name)]
+            forced = list(self.forced_eos_token_id)
+            raise ValueError(f"{' and '.join(given)} permit no token of forced_eos_token_id={forced}: permit one")
         self._check_constraint()
 
     def _check_constraint(self) -> None:
@@ -193,6 +198,13 @@ class SamplingParams:
     def stops(self) -> tuple[str, ...]:
         """The stop strings, none or more."""
         return tuple(self.stop or ())
+
+    @property
+    def forced_ends(self) -> tuple[int, ...]:
+        """The tokens of forced_eos_token_id that may be chosen."""
+        allowed, dropped = self.allowed_token_ids, self.suppress_tokens or ()
+        forced = self.forced_eos_token_id or ()
+        return tuple(token for token in forced if (allowed is None or token in allowed) and token not in dropped)
 
     @property
     def constraint(self) -> str | None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,14 @@ import pytest
 import torch
 from tqdm import tqdm
 
-from internlm3 import LLM, SamplingParams
+from internlm3 import (
+    LLM,
+    InternLM3Config,
+    InternLM3ForCausalLM,
+    InternLM3Model,
+    InternLM3Tokenizer,
+    SamplingParams,
+)
 from internlm3.runtime.api import llm as llm_module
 from internlm3.runtime.common import other_libraries
 from internlm3.runtime.engine import shared
@@ -274,6 +282,15 @@ def test_a_damaged_file_is_named_before_the_weights_are_read(
 def test_missing_weights(tiny_folder, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"contains no weights: it needs model\.safetensors"):
         LLM(damaged(tiny_folder, tmp_path, model__safetensors=None), progress=False)
+
+
+@pytest.mark.parametrize("name", [None, b"folder", 5, ["folder"]], ids=str)
+def test_what_names_no_checkpoint(name):
+    message = re.escape(f"a checkpoint is named by a string or a Path, not by {name!r}")
+    classes = InternLM3Config, InternLM3ForCausalLM, InternLM3Model, InternLM3Tokenizer
+    for load in (LLM, *(each.from_pretrained for each in classes)):
+        with pytest.raises(TypeError, match=message):
+            load(name)
 
 
 def test_no_such_checkpoint(tmp_path, tiny_folder):

@@ -127,6 +127,15 @@ def test_perplexity_of_a_file_and_of_standard_input(demo_model, run, tmp_path):
     assert "nothing.txt" in run("perplexity", demo_model, tmp_path / "nothing.txt", expect=1).stderr
 
 
+def test_perplexity_refuses_what_is_no_text(small, run, tmp_path):
+    """From standard input as from a file: with characters in its place the figure would be of another text."""
+    data = "The quick brown fox".encode("utf-16")
+    (tmp_path / "text.txt").write_bytes(data)
+    assert "text.txt is not UTF-8 text" in run("perplexity", small, tmp_path / "text.txt", expect=1).stderr
+    done = run("perplexity", small, "-", stdin=data, expect=1)
+    assert "standard input is not utf-8 text" in done.stderr and not done.stdout
+
+
 def test_perplexity_of_the_text_that_ships(small, run, tmp_path):
     (tmp_path / "text.txt").write_text(shipped_text(), encoding="utf-8")
     assert run("perplexity", small).stdout == run("perplexity", small, tmp_path / "text.txt").stdout

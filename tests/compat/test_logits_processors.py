@@ -178,6 +178,19 @@ def test_every_order_of_processors_is_that_of_transformers(tiny):
 
 
 @pytest.mark.usefixtures("steps")
+def test_a_forced_end_is_none_of_the_suppressed_tokens(tiny):
+    """Of several that may end the answer the ones that are suppressed never do, as in transformers."""
+    options = {"do_sample": False, "max_new_tokens": 4, "eos_token_id": 2, "pad_token_id": 0}
+    for suppressed in ([5, 8], [30], [8, 9]):
+        given = {"forced_eos_token_id": [5, 30], "suppress_tokens": suppressed}
+        ours = tiny.ours.generate(PROMPTS, **options, **given)
+        assert ours.equal(tiny.theirs.generate(PROMPTS, attention_mask=torch.ones(3, 6), **options, **given))
+        assert not {*ours[:, 6:].flatten().tolist()} & {*suppressed}
+    with pytest.raises(ValueError, match=r"suppress_tokens permit no token of forced_eos_token_id=\[5, 30\]"):
+        tiny.ours.generate(PROMPTS, forced_eos_token_id=[5, 30], suppress_tokens=[30, 5], **options)
+
+
+@pytest.mark.usefixtures("steps")
 def test_rows_that_waited_see_their_own_step(tiny, monkeypatch):
     """More answers than rows: what a processor is given of a row that came later is that row's text, and no more."""
     options = {"do_sample": False, "max_new_tokens": 9, "eos_token_id": 2, "pad_token_id": 0}

@@ -270,7 +270,7 @@ def test_use_cache_is_the_configurations_unless_it_is_said():
 # -------------------------------------------------------------------- what comes out
 
 
-@pytest.mark.parametrize("keep", [0, 1, 3, torch.tensor([2, 0, 5])], ids=str)
+@pytest.mark.parametrize("keep", [0, 1, 3, torch.tensor([2, 0, 5]), torch.tensor([0]), torch.tensor([4])], ids=str)
 def test_logits_to_keep(keep):
     model = random_model(10)
     ids = random_ids(2, 6, 10)

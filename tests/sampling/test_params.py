@@ -366,6 +366,7 @@ def test_constraints_in_other_libraries_forms():
         ({"regex": "a", "choice": ["a"]}, "regex and choice each say what the answer may be; give one of them"),
         ({"regex": "a", "ignore_eos": True}, "ignore_eos contradicts regex"),
         ({"json_object": True, "forced_eos_token_id": 2}, "forced_eos_token_id contradicts json_object"),
+        ({"forced_eos_token_id": 2, "allowed_token_ids": [3]}, "^allowed_token_ids permit no token of forced_eos"),
         ({"response_format": {"type": "yaml"}}, "response_format must be .*got {'type': 'yaml'}"),
         ({"response_format": "json_object"}, "response_format must be"),
         ({"response_format": {"type": "json_schema"}}, r"response_format has no schema at \['json_sch"),

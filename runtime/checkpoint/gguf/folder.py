@@ -30,7 +30,7 @@ def locate(id_or_path: str | os.PathLike[str], **options: Any) -> Path:
     Raises:
         As `hub.locate`, and ValueError for a GGUF file that this runtime does not read.
     """
-    name = os.fspath(id_or_path)
+    name = hub.name_of(id_or_path)
     if not name.endswith(SUFFIX):
         return hub.locate(name, **options)
     path = Path(name).expanduser()
