@@ -92,8 +92,6 @@ def serve_replicas(options: dict[str, Any], settings: Settings, port: int, count
         finally:
             serve.delete(APP)
     finally:
-        if not cluster():
-            serve.shutdown()
         ray.shutdown()
 
 
