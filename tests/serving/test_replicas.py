@@ -238,6 +238,21 @@ def test_after_a_signal_what_is_under_way_finishes(cluster):
     assert "failed" not in "".join(cluster.lines[said:])  # an ordinary end is none of Ray's errors
 
 
+def test_a_second_signal_ends_what_is_under_way(model):
+    cluster = start(model, "--replicas", "1")
+    stream = iter(cluster.stream("Tell a long story."))
+    next(stream)
+    pid, *_ = cluster.replicas()
+    os.kill(pid, signal.SIGSTOP)  # its answer never finishes
+    cluster.process.send_signal(signal.SIGTERM)
+    headers = {"authorization": f"Bearer {KEY}"}
+    until(lambda: httpx.get(cluster.url + "/v1/models", headers=headers, timeout=60).status_code == 503)
+    assert cluster.end() == 128 + signal.SIGTERM
+    with pytest.raises((httpx.HTTPError, openai.APIError)):
+        for _ in stream:
+            pass
+
+
 def test_replicas_come_as_they_are_needed_on_a_cluster_that_is_there(model):
     with ray_cluster() as (owner, environment):
         cluster = Cluster(model, "--replicas", "1-2", **environment)
