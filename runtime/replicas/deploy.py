@@ -69,8 +69,8 @@ def serve_replicas(options: dict[str, Any], settings: Settings, port: int, count
     """Serves until a signal, on the cluster that RAY_ADDRESS names, or on this machine.
 
     Never returns: raises KeyboardInterrupt after SIGINT, and SystemExit after SIGTERM, when what was under way has
-    finished, or has had its time. Raises ValueError if this machine has too little for `count`, and OSError if the port
-    is taken, or if Ray or a replica can't start.
+    finished, or has had its time; on this machine a second signal ends all at once. Raises ValueError if this machine
+    has too little for `count`, and OSError if the port is taken, or if Ray or a replica can't start.
     """
     if not cluster():
         _check_free(settings.host, port)
@@ -82,6 +82,7 @@ def serve_replicas(options: dict[str, Any], settings: Settings, port: int, count
         where = "" if cluster() else f" at http://{settings.host}:{port}"
         print(f"internlm3: starts {count} of {settings.model}; logs are below {_LOGS}", file=sys.stderr)
         serve.start(http_options=HTTPOptions(host=settings.host, port=port), logging_config={"log_level": "WARNING"})
+        drained = False
         try:
             _run(application(options, settings, count, gpus))
             print(f"internlm3: ready{where}", file=sys.stderr)
@@ -89,11 +90,12 @@ def serve_replicas(options: dict[str, Any], settings: Settings, port: int, count
                 threading.Event().wait()
             finally:
                 _drain(settings.drain_seconds)
+                drained = True
         finally:
-            serve.delete(APP)
+            # Replicas end by themselves, in up to drain_seconds, unless their Ray ends with them.
+            if drained or cluster():
+                serve.delete(APP)
     finally:
-        if not cluster():
-            serve.shutdown()
         ray.shutdown()
 
 

@@ -227,12 +227,30 @@ def test_a_replica_that_is_killed_ends_its_own_answers_and_another_comes(cluster
 def test_after_a_signal_what_is_under_way_finishes(cluster):
     stream = iter(cluster.stream("Tell a third story."))
     next(stream)
+    said = len(cluster.lines)
     cluster.process.send_signal(signal.SIGTERM)
     headers = {"authorization": f"Bearer {KEY}"}
     until(lambda: httpx.get(cluster.url + "/v1/models", headers=headers, timeout=60).status_code == 503)
     *_, last = stream
     assert last.choices[0].finish_reason == "length"
     assert cluster.process.wait() == 128 + signal.SIGTERM
+    cluster._reader.join()
+    assert "failed" not in "".join(cluster.lines[said:])  # an ordinary end is none of Ray's errors
+
+
+def test_a_second_signal_ends_what_is_under_way(model):
+    cluster = start(model, "--replicas", "1")
+    stream = iter(cluster.stream("Tell a long story."))
+    next(stream)
+    pid, *_ = cluster.replicas()
+    os.kill(pid, signal.SIGSTOP)  # its answer never finishes
+    cluster.process.send_signal(signal.SIGTERM)
+    headers = {"authorization": f"Bearer {KEY}"}
+    until(lambda: httpx.get(cluster.url + "/v1/models", headers=headers, timeout=60).status_code == 503)
+    assert cluster.end() == 128 + signal.SIGTERM
+    with pytest.raises((httpx.HTTPError, openai.APIError)):
+        for _ in stream:
+            pass
 
 
 def test_replicas_come_as_they_are_needed_on_a_cluster_that_is_there(model):
