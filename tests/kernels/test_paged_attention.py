@@ -379,7 +379,7 @@ def check_bits(seed, dtype, tokens, group, length, **options):
 
 
 @pytest.mark.parametrize("programs", [1, 8, 64])
-@pytest.mark.parametrize(("tokens", "decode_step"), [(1, False), (1, True), (3, False)])
+@pytest.mark.parametrize(("tokens", "decode_step"), [(1, False), (1, True), (3, False), (40, False)])
 @pytest.mark.parametrize(("long", "pages"), [(0, 10), (1, 10), (1, 5)])
 def test_a_length_beyond_the_table_reads_what_the_table_has(tokens, decode_step, programs, long, pages):
     """As in a late replay of a graph: the other sequence is bit-identical, and this one is finite."""
