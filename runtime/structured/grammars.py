@@ -23,6 +23,7 @@ from .token_table import TokenTable
 # Between two parts of JSON: a line break and an indentation, or some spaces. Without a limit a weak model may write
 # spaces until its answer is full.
 _SPACE = r"\n?[ \t]{0,32}"
+_OBJECT = '{"type": "object"}'
 # llguidance's error where no token may follow, and the answer may not end.
 _DEAD_END = "NoExtensionBias"
 # What a grammar may cost. Where one repeats a repetition, as (a{1000}){1000}, llguidance's own limits let it compute
@@ -48,26 +49,33 @@ class Grammars:
 
     def __init__(self, tokenizer: InternLM3Tokenizer, vocab_size: int):
         self._vocab_size = vocab_size
+        self._tokenizer_ids = tokenizer.added_tokens_encoder
         self._tokenizer = LLTokenizer(TokenizerWrapper(TokenTable(tokenizer, vocab_size)))
         self._compiled = lru_cache(_KEPT)(self._compile)
 
-    def constraint(self, params: SamplingParams, ends: Set[int]) -> TokenConstraint:
+    def constraint(
+        self, params: SamplingParams, ends: Set[int], calls: tuple[str, str, str] | None = None
+    ) -> TokenConstraint:
         """The constraint of one answer.
 
         Args:
             params: settings with a constraint.
             ends: the tokens that end the answer.
+            calls: (mark, schema, mark): what the answer may be in place of JSON, objects by a JSON schema, each between
+                two marks, the last of which may be missing. Without effect on other constraints.
 
         Raises ValueError, naming the setting, for a grammar that can't be compiled, or that permits no answer.
         """
         name = params.constraint
         assert name is not None
-        matcher, bits = self._compiled(name, getattr(params, name))
+        matcher, bits = self._compiled(name, getattr(params, name), calls if name in _JSON else None)
         return TokenConstraint(matcher.deep_copy(), bits.copy(), params, ends, self._vocab_size)
 
-    def _compile(self, name: str, value: str | bool | tuple[str, ...]) -> tuple[LLMatcher, NDArray[np.int32]]:
+    def _compile(
+        self, name: str, value: str | bool | tuple[str, ...], calls: tuple[str, str, str] | None
+    ) -> tuple[LLMatcher, NDArray[np.int32]]:
         try:
-            grammar = _GRAMMARS[name](value)
+            grammar = _GRAMMARS[name](value) if calls is None else self._or_calls(_JSON[name](value), *calls)
         except ValueError as raised:
             raise ValueError(f"{name} can't be compiled: {_shortened(str(raised))}") from None
         if len(grammar) > _LONGEST:
@@ -75,6 +83,21 @@ class Grammars:
         if name == "grammar" and grammar.count(":") > _MOST_RULES:
             raise ValueError(f"grammar has more than {_MOST_RULES} rules (they are counted by their colons)")
         return on_large_stack(partial(self._matcher, name, grammar), _STACK)
+
+    def _or_calls(self, schema: str, begin: str, call: str, end: str) -> str:
+        begin, end = self._mark(begin), self._mark(end)
+        return (
+            f"start: json | {begin} call ({end} SPACE {begin} call)* ({end})?\n"
+            f"json: {_json_rule(schema)}\ncall: SPACE object SPACE\nobject: {_json_rule(call)}\nSPACE: /{_SPACE}/\n"
+        )
+
+    def _mark(self, text: str) -> str:
+        """A text in a grammar, in which special tokens of the model are these tokens."""
+        ids = self._tokenizer_ids
+        parts = [part for part in re.split(r"(<[^<>\s]+>)", text) if part]
+        return " ".join(
+            part if ids.get(part, self._vocab_size) < self._vocab_size else json.dumps(part) for part in parts
+        )
 
     def _matcher(self, name: str, grammar: str) -> tuple[LLMatcher, NDArray[np.int32]]:
         """The matcher, and its first mask: a bit for each token, and one for the end after them."""
@@ -101,9 +124,19 @@ def _of_choice(texts: Sequence[str]) -> str:
     return LLMatcher.grammar_from_lark("start: CHOICE\nCHOICE: " + " | ".join(map(json.dumps, texts)))
 
 
+def _json_rule(schema: str) -> str:
+    """JSON by a schema, in a Lark grammar, with the white space of `_of_schema`."""
+    read = json.loads(schema)
+    if isinstance(read, dict):
+        read["x-guidance"] = {**read.get("x-guidance", {}), "whitespace_pattern": _SPACE}
+    return f"%json {json.dumps(read)}"
+
+
+# Constraints to JSON, each of them as a schema.
+_JSON: dict[str, Callable[[Any], str]] = {"json_schema": lambda schema: schema, "json_object": lambda _: _OBJECT}
 _GRAMMARS: dict[str, Callable[[Any], str]] = {
     "json_schema": _of_schema,
-    "json_object": lambda _: _of_schema('{"type": "object"}'),
+    "json_object": lambda _: _of_schema(_OBJECT),
     "regex": LLMatcher.grammar_from_regex,
     "choice": _of_choice,
     "grammar": LLMatcher.grammar_from_lark,
