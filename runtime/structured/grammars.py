@@ -23,6 +23,11 @@ from .token_table import TokenTable
 # Between two parts of JSON: a line break and an indentation, or some spaces. Without a limit a weak model may write
 # spaces until its answer is full.
 _SPACE = r"\n?[ \t]{0,32}"
+# The values of `format` that llguidance knows. By JSON Schema any other one is a note to the reader.
+_FORMATS = frozenset(["date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri"])
+# Keywords of a schema whose values are schemas by name, and those whose values are no schemas.
+_BY_NAME = frozenset({"properties", "patternProperties", "dependentSchemas", "$defs", "definitions"})
+_DATA = frozenset({"const", "enum", "default", "example", "examples"})
 _OBJECT = '{"type": "object"}'
 # llguidance's error where no token may follow, and the answer may not end.
 _DEAD_END = "NoExtensionBias"
@@ -76,7 +81,7 @@ class Grammars:
     ) -> tuple[LLMatcher, NDArray[np.int32]]:
         try:
             grammar = _GRAMMARS[name](value) if calls is None else self._or_calls(_JSON[name](value), *calls)
-        except ValueError as raised:
+        except (ValueError, RecursionError) as raised:
             raise ValueError(f"{name} can't be compiled: {_shortened(str(raised))}") from None
         if len(grammar) > _LONGEST:
             raise ValueError(f"{name} is too long: {len(grammar)} characters, and at most {_LONGEST} may be")
@@ -116,8 +121,34 @@ def _shortened(error: str) -> str:
     return f"it is too complex, repeat less in it ({short})" if complex_ else short
 
 
+def _effective(schema: str) -> Any:
+    """A schema without what says nothing about an answer, and llguidance would refuse.
+
+    That is a format it does not know, as Pydantic writes for a SecretStr or a Path, and that names are strings, as Zod
+    writes for a record.
+    """
+    whole = json.loads(schema)
+    unread = [whole]
+    while unread:
+        each = unread.pop()
+        if isinstance(each, list):
+            unread += each
+        elif isinstance(each, dict):
+            if isinstance(each.get("format"), str) and each["format"] not in _FORMATS:
+                del each["format"]
+            if each.get("propertyNames") in ({}, {"type": "string"}):
+                del each["propertyNames"]
+            for key, value in each.items():
+                if key in _BY_NAME and isinstance(value, dict):
+                    unread += value.values()
+                elif key not in _DATA:
+                    unread.append(value)
+    return whole
+
+
 def _of_schema(schema: str) -> str:
-    return LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": _SPACE})
+    text = json.dumps(_effective(schema), ensure_ascii=False)
+    return LLMatcher.grammar_from_json_schema(text, overrides={"whitespace_pattern": _SPACE})
 
 
 def _of_choice(texts: Sequence[str]) -> str:
@@ -126,10 +157,8 @@ def _of_choice(texts: Sequence[str]) -> str:
 
 def _json_rule(schema: str) -> str:
     """JSON by a schema, in a Lark grammar, with the white space of `_of_schema`."""
-    read = json.loads(schema)
-    if isinstance(read, dict):
-        read["x-guidance"] = {**read.get("x-guidance", {}), "whitespace_pattern": _SPACE}
-    return f"%json {json.dumps(read)}"
+    options = {"x-guidance": {"whitespace_pattern": _SPACE}}
+    return f"%json {json.dumps({**_effective(schema), **options})}"
 
 
 # Constraints to JSON, each of them as a schema.
