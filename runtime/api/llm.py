@@ -421,7 +421,7 @@ class LLM:
         chat: bool,
         use: ToolUse,
     ) -> Call:
-        requests = self._requests([ids for _, ids in prompts], params)
+        requests = self._requests([ids for _, ids in prompts], params, use)
         return Call(prompts, params, [self._new_answer(request, chat, use) for request in requests], single)
 
     # ---------------------------------------------------------------- prompts and settings
@@ -461,7 +461,7 @@ class LLM:
         text = chat_prompt(self.tokenizer, messages, use.schemas) + use.opening
         return text, encode_prompt(self.tokenizer, text, self.max_seq_len, add_special_tokens=False)
 
-    def _requests(self, prompts: Sequence[list[int]], params: Sequence[SamplingParams]) -> list[Request]:
+    def _requests(self, prompts: Sequence[list[int]], params: Sequence[SamplingParams], use: ToolUse) -> list[Request]:
         requests = []
         for index, (prompt, wanted) in enumerate(zip(prompts, params, strict=True)):
             name = f"prompt {index}" if len(prompts) > 1 else "the prompt"
@@ -476,7 +476,7 @@ class LLM:
             own = [Request(prompt, wanted, limit, self._ends, answer) for answer in range(wanted.n)]
             if wanted.constraint is not None:
                 for request in own:
-                    request.constraint = self._grammars.constraint(wanted, request.ends)
+                    request.constraint = self._grammars.constraint(wanted, request.ends, use.in_place_of_json)
             early = early_processors(wanted)
             late = processors(wanted, begin=len(prompt), most=limit, ends=own[0].ends)
             if early or late:

@@ -7,12 +7,13 @@ from contextlib import aclosing
 from typing import Any
 
 from fastapi import APIRouter, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from ..api.outputs import Chunk, CompletionOutput
 from ..tools.calls import ToolCallDelta
 from .answers import begun, whole
 from .connection import EventStream
+from .json_response import JSON
 from .logprobs import Logprobs
 from .schemas import ChatRequest
 from .service import Service
@@ -32,7 +33,7 @@ def routes(service: Service) -> APIRouter:
             return EventStream(_events(service, body, chunks))
         outputs, usage = await whole(service, request.receive, llm.chat(body.messages, **options))
         choices = [_choice(service, body, answer) for answer in outputs[0].outputs]
-        return JSONResponse({**service.head("chatcmpl", "chat.completion"), "choices": choices, "usage": usage.json()})
+        return JSON({**service.head("chatcmpl", "chat.completion"), "choices": choices, "usage": usage.json()})
 
     return router
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastapi import APIRouter, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.types import Receive
 
 from ..api.outputs import Chunk, CompletionOutput, Timings
@@ -18,6 +18,7 @@ from ..tokenization.text_stream import TextStream
 from .answers import begun, scored, whole
 from .connection import EventStream
 from .errors import ApiError, told_to_the_client
+from .json_response import JSON
 from .logprobs import Logprobs, TextOffsets, of_prompt
 from .schemas import CompletionRequest
 from .service import Service
@@ -65,7 +66,7 @@ def routes(service: Service) -> APIRouter:
             for place, (output, echo) in enumerate(zip(outputs, echoes, strict=True))
             for answer in output.outputs
         ]
-        return JSONResponse({**service.head("cmpl", "text_completion"), "choices": choices, "usage": usage.json()})
+        return JSON({**service.head("cmpl", "text_completion"), "choices": choices, "usage": usage.json()})
 
     return router
 
@@ -107,7 +108,7 @@ async def _only_scored(service: Service, body: CompletionRequest, receive: Recei
     count = sum(len(echo.logprobs["tokens"]) for echo in echoes if echo.logprobs)
     usage = Usage(count, 0, 0, 0, 0, Timings(seconds, seconds, 0.0))
     service.metrics.finished(usage, ["length"] * len(choices))
-    return JSONResponse({**service.head("cmpl", "text_completion"), "choices": choices, "usage": usage.json()})
+    return JSON({**service.head("cmpl", "text_completion"), "choices": choices, "usage": usage.json()})
 
 
 def _offsets(service: Service, body: CompletionRequest, prompt: Any, echo: _Echo) -> TextOffsets | None:

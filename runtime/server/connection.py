@@ -12,6 +12,7 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from .errors import ApiError, Disconnected
+from .json_response import encoded
 
 T = TypeVar("T")
 
@@ -56,14 +57,14 @@ class EventStream(StreamingResponse):
             await self.stream_response(send)
 
 
-async def _lines(events: AsyncGenerator[dict[str, Any], None]) -> AsyncGenerator[str, None]:
+async def _lines(events: AsyncGenerator[dict[str, Any], None]) -> AsyncGenerator[bytes | str, None]:
     typed = False
     async with aclosing(events):
         try:
             async for event in events:
                 typed = "type" in event
                 name = f"event: {event['type']}\n" if typed else ""
-                yield f"{name}data: {json.dumps(event, ensure_ascii=False, separators=(',', ':'))}\n\n"
+                yield name.encode() + b"data: " + encoded(event) + b"\n\n"
         except ApiError as error:
             yield error_event(error)
             return

@@ -59,14 +59,23 @@ class _Output:
         self._call = -1  # the index of the answer's call that is open
 
     def add(self, chunk: Chunk) -> Iterator[Event]:
-        """The events of a chunk's text, and of what is new in its calls."""
+        """The events of a chunk's text, and of what is new in its calls.
+
+        A chunk of several tokens does not say what of it came first. What goes on with the call that is open did: after
+        the text it would be a call of its own.
+        """
+        open_call = self._call if self._is_open("function_call") else None
+        for delta in chunk.tool_calls:
+            if delta.index == open_call:
+                yield from self._add_call(delta)
         if chunk.text:
             if not self._is_open("message"):
                 yield from self._open(message_item("", "in_progress"))
             self.items[-1]["content"][0]["text"] += chunk.text
             yield self._event("output_text.delta", content_index=0, delta=chunk.text, logprobs=[])
         for delta in chunk.tool_calls:
-            yield from self._add_call(delta)
+            if delta.index != open_call:
+                yield from self._add_call(delta)
 
     def _add_call(self, delta: ToolCallDelta) -> Iterator[Event]:
         if not self._is_open("function_call") or delta.index != self._call:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from fastapi import APIRouter, Request
-from starlette.responses import JSONResponse
 from starlette.responses import Response as HTTPResponse
 
 from .answers import begun, whole
 from .connection import EventStream
+from .json_response import JSON
 from .response import Response
 from .response_events import events_of
 from .response_schemas import ResponseRequest
@@ -32,6 +32,6 @@ def routes(service: Service) -> APIRouter:
             chunks = await begun(service, request.receive, llm.stream(messages, **options))
             return EventStream(events_of(response, chunks))
         (output,), usage = await whole(service, request.receive, llm.chat(messages, **options))
-        return JSONResponse(response.whole(output.outputs[0], usage))
+        return JSON(response.whole(output.outputs[0], usage))
 
     return router

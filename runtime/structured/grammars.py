@@ -23,6 +23,12 @@ from .token_table import TokenTable
 # Between two parts of JSON: a line break and an indentation, or some spaces. Without a limit a weak model may write
 # spaces until its answer is full.
 _SPACE = r"\n?[ \t]{0,32}"
+# The values of `format` that llguidance knows. By JSON Schema any other one is a note to the reader.
+_FORMATS = frozenset(["date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri"])
+# Keywords of a schema whose values are schemas by name, and those whose values are no schemas.
+_BY_NAME = frozenset({"properties", "patternProperties", "dependentSchemas", "$defs", "definitions"})
+_DATA = frozenset({"const", "enum", "default", "example", "examples"})
+_OBJECT = '{"type": "object"}'
 # llguidance's error where no token may follow, and the answer may not end.
 _DEAD_END = "NoExtensionBias"
 # What a grammar may cost. Where one repeats a repetition, as (a{1000}){1000}, llguidance's own limits let it compute
@@ -48,33 +54,55 @@ class Grammars:
 
     def __init__(self, tokenizer: InternLM3Tokenizer, vocab_size: int):
         self._vocab_size = vocab_size
+        self._tokenizer_ids = tokenizer.added_tokens_encoder
         self._tokenizer = LLTokenizer(TokenizerWrapper(TokenTable(tokenizer, vocab_size)))
         self._compiled = lru_cache(_KEPT)(self._compile)
 
-    def constraint(self, params: SamplingParams, ends: Set[int]) -> TokenConstraint:
+    def constraint(
+        self, params: SamplingParams, ends: Set[int], calls: tuple[str, str, str] | None = None
+    ) -> TokenConstraint:
         """The constraint of one answer.
 
         Args:
             params: settings with a constraint.
             ends: the tokens that end the answer.
+            calls: (mark, schema, mark): what the answer may be in place of JSON, objects by a JSON schema, each between
+                two marks, the last of which may be missing. Without effect on other constraints.
 
         Raises ValueError, naming the setting, for a grammar that can't be compiled, or that permits no answer.
         """
         name = params.constraint
         assert name is not None
-        matcher, bits = self._compiled(name, getattr(params, name))
+        matcher, bits = self._compiled(name, getattr(params, name), calls if name in _JSON else None)
         return TokenConstraint(matcher.deep_copy(), bits.copy(), params, ends, self._vocab_size)
 
-    def _compile(self, name: str, value: str | bool | tuple[str, ...]) -> tuple[LLMatcher, NDArray[np.int32]]:
+    def _compile(
+        self, name: str, value: str | bool | tuple[str, ...], calls: tuple[str, str, str] | None
+    ) -> tuple[LLMatcher, NDArray[np.int32]]:
         try:
-            grammar = _GRAMMARS[name](value)
-        except ValueError as raised:
+            grammar = _GRAMMARS[name](value) if calls is None else self._or_calls(_JSON[name](value), *calls)
+        except (ValueError, RecursionError) as raised:
             raise ValueError(f"{name} can't be compiled: {_shortened(str(raised))}") from None
         if len(grammar) > _LONGEST:
             raise ValueError(f"{name} is too long: {len(grammar)} characters, and at most {_LONGEST} may be")
         if name == "grammar" and grammar.count(":") > _MOST_RULES:
             raise ValueError(f"grammar has more than {_MOST_RULES} rules (they are counted by their colons)")
         return on_large_stack(partial(self._matcher, name, grammar), _STACK)
+
+    def _or_calls(self, schema: str, begin: str, call: str, end: str) -> str:
+        begin, end = self._mark(begin), self._mark(end)
+        return (
+            f"start: json | {begin} call ({end} SPACE {begin} call)* ({end})?\n"
+            f"json: {_json_rule(schema)}\ncall: SPACE object SPACE\nobject: {_json_rule(call)}\nSPACE: /{_SPACE}/\n"
+        )
+
+    def _mark(self, text: str) -> str:
+        """A text in a grammar, in which special tokens of the model are these tokens."""
+        ids = self._tokenizer_ids
+        parts = [part for part in re.split(r"(<[^<>\s]+>)", text) if part]
+        return " ".join(
+            part if ids.get(part, self._vocab_size) < self._vocab_size else json.dumps(part) for part in parts
+        )
 
     def _matcher(self, name: str, grammar: str) -> tuple[LLMatcher, NDArray[np.int32]]:
         """The matcher, and its first mask: a bit for each token, and one for the end after them."""
@@ -93,17 +121,51 @@ def _shortened(error: str) -> str:
     return f"it is too complex, repeat less in it ({short})" if complex_ else short
 
 
+def _effective(schema: str) -> Any:
+    """A schema without what says nothing about an answer, and llguidance would refuse.
+
+    That is a format it does not know, as Pydantic writes for a SecretStr or a Path, and that names are strings, as Zod
+    writes for a record.
+    """
+    whole = json.loads(schema)
+    unread = [whole]
+    while unread:
+        each = unread.pop()
+        if isinstance(each, list):
+            unread += each
+        elif isinstance(each, dict):
+            if isinstance(each.get("format"), str) and each["format"] not in _FORMATS:
+                del each["format"]
+            if each.get("propertyNames") in ({}, {"type": "string"}):
+                del each["propertyNames"]
+            for key, value in each.items():
+                if key in _BY_NAME and isinstance(value, dict):
+                    unread += value.values()
+                elif key not in _DATA:
+                    unread.append(value)
+    return whole
+
+
 def _of_schema(schema: str) -> str:
-    return LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": _SPACE})
+    text = json.dumps(_effective(schema), ensure_ascii=False)
+    return LLMatcher.grammar_from_json_schema(text, overrides={"whitespace_pattern": _SPACE})
 
 
 def _of_choice(texts: Sequence[str]) -> str:
     return LLMatcher.grammar_from_lark("start: CHOICE\nCHOICE: " + " | ".join(map(json.dumps, texts)))
 
 
+def _json_rule(schema: str) -> str:
+    """JSON by a schema, in a Lark grammar, with the white space of `_of_schema`."""
+    options = {"x-guidance": {"whitespace_pattern": _SPACE}}
+    return f"%json {json.dumps({**_effective(schema), **options})}"
+
+
+# Constraints to JSON, each of them as a schema.
+_JSON: dict[str, Callable[[Any], str]] = {"json_schema": lambda schema: schema, "json_object": lambda _: _OBJECT}
 _GRAMMARS: dict[str, Callable[[Any], str]] = {
     "json_schema": _of_schema,
-    "json_object": lambda _: _of_schema('{"type": "object"}'),
+    "json_object": lambda _: _of_schema(_OBJECT),
     "regex": LLMatcher.grammar_from_regex,
     "choice": _of_choice,
     "grammar": LLMatcher.grammar_from_lark,

@@ -1,4 +1,4 @@
-"""The JSON schema of a call that must come."""
+"""The JSON schemas of calls: of one that must come, and of those that may come in place of JSON."""
 
 from __future__ import annotations
 
@@ -24,6 +24,19 @@ def call_schema(schemas: Sequence[Mapping[str, Any]], format: ToolFormat) -> dic
     if len(schemas) == 1:
         return _call(schemas[0]["function"], format, "#")
     return {"anyOf": [_call(each["function"], format, f"#/anyOf/{index}") for index, each in enumerate(schemas)]}
+
+
+def any_call_schema(schemas: Sequence[Mapping[str, Any]], format: ToolFormat) -> dict[str, Any]:
+    """The schema of a call of one of these tools with any arguments, which the model may make or not."""
+    return {
+        "type": "object",
+        "properties": {
+            format.name: {"enum": [schema["function"]["name"] for schema in schemas]},
+            format.arguments: {"type": "object"},
+        },
+        "required": [format.name, format.arguments],
+        "additionalProperties": False,
+    }
 
 
 def _call(function: Mapping[str, Any], format: ToolFormat, place: str) -> dict[str, Any]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..sampling.params import SamplingParams
 from ..tokenization.tokenizer import InternLM3Tokenizer
-from .forced import call_schema
+from .forced import any_call_schema, call_schema
 from .formats import ToolFormat, format_of
 from .schemas import Tool, allowed_tools, tool_schemas
 
@@ -45,15 +46,22 @@ class ToolUse:
         """The beginning of the answer that the prompt already has: the mark that begins a forced call."""
         return "" if self.forced is None or self.format is None else self.format.begin + "\n"
 
-    def params(self, given: Sequence[SamplingParams]) -> list[SamplingParams]:
-        """Settings by which an answer is the forced call, if there is one.
+    @property
+    def in_place_of_json(self) -> tuple[str, str, str] | None:
+        """Calls that an answer may be whose text must be JSON: their marks, and between these the schema of one."""
+        if self.format is None or self.forced is not None:
+            return None
+        return self.format.begin, json.dumps(any_call_schema(self.schemas, self.format)), self.format.end
 
-        Raises ValueError for settings that say themselves what the answer may be.
+    def params(self, given: Sequence[SamplingParams]) -> list[SamplingParams]:
+        """Settings by which an answer is the forced call, if there is one. It has no text that a form of JSON is about.
+
+        Raises ValueError for other settings that say themselves what the answer may be.
         """
         if self.forced is None:
             return list(given)
         for params in given:
-            if params.constraint is not None:
+            if params.constraint not in (None, "json_schema", "json_object"):
                 raise ValueError(
                     f"{params.constraint} and tool_choice each say what the answer may be; give one of them"
                 )

@@ -191,8 +191,49 @@ def test_a_forced_call_comes_from_any_model(llm, choice):
     assert (call.name, json.loads(call.arguments)) == ("clock", {})
     chunks = list(llm.stream(QUESTION, seed=1, max_tokens=200, **options))
     assert [(call.name, call.arguments) for call in calls_of(chunks)] == named(answer)
+    for form in ({"json_object": True}, {"json_schema": {"type": "object", "properties": {"a": {"type": "integer"}}}}):
+        assert named(llm.chat(QUESTION, seed=1, max_tokens=200, **form, **options).outputs[0]) == named(answer)
     with pytest.raises(ValueError, match="regex and tool_choice each say what the answer may be"):
         llm.chat(QUESTION, regex="a", **options)
+
+
+FORMS = [{"json_object": True}, {"json_schema": {"type": "object", "properties": {"rain": {"type": "boolean"}}}}]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=["object", "schema"])
+def test_beside_a_form_of_json_a_model_may_call(llm, say, form):
+    """As OpenAI's API has it: the answer is JSON of the form, or calls. What is neither does not come."""
+    pytest.importorskip("llguidance")
+    options = {"tools": [weather, clock], "temperature": 0, "max_tokens": 200, **form}
+    calls = TWO[TWO.index("<") :]
+    for written in (calls, calls.removesuffix(PLUGIN[2]), call("clock", {})):
+        say(written)
+        answer = llm.chat(QUESTION, **options).outputs[0]
+        say(written)
+        chunks = list(llm.stream(QUESTION, **options))
+        assert named(answer) == [(each.name, each.arguments) for each in calls_of(chunks)] and answer.text == ""
+        assert named(answer)[-1] == ("clock", "{}") and answer.finish_reason == chunks[-1].finish_reason == "tool_calls"
+    say('{"rain": false}')
+    answer = llm.chat(QUESTION, **options).outputs[0]
+    assert (answer.text, answer.tool_calls, answer.finish_reason) == ('{"rain": false}', [], "stop")
+    for wrong in ("It is dry.", call("sun", {}), '{"rain": false}' + calls):
+        say(wrong)
+        answer = llm.chat(QUESTION, **options).outputs[0]
+        spelt = "".join(llm.tokenizer.convert_ids_to_tokens(answer.token_ids))
+        assert spelt != wrong and not any(name == "sun" for name, _ in named(answer))
+        assert not (answer.text and answer.tool_calls)
+
+
+def test_other_forms_stay_what_they_are_beside_tools(llm, say):
+    pytest.importorskip("llguidance")
+    say(call("clock", {}))
+    assert llm.chat(QUESTION, tools=[clock], choice=["yes"], temperature=0).text == "yes"
+
+
+def test_a_schema_that_is_wrong_is_named_beside_tools(llm):
+    pytest.importorskip("llguidance")
+    with pytest.raises(ValueError, match="json_schema can't be compiled"):
+        llm.chat(QUESTION, tools=[clock], json_schema={"type": "object", "not": {}})
 
 
 def test_several_conversations_and_answers(llm):
@@ -217,6 +258,10 @@ def test_a_template_with_another_format(llm, say, monkeypatch):
     output = llm.chat(QUESTION, tools=[clock], temperature=0)
     assert (output.text, named(output.outputs[0])) == ("", [("clock", "{}")])
     assert output.prompt.startswith('{"type": "function"')
+    pytest.importorskip("llguidance")
+    say('<tool_call>\n{"name": "clock", "arguments": {}}\n</tool_call>')
+    formed = llm.chat(QUESTION, tools=[clock], temperature=0, json_object=True)
+    assert (formed.text, named(formed.outputs[0])) == ("", [("clock", "{}")])
 
 
 # -------------------------------------------------------------------- results

@@ -154,6 +154,15 @@ def test_a_stream_is_the_response_that_is_not_streamed(client, llm):
     assert final.usage.output_tokens == whole.usage.output_tokens and stop not in final.output_text
 
 
+def test_half_of_a_surrogate_pair_is_repeated_as_it_came(ask):
+    form = {"format": {"type": "json_schema", "name": "\ud800年", "schema": {"type": "object"}}}
+    for stream in (False, True):
+        got = ask(PATH, input="x", text=form, max_output_tokens=2, stream=stream)
+        data = got.text if not stream else got.text.rstrip().rpartition("data: ")[2]
+        response = json.loads(data).get("response") if stream else json.loads(data)
+        assert got.status_code == 200 and response["text"] == form
+
+
 def test_an_answer_without_text_is_a_message(client, llm):
     end = llm.chat(MESSAGES, **SETTINGS).outputs[0].token_ids[0]
     options = {**SAMPLED, "extra_body": {"seed": 7, "stop_token_ids": [end]}}
@@ -204,12 +213,13 @@ def test_json(client):
     assert parsed.output_parsed.year in (True, False)
 
 
+def chunk(text="", *calls, reason=None):
+    timings = Timings(0.1, 0.1, 0.1) if reason else None
+    return Chunk(text, [1], [0.0], None, reason, None, 5, 4, 0.0, 0.0, 0.0, 0, tool_calls=[*calls], timings=timings)
+
+
 def test_text_and_calls_are_items_of_their_own():
     """What a model may say: a text, calls, a text again."""
-
-    def chunk(text="", *calls, reason=None):
-        timings = Timings(0.1, 0.1, 0.1) if reason else None
-        return Chunk(text, [1], [0.0], None, reason, None, 5, 4, 0.0, 0.0, 0.0, 0, tool_calls=[*calls], timings=timings)
 
     async def chunks():
         yield chunk("On")
@@ -240,6 +250,27 @@ def test_text_and_calls_are_items_of_their_own():
     ]
     assert [output[place]["content"][0]["text"] for place in (0, 3)] == ["One.", "Two."]
     assert [event["output_index"] for event in events if event["type"] == "response.output_item.done"] == [0, 1, 2, 3]
+
+
+def test_a_chunk_that_ends_a_call_and_has_text_after_it():
+    """As a slow reader gets them, or one of a step that verified drafts."""
+
+    async def chunks():
+        yield chunk("", ToolCallDelta(0, "call_a", "f", ""), ToolCallDelta(0, None, None, '{"a"'))
+        yield chunk("One.", ToolCallDelta(0, None, None, ": 1}"), ToolCallDelta(1, "call_b", "g", "{}"))
+        yield chunk("Two.", reason="tool_calls")
+
+    async def main():
+        return [event async for event in events_of(Response(ResponseRequest(input="x"), NAME), chunks())]
+
+    output = asyncio.run(main())[-1]["response"]["output"]
+    assert [item.get("arguments") or item["content"][0]["text"] for item in output] == [
+        '{"a": 1}',
+        "One.",
+        "{}",
+        "Two.",
+    ]
+    assert [item.get("call_id") for item in output] == ["call_a", None, "call_b", None]
 
 
 def test_of_an_answer_that_is_cut_the_last_item_is_incomplete():

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from internlm3 import InternLM3Tokenizer
 from internlm3.runtime.sampling.params import SamplingParams
+from internlm3.runtime.structured import grammars as module
 from internlm3.runtime.structured.grammars import Grammars
 from internlm3.runtime.structured.token_table import TokenTable
 from internlm3.tests.support.tokenizers import ANY_TEXT, CORPUS
@@ -241,3 +242,52 @@ def test_what_can_not_be_a_constraint(grammars, given, says):
     with pytest.raises(ValueError, match=says) as caught:
         grammars.constraint(SamplingParams(**given), ENDS)
     assert len(str(caught.value)) < 300 and "\n" not in str(caught.value)
+
+
+# -------------------------------------------------------------------- schemas as people's libraries write them
+
+
+def accepts(tokenizer, grammars, schema, text):
+    """Whether the answer may be this text."""
+    constraint = grammars.constraint(SamplingParams(json_schema=schema), ENDS)
+    try:
+        return tokens_of(constraint.allowed(spell(tokenizer, text))) >= ENDS
+    except ValueError:
+        return False
+
+
+@pytest.mark.parametrize("format", ["password", "binary", "path", "json-string", "decimal", "nonsense"])
+def test_a_format_that_is_only_a_note_says_nothing(tokenizer, grammars, format):
+    """As Pydantic writes it for SecretStr, bytes, Path, Json and Decimal."""
+    schema = {"properties": {"format": {"$ref": "#/$defs/a"}}, "required": ["format"], "type": "object"}
+    schema = {"type": "array", "items": {"anyOf": [schema]}, "$defs": {"a": {"type": "string", "format": format}}}
+    assert accepts(tokenizer, grammars, schema, '[{"format":"any"}]')
+    assert not accepts(tokenizer, grammars, schema, '[{"format":1}]')
+
+
+@pytest.mark.parametrize(
+    ("format", "good"), [("date", "2026-12-01"), ("uuid", "123e4567-e89b-12d3-a456-426614174000"), ("ipv4", "10.0.0.1")]
+)
+def test_a_known_format_is_a_form(tokenizer, grammars, format, good):
+    schema = {"type": "string", "format": format}
+    assert accepts(tokenizer, grammars, schema, f'"{good}"') and not accepts(tokenizer, grammars, schema, '"any"')
+
+
+def test_every_format_that_is_left_in_is_known(grammars):
+    for format in module._FORMATS:
+        assert grammars.constraint(SamplingParams(json_schema={"type": "string", "format": format}), ENDS)
+
+
+def test_values_are_no_schemas(tokenizer, grammars):
+    value = {"format": "x", "propertyNames": {}}
+    text = '{"format":"x","propertyNames":{}}'
+    for schema in ({"const": value}, {"enum": [value]}):
+        assert accepts(tokenizer, grammars, schema, text) and not accepts(tokenizer, grammars, schema, "{}")
+
+
+def test_names_of_a_record_are_strings_anyway(tokenizer, grammars):
+    """As Zod says it; what else it says of names is refused."""
+    record = {"type": "object", "propertyNames": {"type": "string"}, "additionalProperties": {"type": "integer"}}
+    assert accepts(tokenizer, grammars, record, '{"a":1}') and not accepts(tokenizer, grammars, record, '{"a":"b"}')
+    with pytest.raises(ValueError, match="propertyNames"):
+        accepts(tokenizer, grammars, {**record, "propertyNames": {"pattern": "a"}}, "")
