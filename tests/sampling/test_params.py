@@ -287,6 +287,23 @@ def test_do_sample_in_a_file_is_true_or_false(given):
         SamplingParams.from_generation_config({"do_sample": given})
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_new_tokens", 0), ("min_new_tokens", -1), ("num_return_sequences", 0), ("temp", -1.0),
+        ("repeat_penalty", 0), ("random_seed", 2**64), ("stop_strings", [""]), ("stop_words", 5),
+    ],
+)  # fmt: skip
+def test_an_error_names_the_word_that_was_given(name, value):
+    """Not ours for it, also where it comes from generation_config.json."""
+    with pytest.raises(ValueError, match=f"^{name} must be"):
+        SamplingParams(**{name: value})
+    with pytest.raises(ValueError, match=f"^{name} must be"):
+        SamplingParams.from_kwargs(SamplingParams(max_tokens=9), **{name: value})
+    with pytest.raises(ValueError, match=f"^{name} must be"):
+        SamplingParams.from_generation_config({name: value})
+
+
 def test_numbers_of_numpy_and_torch():
     given = SamplingParams.from_kwargs(
         n=np.int64(2), temperature=np.float32(0.5), top_k=torch.tensor(7), top_p=torch.tensor(0.25),
