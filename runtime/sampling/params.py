@@ -52,7 +52,7 @@ class SamplingParams:
     """
 
     n: int = 1
-    """How many answers to one prompt, at least 1. More than 1 needs a temperature above 0."""
+    """How many answers to one prompt, from 1 to 65536. More than 1 needs a temperature above 0."""
 
     temperature: float = 1.0
     """Divides the logits, at least 0. Below 1 likely tokens become likelier. 0 is greedy: the likeliest token is taken,

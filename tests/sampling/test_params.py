@@ -110,7 +110,8 @@ def test_switches_are_those_of_the_table():
 @pytest.mark.parametrize(
     "bad, message",
     [
-        ({"n": 0}, r"n must be an integer >= 1; got 0"),
+        ({"n": 0}, r"n must be an integer in \[1, 65536\]; got 0"),
+        ({"n": 65537}, r"n must be an integer in \[1, 65536\]; got 65537"),
         ({"n": True}, r"n must be an integer"),
         ({"temperature": -0.1}, r"temperature must be a number in \[0, inf\); got -0.1"),
         ({"temperature": math.nan}, r"temperature .* got nan"),
