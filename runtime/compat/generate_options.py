@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..common.checks import as_list, check_ids, check_int
+from ..common.checks import as_int, as_list, check_ids, check_int
 from ..common.keywords import reject_unknown
 from ..common.neutral import GENERATE_CHANGING, GENERATE_IDLE, GENERATE_NOTES
 from ..model.config import InternLM3Config
@@ -147,6 +147,12 @@ def _params(options: Mapping[str, Any], keywords: Mapping[str, Any]) -> Sampling
             stacklevel=4,  # the line that calls generate
         )
     settings = {name: options[name] for name in GENERATE if name in options}
+    answers = as_int(settings.get("num_return_sequences"))
+    if answers is not None and answers > 1 and not sampled:
+        raise ValueError(
+            f"num_return_sequences is {answers}, and greedy decoding gives {answers} times the same answer: "
+            "give do_sample=True"
+        )
     if sampled:
         settings.setdefault("top_k", DEFAULT_TOP_K)
     return SamplingParams.from_kwargs(do_sample=sampled, **settings)

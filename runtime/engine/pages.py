@@ -2,6 +2,7 @@
 
 import hashlib
 from array import array
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice
 
@@ -40,7 +41,7 @@ def page_budget(
         raise MemoryError(
             f"a KV cache of {tokens:,} tokens needs {pages_of(tokens) * each / 1e9:.2f} GB ({each // PAGE:,} bytes a "
             f"token), and of {free / 1e9:.2f} GB that are free on {device} it may have {room * each / 1e9:.2f}: "
-            f"lower {'max_seq_len' if cache_tokens is None else 'cache_tokens'}"
+            f"lower {'max_seq_len (in generate: max_new_tokens)' if cache_tokens is None else 'cache_tokens'}"
         )
     return min(wanted, room)
 
@@ -112,8 +113,8 @@ class PageAllocator:
 
     def release(self, pages: Sequence[int]) -> None:
         """Removes one user from each page. Raises ValueError, and releases nothing, if a page has too few."""
-        for page in pages:
-            if page not in range(len(self)) or self._users[page] < pages.count(page):
+        for page, times in Counter(pages).items():
+            if not 0 <= page < len(self) or self._users[page] < times:
                 raise ValueError(f"page {page} of {len(self)} is released, and it is not in use")
         for page in reversed(pages):  # a sequence's last page is evicted before its first
             self._users[page] -= 1

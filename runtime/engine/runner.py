@@ -11,7 +11,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..model.kv_cache import PagedKVCache, pages_of
+from ..common.memory import free_memory
+from ..model.kv_cache import PagedKVCache, page_bytes, pages_of
 from ..model.model import LanguageModel
 from ..model.weights import WeightsState
 from . import decode, prefill
@@ -65,10 +66,17 @@ class Runner:
         self._padded = partial(_padded, limit=None if self._eager else max_batch_size)
         self.pages = PageAllocator(num_pages)
         self.scheduler = Scheduler(config, max_batch_size, self.pages, model.model.batch_invariant, self._padded)
-        self.kv_cache = PagedKVCache(config, num_pages, model.dtype, device)
         speculates = device.type != "cpu" if speculation is None else speculation
         tokens = ROWS if speculates else 1
         layout = state_layout(pages_of(max_seq_len), config.vocab_size, config.head_dim, tokens)
+        free = free_memory(device) - num_pages * page_bytes(config, model.dtype)
+        if (needed := 4 * max_batch_size * layout.words) > free:
+            raise MemoryError(
+                f"max_batch_size is {max_batch_size}: as many slots need {needed / 1e9:.2f} GB ({4 * layout.words:,} "
+                f"bytes a slot, with numbers for every token of the vocabulary), and {max(free, 0) / 1e9:.2f} GB are "
+                f"free on {device} beside the KV cache: lower max_batch_size, or cache_tokens"
+            )
+        self.kv_cache = PagedKVCache(config, num_pages, model.dtype, device)
         rows = torch.zeros(max_batch_size * layout.words, dtype=torch.int32, device=device)
         self._state = DecodeState.of(layout, rows)
         self._staging = Staging(config, layout, rows, self.kv_cache.spare, prefill.CHUNK)

@@ -14,7 +14,7 @@ def rope_base(config: InternLM3Config, seq_len: int) -> float:
     so that base' == theta up to W. (bloc97 and emozilla 2023; the form is that of InternLM3's published code.)
     """
     if config.rope_scaling is None or config.rope_scaling["rope_type"] == "default":
-        return config.rope_theta
+        return float(config.rope_theta)  # an integer in JSON may have more than 64 bits
     window, factor, dim = config.max_position_embeddings, config.rope_scaling["factor"], config.head_dim
     stretch = factor * max(seq_len, window) / window - (factor - 1)
     return config.rope_theta * stretch ** (dim / (dim - 2))

@@ -17,6 +17,8 @@ from .validation import check
 
 Class = TypeVar("Class")
 
+_SETTING = {setting.name: setting for setting in SETTINGS}
+
 
 def _takes_other_names(cls: type[Class]) -> type[Class]:
     """Class decorator: the constructor of a dataclass of settings takes the keywords of `_translated`, too."""
@@ -50,7 +52,7 @@ class SamplingParams:
     """
 
     n: int = 1
-    """How many answers to one prompt, at least 1. More than 1 needs a temperature above 0."""
+    """How many answers to one prompt, from 1 to 65536. More than 1 needs a temperature above 0."""
 
     temperature: float = 1.0
     """Divides the logits, at least 0. Below 1 likely tokens become likelier. 0 is greedy: the likeliest token is taken,
@@ -279,6 +281,8 @@ def _translated(kwargs: Mapping[str, Any], *, greedy: bool) -> dict[str, Any]:
         name = ALIASES.get(key, key)
         if value is None and name in given:
             continue
+        if name != key and value is not None:
+            check(replace(_SETTING[name], name=key), value)  # an error names the word that was given
         if given.get(name) is not None and given[name] != value:
             raise ValueError(
                 f"{origin[name]}={shown(given[name])} and {key}={shown(value)} name the same setting; give one of them"

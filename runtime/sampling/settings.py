@@ -55,7 +55,7 @@ class Setting:
 
 
 SETTINGS = (
-    Setting("n", "integer", "[1, inf)", aliases=("num_return_sequences",), generate="num_return_sequences"),
+    Setting("n", "integer", "[1, 65536]", aliases=("num_return_sequences",), generate="num_return_sequences"),
     Setting(
         "temperature", "number", "[0, inf)",
         aliases=("temp",), state="float32", generate="temperature",

@@ -246,6 +246,9 @@ def test_forward_takes_tensors(tiny, arguments):
     for model in (tiny.ours, tiny.ours.model) if name not in ("labels", "logits_to_keep") else (tiny.ours,):
         with pytest.raises(TypeError, match=f"forward: {name} must be"):
             model(**arguments)
+    for model, last in ((tiny.ours, "logits_to_keep"), (tiny.ours.model, "output_hidden_states")):
+        with pytest.raises(TypeError, match=f"unknown keyword 'images'; known are input_ids, .*, {last}$"):
+            model(PROMPTS, images=1)
     two = tiny.ours(PROMPTS, logits_to_keep=2).logits
     for number in (np.int64(2), torch.tensor(2)):
         assert tiny.ours(PROMPTS, logits_to_keep=number).logits.equal(two)
@@ -297,8 +300,8 @@ def test_a_cache_goes_on_in_any_mode(tiny, first, then):
         ({"do_sample": True, "min_p": 2.0}, ValueError, "min_p"),
         ({"do_sample": "yes"}, ValueError, "do_sample"),
         ({"repetition_penalty": 0.0}, ValueError, "repetition_penalty"),
-        ({"num_return_sequences": 2, "do_sample": False}, ValueError, "temperature 0|num_return_sequences"),
-        ({"num_return_sequences": 0}, ValueError, "n must be|num_return_sequences"),
+        ({"num_return_sequences": 2, "do_sample": False}, ValueError, "num_return_sequences is 2, and greedy"),
+        ({"num_return_sequences": 0}, ValueError, "^num_return_sequences must be .*got 0"),
         ({"num_beams": 4}, ValueError, "num_beams"),
         ({"use_cache": False}, ValueError, "use_cache"),
         ({"logit_bias": {50: 1.0}}, ValueError, "logit_bias"),

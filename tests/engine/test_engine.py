@@ -160,6 +160,17 @@ def test_the_page_budget_and_its_errors(model, monkeypatch):
         page_budget(*where, batch_size=1, max_seq_len=512, cache_tokens=1300)
 
 
+def test_slots_that_do_not_fit_into_memory(model, monkeypatch):
+    """A slot has counts of 50 tokens twice and biases of 50, padded to 52 each; a window of 512 tokens; and more."""
+    pages = page_budget(model.config, model.dtype, model.device, batch_size=1, max_seq_len=512, cache_tokens=512)
+    free = pages * page_bytes(model.config, model.dtype) + 10 * 4 * (3 * 52 + 512)
+    monkeypatch.setattr("internlm3.runtime.engine.runner.free_memory", lambda device: free)
+    with pytest.raises(MemoryError, match=r"max_batch_size is 10: .* bytes a slot.* beside the KV cache: lower max_b"):
+        Engine(model, max_batch_size=10, max_seq_len=512, cache_tokens=512)
+    monkeypatch.setattr("internlm3.runtime.engine.runner.free_memory", lambda device: 2 * free)
+    Engine(model, max_batch_size=10, max_seq_len=512, cache_tokens=512)
+
+
 # -------------------------------------------------------------------- cancels and errors
 
 

@@ -379,6 +379,12 @@ def test_the_base_grows_from_the_window_on():
     assert rope_base(plain, 200000) == 5e7
 
 
+def test_a_base_of_more_than_64_bits():
+    """JSON has integers of any size."""
+    whole = InternLM3Config(head_dim=128, rope_theta=10**30)
+    assert torch.equal(inverse_frequencies(whole, 1), inverse_frequencies(InternLM3Config(rope_theta=1e30), 1))
+
+
 def test_the_base_is_fixed_when_a_sequence_begins():
     """A sequence that outgrows the window, or what it was when it began, keeps its first base: its keys agree."""
     model = random_model(15, num_hidden_layers=1, **DYNAMIC)

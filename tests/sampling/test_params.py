@@ -110,7 +110,8 @@ def test_switches_are_those_of_the_table():
 @pytest.mark.parametrize(
     "bad, message",
     [
-        ({"n": 0}, r"n must be an integer >= 1; got 0"),
+        ({"n": 0}, r"n must be an integer in \[1, 65536\]; got 0"),
+        ({"n": 65537}, r"n must be an integer in \[1, 65536\]; got 65537"),
         ({"n": True}, r"n must be an integer"),
         ({"temperature": -0.1}, r"temperature must be a number in \[0, inf\); got -0.1"),
         ({"temperature": math.nan}, r"temperature .* got nan"),
@@ -285,6 +286,23 @@ def test_generation_config_is_greedy_unless_it_samples():
 def test_do_sample_in_a_file_is_true_or_false(given):
     with pytest.raises(ValueError, match="do_sample must be True, False or None"):
         SamplingParams.from_generation_config({"do_sample": given})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_new_tokens", 0), ("min_new_tokens", -1), ("num_return_sequences", 0), ("temp", -1.0),
+        ("repeat_penalty", 0), ("random_seed", 2**64), ("stop_strings", [""]), ("stop_words", 5),
+    ],
+)  # fmt: skip
+def test_an_error_names_the_word_that_was_given(name, value):
+    """Not ours for it, also where it comes from generation_config.json."""
+    with pytest.raises(ValueError, match=f"^{name} must be"):
+        SamplingParams(**{name: value})
+    with pytest.raises(ValueError, match=f"^{name} must be"):
+        SamplingParams.from_kwargs(SamplingParams(max_tokens=9), **{name: value})
+    with pytest.raises(ValueError, match=f"^{name} must be"):
+        SamplingParams.from_generation_config({name: value})
 
 
 def test_numbers_of_numpy_and_torch():
