@@ -204,6 +204,30 @@ def test_filters_in_their_order(chosen):
         compare(logits, {**arguments, "few_candidates": few_candidates})
 
 
+@pytest.mark.parametrize("few_candidates", [False, True])
+def test_a_row_takes_its_candidates_by_its_own_maxima(few_candidates):
+    """Of 16 blocks each, in rows between others with larger and smaller logits."""
+    logits = torch.randn(1, 512, generator=generator(3)).sort(-1).values.repeat(6, 1).to(DEVICE)
+    logits += torch.tensor([900.0, 0.0, -900.0, 900.0, -900.0, 0.0], device=DEVICE)[:, None]
+    arguments = {"top_k": torch.full((6,), 3, device=DEVICE), "temperature": torch.full((6,), 9.0, device=DEVICE)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launcher, "BLOCK", 32)
+        for drawn in (random_numbers(generator(1), 6, "extreme"), random_numbers(generator(1), 7, "extreme")):
+            drawn = {name: x[-6:] for name, x in drawn.items()}
+            compare(logits, {**arguments, **drawn, "few_candidates": few_candidates})
+
+
+@pytest.mark.parametrize("few_candidates", [False, True])
+def test_light_tokens_count_in_top_p_after_top_k(few_candidates):
+    """Half of the two best is less than the best; half of all that top-k keeps is more."""
+    weights = torch.tensor([1.0, 0.99] + [2.2e-4] * 900 + [1e-9])
+    arguments = {"top_k": torch.tensor([902] * 2), "top_p": torch.tensor([0.5] * 2), "temperature": torch.ones(2)}
+    arguments = {name: x.to(DEVICE) for name, x in arguments.items()}
+    drawn = random_numbers(generator(1), 2, "extreme")
+    logits = weights.log().repeat(2, 1).to(DEVICE)
+    assert compare(logits, {**arguments, **drawn, "few_candidates": few_candidates}).tolist() == [0, 1]
+
+
 def test_every_stage_at_once():
     rng, rows, vocab = generator(1), 8, 200
     values = {"top_k": 50, "top_p": 0.9, "min_p": 0.01, "typical_p": 0.9, "repetition_penalty": 1.5}
