@@ -159,6 +159,14 @@ def test_internlm3_shapes(dtype, lengths, tokens, programs):
     check_case(q, paged_cache(rng, lengths, 2, 128, 256, dtype), 128**-0.5, programs)
 
 
+def test_a_tall_tile_masks_from_its_first_rows_last_key_on():
+    """128 rows, of 43 tokens; key tiles end before, at and after the last key of the first token."""
+    rng, tokens = generator(11), 43
+    lengths = [tokens - 1 + keys for keys in (1, 31, 32, 33, 63, 64, 65, 127, 128)]
+    cache = paged_cache(rng, lengths, 1, 16, 32, torch.bfloat16)
+    check_case(normal(rng, len(lengths) * tokens, 3, 16, dtype=torch.bfloat16), cache, 0.3, programs=1)
+
+
 @pytest.mark.parametrize("length", [4096, 4097, 8200])
 def test_more_tiles_than_splits(length):
     rng = generator(2)
@@ -170,10 +178,11 @@ def test_more_tiles_than_splits(length):
 def test_one_key_dominates(dtype, score):
     """One score of +-1e4 among zeros: the result is that key's value, or the mean of all others."""
     rng = generator(3)
-    for place in (0, 17, 63, 64, 129):
-        cache = paged_cache(rng, [130], 1, 32, 16, dtype)
+    # 1100 keys are more splits than `_combine` takes at a time.
+    for length, place in [(130, place) for place in (0, 17, 63, 64, 129)] + [(1100, 0), (1100, 1099)]:
+        cache = paged_cache(rng, [length], 1, 32, 16, dtype)
         page, slot = int(cache.block_table[0, place // 16]), place % 16
-        cache.k_cache[cache.block_table[0, :9].long()] = 0
+        cache.k_cache[cache.block_table[0, : -(-length // 16)].long()] = 0
         cache.k_cache[page, 0, slot, 0] = 100
         q = torch.zeros(1, 3, 32, dtype=dtype, device=DEVICE)
         q[..., 0] = score / 100
