@@ -228,6 +228,18 @@ def test_light_tokens_count_in_top_p_after_top_k(few_candidates):
     assert compare(logits, {**arguments, **drawn, "few_candidates": few_candidates}).tolist() == [0, 1]
 
 
+@pytest.mark.parametrize("vocab", [16, 17, 33])
+def test_every_chunk_counts_in_the_mean_of_typical_p(vocab):
+    """A chunk has 16 candidates; the last one may have a single one, which moves the mean."""
+    rows = 40
+    logits = make_logits(generator(9), rows, vocab, "ordinary", torch.float32) / 4
+    arguments = {"typical_p": torch.full((rows,), 0.1, device=DEVICE), "temperature": torch.ones(rows, device=DEVICE)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launcher, "BLOCK", 16)
+        patch.setattr(sample_search, "CHUNK", 16)
+        compare(logits, {**arguments, **random_numbers(generator(1), rows, "extreme")})
+
+
 def test_every_stage_at_once():
     rng, rows, vocab = generator(1), 8, 200
     values = {"top_k": 50, "top_p": 0.9, "min_p": 0.01, "typical_p": 0.9, "repetition_penalty": 1.5}
