@@ -228,6 +228,18 @@ def test_light_tokens_count_in_top_p_after_top_k(few_candidates):
     assert compare(logits, {**arguments, **drawn, "few_candidates": few_candidates}).tolist() == [0, 1]
 
 
+@pytest.mark.parametrize(("few_candidates", "few"), [(False, 16), (True, 16), (True, 32)])
+def test_what_is_no_candidate_counts_in_top_p(few_candidates, few, monkeypatch):
+    """In a row without top-k: half of the 20 heavy tokens is less than the first ten, half of all tokens is more."""
+    monkeypatch.setattr(sample_search, "FEW", few)
+    weights = torch.tensor([1 - 1e-3 * number for number in range(20)] + [2.2e-4] * 900)
+    arguments = {"top_k": torch.tensor([-1] * 2), "top_p": torch.tensor([0.5] * 2), "temperature": torch.ones(2)}
+    arguments = {name: x.to(DEVICE) for name, x in arguments.items()}
+    drawn = random_numbers(generator(1), 2, "extreme")
+    logits = weights.log().repeat(2, 1).to(DEVICE)
+    assert compare(logits, {**arguments, **drawn, "few_candidates": few_candidates}).tolist() == [0, 10]
+
+
 @pytest.mark.parametrize("vocab", [16, 17, 33])
 def test_every_chunk_counts_in_the_mean_of_typical_p(vocab):
     """A chunk has 16 candidates; the last one may have a single one, which moves the mean."""
