@@ -23,8 +23,12 @@ GUARD = 4096
 
 
 def poison(numel: int, dtype: torch.dtype, device: Any = None) -> Tensor:
-    """Memory of 0xFF bytes: a NaN in every floating-point dtype, -1 in every integer."""
-    return torch.full((numel * dtype.itemsize,), 0xFF, dtype=torch.uint8, device=device).view(dtype)
+    """Memory of one byte's value: NaN in every floating-point dtype, in every integer a number far from 0."""
+    return torch.full((numel * dtype.itemsize,), _byte(dtype), dtype=torch.uint8, device=device).view(dtype)
+
+
+def _byte(dtype: torch.dtype) -> int:
+    return 0xFF if dtype.is_floating_point else 0xA5
 
 
 def _extent(x: Tensor) -> int:
@@ -41,7 +45,7 @@ def between_guards(x: Tensor) -> Tensor:
 def guarded(x: Tensor) -> bool:
     """Whether x's memory begins and ends with intact guards."""
     memory = torch.tensor([], dtype=x.dtype, device=x.device).set_(x.untyped_storage())
-    return all(bool((guard.view(torch.uint8) == 0xFF).all()) for guard in (memory[:GUARD], memory[-GUARD:]))
+    return all(bool((guard.view(torch.uint8) == _byte(x.dtype)).all()) for guard in (memory[:GUARD], memory[-GUARD:]))
 
 
 def scramble(x: Tensor) -> None:

@@ -228,6 +228,19 @@ def test_light_tokens_count_in_top_p_after_top_k(few_candidates):
     assert compare(logits, {**arguments, **drawn, "few_candidates": few_candidates}).tolist() == [0, 1]
 
 
+@pytest.mark.parametrize(
+    "chosen", [c for n in (1, 2, 3) for c in itertools.combinations(("top_k", "top_p", "typical_p"), n)]
+)
+def test_thresholds_are_right_to_their_last_bit(chosen):
+    """The tokens after the best are one ulp apart, and the largest random number samples the last one that is kept."""
+    logits = torch.tensor([[0.0] + [-5 - number * 2.0**-21 for number in range(39)]] * 2, device=DEVICE)
+    values = {"top_k": 30, "top_p": 0.95, "typical_p": 0.9}
+    arguments = {name: torch.tensor([values[name]] * 2, device=DEVICE) for name in chosen}
+    arguments |= {"temperature": torch.ones(2, device=DEVICE), **random_numbers(generator(1), 2, "extreme")}
+    for few_candidates in (False, True):
+        assert 3 < compare(logits, {**arguments, "few_candidates": few_candidates})[1] < 39
+
+
 @pytest.mark.parametrize(("few_candidates", "few"), [(False, 16), (True, 16), (True, 32)])
 def test_what_is_no_candidate_counts_in_top_p(few_candidates, few, monkeypatch):
     """In a row without top-k: half of the 20 heavy tokens is less than the first ten, half of all tokens is more."""
