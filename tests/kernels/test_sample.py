@@ -205,16 +205,31 @@ def test_filters_in_their_order(chosen):
 
 
 @pytest.mark.parametrize("few_candidates", [False, True])
-def test_a_row_takes_its_candidates_by_its_own_maxima(few_candidates):
-    """Of 16 blocks each, in rows between others with larger and smaller logits."""
-    logits = torch.randn(1, 512, generator=generator(3)).sort(-1).values.repeat(6, 1).to(DEVICE)
-    logits += torch.tensor([900.0, 0.0, -900.0, 900.0, -900.0, 0.0], device=DEVICE)[:, None]
-    arguments = {"top_k": torch.full((6,), 3, device=DEVICE), "temperature": torch.full((6,), 9.0, device=DEVICE)}
+@pytest.mark.parametrize("k", [1, 3, 12, 13])
+def test_a_row_takes_its_candidates_by_its_own_maxima(k, few_candidates):
+    """Of 13 blocks, each of which has one large logit, in rows between others with larger and smaller ones."""
+    rng, rows = generator(3), 8
+    blocks = torch.randn(rows, 13, 32, generator=rng) * 0.1
+    blocks[:, :, 7] = 5 + torch.rand(rows, 13, generator=rng)
+    logits = blocks.view(rows, -1)[:, :400].to(DEVICE)
+    logits += torch.tensor([900.0, 0.0, -900.0, 0.0], device=DEVICE).repeat(2)[:, None]
+    arguments = {"top_k": torch.full((rows,), k, device=DEVICE), "temperature": torch.full((rows,), 9.0, device=DEVICE)}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launcher, "BLOCK", 32)
-        for drawn in (random_numbers(generator(1), 6, "extreme"), random_numbers(generator(1), 7, "extreme")):
-            drawn = {name: x[-6:] for name, x in drawn.items()}
+        for drawn in (random_numbers(generator(1), rows, "extreme"), random_numbers(generator(2), rows)):
             compare(logits, {**arguments, **drawn, "few_candidates": few_candidates})
+
+
+@pytest.mark.parametrize("few_candidates", [False, True])
+def test_a_long_tail_is_kept_by_top_p(few_candidates, monkeypatch):
+    """Of many blocks, whose tokens weigh little one by one, and together more than top-p drops."""
+    monkeypatch.setattr(launcher, "BLOCK", 32)
+    weights = torch.tensor([1.0] + [1e-3 - 1e-7 * number for number in range(399)])
+    arguments = {"top_k": torch.tensor([-1] * 2), "top_p": torch.tensor([0.9] * 2), "temperature": torch.ones(2)}
+    arguments = {name: x.to(DEVICE) for name, x in arguments.items()}
+    drawn = random_numbers(generator(1), 2, "extreme")
+    logits = weights.log().repeat(2, 1).to(DEVICE)
+    assert 200 < compare(logits, {**arguments, **drawn, "few_candidates": few_candidates})[1] < 300
 
 
 @pytest.mark.parametrize("few_candidates", [False, True])
