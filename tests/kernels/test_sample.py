@@ -193,6 +193,20 @@ def test_both_ends_of_what_the_filters_keep(data, seed, sizes_and_vocab, shape, 
         compare(logits, arguments)
 
 
+@pytest.mark.parametrize("few_candidates", [False, True])
+@pytest.mark.parametrize("neutral", [{"top_k": 0}, {"top_k": -1}, {"top_k": 300}, {"top_k": 301}, {"top_p": 1.0},
+                                     {"typical_p": 1.0}, {"top_k": 0, "top_p": 1.0, "typical_p": 1.0}])  # fmt: skip
+def test_a_row_without_filters_keeps_all_beside_one_with(neutral, few_candidates):
+    rng, rows = generator(4), 8
+    logits = make_logits(rng, rows, 300, "flat", torch.float32)
+    drawn = {"temperature": torch.ones(rows, device=DEVICE), **random_numbers(rng, rows)}
+    without = compare(logits, drawn)
+    filters = {"top_k": 2, "top_p": 0.01, "typical_p": 0.01}
+    arguments = {name: torch.tensor([neutral[name], filters[name]] * (rows // 2), device=DEVICE) for name in neutral}
+    found = compare(logits, {**drawn, **arguments, "few_candidates": few_candidates})
+    assert_same(without[::2], found=found[::2])
+
+
 @pytest.mark.parametrize("chosen", [c for n in (2, 3, 4) for c in itertools.combinations(FILTERS, n)], ids="-".join)
 def test_filters_in_their_order(chosen):
     """Each filter uses the mass that the one before it kept."""
