@@ -221,11 +221,12 @@ def test_huge_keys(dtype, scale):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("programs", [1, 4])
-def test_the_newest_token_at_the_edges_of_tiles_and_pages(dtype, programs):
+@pytest.mark.parametrize("dim", [16, 80])
+def test_the_newest_token_at_the_edges_of_tiles_and_pages(dtype, programs, dim):
     """A tile has 64 tokens, 16 in float32. A decode step loads the newest token apart from the others of its tile."""
     rng = generator(12)
-    cache = paged_cache(rng, [1, 0, 2, 16, 17, 48, 49, 64, 65, 66, 129], 1, 16, 48, dtype)
-    check_case(normal(rng, 11, 3, 16, dtype=dtype), cache, 0.3, programs)
+    cache = paged_cache(rng, [1, 0, 2, 16, 17, 48, 49, 64, 65, 66, 129], 1, dim, 48, dtype)
+    check_case(normal(rng, 11, 3, dim, dtype=dtype), cache, 0.3, programs)
 
 
 @contextlib.contextmanager
