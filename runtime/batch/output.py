@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 from collections.abc import Container
@@ -13,6 +12,7 @@ from filelock import FileLock, Timeout
 
 from ..common.files import has_file
 from ..common.shown import shown
+from ..server.json_response import encoded
 from .answer import Answer
 from .request import parse_object
 
@@ -76,11 +76,7 @@ class Output:
             },
             "error": None,
         }
-        try:
-            data = json.dumps(line, ensure_ascii=False).encode()
-        except UnicodeEncodeError:  # half of a surrogate pair, in a custom_id or quoted by an error
-            data = json.dumps(line).encode()
-        self._file.write(data + b"\n")
+        self._file.write(encoded(line, separators=(", ", ": ")) + b"\n")
         self._file.flush()
         self._count(answer)
 

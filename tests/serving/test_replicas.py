@@ -227,7 +227,7 @@ def test_a_replica_that_is_killed_ends_its_own_answers_and_another_comes(cluster
 def test_after_a_signal_what_is_under_way_finishes(cluster):
     stream = iter(cluster.stream("Tell a third story."))
     next(stream)
-    said = len(cluster.lines)
+    before = len(cluster.lines)
     cluster.process.send_signal(signal.SIGTERM)
     headers = {"authorization": f"Bearer {KEY}"}
     until(lambda: httpx.get(cluster.url + "/v1/models", headers=headers, timeout=60).status_code == 503)
@@ -235,7 +235,7 @@ def test_after_a_signal_what_is_under_way_finishes(cluster):
     assert last.choices[0].finish_reason == "length"
     assert cluster.process.wait() == 128 + signal.SIGTERM
     cluster._reader.join()
-    assert "failed" not in "".join(cluster.lines[said:])  # an ordinary end is none of Ray's errors
+    assert "failed" not in "".join(cluster.lines[before:])  # an ordinary end is none of Ray's errors
 
 
 def test_a_second_signal_ends_what_is_under_way(model):
