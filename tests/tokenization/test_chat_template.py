@@ -214,7 +214,7 @@ def test_time_has_a_limit(template, short_time):
         ("{'a': @, 'b': @}", "{{ n.x == n.y }}"),
         ("[@, @]", "{{ n.x | tojson }}"),
         ("[@, @]", "{{ n.x }}"),
-        ("@ * 9 + 2 ** (i * 99999)", "{{ 9 ** 999999 // (n.x + 9 ** 99999) is odd }}"),
+        ("@ * 9 + 2 ** (i * 99999)", "{{ n.x ** 99 // n.y is odd }}"),  # takes minutes; constants would be folded
     ],
 )
 def test_c_code_has_the_same_limit_on_time(kind, use, short_time):
