@@ -18,8 +18,11 @@ _MAX_SIZE = 2**28  # so that no product of two sizes and an element's bytes over
 
 # Newer name in transformers -> the published checkpoint's key.
 _NEWER = {"attention_bias": "qkv_bias", "mlp_bias": "bias", "rope_parameters": "rope_scaling"}
-# Keys that would change what the model computes, which this runtime does not implement.
-_UNSUPPORTED = ("sliding_window",)
+# Keys that would change what the model computes, which this runtime does not implement -> values that change nothing.
+_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "sliding_window": (None, 0, False),
+    "partial_rotary_factor": (None, 1),
+}
 
 
 class InternLM3Config:
@@ -111,7 +114,7 @@ class InternLM3Config:
         self.head_dim = hidden_size // num_attention_heads if head_dim is None else head_dim
         self._check_heads(head_dim_given=head_dim is not None)
         self._check_rope()
-        self._check_unsupported()
+        self._check_unsupported(extra, rope_scaling or {}, rope_parameters or {})
 
     # ---------------------------------------------------------------- reading and writing
 
@@ -159,8 +162,8 @@ class InternLM3Config:
         # An override replaces its key under either name.
         other_names = {**_NEWER, **{old: new for new, old in _NEWER.items()}}
         replaced = {other_names.get(key) for key in overrides}
-        if "rope_theta" in overrides and "rope_parameters" in values:
-            values |= {"rope_scaling": _rotary(None, values.pop("rope_parameters"), None)[0]}
+        if "rope_theta" in overrides and isinstance(rope := values.get("rope_parameters"), dict):
+            values["rope_parameters"] = {key: value for key, value in rope.items() if key != "rope_theta"}
         try:
             return cls.from_dict({**{k: value for k, value in values.items() if k not in replaced}, **overrides})
         except ValueError as error:
@@ -278,10 +281,11 @@ class InternLM3Config:
         if rope_type == "dynamic" and not (is_number(factor) and (as_number(factor) or 0) >= 1):
             raise ValueError(f"rope_scaling of type 'dynamic' needs a factor of at least 1; it is {shown(factor)}")
 
-    def _check_unsupported(self) -> None:
-        for key in _UNSUPPORTED:
-            if self.extra.get(key):
-                raise ValueError(f"{key} is {shown(self.extra[key])}, which this runtime does not implement")
+    def _check_unsupported(self, *parts: Mapping[str, Any]) -> None:
+        for key, neutral in _UNSUPPORTED.items():
+            for settings in parts:
+                if (value := settings.get(key)) not in neutral:
+                    raise ValueError(f"{key} is {shown(value)}, which this runtime does not implement")
 
 
 def _rotary(scaling: Any, parameters: Any, theta: float | None) -> tuple[dict[str, Any] | None, Any]:

@@ -257,6 +257,14 @@ def test_unknown_keys_are_kept_and_misspelt_ones_missed(tmp_path):
         ({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}, ["model_type", "llama", "LlamaForCausalLM"]),
         ({"model_type": None}, ["model_type"]),
         ({"sliding_window": 4096}, ["sliding_window"]),
+        *(
+            ({"rope_scaling": None, **change}, ["partial_rotary_factor", "0.5", "does not implement"])
+            for change in (
+                {"partial_rotary_factor": 0.5},
+                {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0, "partial_rotary_factor": 0.5}},
+                {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}},
+            )
+        ),
     ],
     ids=str,
 )  # fmt: skip
