@@ -90,8 +90,6 @@ def _chunks(rows_ptr, C: tl.constexpr, BC: tl.constexpr, POLICY: tl.constexpr):
     chunks = ()
     for c in tl.static_range(0, C, BC):
         columns = c + tl.arange(0, BC)
-        if len(rows_ptr.shape) == 2:
-            columns = columns[None, :]
         # Only a partial chunk needs a mask.
         if c + BC > C:
             chunk = tl.load(rows_ptr + columns, mask=columns < C, other=0.0, eviction_policy=POLICY)

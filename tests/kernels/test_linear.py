@@ -453,6 +453,16 @@ def test_long_rows(dtype, rows, width):
     assert_near(exact + case.residual.double(), 1.0, size + exact.abs(), **results)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("width", [15, 31, 2047])
+def test_rows_that_end_a_column_before_a_chunk(width, rows, dtype):
+    """What follows a row is not read into its product."""
+    case = Case(11, dtype, rows, width, 20, padding=1)
+    exact, size = product(case.normed(), case.weight, normed=True)
+    assert_near(exact, 1.0, size, **run_all("rms_norm_linear", case.x, case.norm, EPS, case.weight))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("rows", [1, 3, 17])
 def test_the_head_of_an_odd_vocabulary(monkeypatch, rows, dtype):
