@@ -389,6 +389,18 @@ def test_a_row_does_not_depend_on_its_batch():
         assert (alone[0].item(), alone[1].item()) == (token[row].item(), logprob[row].item())
 
 
+def test_the_order_of_tokens_changes_no_bits():
+    """Sums are of integers: a sum of floats depends on their order, and so on the layout that the compiler chooses."""
+    rng = generator(5)
+    logits = torch.randn(1000, generator=rng)
+    logits[7] = 9.0  # the others weigh little: then no bit of their sum is lost in its logarithm
+    rows = torch.stack([logits[torch.randperm(1000, generator=rng)] for _ in range(16)]).to(DEVICE)
+    arguments = {"temperature": None, **random_numbers(rng, 16)}
+    token, logprob = call(lambda x: kernels.sample(x, **arguments), rows)
+    assert_same(rows.argmax(-1), found=token)
+    assert logprob.unique().numel() == 1
+
+
 def test_a_position_may_be_a_length():
     """A position of int32, as in the state of a decode step, gives the same token."""
     logits = make_logits(generator(2), 3, 500, "ordinary", torch.float32)
