@@ -439,7 +439,7 @@ class LLM:
         merged = [self._merged(self.default_params if params is None else params, kwargs) for params in each]
         idle = [name for name in FILTERS if kwargs.get(name) is not None]
         if idle and any(params.greedy for params in merged):
-            warn_caller(f"{', '.join(idle)} have no effect at temperature 0, which is greedy")
+            warn_caller(f"no effect at temperature 0, which is greedy: {', '.join(idle)}")
         return merged * (1 if count is None else count) if several is None else merged
 
     def _merged(self, params: SamplingParams, kwargs: Mapping[str, Any]) -> SamplingParams:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..common.checks import as_int, check_batch_ids
 from ..common.neutral import FORWARD, without_neutral
+from ..model.layers import Embedding
+from ..model.model import LanguageModel
 from .cache import KVCache
 from .decoder import InternLM3Model, check_tensors, own_dtypes
 from .generation import Generation
@@ -27,6 +30,27 @@ class InternLM3ForCausalLM(Generation):
 
     decoder_class = InternLM3Model
     model: InternLM3Model
+
+    def get_input_embeddings(self) -> Embedding:
+        """The embedding: called with ids [B, T] it returns the inputs_embeds [B, T, C] of `forward`."""
+        return self.model.embed_tokens
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The head, whose weight is [vocab_size, hidden_size]."""
+        return self.lm_head
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """The number of parameters, tied ones once and quantised ones as what they stand for. None is trainable."""
+        if only_trainable:
+            return 0
+        plain = LanguageModel(self.config, device="meta")
+        embedding = plain.model.embed_tokens.weight.numel() if exclude_embeddings else 0
+        return sum(parameter.numel() for parameter in plain.parameters()) - embedding
+
+    def get_memory_footprint(self, return_buffers: bool = True) -> int:
+        """The bytes of the weights as they are in memory."""
+        tensors = itertools.chain(self.parameters(), self.buffers() if return_buffers else ())
+        return sum(tensor.nbytes for tensor in tensors)
 
     @own_dtypes
     @torch.no_grad()

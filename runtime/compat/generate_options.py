@@ -143,7 +143,7 @@ def _params(options: Mapping[str, Any], keywords: Mapping[str, Any]) -> Sampling
     idle = [name for name in _SAMPLED_ONLY if keywords.get(name) is not None]
     if idle and not sampled:
         warnings.warn(
-            f"{', '.join(idle)} have no effect: decoding is greedy unless do_sample=True is given",
+            f"no effect, since decoding is greedy unless do_sample=True is given: {', '.join(idle)}",
             stacklevel=4,  # the line that calls generate
         )
     settings = {name: options[name] for name in GENERATE if name in options}

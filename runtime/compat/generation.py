@@ -162,6 +162,42 @@ class Generation(Pretrained):
             streamer.end()
         return _output(given, requests, hooks, options, self.config.vocab_size)
 
+    def compute_transition_scores(
+        self,
+        sequences: Tensor,
+        scores: Sequence[Tensor],
+        beam_indices: None = None,
+        normalize_logits: bool = False,
+    ) -> Tensor:
+        """The scores of the tokens that `generate` chose.
+
+            >>> out = model.generate(ids, return_dict_in_generate=True, output_scores=True)
+            >>> logprobs = model.compute_transition_scores(out.sequences, out.scores, normalize_logits=True)
+
+        Args:
+            sequences, scores: of a GenerateOutput: [N, T + S] ids, and S tensors [N, V]. Its logits serve, too.
+            beam_indices: None, since there is no beam search.
+            normalize_logits: make log-probabilities of the scores.
+
+        Returns:
+            [N, S] float32; 0 after a row's end.
+
+        Raises:
+            ValueError: beam_indices, or scores that are not of these sequences.
+        """
+        if beam_indices is not None:
+            raise ValueError("beam_indices must be None: this runtime has no beam search")
+        if not scores or scores[0].shape[0] != len(sequences) or len(scores) > sequences.shape[1]:
+            shapes = [list(step.shape) for step in scores or ()]
+            raise ValueError(
+                f"sequences {list(sequences.shape)} and scores of {len(shapes)} steps {shapes[:1]} are not of one "
+                "call: generate returns both with return_dict_in_generate and output_scores"
+            )
+        by_step = torch.stack([*scores], dim=1)
+        chosen = sequences[:, -len(scores) :].to(by_step.device)
+        found = (by_step.log_softmax(-1) if normalize_logits else by_step).gather(2, chosen[:, :, None])[:, :, 0]
+        return found.masked_fill(by_step.isneginf().all(-1), 0.0)
+
     def _run(
         self, answers: Sequence[Answer], hooks: LogitsHooks, criteria: Sequence[StoppingCriterion]
     ) -> Generator[list[int | None], None, None]:

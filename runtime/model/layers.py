@@ -1,9 +1,10 @@
 """The parameters of a model, and their names in a checkpoint."""
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -21,8 +22,21 @@ class Weight(nn.Parameter):
         Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
 
 
-class Layer(nn.Module):
-    """A module whose parameters are Weights, those that replace others included."""
+class Part(nn.Module):
+    """A module that is not called, since fused ops take its weights: hooks of its call would never run."""
+
+    def _not_called(self, *_: Any, **__: Any) -> NoReturn:
+        raise NotImplementedError(
+            f"{type(self).__name__} is not called: fused ops take its weights. "
+            "forward(output_hidden_states=True) returns what every block computes, and hooks of a block run there"
+        )
+
+    forward: Callable[..., Any] = _not_called
+    register_forward_hook = register_forward_pre_hook = _not_called
+
+
+class Layer(Part):
+    """A part whose parameters are Weights, those that replace others included."""
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         if type(param) is nn.Parameter:
@@ -34,6 +48,10 @@ class Embedding(Layer):
     def __init__(self, rows: int, size: int, **factory: Any):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(rows, size, **factory), requires_grad=False)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Token ids of any shape [...] -> [..., C], what `forward` takes as inputs_embeds."""
+        return F.embedding(input_ids, self.weight)
 
 
 class RMSNorm(Layer):
@@ -58,8 +76,8 @@ class StackedLinear(Linear):
         self.parts = parts
 
 
-class PartNames(nn.Module):
-    """A module whose StackedLinears have a checkpoint's names in its state dict.
+class PartNames(Part):
+    """A part whose StackedLinears have a checkpoint's names in its state dict.
 
     `state_dict` returns every part under its own name, in the memory of the stack: writing into it writes the weights.
     `load_state_dict` takes any of the parts: those that are not given keep their weights, and are reported as missing.

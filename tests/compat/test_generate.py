@@ -95,6 +95,31 @@ def test_scores_of_sampling_are_those_of_transformers(tiny, options):
         assert scores[0, ours.sequences[0, 6 + step]] > -torch.inf
 
 
+@pytest.mark.parametrize(
+    "options", [{"do_sample": False, "max_new_tokens": 20}, {"do_sample": True, "seed": 3}], ids=str
+)
+def test_transition_scores_are_those_of_transformers(tiny, options):
+    """After a row's end they are 0, where transformers has scores of padding."""
+    flags = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
+    out = tiny.ours.generate(PROMPTS, **flags, **options)
+    ended = out.scores[0].new_tensor([[step.isneginf().all() for step in row] for row in zip(*out.scores, strict=True)])
+    for steps in (out.scores, out.logits):
+        for normalised in (False, True):
+            ours = tiny.ours.compute_transition_scores(out.sequences, steps, normalize_logits=normalised)
+            theirs = tiny.theirs.compute_transition_scores(out.sequences, steps, normalize_logits=normalised)
+            torch.testing.assert_close(ours, theirs.masked_fill(ended.bool(), 0.0))
+    torch.testing.assert_close(ours, out.logprobs, rtol=1e-4, atol=1e-5)
+
+
+def test_transition_scores_of_another_call(tiny):
+    out = tiny.ours.generate(PROMPTS, max_new_tokens=3, return_dict_in_generate=True, output_scores=True)
+    for sequences, scores in ((out.sequences[:1], out.scores), (out.sequences, ()), (out.sequences[:, :2], out.scores)):
+        with pytest.raises(ValueError, match=r"sequences \[.*not of one call: .* output_scores"):
+            tiny.ours.compute_transition_scores(sequences, scores)
+    with pytest.raises(ValueError, match="no beam search"):
+        tiny.ours.compute_transition_scores(out.sequences, out.scores, beam_indices=torch.zeros(2, 3))
+
+
 @pytest.mark.usefixtures("steps")
 def test_ragged_batches(tiny):
     """Either side, with a mask or with a padding token that speaks for itself."""

@@ -336,5 +336,5 @@ def test_bad_input(tiny, options, error, message):
 
 
 def test_settings_without_effect_are_warned_of(tiny):
-    with pytest.warns(UserWarning, match="temperature, top_p have no effect"):
+    with pytest.warns(UserWarning, match="no effect, since decoding is greedy .*: temperature, top_p$"):
         tiny.ours.generate(PROMPTS[:1], temperature=0.5, top_p=0.9, max_new_tokens=1)

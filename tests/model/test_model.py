@@ -208,6 +208,33 @@ def test_inputs_embeds():
     assert_near(ours[1], by_hand(model, None, embeds=embeds[1]))
 
 
+def test_embeddings_and_sizes_are_those_of_transformers():
+    for shape in ({"qkv_bias": True}, {"tie_word_embeddings": True}):
+        model, ids = random_model(6, **shape), random_ids(2, 9, 6)
+        twin = by_transformers(model)
+        embeds = model.get_input_embeddings()(ids)
+        assert embeds.equal(twin.get_input_embeddings()(ids))
+        assert model(inputs_embeds=embeds).logits.equal(model(ids).logits)
+        assert model.get_output_embeddings().weight.equal(twin.get_output_embeddings().weight)
+        assert model.get_memory_footprint(return_buffers=False) == twin.get_memory_footprint(return_buffers=False)
+        for exclude in (False, True):
+            assert model.num_parameters(exclude_embeddings=exclude) == twin.num_parameters(exclude_embeddings=exclude)
+        assert model.num_parameters(only_trainable=True) == 0
+
+
+def test_a_module_that_fused_ops_replace_takes_no_hook():
+    """A hook of it would never run. Those of a block do."""
+    model, seen = random_model(6), []
+    block = model.model.layers[0]
+    for part in (block.mlp, block.self_attn, block.mlp.down_proj, model.model.norm, model.lm_head):
+        for call in (part, part.register_forward_hook, part.register_forward_pre_hook):
+            with pytest.raises(NotImplementedError, match=f"{type(part).__name__} is not called: .*hooks of a block"):
+                call(lambda *_: None)
+    block.register_forward_hook(lambda *_: seen.append(1))
+    model(random_ids(1, 3))
+    assert seen == [1]
+
+
 @pytest.mark.parametrize("cuts", [[30, 1, 1, 1], [1] * 33, [10, 23], [32, 1]], ids=str)
 @pytest.mark.parametrize("shape", ["group 3", "group 1", "dynamic"])
 def test_continued_from_the_cache(cuts, shape):
