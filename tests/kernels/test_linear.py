@@ -455,10 +455,10 @@ def test_long_rows(dtype, rows, width):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("width", [15, 31, 2047])
-def test_rows_that_end_a_column_before_a_chunk(width, rows, dtype):
-    """What follows a row is not read into its product."""
-    case = Case(11, dtype, rows, width, 20, padding=1)
+@pytest.mark.parametrize("width", [15, 31, 2047, 65, 129])
+def test_rows_that_end_a_column_before_or_after_a_chunk(width, rows, dtype):
+    """The last column counts, and what follows a row does not."""
+    case = Case(11, dtype, rows, width, 20, padding=-width % 8)
     exact, size = product(case.normed(), case.weight, normed=True)
     assert_near(exact, 1.0, size, **run_all("rms_norm_linear", case.x, case.norm, EPS, case.weight))
 
