@@ -4,13 +4,14 @@ A fault (a mutant) changes a comparison, a mask, a cast, a bound, a sign or a nu
 finds is printed, with its line. equivalent_mutants.txt lists those that change no result, with the reason: they are not
 run. What only a GPU runs (PTX, programmatic dependent launch) and the launchers are not changed.
 
-The tests are collected once. Each mutant runs in a fork of that process, in Triton's interpreter, until a test fails;
-tests that found many in a short time run first. A test that takes twenty times as long as without a fault counts as
-failed. Nothing is written to the checkout.
+The tests are collected once. Each mutant runs in a fork of that process, in Triton's interpreter, until a test fails:
+of the tests that call its function, and those first that found many in a short time. A test that takes twenty times as
+long as without a fault counts as failed. Nothing is written to the checkout.
 """
 
 import argparse
 import ast
+import contextlib
 import functools
 import importlib
 import os
@@ -222,12 +223,35 @@ def equivalent() -> dict[tuple[str, str, str], str]:
     return reasons
 
 
+def kernel_of(mutant: Mutant) -> Any:
+    """The function that it changes, as Triton's interpreter runs it."""
+    module = sys.modules[f"internlm3.kernels.triton.{mutant.file.removesuffix('.py')}"]
+    return getattr(module, mutant.function.name)
+
+
+@contextlib.contextmanager
+def recorded_calls() -> Iterator[set[Any]]:
+    """The kernels, and functions of kernels, that Triton's interpreter runs."""
+    from triton.runtime.interpreter import InterpretedFunction
+
+    called, rewrite = set(), InterpretedFunction.rewrite
+
+    def recorded(kernel: Any) -> Any:
+        called.add(kernel)
+        return rewrite(kernel)
+
+    InterpretedFunction.rewrite = recorded
+    try:
+        yield called
+    finally:
+        InterpretedFunction.rewrite = rewrite
+
+
 def plant(mutant: Mutant) -> None:
     """Makes this process run the mutant, in Triton's interpreter."""
     from triton.runtime.interpreter import InterpretedFunction
 
-    module = sys.modules[f"internlm3.kernels.triton.{mutant.file.removesuffix('.py')}"]
-    kernel = getattr(module, mutant.function.name)
+    kernel = kernel_of(mutant)
     kernel.rewrite()
     mutant.place.put(mutant.node)
     mutant.function.decorator_list = []
@@ -256,6 +280,7 @@ class Run:
     def __init__(self, name: str, first: int, every: int):
         self.name, self.first, self.every = name, first, every
         self.seconds: dict[str, float] = {}
+        self.calls: dict[str, set[Any]] = {}
         self.found: dict[str, int] = {}
         self.failed = self.in_a_fork = False
 
@@ -273,7 +298,8 @@ class Run:
         importlib.import_module("internlm3.kernels.triton")
         for item in session.items:  # in this process, so that no fork imports and caches the same things again
             began = time.monotonic()
-            item.config.hook.pytest_runtest_protocol(item=item, nextitem=None)
+            with recorded_calls() as self.calls[item.nodeid]:
+                item.config.hook.pytest_runtest_protocol(item=item, nextitem=None)
             self.seconds[item.nodeid] = time.monotonic() - began
         if self.failed:
             raise pytest.UsageError("the tests fail without a fault")
@@ -297,7 +323,8 @@ class Run:
         reader, writer = os.pipe()
         child = os.fork()
         if not child:
-            self.in_fork(sorted(items, key=self.cost), mutant, writer)
+            callers = [item for item in items if kernel_of(mutant) in self.calls[item.nodeid]]
+            self.in_fork(sorted(callers, key=self.cost), mutant, writer)
         os.close(writer)
         test = ""
         with open(reader, encoding="utf-8") as lines:
