@@ -306,6 +306,18 @@ def test_every_stage_at_once():
     compare(make_logits(rng, rows, vocab, "ordinary", torch.bfloat16), {**arguments, **random_numbers(rng, rows)})
 
 
+@pytest.mark.parametrize("counts", ["prompt_counts", "output_counts"])
+def test_a_penalty_moves_positive_and_negative_logits_the_same_way(counts):
+    """A penalty of 2 makes a seen token less likely than the next one, and one of 0.5 makes it more likely."""
+    pairs = [[2.0, 1.5], [-1.0, -1.5], [1.0, 1.5], [-1.5, -1.0], [-1.0, -1.5]]
+    logits = torch.cat([torch.tensor(pairs), torch.full((5, 3), -9.0)], dim=1).to(DEVICE)
+    seen = torch.tensor([[1, 0, 0, 0, 0]] * 4 + [[0] * 5], dtype=torch.int32, device=DEVICE)
+    penalties = torch.tensor([2.0, 2.0, 0.5, 0.5, 2.0], device=DEVICE)
+    arguments = {"temperature": None, "repetition_penalty": penalties, "output_counts": torch.zeros_like(seen)}
+    found = compare(logits, {**arguments, counts: seen, **random_numbers(generator(1), 5)})
+    assert found.tolist() == [1, 1, 0, 0, 0]
+
+
 def test_zero_ties_with_minus_zero():
     logits = torch.tensor([[-1.0, -0.0, 0.0, -0.0, -1.0]] * 2, device=DEVICE)
     arguments = {"temperature": torch.ones(2, device=DEVICE), "top_k": torch.ones(2, dtype=torch.int64, device=DEVICE)}
