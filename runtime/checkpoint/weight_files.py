@@ -39,7 +39,7 @@ class WeightFiles:
     """The headers of a checkpoint's weight files, read without the weights.
 
     Attributes:
-        folder: the checkpoint.
+        folder: the checkpoint; a GGUF file is one.
         headers: the header of each file.
         file_of: tensor name -> the file that contains it.
         layouts: of the weights that can be read in the form of the ops' quantised weights.
