@@ -112,7 +112,7 @@ def _patterns(key: str, values: Any) -> list[str]:
     for pattern in values:
         try:
             re.compile(pattern.removeprefix("re:"))
-        except re.error as error:
+        except (re.error, RecursionError, OverflowError) as error:
             raise ValueError(f"{key} holds {shown(pattern)}, which is no regular expression ({error})") from None
     return values
 
