@@ -371,17 +371,20 @@ class TestBadInput:
         write(tmp_path / "a.gguf", lambda name: "Q8_0", vocabulary, **SHAPE)
         refused(tmp_path / "a.gguf", tmp_path / "a.gguf", *words)
 
-    def test_what_only_the_library_notices(self, tmp_path):
+    @pytest.mark.parametrize(
+        ("unknown", "count", "words"), [("?", 1, "256 byte pieces"), ("\0", 256, "no unknown token")]
+    )
+    def test_what_only_the_library_notices(self, tmp_path, unknown, count, words):
         """It names the GGUF file all the same."""
 
         def vocabulary(writer):
             writer.add_tokenizer_model("llama")
-            writer.add_token_list(["a", "<0x41>", "b"])
-            writer.add_token_types([1, 6, 1])
-            writer.add_token_scores([0.0] * 3)
+            writer.add_token_list([unknown, "b", "c", *(f"<0x{byte:02X}>" for byte in range(count))])
+            writer.add_token_types([2, 1, 1, *[6] * count])
+            writer.add_token_scores([0.0] * (3 + count))
 
         write(tmp_path / "a.gguf", lambda name: "Q8_0", vocabulary, **SHAPE)
-        refused(tmp_path / "a.gguf", "a.gguf", "256 byte pieces")
+        refused(tmp_path / "a.gguf", "a.gguf", words)
 
     @pytest.mark.parametrize(
         ("merge", "wrong"), [("a c", "'ac' is no"), ("b x", "'x' is no"), ("ab", "'' is no"), ("a b c", "'b c' is no")]
