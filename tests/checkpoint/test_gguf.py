@@ -165,6 +165,25 @@ def test_byte_level(tmp_path, pre):
     assert tokenizer.encode("<|im_start|>x<|im_end|>") == [*first, 1, *library.encode("x").ids, 2]
 
 
+def test_tokens_with_spaces(tmp_path):
+    """llama.cpp's converter writes added tokens that are not special with the spaces that they have in a text."""
+
+    def vocabulary(writer):
+        writer.add_tokenizer_model("llama")
+        tokens = ["<unk>", "<s>", "</s>", "a", "b", "\u2581", "\u2581\u2581", "  ", "a b", "bb"]
+        writer.add_token_list(tokens)
+        writer.add_token_types([2, 3, 3, 1, 1, 1, 1, 4, 4, 4])
+        writer.add_token_scores([0.0] * len(tokens))
+
+    write(tmp_path / "a.gguf", lambda name: "Q8_0", vocabulary, **SHAPE)
+    tokenizer = InternLM3Tokenizer.from_pretrained(locate(tmp_path / "a.gguf"))
+    ids = tokenizer.encode("aa bb  bba", add_special_tokens=False)
+    assert [tokenizer.convert_ids_to_tokens(id) for id in ids] == [
+        *("\u2581", "a", "a b", "\u2581", "b", "  ", "\u2581", "bb", "a")
+    ]
+    assert tokenizer.decode(ids) == "aa bb  bba" == tokenizer.decode(ids, skip_special_tokens=True)
+
+
 @pytest.mark.parametrize("bos", [False, True])
 @pytest.mark.parametrize("eos", [False, True])
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])

@@ -80,7 +80,12 @@ def write_tokenizer(header: GGUFHeader, folder: Path) -> None:
         merges = settings.items("tokenizer.ggml.merges", str)
         _check_merges(header, merges, {*tokens})
         write_json(folder / "tokenizer.json", _json_tokenizer(pre, tokens, types, merges, *ends))
-    added = {i: token for i, token in enumerate(tokens) if types[i] in special}
+    added = {
+        i: token
+        for i, token in enumerate(tokens)
+        # SentencePiece writes "\u2581" for spaces before it looks for pieces, so it never finds one with a space.
+        if types[i] in special or (types[i] == _USER_DEFINED and " " in token)
+    }
     write_json(
         folder / "tokenizer_config.json",
         {
