@@ -43,7 +43,10 @@ def weight_bytes(folder: Path, config: InternLM3Config, dtype: torch.dtype) -> d
     for name in sizes:
         scheme = method.scheme(name.removesuffix(".weight")) if name.endswith(layers) else None
         if scheme is not None and not isinstance(scheme, FourBits):  # which is converted when it is loaded
-            parts = scheme.parts((shapes[name][0], shapes[name][1])).values()
+            try:
+                parts = scheme.parts((shapes[name][0], shapes[name][1])).values()
+            except ValueError:
+                continue  # it was left as it was because of its shape, or loading it is an error
             sizes[name] = sum(
                 torch.Size(part.shape).numel() * part.dtypes[0].itemsize
                 for part in parts

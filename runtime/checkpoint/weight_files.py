@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ class WeightFiles:
     """The headers of a checkpoint's weight files, read without the weights.
 
     Attributes:
-        folder: the checkpoint.
+        folder: the checkpoint; a GGUF file is one.
         headers: the header of each file.
         file_of: tensor name -> the file that contains it.
         layouts: of the weights that can be read in the form of the ops' quantised weights.
@@ -123,6 +124,15 @@ def tied_names(module: nn.Module) -> dict[str, str]:
     first: dict[nn.Parameter, str] = {}
     names = ((name, first.setdefault(weight, name)) for name, weight in module.named_parameters(remove_duplicate=False))
     return {name: earlier for name, earlier in names if name != earlier}
+
+
+@contextmanager
+def naming(*what: object) -> Iterator[None]:
+    """The messages of ValueErrors begin with `what`: a file, a layer."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(": ".join(map(str, [*what, error]))) from None
 
 
 def read_header(path: Path) -> Header:

@@ -187,4 +187,6 @@ def _load(path: Path) -> sentencepiece.SentencePieceProcessor:
         raise ValueError(
             f"{path} is damaged, or no SentencePiece model; fetch it again ({one_line(str(error))})"
         ) from error
+    if processor.unk_id() < 0:  # a null character, which the library takes for an unused piece
+        raise ValueError(f"{path} has no unknown token, which a SentencePiece model needs; fetch it again")
     return processor

@@ -113,9 +113,26 @@ def test_what_a_quantised_checkpoint_is_may_be_said(make, tmp_path):
         LLM(tmp_path / "out", quantization="awq", progress=False)
 
 
-def test_a_layer_that_4_bits_cannot_hold(make):
-    with pytest.raises(ValueError, match="has 40 inputs, and no group of 4-bit weights that divides them: use 8 bits"):
-        LLM(make(hidden_size=40, head_dim=10), quantization="int4", progress=False)
+def test_a_layer_that_4_bits_cannot_hold(make, tmp_path):
+    folder = make(hidden_size=40, head_dim=10)
+    message = f"^{folder}: .*has 40 inputs, and no group of 4-bit weights that divides them: use 8 bits"
+    with pytest.raises(ValueError, match=message):
+        LLM(folder, quantization="int4", progress=False)
+    with pytest.raises(ValueError, match=message):
+        quantise_checkpoint(folder, tmp_path / "out", "int4", progress=False)
+
+
+def test_a_weight_that_is_no_number(make, tmp_path):
+    folder = make()
+    change(
+        folder / "model.safetensors", lambda weights: weights["model.layers.1.mlp.up_proj.weight"][3].fill_(torch.inf)
+    )
+    message = f"^{folder / 'model.safetensors'}: 'model.layers.1.mlp.up_proj.weight' contains inf or NaN"
+    with pytest.raises(ValueError, match=message):
+        LLM(folder, quantization="int8", progress=False)
+    for ids in (None, [1, 5, 9]):
+        with pytest.raises(ValueError, match=message):
+            quantise_checkpoint(folder, tmp_path / "out", "int4", calibration=ids, progress=False)
 
 
 def test_integers_stay_when_the_dtype_changes(make):

@@ -3,6 +3,7 @@
 import random
 import shutil
 import struct
+from dataclasses import replace
 from functools import partial
 
 import gguf
@@ -15,6 +16,7 @@ from internlm3 import LLM, InternLM3ForCausalLM
 from internlm3.runtime.checkpoint.gguf.blocks import BLOCKS, numbers
 from internlm3.runtime.checkpoint.gguf.folder import locate
 from internlm3.runtime.checkpoint.gguf.reader import GGUFHeader
+from internlm3.runtime.checkpoint.gguf.settings import config_of
 from internlm3.runtime.checkpoint.load import load_model
 from internlm3.runtime.checkpoint.quantise.rounding import to_integers
 from internlm3.runtime.checkpoint.quantised.integers import Integers
@@ -106,6 +108,14 @@ def test_a_file_of_floats_can_be_quantised(tmp_path):
     assert torch.equal(model.lm_head.weight.dense(), head.weight())
 
 
+def test_vectors_may_be_quantised(tmp_path):
+    """Norms and biases, which llama.cpp writes as floats."""
+    weights, _ = write(tmp_path / "a.gguf", lambda name: "Q8_0", vectors="Q8_0", bias=True, **SHAPE)
+    found = loaded(tmp_path / "a.gguf").state_dict()
+    for name, weight in weights.items():
+        torch.testing.assert_close(found[name], weight, rtol=0, atol=0, msg=name)
+
+
 def test_the_dtype_is_the_files(tmp_path):
     write(tmp_path / "a.gguf", lambda name: "Q8_0", **SHAPE)
     assert loaded(tmp_path / "a.gguf", dtype=None).dtype == torch.bfloat16
@@ -153,6 +163,45 @@ def test_byte_level(tmp_path, pre):
             assert ids == library.encode(text).ids, text
     first = [1] if pre == "llama-bpe" else []
     assert tokenizer.encode("<|im_start|>x<|im_end|>") == [*first, 1, *library.encode("x").ids, 2]
+
+
+def test_tokens_with_spaces(tmp_path):
+    """llama.cpp's converter writes added tokens that are not special with the spaces that they have in a text."""
+
+    def vocabulary(writer):
+        writer.add_tokenizer_model("llama")
+        tokens = ["<unk>", "<s>", "</s>", "a", "b", "\u2581", "\u2581\u2581", "  ", "a b", "bb"]
+        writer.add_token_list(tokens)
+        writer.add_token_types([2, 3, 3, 1, 1, 1, 1, 4, 4, 4])
+        writer.add_token_scores([0.0] * len(tokens))
+
+    write(tmp_path / "a.gguf", lambda name: "Q8_0", vocabulary, **SHAPE)
+    tokenizer = InternLM3Tokenizer.from_pretrained(locate(tmp_path / "a.gguf"))
+    ids = tokenizer.encode("aa bb  bba", add_special_tokens=False)
+    assert [tokenizer.convert_ids_to_tokens(id) for id in ids] == [
+        *("\u2581", "a", "a b", "\u2581", "b", "  ", "\u2581", "bb", "a")
+    ]
+    assert tokenizer.decode(ids) == "aa bb  bba" == tokenizer.decode(ids, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize("eos", [False, True])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_tokens_around_a_text(tmp_path, kind, bos, eos):
+    def vocabulary(writer):
+        writer.add_tokenizer_model(kind)
+        tokens = ["a", "<s>", "</s>", "<unk>", "aa"]
+        writer.add_token_list(tokens)
+        writer.add_token_types([1, 3, 3, 2, 1])
+        writer.add_token_scores([0.0] * len(tokens))
+        writer.add_token_merges(["a a"])
+
+    settings = [("tokenizer.ggml.add_bos_token", bos), ("tokenizer.ggml.add_eos_token", eos)]
+    settings += [("tokenizer.ggml.add_space_prefix", False)]
+    write(tmp_path / "a.gguf", lambda name: "Q8_0", vocabulary, settings=settings, **SHAPE)
+    tokenizer = InternLM3Tokenizer.from_pretrained(locate(tmp_path / "a.gguf"))
+    assert tokenizer.encode("a") == [1] * bos + [0] + [2] * eos
+    assert tokenizer.encode("a", add_special_tokens=False) == [0]
 
 
 # -------------------------------------------------------------------- LLM
@@ -227,6 +276,46 @@ class TestBadInput:
             file.write_bytes(content[:left])
             refused(file, file, "truncated or damaged")
 
+    @pytest.mark.parametrize("shift", [-32, 1, 32, 2**40])
+    def test_offset(self, file, shift):
+        """Of a tensor within the data of another, or outside the file."""
+        content, name = bytearray(file.read_bytes()), b"blk.1.ffn_down.weight"
+        at = content.index(name) + len(name) + 4 + 2 * 8 + 4
+        (offset,) = struct.unpack_from("<Q", content, at)
+        struct.pack_into("<Q", content, at, offset + shift)
+        file.write_bytes(content)
+        refused(file, file, name.decode(), f"offset {offset + shift}", f"ends at {offset}", "damaged")
+
+    def test_a_tensor_less(self, file):
+        content = bytearray(file.read_bytes())
+        (count,) = struct.unpack_from("<Q", content, 8)
+        struct.pack_into("<Q", content, 8, count - 1)
+        file.write_bytes(content)
+        refused(file, file, "bytes follow the last tensor", "damaged")
+
+    def test_a_layer_that_is_not_there(self, tmp_path):
+        write(tmp_path / "a.gguf", lambda name: "Q8_0", **SHAPE)
+        content = (tmp_path / "a.gguf").read_bytes()
+        key = b"llama.block_count" + struct.pack("<I", 4)
+        at = content.index(key) + len(key)
+        (tmp_path / "a.gguf").write_bytes(content[:at] + struct.pack("<I", 3) + content[at + 4 :])
+        refused(tmp_path / "a.gguf", tmp_path / "a.gguf", "'model.layers.2.input_layernorm.weight'", "missing")
+
+    def test_arrays_in_arrays(self, tmp_path):
+        array = struct.pack("<IQ", 9, 1)
+        content = b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q", 1) + b"x" + struct.pack("<I", 9)
+        (tmp_path / "a.gguf").write_bytes(content + array * 5000)
+        refused(tmp_path / "a.gguf", tmp_path / "a.gguf", "damaged")
+
+    @pytest.mark.parametrize("kind", [struct.pack("<I", 8), struct.pack("<II", 9, 0)], ids=["text", "array"])
+    def test_a_length_that_would_take_gigabytes(self, tmp_path, kind):
+        """In a file that is large enough for it."""
+        content = b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q", 1) + b"x" + kind
+        with (tmp_path / "a.gguf").open("wb") as file:
+            file.write(content + struct.pack("<Q", 2**36))
+            file.truncate(2**37)
+        refused(tmp_path / "a.gguf", tmp_path / "a.gguf", "damaged")
+
     def test_damaged(self, file):
         """Random bytes in the header: read, or refused with one line."""
         content, refusals = file.read_bytes(), 0
@@ -248,11 +337,121 @@ class TestBadInput:
         [
             ("llama.expert_count", 8, ["llama.expert_count is 8"]),
             ("split.count", 3, ["split.count is 3"]),
+            ("llama.rope.scaling.factor", 4.0, ["llama.rope.scaling.factor is 4.0"]),
+            ("llama.rope.scale_linear", 4.0, ["llama.rope.scale_linear is 4.0"]),
+            ("llama.rope.scaling.type", "yarn", ["llama.rope.scaling.type is 'yarn'"]),
+            ("llama.rope.scaling.type", [1], ["llama.rope.scaling.type is [1]", "type str"]),
+            ("llama.attention.causal", False, ["llama.attention.causal is False"]),
+            ("tokenizer.ggml.padding_token_id", 64, ["tokenizer.ggml.padding_token_id is 64", "64 tokens"]),
+            ("tokenizer.ggml.eot_token_id", 64, ["tokenizer.ggml.eot_token_id is 64", "64 tokens"]),
+            ("tokenizer.ggml.eot_token_id", [1], ["tokenizer.ggml.eot_token_id is [1]", "type int"]),
+            ("tokenizer.ggml.eom_token_id", True, ["tokenizer.ggml.eom_token_id is True", "type int"]),
+            ("tokenizer.ggml.add_bos_token", "no", ["tokenizer.ggml.add_bos_token is 'no'", "type bool"]),
+            ("tokenizer.ggml.add_eos_token", 1, ["tokenizer.ggml.add_eos_token is 1", "type bool"]),
+            ("tokenizer.ggml.add_space_prefix", 0, ["tokenizer.ggml.add_space_prefix is 0", "type bool"]),
+            ("tokenizer.chat_template", [1], ["tokenizer.chat_template is [1]", "type str"]),
         ],
     )
     def test_settings(self, tmp_path, key, value, words):
         write(tmp_path / "a.gguf", lambda name: "Q8_0", settings=[(key, value)], **SHAPE)
         refused(tmp_path / "a.gguf", tmp_path / "a.gguf", *words)
+
+    @pytest.mark.parametrize("key", ["attention.layer_norm_rms_epsilon", "block_count", "feed_forward_length"])
+    def test_a_missing_setting(self, file, key):
+        content = file.read_bytes().replace(key.encode(), b"x" * len(key))
+        file.write_bytes(content)
+        refused(file, file, f"llama.{key} is missing")
+
+    def test_a_setting_that_no_model_has(self, tmp_path):
+        write(tmp_path / "a.gguf", lambda name: "Q8_0", **SHAPE)
+        content = (tmp_path / "a.gguf").read_bytes()
+        key = b"llama.context_length" + struct.pack("<I", 4)
+        at = content.index(key) + len(key)
+        (tmp_path / "a.gguf").write_bytes(content[:at] + struct.pack("<I", 2**31) + content[at + 4 :])
+        refused(tmp_path / "a.gguf", tmp_path / "a.gguf", "max_position_embeddings", 2**31)
+
+    @pytest.mark.parametrize("kind", ["llama", "gpt2"])
+    @pytest.mark.parametrize(
+        ("tokens", "types", "words"),
+        [
+            (["a", "b", "c", "b"], [1, 1, 1, 1], ["tokens 1 and 3 are both 'b'"]),
+            (["a", "", "c"], [1, 1, 1], ["token 1 is empty"]),
+            (["a", "b", "c"], [1, 1], ["3 tokens and 2 types"]),
+        ],
+        ids=["twice", "empty", "few types"],
+    )
+    def test_vocabulary(self, tmp_path, kind, tokens, types, words):
+        def vocabulary(writer):
+            writer.add_tokenizer_model(kind)
+            writer.add_token_list(tokens)
+            writer.add_token_types(types)
+            writer.add_token_scores([0.0] * len(tokens))
+
+        write(tmp_path / "a.gguf", lambda name: "Q8_0", vocabulary, **SHAPE)
+        refused(tmp_path / "a.gguf", tmp_path / "a.gguf", *words)
+
+    @pytest.mark.parametrize(
+        ("unknown", "count", "words"), [("?", 1, "256 byte pieces"), ("\0", 256, "no unknown token")]
+    )
+    def test_what_only_the_library_notices(self, tmp_path, unknown, count, words):
+        """It names the GGUF file all the same."""
+
+        def vocabulary(writer):
+            writer.add_tokenizer_model("llama")
+            writer.add_token_list([unknown, "b", "c", *(f"<0x{byte:02X}>" for byte in range(count))])
+            writer.add_token_types([2, 1, 1, *[6] * count])
+            writer.add_token_scores([0.0] * (3 + count))
+
+        write(tmp_path / "a.gguf", lambda name: "Q8_0", vocabulary, **SHAPE)
+        refused(tmp_path / "a.gguf", "a.gguf", words)
+
+    @pytest.mark.parametrize(
+        ("merge", "wrong"), [("a c", "'ac' is no"), ("b x", "'x' is no"), ("ab", "'' is no"), ("a b c", "'b c' is no")]
+    )
+    def test_merges(self, tmp_path, merge, wrong):
+        """The library panics at the first, on standard error."""
+
+        def vocabulary(writer):
+            writer.add_tokenizer_model("gpt2")
+            writer.add_token_list(["a", "b", "c", "ab"])
+            writer.add_token_types([1] * 4)
+            writer.add_token_merges(["a b", merge])
+
+        write(tmp_path / "a.gguf", lambda name: "Q8_0", vocabulary, **SHAPE)
+        refused(tmp_path / "a.gguf", tmp_path / "a.gguf", f"merge 1 is {merge!r}", wrong)
+
+    def test_a_setting_of_a_list_where_a_text_belongs(self, tmp_path):
+        def vocabulary(writer):
+            writer.add_tokenizer_model("gpt2")
+            writer.add_array("tokenizer.ggml.pre", ["qwen2"])
+            writer.add_token_list(["a", "b", "c"])
+            writer.add_token_types([1, 1, 1])
+
+        write(tmp_path / "a.gguf", lambda name: "Q8_0", vocabulary, **SHAPE)
+        refused(tmp_path / "a.gguf", tmp_path / "a.gguf", "tokenizer.ggml.pre is ['qwen2']", "type str")
+
+    def test_a_later_file_of_a_split(self, tmp_path):
+        writer = gguf.GGUFWriter(tmp_path / "a.gguf", "llama")
+        writer.add_key_value("split.count", 2, gguf.GGUFValueType.UINT16)
+        writer.add_tensor("output_norm.weight", np.zeros(32, np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        content = (tmp_path / "a.gguf").read_bytes().replace(b"general.architecture", b"general.xxxxxxxxxxxx")
+        (tmp_path / "a.gguf").write_bytes(content)
+        refused(tmp_path / "a.gguf", tmp_path / "a.gguf", "split.count is 2")
+
+    def test_an_embedding_of_three_dimensions(self, file):
+        header = GGUFHeader.read(file)
+        embedding = header.tensors["token_embd.weight"]._replace(shape=(1, 64, 256))
+        with pytest.raises(ValueError, match=r"'token_embd.weight' has shape \[1, 64, 256\]; it must be a matrix"):
+            config_of(replace(header, tensors={**header.tensors, "token_embd.weight": embedding}))
+
+    def test_a_folder_with_the_name_of_a_file(self, tmp_path):
+        (tmp_path / "a.gguf").mkdir()
+        with pytest.raises(FileNotFoundError, match=r"config\.json is missing"):
+            LLM(tmp_path / "a.gguf", device="cpu", progress=False)
 
     def test_another_architecture(self, file):
         content = file.read_bytes().replace(b"llama", b"gemma")

@@ -27,7 +27,7 @@ from internlm3.runtime.cli.sampling_switches import given_settings
 from internlm3.tests.support.checkpoints import make
 from internlm3.tests.support.command_line import FIGURES, run_command
 from internlm3.tests.support.gguf_files import write
-from internlm3.tests.support.quantised import SHAPE, Checkpoint, awq
+from internlm3.tests.support.quantised import SHAPE, Checkpoint, awq, linears
 
 COMMAND = [sys.executable, "-m", "internlm3.runtime.cli.main"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -202,6 +202,15 @@ def test_info_says_how_a_checkpoint_is_stored(tmp_path, run):
     printed = run("info", tmp_path, "--dtype", "bfloat16").stdout
     assert "GB as AWQ, 4 bits in groups of 32; what is not quantised in bfloat16" in printed
     assert f"{read / 1e9:.2f} GB of weights, and the KV cache so far" in printed
+
+
+def test_info_of_layers_left_alone_because_of_their_shape(tmp_path):
+    checkpoint = Checkpoint(tmp_path, {"quant_method": "awq", "bits": 4, "group_size": 64})
+    checkpoint.quantise(awq, [name for name in linears(checkpoint.model) if "down" not in name], group=64).save()
+    config = InternLM3Config.from_file(tmp_path / "config.json")
+    found = weight_bytes(tmp_path, config, torch.bfloat16)
+    assert found["model.layers.0.mlp.down_proj.weight"] == 2 * 64 * 96  # 96 inputs are no multiple of 64
+    assert found["model.layers.0.mlp.up_proj.weight"] * 8 == 64 * 96 * (4 + 20 / 64)
 
 
 def test_info_of_a_gguf_file(tmp_path, run):

@@ -79,13 +79,14 @@ def byte_level_vocabulary(writer: gguf.GGUFWriter, tokenizer: Tokenizer, special
     writer.add_token_merges([" ".join(merge) for merge in json.loads(tokenizer.to_str())["model"]["merges"]])
 
 
-def write(path: Path, kinds, vocabulary=None, *, seed=0, settings=(), **shape):
+def write(path: Path, kinds, vocabulary=None, *, seed=0, settings=(), vectors="F32", **shape):
     """Writes a random model.
 
     Args:
         kinds: the name of the type of each matrix, by its parameter's name.
         vocabulary: writes the tokenizer's settings; by default it has only tokens of one character.
-        settings: (key, value) of further integers.
+        settings: (key, value) of further settings: uint32, float32, texts, booleans, and lists of one of these.
+        vectors: the name of the type of norms and biases.
         shape: of the model.
 
     Returns:
@@ -110,7 +111,8 @@ def write(path: Path, kinds, vocabulary=None, *, seed=0, settings=(), **shape):
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     for key, value in settings:
-        writer.add_uint32(key, value)
+        kind = gguf.GGUFValueType.get_type(value)
+        writer.add_key_value(key, value, gguf.GGUFValueType.UINT32 if type(value) is int else kind)
     if vocabulary is None:
         writer.add_tokenizer_model("llama")
         writer.add_token_list([f"<{i}>" for i in range(config.vocab_size)])
@@ -123,7 +125,7 @@ def write(path: Path, kinds, vocabulary=None, *, seed=0, settings=(), **shape):
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         value = parameter.float().numpy()
-        kind = gguf.GGMLQuantizationType[kinds(name) if value.ndim == 2 else "F32"]
+        kind = gguf.GGMLQuantizationType[kinds(name) if value.ndim == 2 else vectors]
         pairs = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
         if kind.name in FLOATS_OF:
             stored = random_blocks(rng, kind, *value.shape)

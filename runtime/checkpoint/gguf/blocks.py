@@ -136,7 +136,7 @@ BLOCKS = {
 
 
 def numbers(kind: int, data: Tensor, shape: tuple[int, ...]) -> Integers | Tensor:
-    """What a tensor holds: a matrix as integers, or floats in float32.
+    """What a tensor holds: integers, if it is a matrix of them, else float32.
 
     Args:
         kind: a key of BLOCKS.
@@ -147,6 +147,7 @@ def numbers(kind: int, data: Tensor, shape: tuple[int, ...]) -> Integers | Tenso
     found = block.read(data.view(-1, block.bytes))
     if isinstance(found, Tensor):
         return found.view(shape)
-    rows = shape[:-1]
-    minimum = None if found.minimum is None else found.minimum.view(*rows, -1)
-    return Integers(found.q.view(shape), found.scale.view(*rows, -1), found.zero, found.bits, minimum)
+    q = found.q.view(-1, shape[-1])
+    minimum = None if found.minimum is None else found.minimum.view(len(q), -1)
+    integers = Integers(q, found.scale.view(len(q), -1), found.zero, found.bits, minimum)
+    return integers if len(shape) == 2 else integers.weight().view(shape)

@@ -31,21 +31,25 @@ def locate(id_or_path: str | os.PathLike[str], **options: Any) -> Path:
         As `hub.locate`, and ValueError for a GGUF file that this runtime does not read.
     """
     name = hub.name_of(id_or_path)
-    if not name.endswith(SUFFIX):
-        return hub.locate(name, **options)
     path = Path(name).expanduser()
+    if not name.endswith(SUFFIX) or path.is_dir():
+        return hub.locate(name, **options)
     if not path.is_file():
         path = hub.locate_file(name, **{key: value for key, value in options.items() if key != "weights"})
     return folder_of(path)
 
 
 def folder_of(path: Path) -> Path:
-    """A new temporary folder for a GGUF file: its configuration and tokenizer in the files of a checkpoint."""
+    """A new temporary folder for a GGUF file: its configuration and tokenizer in the files of a checkpoint.
+
+    It has the name of the file, so that errors which name files of the folder say which GGUF file they came from.
+    """
     header = GGUFHeader.read(path.absolute())
     config, generation = config_of(header), generation_of(header)
     temporary = tempfile.TemporaryDirectory(prefix="internlm3-gguf-")
     _folders.append(temporary)
-    folder = Path(temporary.name)
+    folder = Path(temporary.name, header.path.name)
+    folder.mkdir()
     write_json(folder / "config.json", config)
     write_json(folder / GENERATION_CONFIG, generation)
     write_tokenizer(header, folder)

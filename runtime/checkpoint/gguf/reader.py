@@ -4,6 +4,7 @@
     each setting: name, type uint32, value        strings: length uint64, UTF-8; arrays: type uint32, length uint64
     each tensor:  name, dimensions uint32, their sizes uint64 (the innermost first), type uint32, offset uint64
     padding to a multiple of general.alignment, from which the offsets count
+    the data of the tensors, in the same order, each padded likewise
 
 Numbers are little-endian. Source: the specification in ggml's repository (docs/gguf.md).
 """
@@ -23,6 +24,7 @@ from .blocks import BLOCKS
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _MOST_DIMENSIONS = 4
+_MOST = 2**24  # bytes of a string, or values of an array: a damaged length would take gigabytes
 _ALIGNMENT = "general.alignment"
 
 
@@ -55,7 +57,7 @@ class GGUFHeader:
             with content:
                 try:
                     return cls(path, *_Reader(content).header(size))
-                except (struct.error, UnicodeDecodeError, IndexError, OverflowError):
+                except (struct.error, UnicodeDecodeError, IndexError, OverflowError, RecursionError):
                     raise ValueError(f"{path} is truncated or damaged; fetch it again") from None
                 except ValueError as error:
                     raise ValueError(f"{path}: {error}") from None
@@ -94,8 +96,24 @@ class _Reader:
         alignment = values.get(_ALIGNMENT, 32)
         if not isinstance(alignment, int) or alignment < 1:
             raise ValueError(f"{_ALIGNMENT} is {shown(alignment)}; it must be a positive integer")
-        base = -(-self._at // alignment) * alignment
-        return values, {name: _placed(name, *tensor, base, size) for name, tensor in found.items()}
+        end = _padded(self._at, alignment)
+        base, placed = end, {}
+        for name, (kind, shape, offset) in found.items():
+            if base + offset != end:
+                raise ValueError(
+                    f"the tensor {shown(name)} has the offset {offset}, and what is before it ends at {end - base}: "
+                    "it is damaged; fetch it again"
+                )
+            placed[name] = _placed(name, kind, shape, end)
+            end = placed[name].end
+            if end > size:
+                raise ValueError(
+                    f"the tensor {shown(name)} ends at byte {end} of {size}: it is truncated or damaged; fetch it again"
+                )
+            end = _padded(end, alignment)
+        if size > end:
+            raise ValueError(f"{size - end} bytes follow the last tensor: it is damaged; fetch it again")
+        return values, placed
 
     def _number(self, kind: str) -> Any:
         (value,) = struct.unpack_from(f"<{kind}", self._content, self._at)
@@ -105,7 +123,7 @@ class _Reader:
     def _string(self) -> str:
         length = self._number("Q")
         begin, self._at = self._at, self._at + length
-        if self._at > len(self._content):
+        if self._at > len(self._content) or length > _MOST:
             raise IndexError
         return self._content[begin : self._at].decode()
 
@@ -114,6 +132,8 @@ class _Reader:
             return self._string()
         if kind == _ARRAY:
             inner, length = self._number("I"), self._number("Q")
+            if length > _MOST:
+                raise IndexError
             if inner not in _NUMBERS:
                 return [self._value(inner) for _ in range(length)]
             if length * struct.calcsize(f"<{_NUMBERS[inner]}") > len(self._content) - self._at:
@@ -126,7 +146,11 @@ class _Reader:
         return self._number(_NUMBERS[kind])
 
 
-def _placed(name: str, kind: int, shape: tuple[int, ...], offset: int, base: int, size: int) -> StoredTensor:
+def _padded(size: int, alignment: int) -> int:
+    return -(-size // alignment) * alignment
+
+
+def _placed(name: str, kind: int, shape: tuple[int, ...], begin: int) -> StoredTensor:
     if kind not in BLOCKS:
         known = ", ".join(block.name for block in BLOCKS.values())
         raise ValueError(
@@ -140,8 +164,4 @@ def _placed(name: str, kind: int, shape: tuple[int, ...], offset: int, base: int
         raise ValueError(
             f"the tensor {shown(name)} of type {block.name} has shape {list(shape)}, in rows of {block.size}"
         )
-    begin = base + offset
-    end = begin + numbers // block.size * block.bytes
-    if end > size:
-        raise IndexError
-    return StoredTensor(kind, shape, begin, end)
+    return StoredTensor(kind, shape, begin, begin + numbers // block.size * block.bytes)

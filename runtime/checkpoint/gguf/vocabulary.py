@@ -8,7 +8,7 @@ file has; "gpt2" is a byte-level byte-pair encoding, whose merges it has, and wh
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ _SPLITS: Mapping[str, tuple[Sequence[Any], bool]] = {  # name -> (steps before t
     "llama-bpe": (({"type": "Split", "pattern": {"Regex": _LLAMA3}, "behavior": "Isolated", "invert": False},), False),
     "qwen2": (({"type": "Split", "pattern": {"Regex": _QWEN2}, "behavior": "Isolated", "invert": False},), False),
 }
+_NAMED = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 _WHOLE_WORDS_FIRST = ("llama-bpe",)  # a word that is a token is not merged from its parts
 
 
@@ -44,42 +45,58 @@ def write_tokenizer(header: GGUFHeader, folder: Path) -> None:
         ValueError: a vocabulary of another kind, or one that contradicts itself.
     """
     settings = Settings(header)
-    kind = settings.get("tokenizer.ggml.model")
+    kind = settings.get("tokenizer.ggml.model", str)
+    if kind not in ("llama", "gpt2"):
+        raise ValueError(f"{header.path}: tokenizer.ggml.model is {shown(kind)}; this runtime reads 'llama' and 'gpt2'")
     tokens = settings.items("tokenizer.ggml.tokens", str)
     types = settings.items("tokenizer.ggml.token_type", int)
     if len(types) != len(tokens):
         raise ValueError(f"{header.path}: tokenizer.ggml has {len(tokens)} tokens and {len(types)} types")
-    named = _named_tokens(header, settings, tokens)
+    _check_different(header, tokens)
+    ids = {name: settings.token_id(key) for name, key in _NAMED.items()}
+    named = {f"{name}_token": None if id is None else tokens[id] for name, id in ids.items()}
+    eos = settings.get("tokenizer.ggml.add_eos_token", bool, False)
     if kind == "llama":
         scores = settings.items("tokenizer.ggml.scores", float)
         if len(scores) != len(tokens):
             raise ValueError(f"{header.path}: tokenizer.ggml has {len(tokens)} tokens and {len(scores)} scores")
-        types = _with_unknown(types, settings.get("tokenizer.ggml.unknown_token_id", 0))
-        prefix = settings.get("tokenizer.ggml.add_space_prefix", True)
-        (folder / "tokenizer.model").write_bytes(sentencepiece_model(tokens, scores, types, bool(prefix)))
+        if _UNKNOWN not in types:  # SentencePiece needs one
+            types = [*types]
+            types[ids["unk"] or 0] = _UNKNOWN
+        prefix = settings.get("tokenizer.ggml.add_space_prefix", bool, True)
+        (folder / "tokenizer.model").write_bytes(sentencepiece_model(tokens, scores, types, prefix))
         special: tuple[int, ...] = (_CONTROL, _UNKNOWN)
-        bos = settings.get("tokenizer.ggml.add_bos_token", True)
-    elif kind == "gpt2":
-        special = (_CONTROL, _UNKNOWN, _USER_DEFINED)
-        bos = settings.get("tokenizer.ggml.add_bos_token", settings.get("tokenizer.ggml.pre") == "llama-bpe")
-        write_json(
-            folder / "tokenizer.json",
-            _json_tokenizer(header, settings, tokens, types, named["bos_token"] if bos else None),
-        )
+        bos = settings.get("tokenizer.ggml.add_bos_token", bool, True)
     else:
-        raise ValueError(f"{header.path}: tokenizer.ggml.model is {shown(kind)}; this runtime reads 'llama' and 'gpt2'")
-    added = {i: token for i, token in enumerate(tokens) if types[i] in special}
+        special = (_CONTROL, _UNKNOWN, _USER_DEFINED)
+        pre = settings.get("tokenizer.ggml.pre", str, "default")
+        if pre not in _SPLITS:
+            known = ", ".join(map(repr, _SPLITS))
+            raise ValueError(
+                f"{header.path}: tokenizer.ggml.pre is {shown(pre)}; this runtime splits text as {known} do"
+            )
+        bos = settings.get("tokenizer.ggml.add_bos_token", bool, pre == "llama-bpe")
+        ends = named["bos_token"] if bos else None, named["eos_token"] if eos else None
+        merges = settings.items("tokenizer.ggml.merges", str)
+        _check_merges(header, merges, {*tokens})
+        write_json(folder / "tokenizer.json", _json_tokenizer(pre, tokens, types, merges, *ends))
+    added = {
+        i: token
+        for i, token in enumerate(tokens)
+        # SentencePiece writes "\u2581" for spaces before it looks for pieces, so it never finds one with a space.
+        if types[i] in special or (types[i] == _USER_DEFINED and " " in token)
+    }
     write_json(
         folder / "tokenizer_config.json",
         {
             "tokenizer_class": "InternLM3Tokenizer",
             "added_tokens_decoder": {str(i): _added(token, types[i]) for i, token in added.items()},
             **named,
-            "add_bos_token": bool(bos) and named["bos_token"] is not None,
-            "add_eos_token": bool(settings.get("tokenizer.ggml.add_eos_token", False)),
+            "add_bos_token": bos and named["bos_token"] is not None,
+            "add_eos_token": eos and named["eos_token"] is not None,
             "add_prefix_space": False,  # SentencePiece itself removes the space that it added
             "clean_up_tokenization_spaces": False,
-            "chat_template": settings.get("tokenizer.chat_template"),
+            "chat_template": settings.get("tokenizer.chat_template", str),
         },
     )
 
@@ -121,21 +138,25 @@ def _float(field: int, value: float) -> bytes:
     return _varint(field << 3 | 5) + struct.pack("<f", value)
 
 
-def _with_unknown(types: list[int], unknown: Any) -> list[int]:
-    """The types with exactly one unknown token, which SentencePiece needs."""
-    if _UNKNOWN in types or not isinstance(unknown, int) or not 0 <= unknown < len(types):
-        return types
-    return [_UNKNOWN if i == unknown else type for i, type in enumerate(types)]
+def _check_different(header: GGUFHeader, tokens: Sequence[str]) -> None:
+    """Raises ValueError unless there are tokens, none of them empty and no two alike."""
+    first: dict[str, int] = {"": -1}
+    for id, token in enumerate(tokens):
+        if (other := first.setdefault(token, id)) != id:
+            found = f"tokens {other} and {id} are both {shown(token)}" if token else f"token {id} is empty"
+            raise ValueError(f"{header.path}: tokenizer.ggml.tokens: {found}")
+    if not tokens:
+        raise ValueError(f"{header.path}: tokenizer.ggml.tokens is empty")
 
 
-def _named_tokens(header: GGUFHeader, settings: Settings, tokens: Sequence[str]) -> dict[str, str | None]:
-    named: dict[str, str | None] = {}
-    for name, key in {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}.items():
-        id = settings.get(f"tokenizer.ggml.{key}_token_id")
-        if id is not None and not (isinstance(id, int) and 0 <= id < len(tokens)):
-            raise ValueError(f"{header.path}: tokenizer.ggml.{key}_token_id is {shown(id)}, of {len(tokens)} tokens")
-        named[f"{name}_token"] = None if id is None else tokens[id]
-    return named
+def _check_merges(header: GGUFHeader, merges: Sequence[str], tokens: Collection[str]) -> None:
+    """Raises ValueError unless each merge is of two tokens, and makes one. The library `tokenizers` panics at some."""
+    for index, merge in enumerate(merges):
+        left, _, right = merge.partition(" ")
+        if (wrong := next((part for part in (left, right, left + right) if part not in tokens), None)) is not None:
+            raise ValueError(
+                f"{header.path}: tokenizer.ggml.merges: merge {index} is {shown(merge)}, and {shown(wrong)} is no token"
+            )
 
 
 def _added(token: str, type: int) -> dict[str, Any]:
@@ -144,22 +165,26 @@ def _added(token: str, type: int) -> dict[str, Any]:
 
 
 def _json_tokenizer(
-    header: GGUFHeader, settings: Settings, tokens: Sequence[str], types: Sequence[int], bos: str | None
+    pre: str, tokens: Sequence[str], types: Sequence[int], merges: Sequence[str], bos: str | None, eos: str | None
 ) -> dict[str, Any]:
-    """The contents of a tokenizer.json. bos: the token in front of every text."""
-    pre = settings.get("tokenizer.ggml.pre", "default")
-    if pre not in _SPLITS:
-        known = ", ".join(map(repr, _SPLITS))
-        raise ValueError(f"{header.path}: tokenizer.ggml.pre is {shown(pre)}; this runtime splits text as {known} do")
+    """The contents of a tokenizer.json.
+
+    Args:
+        pre: how a text is split first.
+        tokens, types, merges: of the vocabulary.
+        bos, eos: the tokens in front of every text, and behind it.
+    """
     steps, own = _SPLITS[pre]
     bytes_of = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     added = [i for i, type in enumerate(types) if type in (_CONTROL, _UNKNOWN, _USER_DEFINED)]
-    in_front = {"SpecialToken": {"id": bos, "type_id": 0}}
+    first, last = ([] if end is None else [{"SpecialToken": {"id": end, "type_id": 0}}] for end in (bos, eos))
+    text, second = ({"Sequence": {"id": id, "type_id": type_id}} for type_id, id in enumerate("AB"))
+    ends = {end for end in (bos, eos) if end is not None}
     frame = {
         "type": "TemplateProcessing",
-        "single": [in_front, {"Sequence": {"id": "A", "type_id": 0}}],
-        "pair": [in_front, {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
-        "special_tokens": {bos: {"id": bos, "ids": [tokens.index(bos)], "tokens": [bos]}} if bos is not None else {},
+        "single": [*first, text, *last],
+        "pair": [*first, text, *last, *first, second, *last],
+        "special_tokens": {end: {"id": end, "ids": [tokens.index(end)], "tokens": [end]} for end in ends},
     }
     return {
         "version": "1.0",
@@ -168,7 +193,7 @@ def _json_tokenizer(
         "added_tokens": [{"id": i, **_added(tokens[i], types[i])} for i in added],
         "normalizer": None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*steps, {**bytes_of, "use_regex": own}]},
-        "post_processor": frame if bos is not None else None,
+        "post_processor": frame if ends else None,
         "decoder": {**bytes_of, "use_regex": own},
         "model": {
             "type": "BPE",
@@ -180,6 +205,6 @@ def _json_tokenizer(
             "byte_fallback": False,
             "ignore_merges": pre in _WHOLE_WORDS_FIRST,
             "vocab": {token: i for i, token in enumerate(tokens)},
-            "merges": settings.items("tokenizer.ggml.merges", str),
+            "merges": merges,
         },
     }

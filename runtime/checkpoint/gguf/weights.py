@@ -67,7 +67,7 @@ class GGUFWeights(WeightFiles):
             sources[full] = _Source(tensor, in_pairs.get(rest, 0))
         layouts = {name: layout for name, source in sources.items() if (layout := _layout(source.tensor)) is not None}
         tensors = {name: (source.tensor.shape, torch.float32) for name, source in sources.items()}
-        return cls(header.path.parent, {header.path: tensors}, dict.fromkeys(sources, header.path), layouts, sources)
+        return cls(header.path, {header.path: tensors}, dict.fromkeys(sources, header.path), layouts, sources)
 
     def read(
         self, path: Path, names: Collection[str], device: torch.device, packed: Collection[str] = ()
@@ -89,7 +89,7 @@ class GGUFWeights(WeightFiles):
 def _layout(tensor: StoredTensor) -> Layout | None:
     """How the ops take a matrix, None if they don't."""
     found = numbers(tensor.kind, torch.empty(tensor.end - tensor.begin, dtype=torch.uint8, device="meta"), tensor.shape)
-    return None if isinstance(found, Tensor) or len(tensor.shape) != 2 else found.layout()
+    return None if isinstance(found, Tensor) else found.layout()
 
 
 def _in_order(found: Integers | Tensor, heads: int) -> Integers | Tensor:

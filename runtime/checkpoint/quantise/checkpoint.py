@@ -23,7 +23,7 @@ from ...model.model import LanguageModel
 from ..gguf.folder import WEIGHTS as GGUF_WEIGHTS
 from ..quantised.integers import Integers
 from ..quantised.methods import FILE, KEY, method_of
-from ..weight_files import FLOATS, WeightFiles, tied_names
+from ..weight_files import FLOATS, WeightFiles, naming, tied_names
 from .activation_scaling import scale
 from .calibration import Calibration
 from .compressed import Kind, settings, tensors
@@ -81,7 +81,7 @@ def quantise_checkpoint(
         try:
             for name, weight, dtype in _weights(model, kinds, calibration, device):
                 if name in kinds:
-                    layer, integers = name.removesuffix(_WEIGHT), _rounded(name, weight, dtype, kinds[name])
+                    layer, integers = name.removesuffix(_WEIGHT), _rounded(model, name, weight, dtype, kinds[name])
                     for suffix, part in tensors(integers, kinds[name]).items():
                         shards.add(f"{layer}.{suffix}", part)
                 else:
@@ -156,7 +156,8 @@ class _Source:
         if own != "int4":
             return Kind(own, None, True)
         (_, inputs), _ = self.files.headers[self.files.file_of[name]][name]
-        return Kind(own, group_size(name, inputs, group), symmetric)
+        with naming(self.files.folder):
+            return Kind(own, group_size(name, inputs, group), symmetric)
 
     def read(self, names: Sequence[str], device: torch.device) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
@@ -178,20 +179,20 @@ def _weights(
         weights = model.read(list(names), device)
         dtypes = {name: weight.dtype for name, weight in weights.items()}
         if prefix and text is not None:
-            weights = _scaled(prefix, weights, kinds, text)
+            weights = _scaled(model, prefix, weights, kinds, text)
         for name in list(weights):
             yield name, weights.pop(name), dtypes[name]
 
 
 def _scaled(
-    prefix: str, weights: Mapping[str, Tensor], kinds: Mapping[str, Kind], text: Calibration
+    model: _Source, prefix: str, weights: Mapping[str, Tensor], kinds: Mapping[str, Kind], text: Calibration
 ) -> dict[str, Tensor]:
     """The weights of a block, scaled. `prefix`: the beginning of their names."""
     block = {name.removeprefix(prefix): weight for name, weight in weights.items()}
 
     def rounding(name: str, weight: Tensor) -> Tensor:
         full = f"{prefix}{name}"
-        return _rounded(full, weight, weights[full].dtype, kinds[full]).weight()
+        return _rounded(model, full, weight, weights[full].dtype, kinds[full]).weight()
 
     scale(block, text.run(block), rounding)
     return {f"{prefix}{name}": weight for name, weight in block.items()}
@@ -203,5 +204,6 @@ def _block_of(name: str) -> str:
     return match[0] if match else ""
 
 
-def _rounded(name: str, weight: Tensor, dtype: torch.dtype, kind: Kind) -> Integers:
-    return to_integers(name, weight, dtype, kind.form, kind.group or -1, kind.symmetric)
+def _rounded(model: _Source, name: str, weight: Tensor, dtype: torch.dtype, kind: Kind) -> Integers:
+    with naming(model.files.file_of[name]):
+        return to_integers(name, weight, dtype, kind.form, kind.group or -1, kind.symmetric)

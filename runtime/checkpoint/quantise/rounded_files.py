@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ....kernels import quantised as kernels
 from ....kernels.quantised import Layout, Weight
-from ..weight_files import WeightFiles
+from ..weight_files import WeightFiles, naming
 from .rounding import GROUPS, Form, form_of, group_size, to_integers
 
 
@@ -40,7 +40,8 @@ class RoundedFiles(WeightFiles):
         for name, shape in shapes.items():
             own = form_of(name, form)
             if own is not None and len(shape) == 2:
-                layouts[name] = Layout(_form(name, own, shape[1]), None)
+                with naming(stored.folder):
+                    layouts[name] = Layout(_form(name, own, shape[1]), None)
         return cls(stored.folder, stored.headers, stored.file_of, layouts, stored, form)
 
     def read(
@@ -51,7 +52,9 @@ class RoundedFiles(WeightFiles):
             if name in packed and own is not None and isinstance(tensor, Tensor):  # nothing is stored quantised
                 # Zero points are in the low bits of the scales, which float32 would need for itself.
                 dtype = torch.bfloat16 if tensor.dtype == torch.float32 else tensor.dtype
-                yield name, to_integers(name, tensor, dtype, own, GROUPS[0], False).as_weight(packed=True)
+                with naming(path):
+                    integers = to_integers(name, tensor, dtype, own, GROUPS[0], False)
+                yield name, integers.as_weight(packed=True)
             else:
                 yield name, tensor
 

@@ -91,19 +91,20 @@ class FourBits:
     def numbers(self, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> Tensor:
         absmax, size = self._absmax(parts), shape[0] * shape[1]
         values = looked_up(parts["weight.quant_map"], parts["weight"].flatten(), low_first=False)[:size]
-        block = self._number(parts, "blocksize")
+        block = min(self._number(parts, "blocksize"), size)
         return (values * absmax.to(values.device).repeat_interleave(block)[:size]).view(shape)
 
     def _absmax(self, parts: Mapping[str, Tensor]) -> Tensor:
         """The scale of each block, float32."""
-        absmax = parts["weight.absmax"]
+        absmax = parts["weight.absmax"].flatten()
         if not self.nested:
             return absmax
         size, offset = self._number(parts, "nested_blocksize"), self._settings(parts).get("nested_offset")
-        nested = parts["weight.nested_absmax"]
+        nested = parts["weight.nested_absmax"].flatten()
         if -(-len(absmax) // size) != len(nested) or not isinstance(offset, float):
             raise ValueError(f"{self._state} does not describe weight.nested_absmax")
-        return parts["weight.nested_quant_map"][absmax.long()] * nested.repeat_interleave(size)[: len(absmax)] + offset
+        scales = nested.repeat_interleave(min(size, len(absmax)))[: len(absmax)]
+        return parts["weight.nested_quant_map"][absmax.long()] * scales + offset
 
     def _number(self, parts: Mapping[str, Tensor], key: str) -> int:
         value = self._settings(parts).get(key)
@@ -113,8 +114,8 @@ class FourBits:
 
     def _settings(self, parts: Mapping[str, Tensor]) -> dict[str, Any]:
         try:
-            values = json.loads(bytes(parts[self._state].tolist()))
-        except ValueError:
+            values = json.loads(bytes(parts[self._state].flatten().tolist()))
+        except (ValueError, RecursionError):
             values = None
         if not isinstance(values, dict):
             raise ValueError(f"{self._state} is no JSON object")

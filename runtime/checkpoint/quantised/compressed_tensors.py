@@ -8,8 +8,9 @@
     mxfp4-pack-quantized   weight_packed [O, I / 2] uint8       fp4 * 2^(scale - 127)
 
 `half` is 8 of 4 bits, 128 of 8. weight_scale is [O, G], [O, 1] or [1], or one per block of outputs and inputs.
-weight_zero_point replaces half of the range where a layer is not symmetric; pack-quantized packs it along the outputs,
-with the same offset as q. A weight_g_idx [I] names the group of each input.
+weight_zero_point replaces half of the range where a layer is not symmetric. pack-quantized packs those of outputs and
+groups along the outputs, with the same offset as q; all others are int8. A weight_g_idx [I] names the group of each
+input.
 
 Formats that also round activations at run time (input_activations) are read as weights only, which is more exact.
 """
@@ -101,7 +102,7 @@ def _scheme(group: Mapping[str, Any], format_of_all: Any) -> Scheme:
         group_size=weights.group_size() if strategy == "group" else -1,
         one_scale=strategy == "tensor",
         block=None if block is None else (block[0], block[1]),
-        reordered=weights.get("actorder") in ("group", "dynamic"),
+        reordered=strategy == "group" and weights.get("actorder") in ("group", "dynamic"),
     )
 
 
@@ -111,7 +112,7 @@ def _patterns(key: str, values: Any) -> list[str]:
     for pattern in values:
         try:
             re.compile(pattern.removeprefix("re:"))
-        except re.error as error:
+        except (re.error, RecursionError, OverflowError) as error:
             raise ValueError(f"{key} holds {shown(pattern)}, which is no regular expression ({error})") from None
     return values
 
@@ -151,11 +152,12 @@ class Scaled:
         zero = Part(scale_shape, [torch.int8])
         if self.format == "pack-quantized":
             per_word = 32 // self.bits
+            if not self.one_scale and self.block is None:
+                zero = Part((-(-outputs // per_word), scale_shape[-1]), [torch.int32])
             data = {
                 "weight_packed": Part((outputs, -(-inputs // per_word)), [torch.int32], large=True),
                 "weight_shape": Part((2,), [torch.int64, torch.int32], optional=True),
             }
-            zero = Part((-(-outputs // per_word), scale_shape[-1]), [torch.int32])
         else:
             data = {
                 "weight": Part(
@@ -178,22 +180,28 @@ class Scaled:
         if "weight_g_idx" in parts:
             check_groups("weight_g_idx", parts["weight_g_idx"], parts["weight_scale"].shape[1], in_sequence=False)
 
-    def numbers(self, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> Integers | Tensor:
+    def numbers(self, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> Integers:
         outputs, inputs = shape
-        scale, zero, half = parts["weight_scale"], parts.get("weight_zero_point"), 2 ** (self.bits - 1)
-        q = parts["weight"] if "weight" in parts else unpack(parts["weight_packed"], self.bits, 1)[:, :inputs]
-        if "weight_packed" not in parts:
-            zeros: Tensor | int = 0 if zero is None else zero
+        scale, zero = parts["weight_scale"], parts.get("weight_zero_point")
+        if "weight" in parts:
+            q, offset = parts["weight"], 0
         else:
-            zeros = half if zero is None else unpack(zero, self.bits, 0)[:outputs]
+            q, offset = unpack(parts["weight_packed"], self.bits, 1)[:, :inputs], 2 ** (self.bits - 1)
+        zeros: Tensor | int = offset
+        if zero is not None and zero.dtype == torch.int32:
+            zeros = unpack(zero, self.bits, 0)[:outputs]
+        elif zero is not None:
+            zeros = (zero.to(torch.int16) + offset).to(torch.uint8) if offset else zero
+        group_of = parts["weight_g_idx"].long() if "weight_g_idx" in parts else None
         if self.one_scale:
             scale = scale.expand(outputs, 1)
             zeros = zeros.expand(outputs, 1) if isinstance(zeros, Tensor) else zeros
         if self.block is not None:
-            scale = scale.repeat_interleave(self.block[0], 0)[:outputs]
-            if inputs % self.block[1]:
-                return q.float() * scale.float().to(q.device).repeat_interleave(self.block[1], 1)[:, :inputs]
-        group_of = parts["weight_g_idx"].long() if "weight_g_idx" in parts else None
+            rows, columns = self.block
+            scale = scale.repeat_interleave(rows, 0)[:outputs]
+            zeros = zeros.repeat_interleave(rows, 0)[:outputs] if isinstance(zeros, Tensor) else zeros
+            if inputs % columns and inputs > columns:  # the last block is narrower
+                group_of = torch.arange(inputs, device=scale.device) // columns
         return Integers(q, scale, zeros, self.bits, group_of=group_of)
 
 

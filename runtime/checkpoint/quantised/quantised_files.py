@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from ....kernels.quantised import Layout, Weight
 from ...common.shown import shown
-from ..weight_files import Header, WeightFiles
+from ..weight_files import Header, WeightFiles, naming
 from .scheme import Method, Part, Scheme
 
 _WEIGHT = ".weight"
@@ -83,7 +82,7 @@ class QuantisedFiles(WeightFiles):
         files = cls(stored.folder, headers, file_of, layouts, stored, layers)
         for path in headers:
             for name, parts in files._parts(path, headers[path].keys() & layers.keys(), _CPU, large=False):
-                with _naming(path, name):
+                with naming(path, shown(name.removesuffix(_WEIGHT))):
                     layers[name].scheme.check(parts, layers[name].shape)
                 if layout := files._layout(name, parts):
                     layouts[name] = layout
@@ -96,7 +95,7 @@ class QuantisedFiles(WeightFiles):
         wanted = self.headers[path].keys() & set(names) & self.layers.keys()
         for name, parts in self._parts(path, wanted, device, large=True):
             layer = self.layers[name]
-            with _naming(path, name):
+            with naming(path, shown(name.removesuffix(_WEIGHT))):
                 numbers = layer.scheme.numbers(parts, layer.shape)
                 weight = numbers if isinstance(numbers, Tensor) else numbers.as_weight(packed=name in packed)
             yield name, weight
@@ -201,12 +200,3 @@ def _zero_bias(files: WeightFiles, name: str) -> set[str]:
         if bias.any():
             raise ValueError(f"{path}: {shown(name)} is not zero, and config.json describes a model without it")
     return {name}
-
-
-@contextmanager
-def _naming(path: Path, name: str) -> Iterator[None]:
-    """ValueErrors name the file and the layer."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{path}: {shown(name.removesuffix(_WEIGHT))}: {error}") from None

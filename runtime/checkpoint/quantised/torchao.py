@@ -49,7 +49,7 @@ class TorchAO:
 
     def check(self, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> None:
         scale, zero = parts["_weight_scale"], parts.get("_weight_zero_point")
-        if scale.dim() != 2 or len(scale) != shape[0] or shape[1] % scale.shape[1]:
+        if scale.dim() != 2 or len(scale) != shape[0] or not scale.numel() or shape[1] % scale.shape[1]:
             raise ValueError(f"_weight_scale has shape {list(scale.shape)}, which does not divide {list(shape)}")
         if zero is not None and zero.shape != scale.shape:
             raise ValueError(f"_weight_zero_point has shape {list(zero.shape)}, and _weight_scale {list(scale.shape)}")

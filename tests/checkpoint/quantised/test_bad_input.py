@@ -150,6 +150,22 @@ def test_tensors(tmp_path, form, edit, words):
     refused(folder, ValueError, folder / "model.safetensors", *words)
 
 
+@pytest.mark.parametrize("pattern", ["re:(", "re:" + "(" * 5000 + ")" * 5000, "re:a{99999999999}"])
+def test_patterns(tmp_path, pattern):
+    checkpoint = Checkpoint(tmp_path, compressed_settings(ignore=[pattern])).quantise(compressed(4, True))
+    refused(checkpoint.save(), ValueError, tmp_path / "config.json", "ignore holds 're:", "no regular expression")
+
+
+def test_scales_without_numbers(tmp_path):
+    settings = {"quant_method": "torchao", "quant_type": {"default": {"_type": "IntxWeightOnlyConfig"}}}
+
+    def write(layer):
+        return {"_weight_qdata": torch.from_numpy(layer.q).to(torch.int8), "_weight_scale": layer.scale[:, :0]}
+
+    folder = Checkpoint(tmp_path, settings).quantise(write).save()
+    refused(folder, ValueError, folder / "model.safetensors", "_weight_scale has shape", "does not divide")
+
+
 def test_quantised_tensors_that_nothing_describes(tmp_path):
     refused(Checkpoint(tmp_path, None).quantise(awq).save(), ValueError, "missing from the weights")
 

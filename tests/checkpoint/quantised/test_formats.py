@@ -311,6 +311,29 @@ def test_bitsandbytes_4_bits(tmp_path, kind, nested):
     check(scaled(checkpoint, parts), packed=set())  # a table of values is no product
 
 
+def test_bitsandbytes_blocks_larger_than_the_layer(tmp_path):
+    """However large: no memory is taken for more than the layer. Small tensors may have any shape."""
+    settings = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4",
+                "bnb_4bit_use_double_quant": True}  # fmt: skip
+    checkpoint = Checkpoint(tmp_path, settings)
+
+    def parts(shape):
+        q, values = checkpoint.rng.integers(0, 16, shape).astype(np.uint8), torch.linspace(-1, 1, 16)
+        state = {"blocksize": 2**60, "nested_blocksize": 2**60, "nested_offset": 0.25, "shape": list(shape)}
+        outer, table = torch.tensor([[0.5]]), torch.linspace(0, 1, 256)
+        weight = values[torch.from_numpy(q).long()] * (table[77] * 0.5 + 0.25)
+        return weight, {
+            "weight": torch.from_numpy(q.flatten()[0::2] << 4 | q.flatten()[1::2])[:, None],
+            "weight.quant_map": values,
+            "weight.absmax": torch.tensor(77, dtype=torch.uint8),
+            "weight.quant_state.bitsandbytes__nf4": torch.tensor([list(json.dumps(state).encode())], dtype=torch.uint8),
+            "weight.nested_absmax": outer,
+            "weight.nested_quant_map": table,
+        }
+
+    check(scaled(checkpoint, parts), packed=set())
+
+
 def test_bitsandbytes_8_bits(tmp_path):
     checkpoint = Checkpoint(tmp_path, {"quant_method": "bitsandbytes", "load_in_8bit": True})
 

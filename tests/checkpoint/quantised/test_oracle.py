@@ -10,6 +10,8 @@ from internlm3.tests.support.quantised import compressed_settings
 SHAPE = (48, 256)
 GROUP = {"strategy": "group", "group_size": 32}
 BLOCK = {"strategy": "block", "block_structure": [16, 128], "group_size": None}
+NARROWER = {"strategy": "block", "block_structure": [32, 96], "group_size": None}  # at both ends of the weight
+TENSOR = {"strategy": "tensor", "group_size": None}
 CHANNEL = {"strategy": "channel", "group_size": None}
 FORMS = {
     "int4": ("pack-quantized", {**GROUP, "num_bits": 4}),
@@ -18,6 +20,12 @@ FORMS = {
     "int8 packed": ("pack-quantized", {**CHANNEL, "num_bits": 8, "symmetric": False}),
     "int8": ("int-quantized", {**CHANNEL, "num_bits": 8}),
     "int8 asymmetric": ("int-quantized", {**CHANNEL, "num_bits": 8, "symmetric": False}),
+    "int8 asymmetric in blocks": ("int-quantized", {**BLOCK, "num_bits": 8, "symmetric": False}),
+    "int8 asymmetric in narrower blocks": ("int-quantized", {**NARROWER, "num_bits": 8, "symmetric": False}),
+    "int8 asymmetric of a tensor": ("int-quantized", {**TENSOR, "num_bits": 8, "symmetric": False}),
+    "int4 asymmetric in blocks": ("pack-quantized", {**BLOCK, "num_bits": 4, "symmetric": False}),
+    "int8 packed in narrower blocks": ("pack-quantized", {**NARROWER, "num_bits": 8, "symmetric": False}),
+    "int4 asymmetric of a tensor": ("pack-quantized", {**TENSOR, "num_bits": 4, "symmetric": False}),
     "fp8": ("float-quantized", {**CHANNEL, "num_bits": 8, "type": "float"}),
     "fp8 in blocks": ("float-quantized", {**BLOCK, "num_bits": 8, "type": "float"}),
 }
@@ -37,9 +45,14 @@ def test_compressed_tensors(form):
 
     weight = torch.randn(SHAPE, dtype=torch.bfloat16)
     outputs, inputs = SHAPE
-    count = {"group": inputs // 32, "channel": 1, "block": 2}[options["strategy"]]
-    rows = 3 if options["strategy"] == "block" else outputs
-    scale = torch.rand(rows, count).add(0.5).mul(0.02 if options.get("type") == "float" else 0.4).to(torch.bfloat16)
+    rows, columns = options.get("block_structure", (1, 32))
+    size = {
+        "group": (outputs, inputs // 32),
+        "channel": (outputs, 1),
+        "tensor": (1,),
+        "block": (-(-outputs // rows), -(-inputs // columns)),
+    }[options["strategy"]]
+    scale = torch.rand(size).add(0.5).mul(0.02 if options.get("type") == "float" else 0.4).to(torch.bfloat16)
     state = {"weight": weight, "weight_scale": scale}
     if not options.get("symmetric", True):
         half = 2 ** (options["num_bits"] - 1)
