@@ -29,12 +29,16 @@ def run_tools(
     Mistakes of the model (a name that is none of the functions, arguments that do not fit) are results for it to read:
     {"error": ...}. An exception of a function is raised here.
 
-    Raises TypeError for a function that is none, and for a result that JSON cannot express.
+    Raises TypeError for what is no function or a coroutine function, and for a result that JSON cannot express.
     """
     known = {}
     for function in functions:
         if not callable(function):
             raise TypeError(f"run_tools runs Python functions, and {function!r:.80} is none: run such a tool yourself")
+        if inspect.iscoroutinefunction(function):
+            raise TypeError(
+                f"run_tools awaits nothing, and {function.__name__!r} is a coroutine function: run it yourself"
+            )
         known[function.__name__] = function
     results = [{"role": "tool", "tool_call_id": call.id, "content": _result(call, known)} for call in output.tool_calls]
     return [output.message, *results]
@@ -53,7 +57,12 @@ def _result(call: ToolCall, known: dict[str, Callable[..., Any]]) -> str:
     except TypeError as error:
         return _error(f"{call.name}: {error}")
     result = function(**arguments)
-    return result if isinstance(result, str) else json.dumps(result, ensure_ascii=False)
+    if isinstance(result, str):
+        return result
+    try:
+        return json.dumps(result, ensure_ascii=False)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"the result of the tool {call.name!r} cannot be written as JSON: {error}") from None
 
 
 def _error(text: str) -> str:

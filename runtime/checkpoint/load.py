@@ -12,16 +12,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..common.files import has_file
 from ..common.progress import hides_bar
 from ..common.shown import shown
 from ..model.config import InternLM3Config
 from ..model.model import LanguageModel
 from ..model.quantised_linear import Rows, biases, linear_weights, quantise_layers
 from .cpu_dtype import cpu_dtype
-from .gguf.folder import WEIGHTS as GGUF_WEIGHTS
-from .gguf.reader import GGUFHeader
-from .gguf.weights import GGUFWeights
+from .gguf.folder import weights_of
 from .quantise.rounded_files import RoundedFiles
 from .quantise.rounding import FORMS, Form
 from .quantised.methods import KEY, method_of
@@ -79,7 +76,7 @@ def load_model(
     """
     target, wanted = resolve_device(device), resolve_dtype(dtype)
     config = config or InternLM3Config.from_file(folder / "config.json")
-    files = _open(folder, config)
+    files = weights_of(folder, config) or WeightFiles.open(folder)
     if use_safetensors and any(path.suffix == ".bin" for path in files.headers):
         raise FileNotFoundError(
             f"{folder} contains only pickled weights, and use_safetensors=True asks for safetensors"
@@ -205,14 +202,6 @@ def resolve_dtype(wanted: str | torch.dtype | None) -> torch.dtype | None:
     if name not in DTYPES:
         raise ValueError(f"dtype {shown(wanted)} is not supported; give 'auto', {', '.join(map(repr, DTYPES))}")
     return DTYPES[name]
-
-
-def _open(folder: Path, config: InternLM3Config) -> WeightFiles:
-    """The weight files of a folder, or the GGUF file that it has instead."""
-    if has_file(folder / GGUF_WEIGHTS):
-        header = GGUFHeader.read((folder / GGUF_WEIGHTS).resolve())
-        return GGUFWeights.of(header, config.num_attention_heads, config.num_key_value_heads)
-    return WeightFiles.open(folder)
 
 
 def _form(quantization: str | None, folder: Path, files: WeightFiles, method: Method | None) -> Form | None:

@@ -6,13 +6,10 @@ from pathlib import Path
 
 import torch
 
-from ..common.files import has_file
 from ..model.config import InternLM3Config
 from ..model.model import LanguageModel
 from .gguf.blocks import BLOCKS
-from .gguf.folder import WEIGHTS as GGUF_WEIGHTS
-from .gguf.reader import GGUFHeader
-from .gguf.weights import GGUFWeights
+from .gguf.folder import weights_of
 from .quantised.bitsandbytes import FourBits
 from .quantised.compressed_tensors import CompressedTensors
 from .quantised.methods import method_of
@@ -32,7 +29,7 @@ def weight_bytes(folder: Path, config: InternLM3Config, dtype: torch.dtype) -> d
     tied = tied_names(module)
     shapes = {name: weight.shape for name, weight in module.state_dict().items() if name not in tied}
     sizes = {name: shape.numel() * dtype.itemsize for name, shape in shapes.items()}
-    if (files := _gguf(folder, config)) is not None:
+    if (files := weights_of(folder, config)) is not None:
         stored = {name: source.tensor.end - source.tensor.begin for name, source in files.sources.items()}
         return sizes | {name: stored[name] for name in files.layouts.keys() & sizes.keys() - {_EMBEDDING}}
     method = method_of(folder, config.extra)
@@ -57,18 +54,11 @@ def weight_bytes(folder: Path, config: InternLM3Config, dtype: torch.dtype) -> d
 
 def stored_as(folder: Path, config: InternLM3Config) -> str | None:
     """In a few words how the weights are quantised; None if they are not."""
-    if (files := _gguf(folder, config)) is not None:
+    if (files := weights_of(folder, config)) is not None:
         names = {BLOCKS[files.sources[name].tensor.kind].name for name in files.layouts}
         return f"GGUF ({', '.join(sorted(names))})" if names else None
     method = method_of(folder, config.extra)
     return None if method is None else method.summary
-
-
-def _gguf(folder: Path, config: InternLM3Config) -> GGUFWeights | None:
-    if not has_file(folder / GGUF_WEIGHTS):
-        return None
-    header = GGUFHeader.read((folder / GGUF_WEIGHTS).resolve())
-    return GGUFWeights.of(header, config.num_attention_heads, config.num_key_value_heads)
 
 
 def read_per_token(sizes: dict[str, int]) -> int:

@@ -58,7 +58,7 @@ def command_parser() -> argparse.ArgumentParser:
     generate.add_argument("--raw", action="store_true", help="continue the bare text, without the chat template")
     demo.add_argument("-p", "--prompt", help=f"answer this and quit (default: {talk.DEMO_QUESTION!r}, then chat)")
     server.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 is all (default: 127.0.0.1)")
-    server.add_argument("--port", type=int, default=8000, help="port to listen on (default: 8000)")
+    server.add_argument("--port", type=_port, default=8000, help="port to listen on; 0 is any (default: 8000)")
     server.add_argument(
         "--api-key", help="clients must send this as a bearer token (default: INTERNLM3_API_KEY, if it is set)"
     )
@@ -132,6 +132,12 @@ def command_parser() -> argparse.ArgumentParser:
 def _count(text: str) -> int:
     if not text.isascii() or not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected an integer of at least 1, not {text!r}")
+    return int(text)
+
+
+def _port(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"expected a port from 0 to 65535, not {text!r}")
     return int(text)
 
 

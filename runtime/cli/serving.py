@@ -24,7 +24,7 @@ def serve(args: argparse.Namespace) -> None:
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f"{error}: the server needs it: pip install 'internlm3[server]'") from None
 
-    key = args.api_key or os.environ.get("INTERNLM3_API_KEY") or None
+    key = os.environ.get("INTERNLM3_API_KEY") or None if args.api_key is None else args.api_key
     if key is None and args.host not in ("127.0.0.1", "localhost", "::1"):
         print("internlm3: without --api-key, whoever reaches this machine may use the model", file=sys.stderr)
     settings = Settings(

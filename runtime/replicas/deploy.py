@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import re
 import signal
-import socket
 import sys
 import threading
 import time
@@ -16,6 +15,7 @@ from ray import serve
 from ray.serve.config import AutoscalingConfig, HTTPOptions, RequestRouterConfig
 from ray.serve.deployment import Application
 
+from ..server.listen import listen
 from ..server.settings import Settings
 from .cluster import cluster, connect
 from .count import Count
@@ -73,7 +73,8 @@ def serve_replicas(options: dict[str, Any], settings: Settings, port: int, count
     has too little for `count`, and OSError if the port is taken, or if Ray or a replica can't start.
     """
     if not cluster():
-        _check_free(settings.host, port)
+        for each in listen(settings.host, port):  # at once, instead of after Ray's start
+            each.close()
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
     gpus = connect(count, options["device"])
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # after Ray's own
@@ -97,14 +98,6 @@ def serve_replicas(options: dict[str, Any], settings: Settings, port: int, count
                 serve.delete(APP)
     finally:
         ray.shutdown()
-
-
-def _check_free(host: str, port: int) -> None:
-    try:
-        with socket.create_server((host, port)):
-            pass
-    except OSError as error:
-        raise OSError(f"cannot listen on {host} port {port} ({error.strerror}): choose another by --port") from None
 
 
 def _drain(seconds: float) -> None:

@@ -26,7 +26,10 @@ class Guard:
 
     def __init__(self, app: ASGIApp, settings: Settings):
         self._app, self._settings = app, settings
-        self._names = {"localhost", socket.gethostname().lower(), settings.host.lower(), *settings.allow_host}
+        self._names = {
+            "localhost",
+            *(name.lower() for name in (socket.gethostname(), settings.host, *settings.allow_host)),
+        }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import sys
 import time
 from collections.abc import Callable
 from types import FrameType
@@ -10,6 +13,7 @@ import uvicorn
 
 from ..api.async_llm import AsyncLLM
 from .app import create_app
+from .listen import listen
 from .protocol import limited
 from .service import Service
 from .settings import Settings
@@ -63,12 +67,23 @@ def server_of(model: AsyncLLM | Callable[[], AsyncLLM], settings: Settings, port
 
 
 def serve(load: Callable[[], AsyncLLM], settings: Settings, port: int) -> None:
-    """Serves until SIGINT or SIGTERM. Raises what loading raised, and OSError if the port is taken."""
+    """Serves until SIGINT or SIGTERM. Raises what loading raised, and OSError if it cannot listen at that address."""
     server = server_of(load, settings, port)
+    # Before the model begins to load: a port that is taken should not cost the time for that.
+    sockets = listen(settings.host, port)
+    _say_where(settings.host, sockets)
     try:
-        server.run()
-    except SystemExit:
-        what = f"cannot listen on {settings.host} port {port}: another program may; choose another by --port"
-        raise OSError(what) from None
+        server.run(sockets)
+    except KeyboardInterrupt:
+        if server.service.loading:
+            # At its end Python stops other threads, and one that is in a library in C++ would abort the process.
+            os._exit(130)
+        raise
     if (failure := server.service.failure) is not None:
         raise failure
+
+
+def _say_where(host: str, sockets: list[socket.socket]) -> None:
+    place = f"[{host}]" if ":" in host else host
+    address = f"http://{place}:{sockets[0].getsockname()[1]}"
+    print(f"internlm3: the API is at {address}/v1, a chat page at {address}; Ctrl-C ends it", file=sys.stderr)

@@ -54,6 +54,11 @@ class Service:
             self.failure = error
 
     @property
+    def loading(self) -> bool:
+        """Whether the model is still being loaded."""
+        return self._llm is None and self.failure is None
+
+    @property
     def llm(self) -> AsyncLLM:
         """Raises ApiError, with status 503, while it is loading."""
         if self._llm is None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of a server.
+    """Settings of a server. A key, origin or name that no request could ever have is a ValueError.
 
     Attributes:
         model: the model's name in the API.
@@ -38,3 +39,20 @@ class Settings:
     stall_seconds: float = 30.0
     answer_seconds: float = 1800.0
     drain_seconds: float = 60.0
+
+    def __post_init__(self) -> None:
+        key = self.api_key
+        if key is not None and not (key and key.isascii() and key.isprintable() and key == key.strip()):
+            kind = "is empty" if not key else "has characters that no client can send in a header"
+            raise ValueError(f"the API key {kind}: give letters, digits and punctuation of ASCII")
+        for origin in self.allow_origin:
+            parts = urlsplit(origin)
+            exact = parts.scheme and parts.netloc and origin == f"{parts.scheme}://{parts.netloc.lower()}"
+            if origin not in ("*", "null") and not exact:
+                raise ValueError(
+                    f"--allow-origin {origin!r}: browsers send https://chat.example or http://localhost:3000, "
+                    "in lower case and without a path"
+                )
+        for name in self.allow_host:
+            if name != "*" and urlsplit(f"//{name}").hostname != name.lower():
+                raise ValueError(f"--allow-host {name!r}: a name as gpu.example, without http:// and without a port")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from ..chat_template.tools import function_schema
 from ..common.shown import shown
 
 Tool = Mapping[str, Any] | Callable[..., Any]
+_BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
 def tool_schemas(tools: Sequence[Tool] | None) -> list[dict[str, Any]]:
@@ -18,8 +20,8 @@ def tool_schemas(tools: Sequence[Tool] | None) -> list[dict[str, Any]]:
     Args:
         tools: such dicts, or Python functions, whose type hints and docstring make one: see chat_template.tools.
 
-    Raises ValueError for what is neither, for parameters that are no JSON schema of an object, and for two tools of one
-    name. The message names it.
+    Raises ValueError for what is neither, for parameters that are no JSON schema of an object, for arguments that a
+    function does not take by name, and for two tools of one name. The message names it.
     """
     if tools is None:
         return []
@@ -65,7 +67,13 @@ def allowed_tools(schemas: Sequence[Mapping[str, Any]], choice: Any) -> list[Map
 
 def _schema(tool: Any, where: str) -> dict[str, Any]:
     if callable(tool):
-        return function_schema(tool)
+        schema = function_schema(tool)
+        for name, parameter in inspect.signature(tool).parameters.items():
+            if name in schema["function"]["parameters"]["properties"] and parameter.kind not in _BY_NAME:
+                raise ValueError(
+                    f"{where} {schema['function']['name']!r}: a call names its arguments, and {name!r} is {parameter.kind.description}"
+                )
+        return schema
     function = tool.get("function") if isinstance(tool, Mapping) and tool.get("type") == "function" else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str) or not function["name"]:
         raise ValueError(

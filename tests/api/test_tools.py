@@ -337,6 +337,19 @@ def test_mistakes_of_the_caller_are_raised():
     with pytest.raises(TypeError, match=r"'type': 'function'.* run such a tool yourself"):
         run_tools(answer, [{"type": "function"}])
 
+    async def waits() -> str:
+        return ""
+
+    with pytest.raises(TypeError, match="'waits' is a coroutine function: run it yourself"):
+        run_tools(answer, [waits])
+
+    def odd() -> set[int]:
+        return {1, 2}
+
+    odd.__name__ = "fails"
+    with pytest.raises(TypeError, match="result of the tool 'fails' cannot be written as JSON: .* set"):
+        run_tools(answer, [odd])
+
 
 # -------------------------------------------------------------------- mistakes
 

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from internlm3 import LLM, InternLM3ForCausalLM
 from internlm3.runtime.checkpoint.gguf.blocks import BLOCKS, numbers
-from internlm3.runtime.checkpoint.gguf.folder import locate
+from internlm3.runtime.checkpoint.gguf.folder import file_of, locate
 from internlm3.runtime.checkpoint.gguf.reader import GGUFHeader
 from internlm3.runtime.checkpoint.gguf.settings import config_of
 from internlm3.runtime.checkpoint.load import load_model
@@ -24,6 +24,7 @@ from internlm3.runtime.common import hub
 from internlm3.runtime.model.model import LanguageModel
 from internlm3.runtime.model.quantised_linear import QuantisedLinear
 from internlm3.runtime.tokenization.tokenizer import InternLM3Tokenizer
+from internlm3.tests.support.checkpoints import load, make, same
 from internlm3.tests.support.gguf_files import (
     FLOATS_OF,
     byte_level_vocabulary,
@@ -486,7 +487,24 @@ class TestBadInput:
             LLM(tmp_path / "nothing.gguf", device="cpu", progress=False)
 
 
+def test_a_gguf_file_beside_the_weights_of_a_checkpoint(tmp_path, file):
+    """They are those of the checkpoint."""
+    model = make(3)
+    model.save_pretrained(tmp_path / "checkpoint")
+    shutil.copyfile(file, tmp_path / "checkpoint" / "model.gguf")
+    assert same(load(tmp_path / "checkpoint"), model)
+
+
+def test_a_link_names_the_file(tmp_path, file):
+    """As in the cache of the hub, whose files have the names of their checksums."""
+    (tmp_path / "link.gguf").symlink_to(file)
+    folder = locate(tmp_path / "link.gguf")
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"link\.gguf: the tensor .* is truncated"):
+        load_model(LanguageModel, folder, device="cpu", progress=False)
+
+
 def test_the_small_files_go_when_the_process_ends(file):
     folder = locate(file)
-    assert (folder / "model.gguf").resolve() == file.resolve()
+    assert file_of(folder) == file and file_of(file.parent) is None
     shutil.rmtree(folder)

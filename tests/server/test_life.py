@@ -16,6 +16,7 @@ import pytest
 from bench import ROOT
 from internlm3 import AsyncLLM
 from internlm3.runtime.cli.main import main as command_line
+from internlm3.runtime.server.settings import Settings
 from internlm3.tests.server.conftest import NAME, App, idle, running
 from internlm3.tests.support.engine import slow_steps
 
@@ -61,10 +62,63 @@ def test_what_loading_raises_ends_the_server(capsys):
     assert "/no/such/model" in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_a_port_that_is_taken_is_an_error(url, capsys):
+def test_where_it_cannot_listen_nothing_is_loaded(url, capsys):
     port = url.rpartition(":")[2]
-    assert command_line(["serve", "/no/such/model", "--port", port]) == 1
-    assert f"port {port}" in capsys.readouterr().err
+    for host, number, what in (
+        ("127.0.0.1", port, f"port {port} (Address already in use): choose another by --port"),
+        ("localhost", port, "(Address already in use)"),
+        ("192.0.2.1", "0", "(Cannot assign requested address): --host takes"),
+    ):
+        assert command_line(["serve", "/no/such/model", "--host", host, "--port", number]) == 1
+        printed = capsys.readouterr().err
+        assert what in printed and "/no/such/model" not in printed
+    with pytest.raises(SystemExit):
+        command_line(["serve", "/no/such/model", "--port", "65536"])
+    assert "expected a port" in capsys.readouterr().err
+
+
+def test_settings_that_no_request_can_meet_are_errors(monkeypatch, capsys):
+    monkeypatch.setenv("INTERNLM3_API_KEY", "secret")
+    for given, what in (
+        (("--api-key", ""), "the API key is empty"),
+        (("--api-key", "\u043a\u043b\u044e\u0447"), "the API key has characters"),
+        (("--api-key", "secret\n"), "the API key has characters"),
+        (("--allow-origin", "chat.example"), "--allow-origin 'chat.example': browsers send https://chat.example"),
+        (("--allow-origin", "https://chat.example/"), "without a path"),
+        (("--allow-origin", "https://Chat.example"), "in lower case"),
+        (("--allow-host", "https://gpu.example"), "without http://"),
+        (("--allow-host", "gpu.example:8000"), "without a port"),
+    ):
+        assert command_line(["serve", "/no/such/model", "--port", "0", *given]) == 1
+        printed = capsys.readouterr().err
+        assert what in printed and "secret" not in printed
+    Settings("m", api_key="sk-1", allow_host=("*", "GPU.example"), allow_origin=("*", "null", "http://localhost:3000"))
+
+
+def test_a_name_of_the_server_may_have_capitals(ask):
+    headers = {"host": "gpu.example:8000"}
+    assert ask("/health", _method="GET", _headers=headers).status_code == 403
+    assert ask("/health", {"allow_host": ("GPU.example",)}, _method="GET", _headers=headers).status_code == 200
+
+
+def test_ctrl_c_while_it_loads_ends_it_quietly():
+    """Though the thread that loads is in a library in C++, which must not see the end of Python."""
+    code = """
+import sys, torch
+from internlm3.runtime.server.serve import serve
+from internlm3.runtime.server.settings import Settings
+def load():
+    print("loads", file=sys.stderr)
+    while True:
+        torch.ones(1000) + 1
+serve(load, Settings("m"), 0)
+"""
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        printed = iter(process.stderr.readline, "")
+        assert any("loads" in line for line in printed)
+        process.send_signal(signal.SIGINT)
+        rest = process.stderr.read()
+    assert (process.returncode, "terminate" in rest, "Traceback" in rest) == (130, False, False)
 
 
 def test_without_the_extra_the_command_names_it(monkeypatch, capsys):
@@ -331,7 +385,7 @@ def test_the_command(make, tmp_path):
         lines = []
         for line in process.stderr:
             lines.append(line)
-            if found := re.search(r"running on (http://\S+)", line):
+            if found := re.search(r"the API is at (http://\S+)/v1", line):
                 break
         else:
             raise AssertionError("".join(lines))

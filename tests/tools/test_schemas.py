@@ -89,6 +89,39 @@ def test_bad_tools_are_named(tools, says):
         tool_schemas(tools)
 
 
+def _several(*city: str) -> str:
+    """Forecasts.
+
+    Args:
+        city: the city
+    """
+    return ""
+
+
+def _any(**city: str) -> str:
+    """Forecasts.
+
+    Args:
+        city: the city
+    """
+    return ""
+
+
+def _unnamed(city: str, /) -> str:
+    """Forecasts.
+
+    Args:
+        city: the city
+    """
+    return ""
+
+
+@pytest.mark.parametrize("tool", [_several, _any, _unnamed])
+def test_a_function_must_take_its_arguments_by_name(tool):
+    with pytest.raises(ValueError, match=rf"tools\[1\] '{tool.__name__}': a call names its arguments, and 'city' is "):
+        tool_schemas([clock, tool])
+
+
 def test_which_tools_must_be_called():
     schemas = tool_schemas([weather, clock])
     for choice in ("auto", "none", None):

@@ -9,13 +9,15 @@ from typing import Any
 
 from ...common import hub
 from ...common.files import write_json
+from ...model.config import InternLM3Config
 from ...sampling.generation_config import GENERATION_CONFIG
 from .reader import GGUFHeader
 from .settings import config_of, generation_of
 from .vocabulary import write_tokenizer
+from .weights import GGUFWeights
 
 SUFFIX = ".gguf"
-WEIGHTS = f"model{SUFFIX}"
+_LINK = SUFFIX  # a name that no file of a checkpoint has: one may have GGUF files beside its own weights
 _folders: list[tempfile.TemporaryDirectory[str]] = []  # removed when the process ends
 
 
@@ -39,6 +41,20 @@ def locate(id_or_path: str | os.PathLike[str], **options: Any) -> Path:
     return folder_of(path)
 
 
+def file_of(folder: Path) -> Path | None:
+    """The GGUF file that a folder stands for, None for the folder of a checkpoint."""
+    link = folder / _LINK
+    return link.readlink() if link.is_symlink() else None
+
+
+def weights_of(folder: Path, config: InternLM3Config) -> GGUFWeights | None:
+    """The weights of the GGUF file that a folder stands for, None for the folder of a checkpoint."""
+    path = file_of(folder)
+    if path is None:
+        return None
+    return GGUFWeights.of(GGUFHeader.read(path), config.num_attention_heads, config.num_key_value_heads)
+
+
 def folder_of(path: Path) -> Path:
     """A new temporary folder for a GGUF file: its configuration and tokenizer in the files of a checkpoint.
 
@@ -53,5 +69,5 @@ def folder_of(path: Path) -> Path:
     write_json(folder / "config.json", config)
     write_json(folder / GENERATION_CONFIG, generation)
     write_tokenizer(header, folder)
-    (folder / WEIGHTS).symlink_to(header.path)
+    (folder / _LINK).symlink_to(header.path)
     return folder

@@ -14,13 +14,13 @@ from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
-from ...common.files import has_file, json_bytes, read_json
+from ...common.files import json_bytes, read_json
 from ...common.hub import weight_names
 from ...common.progress import hides_bar
 from ...common.shown import shown
 from ...model.config import InternLM3Config
 from ...model.model import LanguageModel
-from ..gguf.folder import WEIGHTS as GGUF_WEIGHTS
+from ..gguf.folder import file_of
 from ..quantised.integers import Integers
 from ..quantised.methods import FILE, KEY, method_of
 from ..weight_files import FLOATS, WeightFiles, naming, tied_names
@@ -115,8 +115,10 @@ class _Source:
     def __init__(self, folder: Path):
         """Raises ValueError for a checkpoint that is quantised already, or whose tensors are not those of the model."""
         self.config = InternLM3Config.from_file(folder / "config.json")
-        if has_file(folder / GGUF_WEIGHTS):
-            raise ValueError("a GGUF file cannot be quantised again: name the checkpoint that it was made from")
+        if (path := file_of(folder)) is not None:
+            raise ValueError(
+                f"{path}: a GGUF file cannot be quantised again: name the checkpoint that it was made from"
+            )
         if (method := method_of(folder, self.config.extra)) is not None:
             raise ValueError(
                 f"{folder} is quantised already ({method.summary}): name the checkpoint that it was made from"

@@ -7,6 +7,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from internlm3.runtime.checkpoint.gguf.folder import locate
 from internlm3.runtime.checkpoint.quantise import checkpoint as module
 from internlm3.runtime.checkpoint.quantise import shards as shards_module
 from internlm3.runtime.checkpoint.quantise.activation_scaling import scale
@@ -18,6 +19,7 @@ from internlm3.runtime.checkpoint.quantised import compressed_tensors
 from internlm3.runtime.checkpoint.quantised.integers import unpack
 from internlm3.runtime.checkpoint.quantised.scheme import Settings
 from internlm3.tests.support.checkpoints import INDEX, contents, load, make, shards
+from internlm3.tests.support.gguf_files import write
 from internlm3.tests.support.quantised import SHAPE, rounded
 
 # Groups of 128 take 128 inputs, and 64 the 192 of down_proj.
@@ -237,8 +239,8 @@ def test_what_cannot_be_quantised(source, target, tmp_path, monkeypatch):
     refused(source, "mlp.down_proj.weight", "[128, 192]", "[128, 96]")
     (source / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
     refused(source, "model.layers.2.", "missing")
-    (source / "model.gguf").write_bytes(b"")
-    refused(source, "GGUF")
+    write(tmp_path / "a.gguf", lambda name: "Q8_0", hidden_size=128, intermediate_size=128, head_dim=32)
+    refused(locate(tmp_path / "a.gguf"), str(tmp_path / "a.gguf"), "cannot be quantised again")
     make(2, torch.bfloat16, **{**MODEL, "intermediate_size": 40}).save_pretrained(tmp_path / "odd")
     refused(tmp_path / "odd", "down_proj", "40 inputs")
 
