@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from ..common.progress import hides_bar
@@ -19,19 +19,16 @@ from ..model.model import LanguageModel
 from ..model.quantised_linear import Rows, biases, linear_weights, quantise_layers
 from .cpu_dtype import cpu_dtype
 from .gguf.folder import weights_of
+from .parameters import check_parameters, names_in, parameters_in
 from .quantise.rounded_files import RoundedFiles
 from .quantise.rounding import FORMS, Form
 from .quantised.methods import KEY, method_of
 from .quantised.quantised_files import QuantisedFiles
 from .quantised.scheme import Method
-from .weight_files import FLOATS, WeightFiles, tied_names
+from .weight_files import WeightFiles
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _ALIASES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
-# Buffers that some tools save although they are computed from the configuration.
-_DERIVED = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
-_PREFIX = "model."  # of every name but that of the head
-_HEAD = "lm_head.weight"  # which a module without a head leaves unread
 
 Model = TypeVar("Model", bound=LanguageModel)
 
@@ -123,18 +120,13 @@ def load_weights(
         ValueError: files that are damaged, or whose tensors are not those of the module; the message names them.
         MemoryError: the weights don't fit into the free memory of the device.
     """
-    stored = _names_in(files)
-    pairs = [(stored(name), stored(first)) for name, first in tied_names(module).items()]
-    # Under which name they are not read -> under which they are: safetensors' save_model keeps only the later one.
-    only_later = [name in files.file_of and first not in files.file_of for name, first in pairs]
-    tied = dict(pair[::-1] if swap else pair for pair, swap in zip(pairs, only_later, strict=True))
-    shapes = {stored(name): tuple(weight.shape) for name, weight in module.state_dict().items()}
-    shapes = {name: shape for name, shape in shapes.items() if name not in tied}
+    stored = names_in(files)
+    shapes, tied = parameters_in(files, module)
     if method is not None:
         files = QuantisedFiles.of(files, method, shapes)
     elif form is not None:
         files = RoundedFiles.of(files, form, shapes)
-    _check(files, shapes, tied)
+    check_parameters(files, shapes, tied)
     places: dict[str, Rows] = {}
     converted: list[str] = []
     if keep_quantised:
@@ -236,48 +228,6 @@ def _dense(config: InternLM3Config) -> InternLM3Config:
     )
 
 
-def _names_in(files: WeightFiles) -> Callable[[str], str]:
-    """Maps the name of a parameter to its name in the files: the checkpoint of a base model has no prefix "model."."""
-    if any(name.startswith(_PREFIX) for name in files.file_of):
-        return str
-    return lambda name: name.removeprefix(_PREFIX)
-
-
-def _check(files: WeightFiles, shapes: Mapping[str, tuple[int, ...]], tied: Mapping[str, str]) -> None:
-    """Compares headers with the module's parameters. Only tied tensors that are stored twice are read, to compare."""
-    file_of, expected = files.file_of, set(shapes)
-    extra = {name for name in file_of if not name.endswith(_DERIVED)} - expected - tied.keys() - {_HEAD}
-    if missing := sorted(expected - set(file_of)):
-        raise ValueError(f"{files.folder}: {_listed(missing)} missing from the weights that config.json describes")
-    if extra:
-        first = min(extra)
-        raise ValueError(
-            f"{file_of[first]}: {_listed(sorted(extra))} unexpected; config.json describes another model, or does not "
-            "say how the checkpoint is quantised"
-        )
-    for name, shape in shapes.items():
-        found, dtype = files.headers[file_of[name]][name]
-        if found != shape:
-            raise ValueError(
-                f"{file_of[name]}: {shown(name)} has shape {list(found)}, and config.json makes it {list(shape)}"
-            )
-        if dtype not in FLOATS:
-            raise ValueError(f"{file_of[name]}: {shown(name)} is {dtype}; weights must be bfloat16, float16 or float32")
-    for name, first in tied.items():
-        if name in file_of and not torch.equal(_tensor(files, name), _tensor(files, first)):
-            raise ValueError(
-                f"{file_of[name]}: {shown(name)} differs from {shown(first)}, and config.json says that they are the "
-                "same (tie_word_embeddings): set that to false, or remove the tensor"
-            )
-
-
-def _tensor(files: WeightFiles, name: str) -> Tensor:
-    """One tensor in float32."""
-    (weight,) = (weight for _, weight in files.read(files.file_of[name], {name}, torch.device("cpu")))
-    assert isinstance(weight, Tensor)  # nothing was asked for packed
-    return weight.float()
-
-
 def _stored_dtype(files: WeightFiles) -> torch.dtype:
     """The dtype of the first tensor."""
     return next(dtype for header in files.headers.values() for _, dtype in header.values())
@@ -318,11 +268,3 @@ def _allocate(module: nn.Module, dtype: torch.dtype, device: torch.device) -> No
                 empty = torch.empty(weight.shape, dtype=kept, device=device)
                 allocated[weight] = nn.Parameter(empty, requires_grad=False)
             setattr(part, name, allocated[weight])
-
-
-def _listed(names: list[str]) -> str:
-    """Up to three names and their verb: "'a' is", "'a', 'b', 'c' and 2 more tensors are"."""
-    first = ", ".join(map(shown, names[:3]))
-    if len(names) > 3:
-        return f"{first} and {len(names) - 3} more tensors are"
-    return f"{first} {'is' if len(names) == 1 else 'are'}"

@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -17,20 +18,19 @@ from tqdm import tqdm
 from ...common.files import json_bytes, read_json
 from ...common.hub import weight_names
 from ...common.progress import hides_bar
-from ...common.shown import shown
 from ...model.config import InternLM3Config
 from ...model.model import LanguageModel
 from ..gguf.folder import file_of
+from ..parameters import check_parameters, is_base, names_in, parameters_in
 from ..quantised.integers import Integers
 from ..quantised.methods import FILE, KEY, method_of
-from ..weight_files import FLOATS, WeightFiles, naming, tied_names
+from ..weight_files import WeightFiles, naming
 from .activation_scaling import scale
 from .calibration import Calibration
 from .compressed import Kind, settings, tensors
 from .rounding import GROUPS, HEAD, Form, form_of, group_size, to_integers
 from .shards import Shards
 
-_PREFIX = "model."
 _WEIGHT = ".weight"
 _BLOCK = re.compile(r"(?:model\.)?layers\.\d+\.")
 _OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
@@ -109,7 +109,9 @@ class _Source:
     Attributes:
         files: its weight files.
         known: the tensors of the model that config.json describes, in the model's order.
-        names: these, and after them those that the model does not know, which are copied.
+        others: those that a model does not read, such as a head that is the embedding's; they are copied.
+        embedding: the name of the embedding.
+        shared: the tensors that are two parameters at once; they are not quantised.
     """
 
     def __init__(self, folder: Path):
@@ -125,35 +127,21 @@ class _Source:
             )
         self.files = WeightFiles.open(folder)
         self.files.check_layers(self.config.num_hidden_layers)
-        module = LanguageModel(self.config, device="meta")
-        tied = tied_names(module)
-        prefix = _PREFIX if any(name.startswith(_PREFIX) for name in self.files.file_of) else ""
-        self.known: list[str] = []
-        for full, weight in module.state_dict().items():
-            name = full if prefix else full.removeprefix(_PREFIX)
-            # Without the prefix the checkpoint is that of a base model, which may have no head.
-            if full not in tied and (prefix or full != f"{HEAD}{_WEIGHT}" or full in self.files.file_of):
-                self._check(name, tuple(weight.shape))
-                self.known.append(name)
-        self.embedding = f"{prefix}embed_tokens{_WEIGHT}"
-        self.names = [*self.known, *sorted(self.files.file_of.keys() - self.known)]
-
-    def _check(self, name: str, expected: tuple[int, ...]) -> None:
-        if name not in self.files.file_of:
-            raise ValueError(f"{self.files.folder}: {shown(name)} is missing from the weights of config.json's model")
-        path = self.files.file_of[name]
-        shape, dtype = self.files.headers[path][name]
-        if shape != expected:
-            raise ValueError(
-                f"{path}: {shown(name)} has shape {list(shape)}, and config.json makes it {list(expected)}"
-            )
-        if dtype not in FLOATS:
-            raise ValueError(f"{path}: {shown(name)} is {dtype}; weights must be bfloat16, float16 or float32")
+        module: Any = LanguageModel(self.config, device="meta")
+        if is_base(self.files) and f"{HEAD}{_WEIGHT}" not in self.files.file_of:
+            module = module.model
+        shapes, tied = parameters_in(self.files, module)
+        check_parameters(self.files, shapes, tied)
+        self.known = list(shapes)
+        self.others = sorted(self.files.file_of.keys() - shapes.keys())
+        embedding = names_in(self.files)("model.embed_tokens.weight")
+        self.embedding = tied.get(embedding, embedding)
+        self.shared = {*tied.values()}
 
     def kind(self, name: str, form: Form, group: int, symmetric: bool) -> Kind | None:
         """How a tensor is quantised in a model that is quantised to `form`; None if it is not."""
         own = form_of(name, form)
-        if own is None or not name.endswith(_WEIGHT):
+        if own is None or not name.endswith(_WEIGHT) or name in self.shared:
             return None
         if own != "int4":
             return Kind(own, None, True)
@@ -177,13 +165,16 @@ def _weights(
         embedding = model.read([model.embedding], _CPU)[model.embedding]
         text = Calibration(model.config, embedding[list(calibration)], device)
         del embedding
-    for prefix, names in itertools.groupby(model.names, _block_of):
+    for prefix, names in itertools.groupby(model.known, _block_of):
         weights = model.read(list(names), device)
         dtypes = {name: weight.dtype for name, weight in weights.items()}
         if prefix and text is not None:
             weights = _scaled(model, prefix, weights, kinds, text)
         for name in list(weights):
             yield name, weights.pop(name), dtypes[name]
+    for name in model.others:
+        weight = model.read([name], _CPU)[name]
+        yield name, weight, weight.dtype
 
 
 def _scaled(

@@ -201,7 +201,7 @@ class Scaled:
             scale = scale.repeat_interleave(rows, 0)[:outputs]
             zeros = zeros.repeat_interleave(rows, 0)[:outputs] if isinstance(zeros, Tensor) else zeros
             if inputs % columns and inputs > columns:  # the last block is narrower
-                group_of = torch.arange(inputs, device=scale.device) // columns
+                group_of = torch.arange(inputs, dtype=torch.int64, device=scale.device) // columns
         return Integers(q, scale, zeros, self.bits, group_of=group_of)
 
 

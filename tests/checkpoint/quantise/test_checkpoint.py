@@ -18,7 +18,7 @@ from internlm3.runtime.checkpoint.quantise.rounding import to_integers
 from internlm3.runtime.checkpoint.quantised import compressed_tensors
 from internlm3.runtime.checkpoint.quantised.integers import unpack
 from internlm3.runtime.checkpoint.quantised.scheme import Settings
-from internlm3.tests.support.checkpoints import INDEX, contents, load, make, shards
+from internlm3.tests.support.checkpoints import INDEX, change, contents, load, make, shards
 from internlm3.tests.support.gguf_files import write
 from internlm3.tests.support.quantised import SHAPE, rounded
 
@@ -239,10 +239,42 @@ def test_what_cannot_be_quantised(source, target, tmp_path, monkeypatch):
     refused(source, "mlp.down_proj.weight", "[128, 192]", "[128, 96]")
     (source / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
     refused(source, "model.layers.2.", "missing")
+    (source / "config.json").write_text(json.dumps(config))
+    change(source / "model.safetensors", lambda weights: weights.update({"model.layers.0.mlp.other": torch.ones(2)}))
+    refused(source, str(source / "model.safetensors"), "'model.layers.0.mlp.other' is unexpected")
     write(tmp_path / "a.gguf", lambda name: "Q8_0", hidden_size=128, intermediate_size=128, head_dim=32)
     refused(locate(tmp_path / "a.gguf"), str(tmp_path / "a.gguf"), "cannot be quantised again")
     make(2, torch.bfloat16, **{**MODEL, "intermediate_size": 40}).save_pretrained(tmp_path / "odd")
     refused(tmp_path / "odd", "down_proj", "40 inputs")
+
+
+@pytest.mark.parametrize("ids", [None, [1, 5, 9]])
+def test_buffers_of_other_tools_are_copied(source, target, ids):
+    """Loading leaves them unread; they belong to a block by their names only."""
+    name, buffer = "model.layers.1.self_attn.rotary_emb.inv_freq", torch.rand(8)
+    change(source / "model.safetensors", lambda weights: weights.update({name: buffer}))
+    quantise_checkpoint(source, target, "int4", calibration=ids, progress=False)
+    assert torch.equal(load_file(target / "model.safetensors")[name], buffer)
+    load(target)
+
+
+@pytest.mark.parametrize("names", [["embedding"], ["head"], ["embedding", "head"]], ids=" and ".join)
+@pytest.mark.parametrize("ids", [None, [1, 5, 9]])
+def test_a_head_that_is_the_embeddings(tmp_path, target, names, ids):
+    """It stays as it is, under whichever name it is stored."""
+    model, full = make(3, **MODEL, tie_word_embeddings=True), {"embedding": "model.embed_tokens.weight",
+                                                               "head": "lm_head.weight"}  # fmt: skip
+    model.save_pretrained(tmp_path / "tied")
+
+    def edit(weights):
+        weight = weights.pop(full["embedding"])
+        weights.update({full[name]: weight.clone() for name in names})
+
+    change(tmp_path / "tied" / "model.safetensors", edit)
+    quantise_checkpoint(tmp_path / "tied", target, "int4", calibration=ids, progress=False)
+    assert load_file(target / "model.safetensors").keys() >= {full[name] for name in names}
+    found = load(target)
+    assert torch.equal(found.lm_head.weight, model.lm_head.weight) and found.config.tie_word_embeddings
 
 
 @pytest.mark.parametrize("limit", ["5GB", "20KB"])
