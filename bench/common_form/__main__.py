@@ -120,7 +120,10 @@ def _words(found: Verdict) -> str:
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        prog="python -m bench.common_form",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     commands = made.add_subparsers(dest="command", required=True)
     add = commands.add_parser("run", help="check and time a solution").add_argument

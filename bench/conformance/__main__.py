@@ -22,7 +22,10 @@ from .runs import RUNS
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        prog="python -m bench.conformance",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     commands = made.add_subparsers(dest="command", required=True)
     add = commands.add_parser("write", help="make the folder").add_argument

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..version import VERSION
 from . import checkpoints, serving, talk
+from .command_line import CommandParser, text
 from .sampling_switches import add_switches
 
 if TYPE_CHECKING:
@@ -17,14 +18,14 @@ DEFAULT_MODEL = "internlm/internlm3-8b-instruct"
 
 
 def command_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="internlm3", description="InternLM3 at the lowest latency one GPU allows.")
+    parser = CommandParser(prog="internlm3", description="InternLM3 at the lowest latency one GPU allows.")
     parser.add_argument("--version", action="version", version=f"internlm3 {VERSION}")
     commands = parser.add_subparsers(
         title="commands", required=True, metavar="{chat,generate,serve,batch,info,perplexity,quantize,demo}"
     )
 
-    def command(name: str, run: Callable[[argparse.Namespace], int | None], text: str) -> argparse.ArgumentParser:
-        added = commands.add_parser(name, help=text, description=text)
+    def command(name: str, run: Callable[[argparse.Namespace], int | None], what: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=what, description=what)
         added.set_defaults(run=run)
         return added
 
@@ -54,9 +55,11 @@ def command_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     quantise.add_argument("model", help="folder or repository")
     quantise.add_argument("out", help="the new folder")
-    generate.add_argument("-p", "--prompt", required=True, help="the prompt; - reads standard input")
+    generate.add_argument("-p", "--prompt", required=True, type=text, help="the prompt; - reads standard input")
     generate.add_argument("--raw", action="store_true", help="continue the bare text, without the chat template")
-    demo.add_argument("-p", "--prompt", help=f"answer this and quit (default: {talk.DEMO_QUESTION!r}, then chat)")
+    demo.add_argument(
+        "-p", "--prompt", type=text, help=f"answer this and quit (default: {talk.DEMO_QUESTION!r}, then chat)"
+    )
     server.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 is all (default: 127.0.0.1)")
     server.add_argument("--port", type=_port, default=8000, help="port to listen on; 0 is any (default: 8000)")
     server.add_argument(
@@ -119,7 +122,7 @@ def command_parser() -> argparse.ArgumentParser:
         if each in (score, server, batch):
             continue
         group = each.add_argument_group("conversation")
-        group.add_argument("--system", help="the system prompt")
+        group.add_argument("--system", type=text, help="the system prompt")
         group.add_argument("--thinking", action="store_true", help="InternLM3's deep-thinking mode")
         group = each.add_argument_group("sampling (default: the checkpoint's generation_config.json)")
         group.add_argument("--recommended", action="store_true", help="InternLM3's recommended settings")

@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from ..sampling.settings import SETTINGS, Setting
+from . import command_line
 
 # Further names; a switch of every alias would be too many.
 _SHORT = {"max_tokens": ("-n",), "temperature": ("--temp",)}
@@ -53,8 +54,10 @@ def _sequence_bias(text: str) -> tuple[list[int], float]:
 
 
 def _bias(text: str) -> tuple[int, float]:
-    [token], bias = _sequence_bias(text)
-    return token, bias
+    sequence, bias = _sequence_bias(text)
+    if len(sequence) != 1:
+        raise argparse.ArgumentTypeError(f"expected one token id, = and a number, not {text!r}: see --sequence-bias")
+    return sequence[0], bias
 
 
 # How the command line reads a setting of each type.
@@ -62,13 +65,13 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "integer": {"type": int},
     "number": {"type": float},
     "bool": {"action": "store_true"},
-    "strings": {"action": "append"},
+    "strings": {"type": command_line.text, "action": "append"},
     "token ids": {"type": int, "nargs": "+", "metavar": "ID"},
     "token biases": {"type": _bias, "action": "append", "metavar": "ID=BIAS"},
     "sequences": {"type": _sequence, "action": "append", "metavar": "ID,ID"},
     "sequence biases": {"type": _sequence_bias, "action": "append", "metavar": "ID,ID=BIAS"},
-    "text": {},
-    "texts": {"action": "append"},
-    "JSON schema": {"metavar": "JSON"},
+    "text": {"type": command_line.text},
+    "texts": {"type": command_line.text, "action": "append"},
+    "JSON schema": {"type": command_line.text, "metavar": "JSON"},
     "start and factor": {"type": float, "nargs": 2, "metavar": ("START", "FACTOR")},
 }

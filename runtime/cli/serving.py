@@ -49,6 +49,10 @@ def _serve_replicas(args: argparse.Namespace, settings: Settings) -> None:
 
 
 def batch(args: argparse.Namespace) -> int:
+    if "-" in (args.source, args.out):
+        raise ValueError(
+            "a batch is read again and goes on where it was: name files, not - for standard input or output"
+        )
     name, extra = _served_name(args), "server" if args.replicas is None else "ray"
     try:
         from ..batch.run import run_batch

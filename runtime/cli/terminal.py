@@ -64,7 +64,14 @@ def _prompt_toolkit() -> Callable[[], str]:
     except OSError:
         history = InMemoryHistory()
     session: PromptSession[str] = PromptSession(history=history, multiline=True, key_bindings=keys)
-    return lambda: session.prompt(_PROMPT, prompt_continuation="  ")
+
+    def prompt() -> str:
+        # It keeps bytes that the locale cannot read as surrogates. UTF-8 is typed where a locale says nothing of it.
+        return (
+            session.prompt(_PROMPT, prompt_continuation="  ").encode(errors="surrogateescape").decode(errors="replace")
+        )
+
+    return prompt
 
 
 def history_file() -> Path:

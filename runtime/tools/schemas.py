@@ -68,11 +68,11 @@ def allowed_tools(schemas: Sequence[Mapping[str, Any]], choice: Any) -> list[Map
 def _schema(tool: Any, where: str) -> dict[str, Any]:
     if callable(tool):
         schema = function_schema(tool)
+        function = schema["function"]
         for name, parameter in inspect.signature(tool).parameters.items():
-            if name in schema["function"]["parameters"]["properties"] and parameter.kind not in _BY_NAME:
-                raise ValueError(
-                    f"{where} {schema['function']['name']!r}: a call names its arguments, and {name!r} is {parameter.kind.description}"
-                )
+            if name in function["parameters"]["properties"] and parameter.kind not in _BY_NAME:
+                kind = f"a call names its arguments, and {name!r} is {parameter.kind.description}"
+                raise ValueError(f"{where} {function['name']!r}: {kind}")
         return schema
     function = tool.get("function") if isinstance(tool, Mapping) and tool.get("type") == "function" else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str) or not function["name"]:

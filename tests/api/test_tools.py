@@ -347,7 +347,7 @@ def test_mistakes_of_the_caller_are_raised():
         return {1, 2}
 
     odd.__name__ = "fails"
-    with pytest.raises(TypeError, match="result of the tool 'fails' cannot be written as JSON: .* set"):
+    with pytest.raises(TypeError, match=r"result of the tool 'fails' cannot be written as JSON: .* set"):
         run_tools(answer, [odd])
 
 

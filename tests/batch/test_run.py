@@ -147,6 +147,12 @@ def test_files_that_are_none(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"in", "empty"}
 
 
+@pytest.mark.parametrize("names", [("-", "out"), ("in", "-")])
+def test_standard_streams_are_no_files(names, capsys):
+    assert command_line(["batch", "/no/such/model", *names]) == 1
+    assert "name files, not -" in capsys.readouterr().err
+
+
 def test_a_request_that_fails_is_asked_again(run, tmp_path, capsys, monkeypatch):
     source, out = write(tmp_path / "in", [chat(name, name) for name in ("a", "b", "c", "d")]), tmp_path / "out"
     asked = AsyncLLM.chat

@@ -255,8 +255,40 @@ def test_an_error_is_one_sentence_on_standard_error(demo_model, run, args, says)
     assert done.stdout == ""
 
 
-def test_bad_usage_is_status_2(run):
-    assert "--prompt" in run("generate", expect=2).stderr
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        ((), "required"),
+        (("generate",), "--prompt"),
+        (("generate", "-p", "a", "--max_tokens", "3"), "--max_tokens; did you mean --max-tokens?"),
+        (("generate", "-p", "a", "--max-new-tokens=3"), "did you mean --max-tokens?"),
+        (("generate", "-p", "a", "--n-predict", "3"), "did you mean --max-tokens?"),
+        (("serve", "--max-num-seqs", "8"), "did you mean --max-batch-size?"),
+        (("info", "--lenght", "8"), "did you mean --length?"),
+        (("chat", "--zzz"), "unrecognized arguments: --zzz ("),
+        (("info", "one", "--two"), "unrecognized arguments: --two ("),
+        (("chat", "one", "two"), "unrecognized arguments: two ("),
+        (("chat", "--seed", "x"), "--seed: invalid int value: 'x'"),
+        (("chat", "--logit-bias", "1,2=3"), "expected one token id, = and a number, not '1,2=3': see --sequence-bias"),
+        (("chat", "--logit-bias", "=3"), "expected token ids"),
+        (("chat", "--sequence-bias", "1,2"), "expected token ids, = and a number"),
+    ],
+)
+def test_bad_usage_is_one_sentence_and_status_2(run, args, says):
+    done = run(*args, expect=2)
+    name = " ".join(["internlm3", *args[:1]])
+    assert done.stderr.startswith(f"{name}: error: ") and says in done.stderr
+    assert done.stderr.endswith(f" ({name} --help shows the usage)\n") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "switch", ["--prompt", "--system", "--stop", "--regex", "--grammar", "--choice", "--json-schema"]
+)
+def test_bytes_that_are_no_text_are_named(run, switch):
+    """A shell in another encoding passes them, and Python keeps them as surrogates."""
+    given = b"caf\xe9".decode(errors="surrogateescape")
+    done = run("generate", "-p", "a", switch, given, expect=2)
+    assert f"{switch}: 'caf\N{REPLACEMENT CHARACTER}' is not text" in done.stderr
 
 
 def test_control_c_ends_an_answer_at_once(demo_model, run):

@@ -39,6 +39,8 @@ sys.stderr.write(f"{{history_file().exists()}}\\n")
 """
     ours, theirs = pty.openpty()
     environment = {**os.environ, "XDG_STATE_HOME": str(tmp_path), "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"}
+    # prompt_toolkit reads other characters than ASCII in a locale that has none as surrogates.
+    environment |= {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"} if toolkit else {"PYTHONUTF8": "1"}
     process = subprocess.Popen([sys.executable, "-c", code], stdin=theirs, stdout=theirs, stderr=subprocess.PIPE,
                                env=environment, start_new_session=True)  # fmt: skip
     os.close(theirs)
@@ -48,8 +50,8 @@ sys.stderr.write(f"{{history_file().exists()}}\\n")
     lines = b"def f():\r    return 1\r\rprint(f())"
     os.write(ours, b"\x1b[200~" + lines + b"\x1b[201~\r" if toolkit else lines.replace(b"\r", b"\n") + b"\n")
     assert process.stderr.readline() == b"'def f():\\n    return 1\\n\\nprint(f())'\n"
-    os.write(ours, b"next\r" if toolkit else b"next\n")
-    assert process.stderr.readline() == b"'next'\n"
+    os.write(ours, "Café\r".encode() if toolkit else "Café\n".encode())
+    assert process.stderr.readline() == b"'Caf\\xe9'\n"
     assert process.stderr.readline().strip() == str(toolkit).encode()
     assert process.wait() == 0
     process.stderr.close()
