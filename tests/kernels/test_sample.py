@@ -335,6 +335,17 @@ def test_extreme_random_numbers_sample_no_dropped_token():
         assert compare(logits, arguments).tolist() == [20, 22]
 
 
+@pytest.mark.parametrize("heavy", [1, 20])
+def test_the_random_number_0_samples_a_token_of_the_smallest_weight(heavy):
+    """Token 0 has one unit of 2^40 in all, in the block of the other token or in one before."""
+    logits = torch.full((1, 40), -math.inf, device=DEVICE)
+    logits[0, 0], logits[0, heavy] = -39.5 * math.log(2), 0.0
+    arguments = {"temperature": torch.ones(1, device=DEVICE), **random_numbers(generator(1), 1, "extreme")}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launcher, "BLOCK", 16)
+        assert compare(logits, arguments).tolist() == [0]
+
+
 def test_the_whole_vocabulary():
     """The launch configuration of InternLM3-8B, with a published fine-tune's vocabulary, which is odd.
 
