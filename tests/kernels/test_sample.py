@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from internlm3 import kernels
 from internlm3.kernels import reference_sampling
 from internlm3.kernels.triton import sample_search
+from internlm3.kernels.triton.sample_weights import share_of, weight_of
 from internlm3.tests.kernels.support import (
     DEVICE,
     assert_near,
@@ -370,7 +371,7 @@ def test_the_whole_vocabulary():
     assert token[1] == vocab - 1
 
 
-@pytest.mark.parametrize("temperature", [None, 0.0, 1e-30, 1.0, 1e30])
+@pytest.mark.parametrize("temperature", [None, 0.0, 1e-45, 1e-30, 1.0, 1e30])
 def test_extreme_rows(temperature):
     big, inf, nan = torch.finfo(torch.float32).max, math.inf, math.nan
     logits = torch.tensor(
@@ -452,6 +453,37 @@ def test_philox_is_that_of_triton():
     words = torch.empty(50, dtype=torch.int64, device=DEVICE)
     _first_words[(50,)](*numbers.values(), words)
     assert_same(reference_sampling.philox(**numbers)[0], found=words)
+
+
+@triton.jit
+def _weights(scaled_ptr, weight_ptr, N: tl.constexpr):
+    at = tl.arange(0, N)
+    tl.store(weight_ptr + at, weight_of(tl.load(scaled_ptr + at)))
+
+
+def test_weights_are_the_references():
+    """In each bit. A sampled token shows only the first ones."""
+    scaled = torch.cat([-64 * torch.rand(4080, generator=generator(7)), torch.arange(-15.0, 1.0)])
+    scaled[:2] = torch.tensor([-math.inf, -1e30])
+    scaled = scaled.to(DEVICE)
+    weights = torch.empty(4096, dtype=torch.int64, device=DEVICE)
+    _weights[(1,)](scaled, weights, 4096, enable_fp_fusion=False)
+    assert_same(reference_sampling._weights(scaled.clone()), found=weights)
+
+
+@triton.jit
+def _shares(total_ptr, share_ptr, part_ptr, N: tl.constexpr):
+    at = tl.arange(0, N)
+    tl.store(part_ptr + at, share_of(tl.load(total_ptr + at), tl.load(share_ptr + at)))
+
+
+def test_shares_are_exact():
+    rng = generator(8)
+    totals = torch.randint(2**57, (1024,), generator=rng) >> torch.randint(57, (1024,), generator=rng)
+    shares = torch.cat([torch.randint(2**31, (1020,), generator=rng), torch.tensor([0, 1, 2**31 - 1, 2**31 - 2])])
+    parts = torch.empty(1024, dtype=torch.int64, device=DEVICE)
+    _shares[(1,)](totals.to(DEVICE), shares.to(DEVICE), parts, 1024)
+    assert parts.tolist() == [t * s >> 31 for t, s in zip(totals.tolist(), shares.tolist(), strict=True)]
 
 
 def good_arguments(rows=2, vocab=40):
