@@ -347,6 +347,15 @@ def test_the_random_number_0_samples_a_token_of_the_smallest_weight(heavy):
         assert compare(logits, arguments).tolist() == [0]
 
 
+def test_min_p_is_a_whole_number_of_units():
+    """Token 0 has 3 units of 2^40: 3.5 units let it pass, 4 do not."""
+    logits = torch.tensor([[-38.4 * math.log(2), 0.0]] * 2, device=DEVICE)
+    arguments = {"min_p": torch.tensor([3.5 * 2.0**-40, 4 * 2.0**-40], device=DEVICE)}
+    arguments |= {"temperature": torch.ones(2, device=DEVICE), **random_numbers(generator(1), 2, "extreme")}
+    arguments["position"] = torch.full_like(arguments["position"], SMALLEST)
+    assert compare(logits, arguments).tolist() == [0, 1]
+
+
 def test_the_whole_vocabulary():
     """The launch configuration of InternLM3-8B, with a published fine-tune's vocabulary, which is odd.
 
