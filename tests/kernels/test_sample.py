@@ -208,6 +208,20 @@ def test_a_row_without_filters_keeps_all_beside_one_with(neutral, few_candidates
     assert_same(without[::2], found=found[::2])
 
 
+@pytest.mark.parametrize("few_candidates", [False, True])
+@pytest.mark.parametrize(
+    ("setting", "kept"),
+    [({"top_k": 4}, [1, 4]), ({"top_p": 0.0}, [4, 4]), ({"top_p": -0.5}, [4, 4]), ({"typical_p": 0.0}, None),
+     ({"top_k": 4, "top_p": 0.0}, [4, 4]), ({"typical_p": -0.5}, None)],
+)  # fmt: skip
+def test_the_ends_of_a_filters_range(setting, kept, few_candidates):
+    logits = torch.tensor([[0.0, 0.01, 0.02, 0.03, 0.04]] * 2, device=DEVICE)
+    arguments = {name: torch.tensor([value] * 2, device=DEVICE) for name, value in setting.items()}
+    arguments |= {"temperature": torch.ones(2, device=DEVICE), **random_numbers(generator(1), 2, "extreme")}
+    found = compare(logits, {**arguments, "few_candidates": few_candidates}).tolist()
+    assert found == kept or (kept is None and found[0] == found[1])
+
+
 @pytest.mark.parametrize("chosen", [c for n in (2, 3, 4) for c in itertools.combinations(FILTERS, n)], ids="-".join)
 def test_filters_in_their_order(chosen):
     """Each filter uses the mass that the one before it kept."""
