@@ -212,9 +212,12 @@ def test_a_row_without_filters_keeps_all_beside_one_with(neutral, few_candidates
 @pytest.mark.parametrize(
     ("setting", "kept"),
     [({"top_k": 4}, [1, 4]), ({"top_p": 0.0}, [4, 4]), ({"top_p": -0.5}, [4, 4]), ({"typical_p": 0.0}, None),
-     ({"top_k": 4, "top_p": 0.0}, [4, 4]), ({"typical_p": -0.5}, None)],
+     ({"top_k": 4, "top_p": 0.0}, [4, 4]), ({"typical_p": -0.5}, None),
+     ({"top_k": -1, "top_p": 0.0}, [4, 4])],
 )  # fmt: skip
-def test_the_ends_of_a_filters_range(setting, kept, few_candidates):
+@pytest.mark.parametrize("few", [2, 128])
+def test_the_ends_of_a_filters_range(setting, kept, few_candidates, few, monkeypatch):
+    monkeypatch.setattr(sample_search, "FEW", few)
     logits = torch.tensor([[0.0, 0.01, 0.02, 0.03, 0.04]] * 2, device=DEVICE)
     arguments = {name: torch.tensor([value] * 2, device=DEVICE) for name, value in setting.items()}
     arguments |= {"temperature": torch.ones(2, device=DEVICE), **random_numbers(generator(1), 2, "extreme")}
@@ -295,6 +298,31 @@ def test_what_is_no_candidate_counts_in_top_p(few_candidates, few, monkeypatch):
     drawn = random_numbers(generator(1), 2, "extreme")
     logits = weights.log().repeat(2, 1).to(DEVICE)
     assert compare(logits, {**arguments, **drawn, "few_candidates": few_candidates}).tolist() == [0, 10]
+
+
+@pytest.mark.parametrize("top_k", [-1, 4])
+@pytest.mark.parametrize(("few_candidates", "few"), [(False, 16), (True, 16), (True, 2)])
+def test_a_mass_that_is_just_sufficient_for_top_p(few_candidates, few, top_k, monkeypatch):
+    """The best token has 2^40 units of 2^41 + 1, of which half is 2^40; in the other row of 2^41 + 2, half is more."""
+    monkeypatch.setattr(sample_search, "FEW", few)
+    logits = torch.tensor([[0.0, -1.0, -1.0, -40.0, -50.0], [0.0, -1.0, -1.0, -39.0, -50.0]], device=DEVICE)
+    # At this temperature a logit is one bit of weight.
+    arguments = {"temperature": 1 / math.log(2), "top_p": 0.5, "top_k": top_k}
+    arguments = {name: torch.tensor([value] * 2, device=DEVICE) for name, value in arguments.items()}
+    drawn = {name: x[1:].repeat(2) for name, x in random_numbers(generator(1), 2, "extreme").items()}
+    assert compare(logits, {**arguments, **drawn, "few_candidates": few_candidates}).tolist() == [0, 2]
+
+
+def test_the_mean_of_typical_p_is_of_integers():
+    """A sum of floats would depend on its order."""
+    x = (torch.randn(2, 1500, generator=generator(3)) * 5).to(DEVICE)
+    ones, best = torch.ones(2, device=DEVICE), x.amax(-1, keepdim=True)
+    search = torch.zeros((2, sample_search.NUMBERS), dtype=torch.int64, device=DEVICE)
+    sample_search.find_thresholds(x, best, ones, None, None, None, ones / 2, search, 2048, False)
+    scaled = (x - best) * reference_sampling.LOG2_E
+    weights = reference_sampling._weights(scaled.clone())
+    moment = (scaled * weights.float()).long().sum(-1)
+    assert_same(torch.stack([weights.sum(-1), moment], -1), found=search[:, -2:])
 
 
 @pytest.mark.parametrize("vocab", [16, 17, 33])
