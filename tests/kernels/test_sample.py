@@ -281,11 +281,13 @@ def test_light_tokens_count_in_top_p_after_top_k(few_candidates):
 def test_thresholds_are_right_to_their_last_bit(chosen):
     """The tokens after the best are one ulp apart, and the largest random number samples the last one that is kept."""
     logits = torch.tensor([[0.0] + [-5 - number * 2.0**-21 for number in range(39)]] * 2, device=DEVICE)
-    values = {"top_k": 30, "top_p": 0.95, "typical_p": 0.9}
-    arguments = {name: torch.tensor([values[name]] * 2, device=DEVICE) for name in chosen}
-    arguments |= {"temperature": torch.ones(2, device=DEVICE), **random_numbers(generator(1), 2, "extreme")}
-    for few_candidates in (False, True):
-        assert 3 < compare(logits, {**arguments, "few_candidates": few_candidates})[1] < 39
+    # Thresholds that are 16 steps apart: a digit before the last is even in one and odd in the other.
+    for top_k, few_candidates in ((14, False), (14, True), (30, False), (30, True)):
+        values = {"top_k": top_k, "top_p": 0.95, "typical_p": 0.9}
+        arguments = {name: torch.tensor([values[name]] * 2, device=DEVICE) for name in chosen}
+        arguments |= {"temperature": torch.ones(2, device=DEVICE), **random_numbers(generator(1), 2, "extreme")}
+        found = compare(logits, {**arguments, "few_candidates": few_candidates})
+        assert 3 < found[1] < 39 or top_k == 14
 
 
 @pytest.mark.parametrize(("few_candidates", "few"), [(False, 16), (True, 16), (True, 32)])
@@ -387,6 +389,18 @@ def test_the_random_number_0_samples_a_token_of_the_smallest_weight(heavy):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launcher, "BLOCK", 16)
         assert compare(logits, arguments).tolist() == [0]
+
+
+def test_the_largest_random_number_samples_the_last_token_that_reaches_it():
+    """It is 1 - 2^-31: of 2^40 + 512 units that is less than 2^40, of 2^40 + 513 it is 2^40, in the next block."""
+    logits = torch.full((2, 40), -math.inf, device=DEVICE)
+    logits[:, 0], logits[:, 20], logits[1, 21] = 0.0, -31.0, -40.0
+    # At this temperature a logit is one bit of weight.
+    arguments = {"temperature": torch.full((2,), 1 / math.log(2), device=DEVICE)}
+    drawn = {name: x[1:].repeat(2) for name, x in random_numbers(generator(1), 2, "extreme").items()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launcher, "BLOCK", 16)
+        assert compare(logits, {**arguments, **drawn}).tolist() == [0, 20]
 
 
 def test_min_p_is_a_whole_number_of_units():
