@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import ROOT, harness, ops, peers, record, roofline, tables, verify
+from bench import ROOT, harness, measure, ops, peers, record, roofline, tables, verify
 from bench.cases import DENSE, FORMS, Inputs, Size, cases, read_size
 from bench.roofline import Roofline
 from internlm3 import kernels
@@ -512,6 +512,45 @@ def test_code_in_a_module_beside_the_file_is_looked_at(fast, config, tmp_path, c
     arguments = ["--config", str(config), "--kernel", str(tmp_path / "mine.py"), "--batch", "2", "--rounds", "1"]
     assert ops.main([*arguments, "--seed", "3", "--engine", "FlashInfer"]) == 1
     assert "REFUSED: it catches RuntimeError in line 3 (no binary)" in capsys.readouterr().out
+
+
+TUNED = """
+import os
+os.environ["TRITON_INTERPRET"] = "1"
+import torch, triton, triton.language as tl
+@triton.autotune([triton.Config({"BLOCK": block}) for block in (16, 32)], key=["n"])
+@triton.jit
+def _glu(x, y, n, BLOCK: tl.constexpr):
+    row, i = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    gate = tl.load(x + row * 2 * n + i, mask=i < n).to(tl.float32)
+    up = tl.load(x + row * 2 * n + n + i, mask=i < n)
+    tl.store(y + row * n + i, (gate * tl.sigmoid(gate)).to(up.dtype) * up, mask=i < n)
+def swiglu(gate_up):
+    rows, n = gate_up.shape[0], gate_up.shape[1] // 2
+    y = torch.empty((rows, n), dtype=gate_up.dtype, device=gate_up.device)
+    _glu[lambda given: (rows, triton.cdiv(n, given["BLOCK"]))](gate_up, y, n)
+    return y
+"""
+
+
+def test_a_file_may_choose_the_interpreter_by_itself(config, tmp_path):
+    """Then that has to be mended too. In a process of its own, in which nobody else has chosen it."""
+    (tmp_path / "mine.py").write_text(TUNED)
+    arguments = ["--config", config, "--kernel", tmp_path / "mine.py", "--batch", "2", "--rounds", "1"]
+    command = [sys.executable, "-m", "bench.ops", *map(str, arguments), "--engine", "FlashInfer"]
+    environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.returncode == 0 and done.stdout.endswith("warm\n"), done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(("set_to", "words"), [("1", "the interpreter answers launches"), ("0", "TRITON_INTERPRET=1")])
+def test_triton_without_a_gpu_says_what_helps(set_to, words, monkeypatch):
+    import triton
+
+    monkeypatch.setenv("TRITON_INTERPRET", set_to)
+    with pytest.raises(RuntimeError) as error:
+        triton.runtime.driver.active.get_current_target()
+    assert words in measure.reason_of(error.value)
 
 
 def test_two_files_of_one_name(tmp_path, capsys):
