@@ -217,8 +217,13 @@ def test_list_measures_nothing(capsys):
     assert ops.main(["--list", "--op", "paged_attention", "--batch", "1", "4", "--context", "128", "131072"]) == 0
     lines = capsys.readouterr().out.splitlines()
     shapes = ["batch 1, context 128", "batch 1, context 131072", "batch 4, context 128", "batch 4, context 131072"]
-    assert [line[24:53].strip() for line in lines] == shapes
+    assert [line[24:62].strip() for line in lines] == shapes
     assert all("cpu, SDPA, FlashInfer" in line for line in lines)
+
+
+def test_columns_have_a_space_between_them():
+    for case in cases(batches=[16], chunks=[4096], contexts=[131072]):
+        assert tables.columns(case.op, case.shape, "bfloat16").split() == [case.op, *case.shape.split(), "bfloat16"]
 
 
 def test_rows_and_record(fast, config, tmp_path, capsys):
@@ -287,7 +292,7 @@ def test_peers_implement_known_ops():
 def test_only_peers_that_take_a_quantised_weight_are_asked(capsys):
     """cuBLAS is not shown as failing."""
     assert ops.main(["--list", "--op", "linear_add", "--batch", "1"]) == 0
-    found = {line[24:53].strip(): {*line[63:].split(", ")} for line in capsys.readouterr().out.splitlines()}
+    found = {line[24:62].strip(): {*line[72:].split(", ")} for line in capsys.readouterr().out.splitlines()}
     eager = {"cpu", "PyTorch", "torch.compile"}
     assert found["batch 1, o_proj"] == {*eager, "cuBLAS", "GemLite"}
     assert found["batch 1, o_proj int4"] == found["batch 1, o_proj int8"] == {*eager, "torch packed", "GemLite"}
@@ -406,6 +411,15 @@ def test_user_kernel(body, message, fast, config, tmp_path, capsys):
     else:
         assert code == 1 and message in row
         assert "run the same inputs again with --seed 3" in out
+
+
+@pytest.mark.parametrize("op", ["rms_norm", "rms_norm_linear", "rms_norm_swiglu", "rms_norm_qkv_rope_cache"])
+@pytest.mark.parametrize("eps", [0.0, 1e-6, 1e-4])
+def test_a_wrong_eps_is_found(op, eps):
+    for case in cases(TINY, [torch.bfloat16, torch.float16, torch.float32], [2], [5], [64]):
+        if case.op == op:
+            run = lambda given, op=case.op: getattr(reference, op)(**given | {"eps": eps})  # noqa: E731
+            assert "the result" in verify.error_of(op, case.arguments(torch.device("cpu")), run), case
 
 
 LINEAR_ADD = """
