@@ -135,8 +135,13 @@ def _embed(make: Inputs, rows: int) -> Arguments:
     return {"token_ids": ids, "table": make.weight(size.vocabulary, size.hidden)}
 
 
+EPS = 1e-5  # InternLM3's
+OF_NORMS = EPS**0.5  # the RMS of what is normalised: far above it, a kernel with a wrong eps would pass for right
+
+
 def _rms_norm(make: Inputs, rows: int) -> Arguments:
-    return {"x": make.random(rows, make.size.hidden), "weight": make.random(make.size.hidden), "eps": 1e-5}
+    hidden = make.size.hidden
+    return {"x": make.random(rows, hidden, scale=OF_NORMS), "weight": make.random(hidden), "eps": EPS}
 
 
 def _swiglu(make: Inputs, rows: int) -> Arguments:
@@ -158,7 +163,8 @@ def _linear_add(make: Inputs, rows: int, outputs: int, inputs: int, stored: str 
 
 def _norm_linear(make: Inputs, rows: int, outputs: int, stored: str = DENSE) -> Arguments:
     hidden = make.size.hidden
-    return {**_linear(make, rows, outputs, hidden, stored), "norm": make.random(hidden), "eps": 1e-5}
+    arguments = {**_linear(make, rows, outputs, hidden, stored), "norm": make.random(hidden), "eps": EPS}
+    return {**arguments, "x": make.random(rows, hidden, scale=OF_NORMS)}
 
 
 def _norm_qkv_rope_cache(make: Inputs, rows: int, sequences: int, context: int, stored: str = DENSE) -> Arguments:

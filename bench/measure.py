@@ -9,7 +9,7 @@ import torch
 
 from internlm3 import kernels
 
-from . import harness, peers, roofline, strict, verify
+from . import harness, interpreter, peers, roofline, strict, verify
 from .cases import Arguments, Case
 from .record import Part, Row, first_line
 from .timing import FLOOR, Call, cold_calls, name_of, replayed, rounds_of
@@ -48,6 +48,8 @@ def engines_of(case: Case, device: torch.device) -> list[str]:
 def reason_of(error: BaseException) -> str:
     text = str(error).strip().splitlines()
     if text and "active drivers" in text[0]:
+        if interpreter.chosen():
+            return "Triton finds no GPU, and the file asks its driver: the interpreter answers launches of kernels only"
         return "Triton finds no GPU: TRITON_INTERPRET=1 checks a kernel without one, and times the interpreter"
     return text[0] if isinstance(error, peers.Unfit) else first_line(error)
 

@@ -181,7 +181,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return run(options, rows, device, {case.dtype for case in chosen})
         for case in chosen:
             engines = ", ".join(names_of(case, users, options.engine or (), device))
-            print(f"{case.op:24}{case.shape:29}{name_of(case.dtype):10}{engines}")
+            print(tables.columns(case.op, case.shape, name_of(case.dtype)) + engines)
     return 0
 
 

@@ -44,8 +44,10 @@ class Row:
 
     @property
     def quartiles(self) -> tuple[float, float, float]:
-        """25%, 50% and 75% of the rounds."""
-        low, median, high = statistics.quantiles(self.rounds, n=4) if len(self.rounds) > 1 else [self.rounds[0]] * 3
+        """25%, 50% and 75% of the rounds; of one or two rounds the smallest, the median and the largest."""
+        if len(self.rounds) < 3:  # statistics.quantiles would extrapolate
+            return min(self.rounds), self.value, max(self.rounds)
+        low, median, high = statistics.quantiles(self.rounds, n=4)
         return low, median, high
 
     def __str__(self) -> str:

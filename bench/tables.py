@@ -6,8 +6,14 @@ from typing import Any
 from .data_sheets import with_rates
 from .record import Record, Row
 
+
+def columns(op: str, shape: str, dtype: str) -> str:
+    """The first columns of a table of ops, wide enough for every shape."""
+    return f"{op:24}{shape:38}{dtype:10}"
+
+
 OPS_HEADER = (
-    f"{'op':24}{'shape':29}{'dtype':10}{'engine':14}{'us':>10}{'quartiles':>20}{'MB':>9}{'GFLOP':>8}{'GB/s':>8}"
+    f"{columns('op', 'shape', 'dtype')}{'engine':14} {'us':>10}{'quartiles':>20}{'MB':>9}{'GFLOP':>8}{'GB/s':>8}"
     f"{'TFLOP/s':>9}{'of ceiling':>15}  L2"
 )
 
@@ -15,9 +21,9 @@ OPS_HEADER = (
 def op_line(row: Row) -> str:
     """A row of bench.ops, under OPS_HEADER."""
     about = row.about
-    head = f"{about['op']:24}{about['shape']:29}{about['dtype']:10}{about['engine']:14}"
+    head = f"{columns(about['op'], about['shape'], about['dtype'])}{about['engine']:14} "
     if not row.rounds:
-        return f"{head}  {row.note}"
+        return f"{head} {row.note}"
     low, median, high = row.quartiles
     spread = "..".join(f"{x:.2f}" if x < 1000 else f"{x:.0f}" for x in (low, high))
     share = f"{about['share']:.1%} {about['bound']}" if "share" in about else "-"

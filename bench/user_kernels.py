@@ -82,11 +82,11 @@ def run_file(path: str | Path, name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise NotPython(path)
-    if interpreter.chosen():
-        interpreter.mend()
+    interpreter.mend_if_chosen()
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # Triton looks there for a kernel's source
     spec.loader.exec_module(module)
+    interpreter.mend_if_chosen()  # a file may choose it by itself
     return module
 
 

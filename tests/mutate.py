@@ -28,12 +28,12 @@ import pytest
 
 from bench import ROOT
 from bench.options import one_of
+from internlm3 import kernels
 
 KERNELS = ROOT / "kernels" / "triton"
 # The files whose kernels `tests/kernels/test_NAME.py` tests.
 FILES = {
-    **{name: (name,) for name in ("advance", "count_prompt", "draft", "embed", "paged_attention", "rms_norm")},
-    **{name: (name,) for name in ("rope_and_cache", "store_row", "swiglu")},
+    **{op: (op,) for op in kernels.__all__ if (KERNELS / f"{op}.py").is_file()},
     "linear": ("linear_few_rows", "linear_fused"),
     "linear_quantised": ("linear_quantised", "dequantise", "fields"),
     "sample": ("sample", "sample_weights", "sample_search"),

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import ROOT, harness, ops, peers, record, roofline, tables, verify
+from bench import ROOT, harness, measure, ops, peers, record, roofline, tables, verify
 from bench.cases import DENSE, FORMS, Inputs, Size, cases, read_size
 from bench.roofline import Roofline
 from internlm3 import kernels
@@ -217,8 +217,13 @@ def test_list_measures_nothing(capsys):
     assert ops.main(["--list", "--op", "paged_attention", "--batch", "1", "4", "--context", "128", "131072"]) == 0
     lines = capsys.readouterr().out.splitlines()
     shapes = ["batch 1, context 128", "batch 1, context 131072", "batch 4, context 128", "batch 4, context 131072"]
-    assert [line[24:53].strip() for line in lines] == shapes
+    assert [line[24:62].strip() for line in lines] == shapes
     assert all("cpu, SDPA, FlashInfer" in line for line in lines)
+
+
+def test_columns_have_a_space_between_them():
+    for case in cases(batches=[16], chunks=[4096], contexts=[131072]):
+        assert tables.columns(case.op, case.shape, "bfloat16").split() == [case.op, *case.shape.split(), "bfloat16"]
 
 
 def test_rows_and_record(fast, config, tmp_path, capsys):
@@ -287,7 +292,7 @@ def test_peers_implement_known_ops():
 def test_only_peers_that_take_a_quantised_weight_are_asked(capsys):
     """cuBLAS is not shown as failing."""
     assert ops.main(["--list", "--op", "linear_add", "--batch", "1"]) == 0
-    found = {line[24:53].strip(): {*line[63:].split(", ")} for line in capsys.readouterr().out.splitlines()}
+    found = {line[24:62].strip(): {*line[72:].split(", ")} for line in capsys.readouterr().out.splitlines()}
     eager = {"cpu", "PyTorch", "torch.compile"}
     assert found["batch 1, o_proj"] == {*eager, "cuBLAS", "GemLite"}
     assert found["batch 1, o_proj int4"] == found["batch 1, o_proj int8"] == {*eager, "torch packed", "GemLite"}
@@ -408,6 +413,15 @@ def test_user_kernel(body, message, fast, config, tmp_path, capsys):
         assert "run the same inputs again with --seed 3" in out
 
 
+@pytest.mark.parametrize("op", ["rms_norm", "rms_norm_linear", "rms_norm_swiglu", "rms_norm_qkv_rope_cache"])
+@pytest.mark.parametrize("eps", [0.0, 1e-6, 1e-4])
+def test_a_wrong_eps_is_found(op, eps):
+    for case in cases(TINY, [torch.bfloat16, torch.float16, torch.float32], [2], [5], [64]):
+        if case.op == op:
+            run = lambda given, op=case.op: getattr(reference, op)(**given | {"eps": eps})  # noqa: E731
+            assert "the result" in verify.error_of(op, case.arguments(torch.device("cpu")), run), case
+
+
 LINEAR_ADD = """
 from internlm3.kernels import reference
 {import_}
@@ -512,6 +526,45 @@ def test_code_in_a_module_beside_the_file_is_looked_at(fast, config, tmp_path, c
     arguments = ["--config", str(config), "--kernel", str(tmp_path / "mine.py"), "--batch", "2", "--rounds", "1"]
     assert ops.main([*arguments, "--seed", "3", "--engine", "FlashInfer"]) == 1
     assert "REFUSED: it catches RuntimeError in line 3 (no binary)" in capsys.readouterr().out
+
+
+TUNED = """
+import os
+os.environ["TRITON_INTERPRET"] = "1"
+import torch, triton, triton.language as tl
+@triton.autotune([triton.Config({"BLOCK": block}) for block in (16, 32)], key=["n"])
+@triton.jit
+def _glu(x, y, n, BLOCK: tl.constexpr):
+    row, i = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    gate = tl.load(x + row * 2 * n + i, mask=i < n).to(tl.float32)
+    up = tl.load(x + row * 2 * n + n + i, mask=i < n)
+    tl.store(y + row * n + i, (gate * tl.sigmoid(gate)).to(up.dtype) * up, mask=i < n)
+def swiglu(gate_up):
+    rows, n = gate_up.shape[0], gate_up.shape[1] // 2
+    y = torch.empty((rows, n), dtype=gate_up.dtype, device=gate_up.device)
+    _glu[lambda given: (rows, triton.cdiv(n, given["BLOCK"]))](gate_up, y, n)
+    return y
+"""
+
+
+def test_a_file_may_choose_the_interpreter_by_itself(config, tmp_path):
+    """Then that has to be mended too. In a process of its own, in which nobody else has chosen it."""
+    (tmp_path / "mine.py").write_text(TUNED)
+    arguments = ["--config", config, "--kernel", tmp_path / "mine.py", "--batch", "2", "--rounds", "1"]
+    command = [sys.executable, "-m", "bench.ops", *map(str, arguments), "--engine", "FlashInfer"]
+    environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.returncode == 0 and done.stdout.endswith("warm\n"), done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(("set_to", "words"), [("1", "the interpreter answers launches"), ("0", "TRITON_INTERPRET=1")])
+def test_triton_without_a_gpu_says_what_helps(set_to, words, monkeypatch):
+    import triton
+
+    monkeypatch.setenv("TRITON_INTERPRET", set_to)
+    with pytest.raises(RuntimeError) as error:
+        triton.runtime.driver.active.get_current_target()
+    assert words in measure.reason_of(error.value)
 
 
 def test_two_files_of_one_name(tmp_path, capsys):

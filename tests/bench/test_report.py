@@ -56,6 +56,7 @@ def test_quartiles():
     figure = Part("ops").figure("x", [4.0, 1.0, 2.0, 3.0, 5.0], "us")
     assert figure.quartiles == (1.5, 3.0, 4.5) and figure.value == 3.0
     assert Part("ops").figure("x", [4.0], "us").quartiles == (4.0, 4.0, 4.0)
+    assert Part("ops").figure("x", [9.0, 1.0], "us").quartiles == (1.0, 5.0, 9.0)
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,7 @@ torch.Tensor.__repr__ = lambda x: (  # type: ignore[assignment, method-assign]
     whole(x) if x.numel() <= 16 else f"<{str(x.dtype).removeprefix('torch.')} {list(x.shape)}>"
 )
 
-if interpreter.chosen():
-    interpreter.mend()
+interpreter.mend_if_chosen()
 
 # tests/fuzz.py --kernel: the functions of the user's file replace ours, and run through the same cases.
 if "INTERNLM3_KERNEL" in os.environ:

@@ -1,4 +1,7 @@
-"""The mended interpreter computes with bfloat16 as PyTorch does on a CPU: in float32, rounded to the nearest."""
+"""The mended interpreter computes with bfloat16 as PyTorch does on a CPU: in float32, rounded to the nearest.
+
+And triton.autotune chooses a configuration there, although there is no GPU to time it.
+"""
 
 import numpy as np
 import pytest
@@ -65,3 +68,22 @@ def test_sums_of_bfloat16_are_rounded_at_each_step():
     expected = torch.cat([tree(x), tree(x.flatten())[None]])
     once = torch.cat([x.float().sum(1), x.float().sum()[None]]).bfloat16()
     assert torch.equal(out, expected) and not torch.equal(out, once)
+
+
+@triton.autotune([triton.Config({"BLOCK": block}) for block in (8, 16, 32)], key=["n"], reset_to_zero=["out"])
+@triton.jit
+def _added(x, out, chosen, n, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out + at, tl.load(out + at, mask=at < n) + tl.load(x + at, mask=at < n), mask=at < n)
+    tl.store(chosen, BLOCK)
+
+
+def test_autotune_tests_all_configurations_over_many_keys():
+    """With the hooks by which it runs a kernel several times that adds to its output."""
+    chosen = {}
+    for n in (*range(1, 30), 5, 17, 29):
+        x, out, block = torch.randn(n), torch.zeros(n), torch.zeros(1, dtype=torch.int32)
+        _added[lambda given, n=n: (triton.cdiv(n, given["BLOCK"]),)](x, out, block, n)
+        assert torch.equal(out, x)
+        assert chosen.setdefault(n, block.item()) == block.item()
+    assert {*chosen.values()} == {8, 16, 32}

@@ -1,4 +1,4 @@
-"""Triton kernels; one multiplies in the dtype of its inputs."""
+"""Triton kernels; one multiplies in the dtype of its inputs, one is tuned at the first call of a width."""
 
 import torch
 import triton
@@ -21,16 +21,21 @@ def rms_norm(x, weight, eps):
     return y
 
 
+@triton.autotune([triton.Config({"BLOCK": block}) for block in (16, 32, 128)], key=["n"])
+@triton.heuristics({"EVEN": lambda given: given["n"] % given["BLOCK"] == 0})
 @triton.jit
-def _glu(x, y, n, BLOCK: tl.constexpr):
-    row, i = tl.program_id(0), tl.arange(0, BLOCK)
+def _glu(x, y, n, BLOCK: tl.constexpr, EVEN: tl.constexpr):
+    row, i = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = i < n
-    gate, up = (tl.load(x + row * 2 * n + half * n + i, mask=inside).to(tl.float32) for half in (0, 1))
+    if EVEN:
+        gate, up = (tl.load(x + row * 2 * n + half * n + i).to(tl.float32) for half in (0, 1))
+    else:
+        gate, up = (tl.load(x + row * 2 * n + half * n + i, mask=inside).to(tl.float32) for half in (0, 1))
     tl.store(y + row * n + i, (gate * tl.sigmoid(gate) * up).to(y.dtype.element_ty), mask=inside)
 
 
 def swiglu(gate_up):
     rows, both = gate_up.shape
     y = torch.empty((rows, both // 2), dtype=gate_up.dtype, device=gate_up.device)
-    _glu[(rows,)](gate_up, y, both // 2, triton.next_power_of_2(both // 2))
+    _glu[lambda given: (rows, triton.cdiv(both // 2, given["BLOCK"]))](gate_up, y, both // 2)
     return y
