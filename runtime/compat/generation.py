@@ -58,7 +58,8 @@ class Generation(Pretrained):
         """Generates token ids that continue prompts. Arguments, their meaning and their defaults are transformers'.
 
         A setting is looked up in the keywords, then in `generation_config`, then in the checkpoint's
-        generation_config.json; None means that it is not given. N is B * num_return_sequences.
+        generation_config.json. A keyword that is None turns its setting off: eos_token_id=None ends at the maximum
+        length only. N is B * num_return_sequences.
 
             >>> ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
             >>> model.generate(ids, max_new_tokens=32, do_sample=True, top_p=0.9, temperature=0.7)
@@ -113,8 +114,9 @@ class Generation(Pretrained):
             "output_logits": output_logits,
             "renormalize_logits": renormalize_logits,
         }
+        given_flags = {name: flag for name, flag in flags.items() if flag is not None}
         options = read_options(
-            self.config, self.generation_config, generation_config, {**kwargs, **flags}, columns=ids.shape[1]
+            self.config, self.generation_config, generation_config, {**kwargs, **given_flags}, columns=ids.shape[1]
         )
         prompts = _prompts(ids, attention_mask, self.config.vocab_size, options.padding_id)
         params, most, eos = options.params, options.max_new_tokens, options.eos_token_ids

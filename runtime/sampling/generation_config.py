@@ -1,9 +1,9 @@
 """generation_config.json, and objects like transformers' GenerationConfig: a model's default settings.
 
-None means that a setting is not given, whatever the source. A setting that would change the tokens and that this
-runtime does not implement is an error from every source: a keyword, a GenerationConfig, generation_config.json. One
-that would change nothing here is an error as a keyword, so that no caller waits for its effect; in the other sources
-it is ignored, as they contain many settings that their author never chose.
+A setting that would change the tokens and that this runtime does not implement is an error from every source: a
+keyword, a GenerationConfig, generation_config.json. One that would change nothing here is an error as a keyword, so
+that no caller waits for its effect; in the other sources it is ignored, as they contain many settings that their author
+never chose.
 """
 
 from collections.abc import Mapping
