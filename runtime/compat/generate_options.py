@@ -108,7 +108,7 @@ def settings_of(given: Any) -> GenerationSettings:
     An object's attributes are not checked: a GenerationConfig has some of its own, and of other models.
     """
     if isinstance(given, Mapping) and not isinstance(given, GenerationSettings):
-        reject_unknown("generation_config", [name for name in given if not str(name).startswith("_")], _ACCEPTED)
+        reject_unknown("generation_config", [str(name) for name in given if not str(name).startswith("_")], _ACCEPTED)
     return GenerationSettings.of(given)
 
 

@@ -26,11 +26,9 @@ class GenerationSettings(dict[str, Any]):
 
         Entries that are None are dropped.
         """
-        values = given or {}
-        if not isinstance(values, Mapping) and hasattr(values, "to_dict"):
-            values = values.to_dict()
-        if not isinstance(values, Mapping):
+        if given is not None and not is_config(given):
             raise TypeError(f"generation_config must be a dictionary or an object with to_dict; it is {shown(given)}")
+        values = given if isinstance(given, Mapping) else {} if given is None else given.to_dict()
         return cls({name: value for name, value in values.items() if value is not None})
 
     def __getattr__(self, name: str) -> Any:
@@ -40,6 +38,11 @@ class GenerationSettings(dict[str, Any]):
 
     def __setattr__(self, name: str, value: Any) -> None:
         self[name] = value
+
+
+def is_config(given: Any) -> bool:
+    """Whether this can be a generation_config."""
+    return isinstance(given, Mapping) or hasattr(given, "to_dict")
 
 
 def refuse_unsupported(settings: Mapping[str, Any], *, keywords: bool = False) -> None:

@@ -82,6 +82,7 @@ OF_THE_CHECKPOINT: Any = {
 }  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore:Using the model-agnostic default")  # transformers', without a length
 @pytest.mark.parametrize("name", [*OF_THE_CHECKPOINT, "do_sample"])
 def test_a_keyword_that_is_none_turns_a_setting_off(tiny, name):
     """It does not leave it to the checkpoint or to a GenerationConfig, as in transformers."""
@@ -366,7 +367,17 @@ def test_a_cache_goes_on_in_any_mode(tiny, first, then):
         ({"attention_mask": torch.zeros(1, 6)}, ValueError, "row 0 of input_ids is empty"),
         ({"attention_mask": torch.ones(1, 5)}, ValueError, "attention_mask"),
         ({"inputs": PROMPTS}, ValueError, "inputs"),
-        ({"generation_config": 5}, (TypeError, ValueError), "generation_config"),
+        *(
+            ({"attention_mask": mask}, TypeError, "attention_mask must be a tensor .*generation_config")
+            for mask in (PROMPTS.tolist(), PROMPTS.numpy(), [], False)
+        ),
+        ({"attention_mask": {}, "generation_config": {}}, TypeError, "attention_mask must be a tensor .*given once"),
+        ({"generation_config": 5}, TypeError, "generation_config"),
+        ({"generation_config": torch.ones(2)}, TypeError, "generation_config"),
+        ({"generation_config": {3: 1}}, TypeError, "generation_config: unknown keyword '3'"),
+        ({"streamer": True}, TypeError, r"streamer must be an object with put\(ids\) and end\(\); it is True"),
+        ({"stopping_criteria": torch.ones(2)}, TypeError, "stopping_criteria must be a callable"),
+        ({"prefix_allowed_tokens_fn": False}, TypeError, "prefix_allowed_tokens_fn must be a callable"),
         ({"logits_processor": 5}, (TypeError, ValueError), "logits_processor"),
     ],
     ids=str,
