@@ -199,4 +199,4 @@ def _unpickle(path: Path) -> dict[str, Tensor]:
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
             kind = "a quantised" if tensor.is_quantized else "an empty" if tensor.is_meta else "a sparse"
             raise ValueError(f"{path}: {shown(name)} is {kind} tensor; weights must be dense tensors")
-    return state
+    return {name: tensor.detach() for name, tensor in state.items()}  # parameters would want gradients

@@ -56,6 +56,9 @@ def read_options(
 ) -> GenerateOptions:
     """The options of one call of `generate`. A later source overrides an earlier one.
 
+    As in transformers, a keyword that is None turns its setting off, whatever the other sources say: no end token, no
+    top-k, no penalty, and the default length. In the other sources None is not given.
+
     Args:
         config: the model's, for its vocabulary and its default end and padding tokens.
         defaults: the model's generation_config.
@@ -69,16 +72,15 @@ def read_options(
     """
     reject_unknown("generate", keywords, _ACCEPTED)
     refuse_unsupported(keywords, keywords=True)
-    options: dict[str, Any] = {}
-    for source in (defaults, settings_of(given), keywords):
-        refuse_unsupported(source)
-        options |= {name: value for name, value in source.items() if value is not None and name in _KNOWN}
-    if options.get("pad_token_id") == -1:  # some checkpoints' form of None
-        del options["pad_token_id"]
+    merged: dict[str, Any] = {"eos_token_id": config.eos_token_ids, "pad_token_id": config.pad_token_id}
+    for source in (defaults, settings_of(given)):
+        merged |= {name: value for name, value in source.items() if not _is_none(name, value)}
+    merged |= keywords
+    refuse_unsupported(merged)
+    options = {name: value for name, value in merged.items() if name in _KNOWN and not _is_none(name, value)}
 
     vocab_size = config.vocab_size
-    eos = _token_ids("eos_token_id", options.get("eos_token_id", config.eos_token_ids), vocab_size)
-    pads = _token_ids("pad_token_id", options.get("pad_token_id", config.pad_token_id), vocab_size)
+    eos, pads = (_token_ids(name, options.get(name), vocab_size) for name in ("eos_token_id", "pad_token_id"))
     most, least = _lengths(options, keywords, columns)
     params = SamplingParams.from_kwargs(_params(options, keywords), min_tokens=least)
     params.check_vocab(vocab_size)
@@ -95,13 +97,18 @@ def read_options(
     )
 
 
+def _is_none(name: str, value: Any) -> bool:
+    """Whether this is None, or a pad_token_id of -1, which is some checkpoints' form of it."""
+    return value is None or (name == "pad_token_id" and as_int(value) == -1)
+
+
 def settings_of(given: Any) -> GenerationSettings:
     """A caller's generation_config. Raises TypeError for one that is none, or a dictionary with a misspelt key.
 
     An object's attributes are not checked: a GenerationConfig has some of its own, and of other models.
     """
     if isinstance(given, Mapping) and not isinstance(given, GenerationSettings):
-        reject_unknown("generation_config", [name for name in given if not str(name).startswith("_")], _ACCEPTED)
+        reject_unknown("generation_config", [str(name) for name in given if not str(name).startswith("_")], _ACCEPTED)
     return GenerationSettings.of(given)
 
 
@@ -153,6 +160,6 @@ def _params(options: Mapping[str, Any], keywords: Mapping[str, Any]) -> Sampling
             f"num_return_sequences is {answers}, and greedy decoding gives {answers} times the same answer: "
             "give do_sample=True"
         )
-    if sampled:
+    if sampled and "top_k" not in keywords:
         settings.setdefault("top_k", DEFAULT_TOP_K)
     return SamplingParams.from_kwargs(do_sample=sampled, **settings)

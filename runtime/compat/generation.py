@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..common.checks import check_batch
+from ..common.shown import shown
 from ..engine.answer import Answer
 from ..engine.engine import Engine
 from ..engine.hooks import LogitsHooks
@@ -17,6 +18,7 @@ from ..engine.request import Request, check_prompt
 from ..engine.shared import SharedEngine
 from ..model.config import InternLM3Config
 from ..model.model import invariant_rows
+from ..sampling.generation_config import is_config
 from ..sampling.logits_processors import LogitsProcessor, early_processors, processors
 from ..tokenization.text_stream import TextStream
 from .generate_options import GenerateOptions, read_options
@@ -58,7 +60,8 @@ class Generation(Pretrained):
         """Generates token ids that continue prompts. Arguments, their meaning and their defaults are transformers'.
 
         A setting is looked up in the keywords, then in `generation_config`, then in the checkpoint's
-        generation_config.json; None means that it is not given. N is B * num_return_sequences.
+        generation_config.json. A keyword that is None turns its setting off: eos_token_id=None ends at the maximum
+        length only. N is B * num_return_sequences.
 
             >>> ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
             >>> model.generate(ids, max_new_tokens=32, do_sample=True, top_p=0.9, temperature=0.7)
@@ -105,16 +108,24 @@ class Generation(Pretrained):
             RuntimeError: logits that are not numbers, as float16 may give.
         """
         ids = _input_ids(input_ids, inputs)
-        if attention_mask is not None and not isinstance(attention_mask, Tensor) and generation_config is None:
+        if attention_mask is not None and not isinstance(attention_mask, Tensor):
+            if generation_config is not None or not is_config(attention_mask):
+                raise TypeError(
+                    "attention_mask must be a tensor [B, T], or in its place a generation_config, given once; it is "
+                    f"{shown(attention_mask)}"
+                )
             generation_config, attention_mask = attention_mask, None
+        if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
+            raise TypeError(f"streamer must be an object with put(ids) and end(); it is {shown(streamer)}")
         flags = {
             "return_dict_in_generate": return_dict_in_generate,
             "output_scores": output_scores,
             "output_logits": output_logits,
             "renormalize_logits": renormalize_logits,
         }
+        given_flags = {name: flag for name, flag in flags.items() if flag is not None}
         options = read_options(
-            self.config, self.generation_config, generation_config, {**kwargs, **flags}, columns=ids.shape[1]
+            self.config, self.generation_config, generation_config, {**kwargs, **given_flags}, columns=ids.shape[1]
         )
         prompts = _prompts(ids, attention_mask, self.config.vocab_size, options.padding_id)
         params, most, eos = options.params, options.max_new_tokens, options.eos_token_ids
@@ -273,7 +284,7 @@ def _prompts(ids: Tensor, mask: Tensor | None, vocab_size: int, padding_id: int 
 
 def _callables(name: str, given: Any) -> list[Any]:
     """One callable, several, or none, as a list."""
-    listed = [given] if callable(given) else given or []
+    listed = [given] if callable(given) else [] if given is None else given
     if not isinstance(listed, list | tuple) or not all(map(callable, listed)):
         raise TypeError(f"{name} must be a callable or a list of them; it is {given!r}")
     return [*listed]

@@ -1,9 +1,9 @@
 """generation_config.json, and objects like transformers' GenerationConfig: a model's default settings.
 
-None means that a setting is not given, whatever the source. A setting that would change the tokens and that this
-runtime does not implement is an error from every source: a keyword, a GenerationConfig, generation_config.json. One
-that would change nothing here is an error as a keyword, so that no caller waits for its effect; in the other sources
-it is ignored, as they contain many settings that their author never chose.
+A setting that would change the tokens and that this runtime does not implement is an error from every source: a
+keyword, a GenerationConfig, generation_config.json. One that would change nothing here is an error as a keyword, so
+that no caller waits for its effect; in the other sources it is ignored, as they contain many settings that their author
+never chose.
 """
 
 from collections.abc import Mapping
@@ -26,11 +26,9 @@ class GenerationSettings(dict[str, Any]):
 
         Entries that are None are dropped.
         """
-        values = given or {}
-        if not isinstance(values, Mapping) and hasattr(values, "to_dict"):
-            values = values.to_dict()
-        if not isinstance(values, Mapping):
+        if given is not None and not is_config(given):
             raise TypeError(f"generation_config must be a dictionary or an object with to_dict; it is {shown(given)}")
+        values = given if isinstance(given, Mapping) else {} if given is None else given.to_dict()
         return cls({name: value for name, value in values.items() if value is not None})
 
     def __getattr__(self, name: str) -> Any:
@@ -40,6 +38,11 @@ class GenerationSettings(dict[str, Any]):
 
     def __setattr__(self, name: str, value: Any) -> None:
         self[name] = value
+
+
+def is_config(given: Any) -> bool:
+    """Whether this can be a generation_config."""
+    return isinstance(given, Mapping) or hasattr(given, "to_dict")
 
 
 def refuse_unsupported(settings: Mapping[str, Any], *, keywords: bool = False) -> None:

@@ -37,7 +37,7 @@ def processors(
         ends: the end-of-text tokens.
         prefix: processors made from prefix_allowed_tokens_fn.
     """
-    ends, found = sorted(ends), []
+    ends, found = sorted({*ends}), []
     if params.no_repeat_ngram_size:
         found.append(no_repeat_ngram(params.no_repeat_ngram_size))
     # As in transformers, bad_words_ids never forbids an end-of-text token.

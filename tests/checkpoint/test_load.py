@@ -69,10 +69,11 @@ def test_safetensors_saves_a_model(tmp_path, shape, dtype):
 
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("parts", [1, 3])
-def test_bin_files(tmp_path, parts, zipped):
+@pytest.mark.parametrize("kind", [torch.clone, torch.nn.Parameter], ids=["tensors", "parameters"])
+def test_bin_files(tmp_path, kind, parts, zipped):
     model = make()
     model.config.save_pretrained(tmp_path)
-    weights = {name: weight.clone() for name, weight in model.state_dict().items()}
+    weights = {name: kind(weight) for name, weight in model.state_dict().items()}
     names = list(weights)
     files = ["pytorch_model.bin"] if parts == 1 else [f"pytorch_model-{i:05d}-of-00003.bin" for i in range(1, 4)]
     for index, file in enumerate(files):

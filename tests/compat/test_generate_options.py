@@ -70,7 +70,54 @@ def test_generation_config_objects(tiny):
     try:
         assert tiny.ours.generate(PROMPTS).equal(plain[:, :9])
         assert tiny.ours.generate(PROMPTS, generation_config={"max_new_tokens": 5}).equal(plain[:, :11])
-        assert tiny.ours.generate(PROMPTS, max_new_tokens=None).equal(plain[:, :9])
+    finally:
+        tiny.ours.generation_config = {}
+
+
+OF_THE_CHECKPOINT: Any = {
+    "max_new_tokens": 9, "min_new_tokens": 3, "min_length": 9, "eos_token_id": [2, 5, 18], "pad_token_id": 3,
+    "repetition_penalty": 1.7, "no_repeat_ngram_size": 2, "bad_words_ids": [[33], [18]], "suppress_tokens": [40, 41],
+    "begin_suppress_tokens": [1, 2, 3, 44], "sequence_bias": [[[3], 5.0]], "forced_eos_token_id": 2, "temperature": 0.3,
+    "top_k": 3, "top_p": 0.5, "min_p": 0.1, "typical_p": 0.7,
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:Using the model-agnostic default")  # transformers', without a length
+@pytest.mark.parametrize("name", [*OF_THE_CHECKPOINT, "do_sample"])
+def test_a_keyword_that_is_none_turns_a_setting_off(tiny, name):
+    """It does not leave it to the checkpoint or to a GenerationConfig, as in transformers."""
+    wants: Any = {"return_dict_in_generate": True, "output_scores": True, "attention_mask": torch.ones_like(PROMPTS)}
+    for sampled in (False, True):
+        config = transformers.GenerationConfig(**OF_THE_CHECKPOINT, do_sample=sampled)
+        outs = []
+        for model in (tiny.ours, tiny.theirs):
+            kept = model.generation_config
+            try:
+                model.generation_config = config
+                out = model.generate(PROMPTS, **wants, **{name: None})
+            finally:
+                model.generation_config = kept
+            again = model.generate(PROMPTS, generation_config=config, **wants, **{name: None})
+            assert again.scores[0].equal(out.scores[0])
+            outs.append(out)
+        ours, theirs = ([step.clamp(min=-1e30) for step in out.scores] for out in outs)
+        torch.testing.assert_close(ours[0], theirs[0], atol=1e-3, rtol=1e-3)
+        if name == "do_sample" or not sampled:
+            assert outs[0].sequences.equal(outs[1].sequences)
+
+
+def test_top_k_none_is_not_transformers_default(tiny):
+    for given, top_k in (({}, 50), ({"top_k": None}, 0), ({"top_k": 3}, 3)):
+        options = read_options(tiny.ours.config, {}, None, {"do_sample": True, **given}, 1)
+        assert options.params.top_k == top_k
+
+
+def test_a_keyword_overrides_an_unsupported_setting_of_the_checkpoint(tiny):
+    plain = tiny.ours.generate(PROMPTS, max_new_tokens=3)
+    try:
+        tiny.ours.generation_config = {"num_beams": 4}
+        for own in (1, None):
+            assert tiny.ours.generate(PROMPTS, max_new_tokens=3, num_beams=own).equal(plain)
     finally:
         tiny.ours.generation_config = {}
 
@@ -320,7 +367,17 @@ def test_a_cache_goes_on_in_any_mode(tiny, first, then):
         ({"attention_mask": torch.zeros(1, 6)}, ValueError, "row 0 of input_ids is empty"),
         ({"attention_mask": torch.ones(1, 5)}, ValueError, "attention_mask"),
         ({"inputs": PROMPTS}, ValueError, "inputs"),
-        ({"generation_config": 5}, (TypeError, ValueError), "generation_config"),
+        *(
+            ({"attention_mask": mask}, TypeError, "attention_mask must be a tensor .*generation_config")
+            for mask in (PROMPTS.tolist(), PROMPTS.numpy(), [], False)
+        ),
+        ({"attention_mask": {}, "generation_config": {}}, TypeError, "attention_mask must be a tensor .*given once"),
+        ({"generation_config": 5}, TypeError, "generation_config"),
+        ({"generation_config": torch.ones(2)}, TypeError, "generation_config"),
+        ({"generation_config": {3: 1}}, TypeError, "generation_config: unknown keyword '3'"),
+        ({"streamer": True}, TypeError, r"streamer must be an object with put\(ids\) and end\(\); it is True"),
+        ({"stopping_criteria": torch.ones(2)}, TypeError, "stopping_criteria must be a callable"),
+        ({"prefix_allowed_tokens_fn": False}, TypeError, "prefix_allowed_tokens_fn must be a callable"),
         ({"logits_processor": 5}, (TypeError, ValueError), "logits_processor"),
     ],
     ids=str,
