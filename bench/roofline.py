@@ -43,13 +43,22 @@ def bytes_moved(op: str, arguments: Arguments, result: Any) -> int:
         cache = touched.pop("k_cache")
         del touched["v_cache"]
         tokens = touched["qkv" if op == "rope_and_cache" else "x"].shape[0]
-        total += 2 * tokens * cache.shape[1] * cache.shape[3] * cache.element_size()
+        total += _keys_and_values(cache, tokens)
+    elif op == "paged_attention":
+        cache = touched.pop("k_cache")
+        del touched["v_cache"]
+        total += _keys_and_values(cache, int(touched["seq_lens"].sum()))
     elif op == "advance":
         for table in ("history", "end_mask", "output_counts", "permitted", "allowed"):
             del touched[table]  # one word of each
     elif op == "store_row":
         touched["rows"] = touched["row"]
     return total + nbytes(*touched.values())
+
+
+def _keys_and_values(cache: Tensor, tokens: int) -> int:
+    """Bytes of so many tokens in a layer's two caches [P, K, S, D]."""
+    return 2 * tokens * cache.shape[1] * cache.shape[3] * cache.element_size()
 
 
 def flops(op: str, arguments: Arguments) -> int:

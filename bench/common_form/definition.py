@@ -138,8 +138,11 @@ def read(path: str) -> Definition:
 
 
 def results_of(returned: Any, definition: Definition, device: torch.device) -> tuple[Any, ...]:
-    """What `run` returned as a tuple; Python numbers as tensors."""
-    results = tuple(returned) if isinstance(returned, (tuple, list)) else (returned,)
+    """What `run` returned as a tuple, in the order of the outputs; Python numbers as tensors."""
+    if isinstance(returned, dict):  # by the names of the outputs
+        results = tuple(returned[name] for name in definition.outputs if name in returned)
+    else:
+        results = tuple(returned) if isinstance(returned, (tuple, list)) else (returned,)
     for spec in definition.outputs.values():
         if spec.shape is None and len(results) == len(definition.outputs):
             results = tuple(

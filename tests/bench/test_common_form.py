@@ -138,6 +138,7 @@ def test_exported_references_mean_our_ops(tmp_path):
     [
         (returning(), "PASSED", ""),
         (returning(values="[c, c.sum()]", language=None, languages=["pytorch"]), "PASSED", ""),
+        (returning(values="{'total': c.sum(), 'c': c, 'time': 3.0}"), "PASSED", ""),
         (solution(f"def run(a, b, scale, c, total):\n{RIGHT.replace('c =', 'c[:] =')}    total.copy_(c.sum())\n"),
          "PASSED", ""),
         (returning(RIGHT + "    c[-1, -1] += 0.01\n"), "INCORRECT_NUMERICAL", "at [3, 2]"),
@@ -146,6 +147,7 @@ def test_exported_references_mean_our_ops(tmp_path):
         (returning(values="c * torch.nan, c.sum()"), "INCORRECT_NUMERICAL", "nan instead of"),
         (returning(values="c, c.sum()[None]"), "INCORRECT_SHAPE", "total has shape [1], must have []"),
         (returning(values="c"), "INCORRECT_SHAPE", "returns 1 outputs, must be c, total"),
+        (returning(values="{'total': c.sum()}"), "INCORRECT_SHAPE", "returns 1 outputs, must be c, total"),
         (returning(values="c.double(), c.sum()"), "INCORRECT_DTYPE", "c is torch.float64, must be torch.float32"),
         (returning("    raise RuntimeError('no kernel image')\n"), "RUNTIME_ERROR", "no kernel image"),
         (returning(RIGHT + "    a += 1\n"), "INCORRECT_NUMERICAL", "changed its input a"),
@@ -239,6 +241,12 @@ def test_a_solution_that_ends_its_process_fails_one_workload(run, monkeypatch):
     code, traces, printed = run(returning(ends + RIGHT), [workload(), workload(axes={"M": 2}, key="two")])
     assert code == 1 and [status([trace]) for trace in traces] == ["RUNTIME_ERROR", "PASSED"], printed
     assert "it ended its process, exit code 3" in traces[0]["evaluation"]["log"]
+
+
+def test_a_reference_may_return_its_outputs_by_name(run):
+    of = {**SCALED_SUM, "reference": SCALED_SUM["reference"].replace("c, c.sum()", "{'total': c.sum(), 'c': c}")}
+    _, traces, printed = run(returning(), of=of)
+    assert status(traces) == "PASSED", printed
 
 
 def test_a_reference_that_fails_is_not_the_solutions_fault(run):

@@ -151,10 +151,10 @@ def test_bytes_and_operations():
     assert amounts("rms_norm", "batch 2") == ((2 * 32 + 32 + 2 * 32) * 2, 0)
     assert amounts("swiglu", "batch 2") == ((2 * 96 + 2 * 48) * 2, 0)
     assert amounts("linear_add", "batch 2, down_proj") == ((2 * 48 + 32 * 48 + 2 * 2 * 32) * 2, 2 * 2 * 48 * 32)
-    # 2 sequences of 100 tokens on 2 pages of 64: whole pages are counted.
-    pages = 2 * 2 * 2 * 2 * 64 * 16 * 2
+    # 2 sequences of 100 tokens on 2 pages of 64, whose other slots are not read.
+    tokens = 2 * 2 * 2 * 100 * 16 * 2
     assert amounts("paged_attention", "batch 2, context 100") == (
-        pages + 2 * 2 * 4 * 16 * 2 + 2 * 2 * 4 + 2 * 4,
+        tokens + 2 * 2 * 4 * 16 * 2 + 2 * 2 * 4 + 2 * 4,
         4 * 4 * 16 * 200,
     )
     assert amounts("paged_attention", "chunk 3, context 100")[1] == 4 * 4 * 16 * (98 + 99 + 100)
