@@ -58,6 +58,8 @@ def main() -> int:
         options.kernel = os.path.abspath(options.kernel)
         try:
             file = user_kernels.load(options.kernel)
+            for op in options.op or ():
+                user_kernels.check_ops(options.kernel, [*file.ops], [op])
         except ValueError as error:
             parser.error(str(error))
         options.op = options.op or [*file.ops]
