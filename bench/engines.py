@@ -47,6 +47,8 @@ class UserProcess(EngineProcess):
     """That of a user's file. Raises ValueError if the file can't be run or has no op."""
 
     def __init__(self, path: str, device: torch.device, arguments: Iterable[str]):
+        if not path.endswith(".py"):  # a worker of such a name might be that of another engine
+            raise ValueError(f"{path} is not a Python file: its name must end in .py")
         super().__init__(Path(path).name, device, arguments, worker=path)
         try:
             found = self.ask(None)

@@ -26,7 +26,7 @@ import torch
 
 from internlm3 import kernels
 
-from . import peers, roofline, tables, verify
+from . import peers, roofline, tables, user_kernels, verify
 from .cases import INTERNLM3_8B, SIZES, SMALL, Case, Size, cases, read_size
 from .engines import EngineProcess, UserProcess, answers
 from .measure import engines_of, ours, reported_once
@@ -170,6 +170,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for path in options.kernel or ():
                 users.append(UserProcess(path, device, shared))
                 stack.callback(users[-1].end)
+                user_kernels.check_ops(path, users[-1].ops, options.op or ())
             names = [user.name for user in users]
             if len({*names}) < len(names):
                 raise ValueError(f"--kernel: two files have one name, and so would their rows: {', '.join(names)}")

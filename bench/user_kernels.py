@@ -77,6 +77,12 @@ class NotPython(Exception):
     """A file whose name does not end in .py."""
 
 
+def check_ops(path: str, has: Collection[str], wanted: Collection[str]) -> None:
+    """Raises ValueError if a file that has some ops has none of those that are wanted: nothing of it would run."""
+    if wanted and not {*has} & {*wanted}:
+        raise ValueError(f"{path} has no {' or '.join(wanted)} to test: it has {', '.join(has)}")
+
+
 def run_file(path: str | Path, name: str) -> ModuleType:
     """Runs a file as a module of this name. Raises NotPython, or whatever the file raises."""
     spec = importlib.util.spec_from_file_location(name, path)

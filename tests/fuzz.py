@@ -8,6 +8,7 @@ instead of ours. After a failure, the last line is the command that repeats the 
 import argparse
 import os
 import secrets
+import shlex
 import subprocess
 import sys
 import time
@@ -58,6 +59,8 @@ def main() -> int:
         options.kernel = os.path.abspath(options.kernel)
         try:
             file = user_kernels.load(options.kernel)
+            for op in options.op or ():
+                user_kernels.check_ops(options.kernel, [*file.ops], [op])
         except ValueError as error:
             parser.error(str(error))
         options.op = options.op or [*file.ops]
@@ -70,7 +73,7 @@ def main() -> int:
         print(f"round {rounds + 1}, seed {seed}", flush=True)
         if run(options.op or (), options.dtype or DTYPES, seed, options.kernel, ignored):
             words = [f"--op {op}" for op in options.op or ()] + [f"--dtype {dtype}" for dtype in options.dtype or ()]
-            words += [f"--kernel {options.kernel}"] if options.kernel else []
+            words += [f"--kernel {shlex.quote(options.kernel)}"] if options.kernel else []
             print(f'again: make fuzz ARGS="{" ".join([*words, f"--seed {seed}"])}"')
             return 1
         rounds += 1

@@ -20,6 +20,13 @@ from .folder import write
 from .runs import RUNS
 
 
+def _npy(text: str) -> str:
+    """The path of a file that numpy writes, which adds .npy to any other name."""
+    if not text.endswith(".npy"):
+        raise argparse.ArgumentTypeError(f"{text} must end in .npy")
+    return output(text)
+
+
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="python -m bench.conformance",
@@ -38,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
     add("folder", type=Path, metavar="FOLDER", help="what `write` made")
     add("--run", choices=("prompts", "decode"), required=True, help="what to run")
     add("--dtype", choices=ALLOWED, default="float32", help="what to compute in (float32)")
-    add("--out", type=output, required=True, metavar="LOGITS.npy", help="where to write them")
+    add("--out", type=_npy, required=True, metavar="LOGITS.npy", help="where to write them")
     commands.add_parser("record", help="compute the expected logits again, which takes a quarter of an hour")
     return made
 

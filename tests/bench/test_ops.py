@@ -262,6 +262,7 @@ def test_rows_and_record(fast, config, tmp_path, capsys):
         (["--chunk", "2048"], "--chunk 2048 is longer than the --context 1024 that includes it"),
         (["--op", "sample", "--chunk", "8"], "nothing to time: sample runs in decode steps only; pass --batch"),
         (["--json", "/no/where/x.json"], "/no/where/x.json can't be written: name a file in a folder that exists"),
+        (["--kernel", "cpu"], "cpu is not a Python file: its name must end in .py"),
         (["--kernel", "nothing.py"], "nothing.py does not exist: name a Python file with a function named like an op"),
     ],
 )
@@ -595,6 +596,17 @@ def test_fuzz_takes_a_user_kernel_through_the_cases(tmp_path):
     assert "RuntimeError: it was called" in done.stdout and "dtype=torch.float16" in done.stdout
     again = f'again: make fuzz ARGS="--op rms_norm --dtype float16 --kernel {mine} --seed 5"'
     assert done.stdout.splitlines()[-1] == again
+
+
+@pytest.mark.parametrize("program", ["bench.ops", "tests.fuzz"])
+def test_an_op_that_a_file_does_not_have_is_no_success(program, tmp_path):
+    """Ours would be tested in its place."""
+    mine = tmp_path / "mine.py"
+    mine.write_text("def rms_norm(x, weight, eps):\n    return x\n")
+    command = [sys.executable, "-m", program, "--kernel", mine, "--op", "linear"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr.endswith(f"{mine} has no linear to test: it has rms_norm\n")
 
 
 def test_user_kernel_of_an_op_that_writes(fast, config, tmp_path, capsys):
