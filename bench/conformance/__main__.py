@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             record()
         else:
-            report = check(read(options.logits), options.run, options.dtype)
+            report = check(read(options.logits, options.dtype), options.run, options.dtype)
             print(*report.lines(), sep="\n")
             return 1 if report.wrong else 0
     except (ValueError, OSError) as error:

@@ -67,11 +67,12 @@ def _why(faults: dict[str, float], allowed: float, first: int) -> str:
     return "no known fault. All is right within the trained window, so look at dynamic NTK and at what decoding caches"
 
 
-def read(path: Path) -> Tensor:
+def read(path: Path, dtype: str) -> Tensor:
     """The logits in a file, checked.
 
     Raises:
-        ValueError: it is not a .npy or .json file of len(PLACES) rows of VOCAB finite numbers.
+        ValueError: it is not a .npy or .json file of len(PLACES) rows of VOCAB finite numbers; or they are float16,
+            which may be off by more than a runtime that computes in float32.
     """
     try:
         if path.suffix == ".npy":
@@ -82,6 +83,8 @@ def read(path: Path) -> Tensor:
             raise ValueError("its name must end in .npy or .json")
         if values.dtype not in (np.float16, np.float32, np.float64):
             raise ValueError(f"its numbers are {values.dtype}, and must be float16, float32 or float64")
+        if values.dtype == np.float16 and dtype == "float32":
+            raise ValueError("its numbers are float16, too coarse for float32: write them as float32, or give --dtype")
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path} is no file of logits: {error}") from error
     if values.shape != (len(PLACES), VOCAB):

@@ -264,6 +264,7 @@ def test_right_logits_pass(run, tmp_path, capsys):
             np.zeros((7, VOCAB), np.int64),
             "its numbers are int64, and must be float16, float32 or float64",
         ),
+        ("logits.npy", np.zeros((7, VOCAB), np.float16), "its numbers are float16, too coarse for float32"),
         ("logits.npy", np.full((7, VOCAB), np.nan), "has nan at place 0, token 0: logits are finite"),
         ("logits.npy", np.array([{}]), "is no file of logits: Object arrays cannot be loaded"),
         ("logits.npy", b"\x93NUMPY", "is no file of logits"),
