@@ -118,6 +118,8 @@ def _spec(spec: Fields, axes: dict[str, Any]) -> Spec:
 def read(path: str) -> Definition:
     """Reads a definition; runs nothing of it. Raises ValueError, which names the file and the field."""
     whole = parse(read_text(path), path)
+    if whole.find("op_type", str) == "sampling":
+        raise whole.error("op_type", "is sampling, whose outputs are random: here they are compared one by one")
     axes_field, groups = whole.inner("axes"), [whole.inner("inputs"), whole.inner("outputs")]
     axes = {name: _axis(axes_field.inner(name)) for name in axes_field.content}
     inputs, outputs = ({name: _spec(group.inner(name), axes) for name in group.content} for group in groups)

@@ -264,6 +264,7 @@ def test_a_reference_that_fails_is_not_the_solutions_fault(run):
         ("definition", "axes", {}, "definition.json: inputs.a.shape: there is no axis 'M'"),
         ("definition", "axes", {"M": {"type": "size"}}, "axes.M.type: is 'size': there are const, var and expr"),
         ("definition", "outputs", {}, "definition.json: outputs: is empty"),
+        ("definition", "op_type", "sampling", "op_type: is sampling, whose outputs are random"),
         ("definition", "outputs", {"c": {"shape": ["M"], "dtype": "float8_e4m3fn"}}, "outputs.c.dtype: float8_e4m3fn"),
         ("definition", "reference", "def run(a:\n", "definition.json: reference: SyntaxError"),
         ("definition", "reference", "x = 1\n", "definition.json: reference: the reference has no function 'run'"),
