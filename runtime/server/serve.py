@@ -75,10 +75,12 @@ def serve(load: Callable[[], AsyncLLM], settings: Settings, port: int) -> None:
     try:
         server.run(sockets)
     except KeyboardInterrupt:
-        if server.service.loading:
-            # At its end Python stops other threads, and one that is in a library in C++ would abort the process.
-            os._exit(130)
-        raise
+        if not server.service.loading:
+            raise
+    if server.service.loading:
+        # At its end Python stops other threads, and one that is in a library in C++ would abort the process. Without a
+        # KeyboardInterrupt, too: a shell lets commands in the background ignore SIGINT, which uvicorn handles anyway.
+        os._exit(130)
     if (failure := server.service.failure) is not None:
         raise failure
 

@@ -101,10 +101,12 @@ def test_a_name_of_the_server_may_have_capitals(ask):
     assert ask("/health", {"allow_host": ("GPU.example",)}, _method="GET", _headers=headers).status_code == 200
 
 
-def test_ctrl_c_while_it_loads_ends_it_quietly():
+@pytest.mark.parametrize("inherited", ["default_int_handler", "SIG_IGN"])  # as from a shell, and from one with &
+def test_ctrl_c_while_it_loads_ends_it_quietly(inherited):
     """Though the thread that loads is in a library in C++, which must not see the end of Python."""
-    code = """
-import sys, torch
+    code = f"""
+import signal, sys, torch
+signal.signal(signal.SIGINT, signal.{inherited})
 from internlm3.runtime.server.serve import serve
 from internlm3.runtime.server.settings import Settings
 def load():
