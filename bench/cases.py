@@ -152,9 +152,11 @@ def _rope_and_cache(make: Inputs, rows: int, sequences: int, context: int) -> Ar
     return {"qkv": make.random(rows, make.size.qkv), **make.rope(sequences, context)}
 
 
-def _linear(make: Inputs, rows: int, outputs: int, inputs: int, stored: str = DENSE) -> Arguments:
+def _linear(
+    make: Inputs, rows: int, outputs: int, inputs: int, stored: str = DENSE, *, scale: float = 1.0
+) -> Arguments:
     weight = make.weight(outputs, inputs) if stored == DENSE else make.quantised(outputs, inputs, stored)
-    return {"x": make.random(rows, inputs), "weight": weight}
+    return {"x": make.random(rows, inputs, scale=scale), "weight": weight}
 
 
 def _linear_add(make: Inputs, rows: int, outputs: int, inputs: int, stored: str = DENSE) -> Arguments:
@@ -163,8 +165,8 @@ def _linear_add(make: Inputs, rows: int, outputs: int, inputs: int, stored: str 
 
 def _norm_linear(make: Inputs, rows: int, outputs: int, stored: str = DENSE) -> Arguments:
     hidden = make.size.hidden
-    arguments = {**_linear(make, rows, outputs, hidden, stored), "norm": make.random(hidden), "eps": EPS}
-    return {**arguments, "x": make.random(rows, hidden, scale=OF_NORMS)}
+    product = _linear(make, rows, outputs, hidden, stored, scale=OF_NORMS)
+    return {**product, "norm": make.random(hidden), "eps": EPS}
 
 
 def _norm_qkv_rope_cache(make: Inputs, rows: int, sequences: int, context: int, stored: str = DENSE) -> Arguments:

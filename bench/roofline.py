@@ -57,7 +57,7 @@ def bytes_moved(op: str, arguments: Arguments, result: Any) -> int:
 
 
 def _keys_and_values(cache: Tensor, tokens: int) -> int:
-    """Bytes of so many tokens in a layer's two caches [P, K, S, D]."""
+    """Bytes of the keys and values of this number of tokens in a layer's two caches [P, K, S, D]."""
     return 2 * tokens * cache.shape[1] * cache.shape[3] * cache.element_size()
 
 

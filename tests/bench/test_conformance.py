@@ -297,14 +297,13 @@ def test_commands_of_the_readme(folder, tmp_path, monkeypatch, capsys):
         assert program.main(command) == 0
 
 
-# -------------------------------------------------------------------- tokenizer and template
-
-
 def test_numpy_names_no_other_file_than_the_user(folder, tmp_path, capsys):
     with pytest.raises(SystemExit):
         program.main(["ours", str(folder), "--run", "prompts", "--out", str(tmp_path / "logits")])
     assert "logits must end in .npy" in capsys.readouterr().err
 
+
+# -------------------------------------------------------------------- tokenizer and template
 
 CASES = json.loads((DATA / "tokenizer_cases.json").read_text("utf-8"))
 

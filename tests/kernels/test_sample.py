@@ -67,14 +67,16 @@ def make_logits(rng, rows, vocab, shape, dtype, ascending=False):
 
 # At seed 0 and stream 0 these positions give the smallest and the largest random number: the first and last kept token.
 SMALLEST, LARGEST = 5045761891, 410702502
+EXTREMES = {"extreme": [SMALLEST, LARGEST], "smallest": [SMALLEST], "largest": [LARGEST]}
+ONE_BIT = reference_sampling.LOG2_E  # the temperature at which a logit of -1 halves a weight
 
 
 def random_numbers(rng, rows, draws="any"):
-    """Keys of the random number, with all 64 bits in use; or keys that give an extreme number."""
+    """Keys of the random number, with all 64 bits in use; or keys that give extreme numbers, in turn."""
     names = ("seed", "stream", "position")
     if draws == "any":
         return {name: torch.randint(-(2**63), 2**63 - 1, (rows,), generator=rng).to(DEVICE) for name in names}
-    extremes = torch.tensor([SMALLEST, LARGEST] * rows, device=DEVICE)[:rows]
+    extremes = torch.tensor(EXTREMES[draws] * rows, device=DEVICE)[:rows]
     return {"seed": extremes * 0, "stream": extremes * 0, "position": extremes}
 
 
@@ -305,13 +307,12 @@ def test_what_is_no_candidate_counts_in_top_p(few_candidates, few, monkeypatch):
 @pytest.mark.parametrize("top_k", [-1, 4])
 @pytest.mark.parametrize(("few_candidates", "few"), [(False, 16), (True, 16), (True, 2)])
 def test_a_mass_that_is_just_sufficient_for_top_p(few_candidates, few, top_k, monkeypatch):
-    """The best token has 2^40 units of 2^41 + 1, of which half is 2^40; in the other row of 2^41 + 2, half is more."""
+    """The best token has 2^40 units, half of 2^41 + 1 rounded down. In the other row half of 2^41 + 2 is more."""
     monkeypatch.setattr(sample_search, "FEW", few)
     logits = torch.tensor([[0.0, -1.0, -1.0, -40.0, -50.0], [0.0, -1.0, -1.0, -39.0, -50.0]], device=DEVICE)
-    # At this temperature a logit is one bit of weight.
-    arguments = {"temperature": 1 / math.log(2), "top_p": 0.5, "top_k": top_k}
+    arguments = {"temperature": ONE_BIT, "top_p": 0.5, "top_k": top_k}
     arguments = {name: torch.tensor([value] * 2, device=DEVICE) for name, value in arguments.items()}
-    drawn = {name: x[1:].repeat(2) for name, x in random_numbers(generator(1), 2, "extreme").items()}
+    drawn = random_numbers(generator(1), 2, "largest")
     assert compare(logits, {**arguments, **drawn, "few_candidates": few_candidates}).tolist() == [0, 2]
 
 
@@ -385,7 +386,7 @@ def test_the_random_number_0_samples_a_token_of_the_smallest_weight(heavy):
     """Token 0 has one unit of 2^40 in all, in the block of the other token or in one before."""
     logits = torch.full((1, 40), -math.inf, device=DEVICE)
     logits[0, 0], logits[0, heavy] = -39.5 * math.log(2), 0.0
-    arguments = {"temperature": torch.ones(1, device=DEVICE), **random_numbers(generator(1), 1, "extreme")}
+    arguments = {"temperature": torch.ones(1, device=DEVICE), **random_numbers(generator(1), 1, "smallest")}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launcher, "BLOCK", 16)
         assert compare(logits, arguments).tolist() == [0]
@@ -395,9 +396,8 @@ def test_the_largest_random_number_samples_the_last_token_that_reaches_it():
     """It is 1 - 2^-31: of 2^40 + 512 units that is less than 2^40, of 2^40 + 513 it is 2^40, in the next block."""
     logits = torch.full((2, 40), -math.inf, device=DEVICE)
     logits[:, 0], logits[:, 20], logits[1, 21] = 0.0, -31.0, -40.0
-    # At this temperature a logit is one bit of weight.
-    arguments = {"temperature": torch.full((2,), 1 / math.log(2), device=DEVICE)}
-    drawn = {name: x[1:].repeat(2) for name, x in random_numbers(generator(1), 2, "extreme").items()}
+    arguments = {"temperature": torch.full((2,), ONE_BIT, device=DEVICE)}
+    drawn = random_numbers(generator(1), 2, "largest")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launcher, "BLOCK", 16)
         assert compare(logits, {**arguments, **drawn}).tolist() == [0, 20]
@@ -407,8 +407,7 @@ def test_min_p_is_a_whole_number_of_units():
     """Token 0 has 3 units of 2^40: 3.5 units let it pass, 4 do not."""
     logits = torch.tensor([[-38.4 * math.log(2), 0.0]] * 2, device=DEVICE)
     arguments = {"min_p": torch.tensor([3.5 * 2.0**-40, 4 * 2.0**-40], device=DEVICE)}
-    arguments |= {"temperature": torch.ones(2, device=DEVICE), **random_numbers(generator(1), 2, "extreme")}
-    arguments["position"] = torch.full_like(arguments["position"], SMALLEST)
+    arguments |= {"temperature": torch.ones(2, device=DEVICE), **random_numbers(generator(1), 2, "smallest")}
     assert compare(logits, arguments).tolist() == [0, 1]
 
 
